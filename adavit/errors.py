@@ -1,0 +1,36 @@
+"""Errors a user can act on: every message is one line that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdaViTError",
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "InputError",
+    "VerificationError",
+]
+
+
+class AdaViTError(Exception):
+    """Base of every error this package raises on purpose; the command line prints it without a traceback."""
+
+
+class CheckpointError(AdaViTError):
+    """A checkpoint cannot be read, or does not describe an AdaViT completely."""
+
+
+class BundleError(AdaViTError):
+    """A bundle is missing, incomplete, altered or of an unknown version, or cannot be written."""
+
+
+class BackendError(AdaViTError):
+    """A backend is unknown, not installed, or failed to load or run an engine."""
+
+
+class InputError(AdaViTError):
+    """Images, labels or a policy handed to the runtime do not fit the bundle."""
+
+
+class VerificationError(AdaViTError):
+    """A bundle does not compute what its checkpoint computes."""

@@ -1,0 +1,163 @@
+"""Reads AdaViT checkpoints and refuses, by name, everything that would leave a hole in the model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adavit.architecture import Architecture
+from adavit.errors import CheckpointError
+from adavit.model.adavit import AdaViT
+from adavit.model.infer import infer_architecture
+
+State = dict[str, Tensor]
+
+CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Where training checkpoints keep their weights, the exponential moving average first."""
+
+SHOWN = 8
+
+
+def load_checkpoint(path: str | Path, heads: int | None = None) -> AdaViT:
+    """Loads a trained AdaViT, its architecture inferred from the shapes.
+
+    Reads released training checkpoints, DeiT-style files, bare state dicts and safetensors; EMA weights
+    first. Never unpickles anything but tensors, plain containers and `argparse.Namespace`.
+
+    Args:
+        path: the file.
+        heads: attention heads per block; needed only where nothing in the file tells it, that is without a
+            head policy, a `num_heads` entry or a width that is a multiple of 64.
+
+    Returns:
+        The model in eval mode, float32, on the CPU.
+
+    Raises:
+        CheckpointError: the file cannot be read, or keys are missing, unexpected, mis-shaped or not finite.
+    """
+    path = Path(path)
+    state, noted = read_state(path)
+    try:
+        arch = infer_architecture(state, heads if heads is not None else noted)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    with torch.device("meta"):
+        model = AdaViT(arch)
+    lint(path, state, model)
+    model.load_state_dict(state, assign=True)
+    return model.float().eval()
+
+
+def read_state(path: Path) -> tuple[State, int | None]:
+    """The file's weights by released name, and its number of heads where it is noted."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the path of a trained AdaViT (.pth or .safetensors)")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise CheckpointError(
+                f"{path}: refused, it would run {refused[1]} while loading; "
+                "save only the weights with torch.save(model.state_dict(), ...) or as safetensors"
+            ) from None
+        raise CheckpointError(f"{path}: not a PyTorch checkpoint that can be read safely") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        if isinstance(error, PermissionError):
+            raise CheckpointError(f"{path}: no permission to read it") from None
+        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or a truncated one; save it again") from None
+    except zipfile.BadZipFile:
+        raise CheckpointError(f"{path}: a truncated PyTorch checkpoint; copy it again") from None
+    return _weights_of(path, content)
+
+
+def _read_safetensors(path: Path) -> tuple[State, int | None]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+    noted = metadata.get("num_heads", "")
+    return normalise_state(path, state), int(noted) if noted.isdigit() else None
+
+
+def _weights_of(path: Path, content: Any) -> tuple[State, int | None]:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not weights; save a state dict")
+    arguments = content.get("args")
+    noted = getattr(arguments, "num_heads", None) if isinstance(arguments, argparse.Namespace) else None
+    held = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict) and content[key]), None)
+    state = content if held is None else held
+    return normalise_state(path, state), noted if type(noted) is int else None
+
+
+def normalise_state(path: Path, state: dict[Any, Any]) -> State:
+    """Drops `module.` prefixes, splits fused `qkv` rows into query, key and value, and casts to float32."""
+    result: State = {}
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise CheckpointError(f"{path}: {key!r} is a {kind}, not a tensor; save model.state_dict()")
+        if not value.is_floating_point() or value.layout != torch.strided:
+            raise CheckpointError(f"{path}: {key} is {value.dtype}; export needs floating-point weights")
+        name = key.removeprefix("module.")
+        parts = {name: value}
+        if ".attn.qkv." in name and value.shape[0] % 3 == 0:
+            names = [name.replace(".qkv.", f".{part}.") for part in ("query", "key", "value")]
+            parts = dict(zip(names, value.chunk(3), strict=True))
+        for part, tensor in parts.items():
+            if part in result:
+                raise CheckpointError(f"{path}: {part} is there twice; keep one of the two")
+            result[part] = tensor.detach().to(torch.float32).contiguous()
+    if not result:
+        raise CheckpointError(f"{path}: holds no weights; save model.state_dict()")
+    return result
+
+
+def lint(path: Path, state: State, model: AdaViT) -> None:
+    """Raises a CheckpointError that names every missing, unexpected, mis-shaped or non-finite key."""
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    faults = []
+    if missing := sorted(expected.keys() - found.keys()):
+        faults.append(f"missing {_listed(missing)}")
+    if unexpected := sorted(found.keys() - expected.keys()):
+        faults.append(f"unexpected {_listed(unexpected)}")
+    if wrong := [
+        f"{key} {list(found[key])} instead of {list(expected[key])}"
+        for key in sorted(expected.keys() & found.keys())
+        if expected[key] != found[key]
+    ]:
+        faults.append(f"mis-shaped {_listed(wrong)}")
+    if broken := sorted(key for key, value in state.items() if not torch.isfinite(value).all()):
+        faults.append(f"NaN or infinite values in {_listed(broken)}")
+    if faults:
+        raise CheckpointError(f"{path}: not a complete AdaViT: {'; '.join(faults)}")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
+
+
+def save_safetensors(model: AdaViT, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
+    """Writes the weights for release; `load_checkpoint` reads them back."""
+    from safetensors.torch import save_file
+
+    notes = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(state, str(path), {"format": "pt", "num_heads": str(model.arch.heads), **notes})
