@@ -1,0 +1,1 @@
+"""Training: a dense backbone, then its policies jointly with it (`adavit-train`)."""

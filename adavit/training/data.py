@@ -1,0 +1,168 @@
+"""Labelled images: folders of class-named folders, and the IDX files of the MNIST family."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from adavit.training.errors import DataError
+from adavit.training.idx import read_idx
+
+__all__ = ["FolderImages", "IdxImages", "LabelledImages", "Pixels", "open_images"]
+
+Pixels = npt.NDArray[np.uint8]
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+FOLDERS = {"train": ("train",), "test": ("val", "test")}
+IDX_PREFIX = {"train": "train", "test": "t10k"}
+DECODING = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+class LabelledImages(Protocol):
+    """A finite set of images with classes.
+
+    Attributes:
+        classes: the class names; a label is an index into it.
+        labels: int64 [n].
+    """
+
+    classes: list[str]
+    labels: npt.NDArray[np.int64]
+
+    def pixels(self, index: int) -> Pixels:
+        """One image, uint8 [height, width, 3]."""
+        ...
+
+
+class IdxImages:
+    """Images of one IDX pair, held in memory; grey ones are replicated to three channels."""
+
+    def __init__(self, images: Path, labels: Path, classes: list[str] | None = None) -> None:
+        self._images = read_idx(images)
+        self.labels = read_idx(labels).astype(np.int64)
+        shape = self._images.shape
+        if not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)) or 0 in shape:
+            raise DataError(f"{images}: shape {list(shape)}: expected [images, height, width] or [..., 3]")
+        if self.labels.shape != shape[:1]:
+            raise DataError(f"{labels}: {self.labels.size} labels for the {shape[0]} images of {images.name}")
+        found = int(self.labels.max()) + 1
+        self.classes = [str(label) for label in range(found)] if classes is None else classes
+        if found > len(self.classes):
+            raise DataError(f"{labels}: label {found - 1} but {len(self.classes)} class names; give one name a class")
+
+    def pixels(self, index: int) -> Pixels:
+        """One image, uint8 [height, width, 3]."""
+        image = self._images[index]
+        return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+
+
+class FolderImages:
+    """Images of a folder of class-named folders, decoded when asked for.
+
+    Args:
+        folder: holds one folder a class.
+        corrupt: "refuse" names the first unreadable file and stops; "skip" warns of each and leaves it out.
+        classes: the expected classes, in order; default the names of the folders, sorted.
+    """
+
+    def __init__(self, folder: Path, corrupt: str = "refuse", classes: list[str] | None = None) -> None:
+        found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        self.classes = found if classes is None else classes
+        if unknown := sorted(set(found) - set(self.classes)):
+            raise DataError(f"{folder}: class {unknown[0]!r} is not one of the {len(self.classes)} known classes")
+        self._files: list[Path] = []
+        labels: list[int] = []
+        for name in found:
+            files = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+            readable = [file for file in files if _accept(file, corrupt)]
+            if not readable:
+                raise DataError(f"{folder / name}: no readable image for this class; add some or remove the folder")
+            self._files += readable
+            labels += [self.classes.index(name)] * len(readable)
+        if not self._files:
+            raise DataError(f"{folder}: no class-named folders with images in it")
+        self.labels = np.array(labels, np.int64)
+
+    def pixels(self, index: int) -> Pixels:
+        """One image, uint8 [height, width, 3], whatever its mode."""
+        return decode(self._files[index])
+
+
+def decode(file: Path) -> Pixels:
+    """Reads an image of any mode as uint8 [height, width, 3].
+
+    Raises:
+        DataError: it cannot be read; the message names it.
+    """
+    try:
+        with Image.open(file) as image:
+            deep = image.mode.startswith("I;16")
+            shown = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if deep else image
+            return np.asarray(shown.convert("RGB"))
+    except DECODING as error:
+        raise DataError(f"{file}: not a readable image ({error}); remove it or pass --corrupt skip") from None
+
+
+def _accept(file: Path, corrupt: str) -> bool:
+    """Whether to use a file. Refusing looks at what is cheap to check; skipping must decode all, to be sure."""
+    try:
+        if corrupt == "skip":
+            decode(file)
+        else:
+            with Image.open(file) as image:
+                image.verify()
+    except DataError as error:
+        warnings.warn(f"skipped: {error}", stacklevel=2)
+        return False
+    except DECODING as error:
+        raise DataError(f"{file}: not a readable image ({error}); remove it or pass --corrupt skip") from None
+    return True
+
+
+@dataclass(frozen=True)
+class _IdxPair:
+    images: Path
+    labels: Path
+
+
+def _find_idx(folder: Path, part: str) -> _IdxPair | None:
+    for suffix in ("", ".gz"):
+        stem = folder / IDX_PREFIX[part]
+        pair = _IdxPair(Path(f"{stem}-images-idx3-ubyte{suffix}"), Path(f"{stem}-labels-idx1-ubyte{suffix}"))
+        if pair.images.exists():
+            return pair
+    return None
+
+
+def open_images(folder: Path, part: str, corrupt: str = "refuse", classes: list[str] | None = None) -> LabelledImages:
+    """The "train" or "test" part of a data set.
+
+    Args:
+        folder: holds MNIST-style IDX files, or the folders `train` and `val` (or `test`) of class-named folders.
+        part: "train" or "test".
+        corrupt: "refuse" or "skip" unreadable files.
+        classes: class names in label order, where already known.
+
+    Raises:
+        DataError: nothing usable is there, or there are fewer than two classes.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give one with train/ and val/, or with IDX files")
+    images: LabelledImages
+    if pair := _find_idx(folder, part):
+        images = IdxImages(pair.images, pair.labels, classes)
+    else:
+        parts = [folder / name for name in FOLDERS[part] if (folder / name).is_dir()]
+        if not parts:
+            wanted = " or ".join(FOLDERS[part])
+            raise DataError(f"{folder}: neither IDX files nor a folder {wanted} of class-named folders in it")
+        images = FolderImages(parts[0], corrupt, classes)
+    if len(images.classes) < 2:
+        raise DataError(f"{folder}: a single class, {images.classes[0]!r}; there is nothing to learn to tell apart")
+    return images

@@ -1,0 +1,210 @@
+"""The training loop: one for dense and adaptive models, one process or many, from the start or resumed."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from adavit.model import policy as P
+from adavit.model.adavit import AdaViT
+from adavit.training import objective
+from adavit.training.checkpoint import VERSION, read_checkpoint, write_checkpoint
+from adavit.training.data import LabelledImages
+from adavit.training.distributed import World, global_sum
+from adavit.training.errors import TrainingError
+from adavit.training.gumbel import GumbelDecide, noise_scale
+from adavit.training.loader import TrainingBatches, evaluation_batches
+from adavit.training.log import Log, Progress
+from adavit.training.losses import classification
+from adavit.training.optimise import build_optimiser, learning_rate, set_learning_rate, update_average
+from adavit.training.predict import predict
+from adavit.training.recorder import Recording, record
+from adavit.training.settings import Settings, describe_change
+from adavit.training.usage import measure_usage
+
+__all__ = ["Intervals", "Trainer"]
+
+NOISE_STREAM = 1_000_003
+CHECKPOINT, LOG = "checkpoint.pth", "log.jsonl"
+
+
+class Intervals:
+    """How often a run looks up from its work, in steps.
+
+    Attributes:
+        log: between log records; save: between checkpoints; evaluate: between evaluations.
+        images: test images of one evaluation, 0 for all.
+    """
+
+    def __init__(self, log: int, save: int, evaluate: int, images: int = 0) -> None:
+        self.log, self.save, self.evaluate, self.images = log, save, evaluate, images
+
+
+class Trainer:
+    """A run: the model, its moving average, the optimiser, and where they stand.
+
+    Args:
+        model: starting weights, trained in place.
+        settings: of the run.
+        world: this process.
+        folder: where checkpoint and log go.
+        teacher: dense model to distil from, for a run with policies.
+    """
+
+    def __init__(
+        self, model: AdaViT, settings: Settings, world: World, folder: Path, teacher: AdaViT | None = None
+    ) -> None:
+        self.model = model.to(world.device).train()
+        self.average = copy.deepcopy(self.model).eval()
+        self.settings, self.world, self.folder = settings, world, folder
+        self.teacher = teacher.to(world.device).eval() if teacher else None
+        self.optimiser = build_optimiser(self.model, settings)
+        self.step = 0
+        self.metric = 0.0
+
+    def run(self, train: LabelledImages, test: LabelledImages, intervals: Intervals, workers: int = 2) -> None:
+        """Trains from the current step to the last one."""
+        settings, arch = self.settings, self.model.arch
+        batches = TrainingBatches(train, settings, arch.image_size, self.world, workers)
+        log = Log(self.folder / LOG, self.step) if self.world.leads else None
+        progress = Progress(self.step, settings.steps, self.world.leads)
+        with self._parts() as (forward, heard):
+            for images, targets in batches.iterate(self.step, settings.steps):
+                terms = self._update(forward, heard, images.to(self.world.device), targets.to(self.world.device))
+                self.step += 1
+                last = self.step == settings.steps
+                entry: dict[str, float] = {}
+                if last or self.step % intervals.log == 0:
+                    entry |= {"learning_rate": learning_rate(self.step - 1, settings), **terms}
+                if last or self.step % intervals.evaluate == 0:
+                    entry |= self.evaluate(test, intervals.images)
+                if entry and log:
+                    log.write({"step": self.step, "epoch": self.step / batches.per_epoch, **entry})
+                if self.world.leads and (last or self.step % intervals.save == 0):
+                    self.save(self.step // batches.per_epoch)
+                progress.update(self.step, f"loss {terms['loss']:.4f}")
+        progress.close()
+        batches.close()
+
+    @contextmanager
+    def _parts(self) -> Iterator[tuple[torch.nn.Module, tuple[Recording, Recording] | None]]:
+        """The module to call, parallel where there are more processes, and recordings where they are compared."""
+        policy = self.settings.policy
+        with ExitStack() as stack:
+            heard = None
+            if policy and self.teacher and max(policy.attention_weight, policy.hidden_weight) > 0:
+                heard = stack.enter_context(record(self.model)), stack.enter_context(record(self.teacher))
+            parallel = self.world.size > 1
+            yield DistributedDataParallel(self.model) if parallel else self.model, heard
+
+    def _update(
+        self,
+        forward: torch.nn.Module,
+        heard: tuple[Recording, Recording] | None,
+        images: Tensor,
+        targets: Tensor,
+    ) -> dict[str, float]:
+        """One optimiser step; the loss, its terms and the usages."""
+        set_learning_rate(self.optimiser, learning_rate(self.step, self.settings))
+        bf16 = self.settings.precision == "bf16"
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
+            terms, usages = self._terms(forward, heard, images, targets)
+        total = sum(terms.values(), start=torch.zeros((), device=self.world.device))
+        self._require_finite(total, terms)
+        self.optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimiser.step()
+        update_average(self.average.state_dict(), self.model, self.step, self.settings.ema)
+        return {"loss": float(total.detach()), **{k: float(v.detach()) for k, v in terms.items()}, **usages}
+
+    def _terms(
+        self,
+        forward: torch.nn.Module,
+        heard: tuple[Recording, Recording] | None,
+        images: Tensor,
+        targets: Tensor,
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        policy = self.settings.policy
+        if policy is None:
+            return {"classification": classification(forward(images, decide=None).logits, targets)}, {}
+        scale = noise_scale(self.step, self.settings.steps, policy.anneal)
+        seed = self.settings.seed * NOISE_STREAM + self.step
+        output = forward(images, decide=GumbelDecide(policy.temperature, scale, seed, self.world))
+        usage = measure_usage(output.policies)
+        terms = {"classification": classification(output.logits, targets)}
+        terms |= objective.usage_terms(output, usage, policy)
+        if self.teacher is not None and policy.distils:
+            with torch.no_grad():
+                taught = self.teacher(images, decide=None)
+            pair = heard or (Recording(), Recording())
+            terms |= objective.distillation_terms(output, taught, pair, self.model.arch.heads, policy)
+        return terms, {f"training_{kind}": float(mean.detach()) for kind, mean in usage.items()}
+
+    def _require_finite(self, total: Tensor, terms: dict[str, Tensor]) -> None:
+        if not torch.isfinite(total):
+            broken = [name for name, value in terms.items() if not torch.isfinite(value)]
+            raise TrainingError(
+                f"the loss is not finite at step {self.step} ({', '.join(broken) or 'their sum'}); "
+                "lower --learning-rate, or train in fp32, and resume from the last checkpoint"
+            )
+
+    def evaluate(self, test: LabelledImages, images: int) -> dict[str, float]:
+        """Accuracy, MACs share and usages of the averaged weights, over all processes."""
+        count = min(images, len(test.labels)) if images else len(test.labels)
+        mine = range(self.world.rank, count, self.world.size)
+        batch, crop = self.settings.batch, self.settings.crop
+        names = ("accuracy", "macs", "tokens", "heads", "sublayers")
+        sums = torch.zeros(len(names), dtype=torch.float64)
+        if len(mine):
+            side, decide = self.model.arch.image_size, P.decide if self.settings.policy else None
+            found = predict(self.average, evaluation_batches(test, mine, side, crop, batch), decide)
+            means = {"accuracy": found.correct.mean(), "macs": found.macs.mean(), **found.usage(self.model.arch.keep)}
+            sums = torch.tensor([float(means[name]) * len(mine) for name in names], dtype=torch.float64)
+        overall = dict(zip(names, (global_sum(sums.to(self.world.device)) / count).tolist(), strict=True))
+        self.metric = 100 * overall["accuracy"]
+        return overall if self.settings.policy else {"accuracy": overall["accuracy"]}
+
+    def save(self, epoch: int) -> None:
+        """Writes the checkpoint, in the released layout."""
+        arch = self.model.arch
+        content = {
+            "state_dict": self.model.state_dict(),
+            "state_dict_ema": self.average.state_dict(),
+            "optimizer": self.optimiser.state_dict(),
+            "epoch": epoch,
+            "step": self.step,
+            "arch": "adavit",
+            "version": VERSION,
+            "metric": self.metric,
+            "args": argparse.Namespace(num_heads=arch.heads, shapes=arch.to_dict(), settings=self.settings.to_dict()),
+        }
+        write_checkpoint(self.folder / CHECKPOINT, content)
+
+    def resume(self) -> None:
+        """Goes on from the folder's checkpoint.
+
+        Raises:
+            TrainingError: there is none, or it is of another architecture or of other settings.
+        """
+        path = self.folder / CHECKPOINT
+        if not path.is_file():
+            raise TrainingError(f"{path}: no run to resume; leave --resume out to start one")
+        content = read_checkpoint(path)
+        for words, then, now in (
+            ("architecture", content["args"].shapes, self.model.arch.to_dict()),
+            ("settings", content["args"].settings, self.settings.to_dict()),
+        ):
+            if change := describe_change(then, now):
+                raise TrainingError(f"{path}: the run to resume has other {words}: {change}; give the same options")
+        self.model.load_state_dict(content["state_dict"])
+        self.average.load_state_dict(content["state_dict_ema"])
+        self.optimiser.load_state_dict(content["optimizer"])
+        self.step, self.metric = content["step"], content["metric"]

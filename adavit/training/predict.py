@@ -1,0 +1,74 @@
+"""Runs a model over a labelled set and keeps what it decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from adavit.macs import dense_macs, image_macs
+from adavit.model.adavit import AdaViT
+from adavit.model.policy import Decide
+
+__all__ = ["Predictions", "predict"]
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of n images.
+
+    Attributes:
+        labels: int64 [n], true; logits: float32 [n, C].
+        tokens: bool [n, L, N]; heads: bool [n, L, H]; sublayers: bool [n, L, 2].
+        macs: share of the dense MACs, float64 [n].
+    """
+
+    labels: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32]
+    tokens: Bools
+    heads: Bools
+    sublayers: Bools
+    macs: npt.NDArray[np.float64]
+
+    @property
+    def correct(self) -> Bools:
+        """Whether the best class is the true one, [n]."""
+        return np.asarray(self.logits.argmax(1) == self.labels)
+
+    @property
+    def loss(self) -> npt.NDArray[np.float64]:
+        """Cross-entropy of each image, [n]."""
+        shifted = self.logits.astype(np.float64) - self.logits.max(1, keepdims=True)
+        log_sum = np.log(np.exp(shifted).sum(1))
+        return np.asarray(log_sum - shifted[np.arange(len(self.labels)), self.labels])
+
+    def usage(self, keep: int) -> dict[str, float]:
+        """Mean usages as in `usage.measure_usage`; heads and sub-layers of the blocks from `keep` on."""
+        heads, sublayers = self.heads[:, keep:].mean(-1), self.sublayers[:, keep:]
+        running = sublayers.sum(-1)
+        return {
+            "tokens": float(self.tokens[..., 1:].mean()),
+            "heads": float((heads * running).sum() / max(1, running.sum())),
+            "sublayers": float(sublayers.mean()) if sublayers.size else 1.0,
+        }
+
+
+@torch.no_grad()
+def predict(
+    model: AdaViT, batches: Iterable[tuple[Tensor, npt.NDArray[np.int64]]], decide: Decide | None
+) -> Predictions:
+    """Predictions of a model in eval mode; `decide` None is its dense twin."""
+    device = model.cls_token.device
+    parts: list[list[npt.NDArray[np.generic]]] = []
+    for images, labels in batches:
+        output = model(images.to(device), decide=decide)
+        masks = [mask.cpu().numpy() for mask in output.stacked(model.arch)]
+        share = image_macs(model.arch, *masks) / dense_macs(model.arch)
+        parts.append([labels, output.logits.float().cpu().numpy(), *masks, share])
+    return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))

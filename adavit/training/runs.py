@@ -1,0 +1,200 @@
+"""What the subcommands of `adavit-train` do with their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from adavit.architecture import Architecture
+from adavit.model import AdaViT, load_checkpoint, save_safetensors
+from adavit.model import policy as P
+from adavit.training import start
+from adavit.training.augment import usual_crop
+from adavit.training.budget import KINDS, targets_for
+from adavit.training.data import LabelledImages, open_images
+from adavit.training.distributed import World, join_world
+from adavit.training.errors import DataError, TrainingError
+from adavit.training.loader import evaluation_batches
+from adavit.training.log import read_log
+from adavit.training.loop import CHECKPOINT, LOG, Intervals, Trainer
+from adavit.training.plot import plot_evaluation, plot_log
+from adavit.training.predict import predict
+from adavit.training.report import RandomPolicy, evaluation_report
+from adavit.training.settings import PUBLISHED_TARGET, PolicySettings, Settings
+
+__all__ = ["evaluate", "report_lines", "train_adaptive", "train_dense"]
+
+Options = dict[str, Any]
+
+OPTION_NAMES = {"tokens": "token", "heads": "head", "sublayers": "sublayer"}
+SHAPES = ("stem", "image_size", "patch_size", "width", "depth", "heads", "hidden")
+RUN_OPTIONS = (
+    "batch", "clip", "ema", "final", "learning_rate", "mirror", "mixup", "precision", "seed", "smoothing", "warmup",
+    "weight_decay",
+)  # fmt: skip
+POLICY_OPTIONS = (
+    "anneal", "attention_weight", "distillation_temperature", "diversity_weight", "entropy_weight", "floor",
+    "floor_weight", "hidden_weight", "logit_weight", "temperature",
+)  # fmt: skip
+WEIGHTS = "weights.safetensors"
+
+
+def train_dense(options: Options) -> None:
+    """`adavit-train dense`."""
+    with join_world() as world:
+        train, test = _open_data(options, world)
+        given = {name: options[name] for name in SHAPES if options[name] is not None}
+        source = load_checkpoint(options["source"], options["heads"]) if options["source"] else None
+        arch = start.dense_shapes(source.arch if source else None, given, len(train.classes))
+        model = start.fit(source, arch, options["seed"]) if source else start.new_model(arch, options["seed"])
+        settings = _settings(options, arch, len(train.labels), None)
+        _run(Trainer(model, settings, world, options["output"]), train, test, options)
+
+
+def train_adaptive(options: Options) -> None:
+    """`adavit-train adapt`."""
+    with join_world() as world:
+        train, test = _open_data(options, world)
+        source = load_checkpoint(options["source"], options["heads"])
+        kinds = _kinds(options["policies"])
+        arch = start.adaptive_shapes(source.arch, kinds, len(train.classes), options["patch_size"])
+        policy = _policy_settings(options, arch, kinds)
+        settings = _settings(options, arch, len(train.labels), policy)
+        model = start.fit(source, arch, options["seed"])
+        teacher = _teacher(options, source, arch) if policy.distils else None
+        _run(Trainer(model, settings, world, options["output"], teacher), train, test, options)
+
+
+def evaluate(options: Options) -> Options:
+    """`adavit-train evaluate`: the report as plain values."""
+    _set_threads(options)
+    model = load_checkpoint(options["checkpoint"], options["heads"]).eval()
+    test = open_images(options["data"], "test", options["corrupt"], _class_names(options["labels"]))
+    if len(test.classes) != model.arch.classes:
+        raise DataError(f"{options['data']}: {len(test.classes)} classes, the model has {model.arch.classes}")
+    count = min(options["images"] or len(test.labels), len(test.labels))
+
+    def run(model: AdaViT, decide: P.Decide | None = P.decide) -> Any:
+        crop = options["crop"] or usual_crop(model.arch.image_size)
+        batches = evaluation_batches(test, range(count), model.arch.image_size, crop, options["batch"])
+        return predict(model, batches, decide)
+
+    found = run(model)
+    dense = run(load_checkpoint(options["dense"], model.arch.heads)) if options["dense"] else None
+    chance = run(model, RandomPolicy(found, model.arch, options["seed"])) if options["random"] else None
+    report = evaluation_report(found, model.arch, test.classes, dense, chance)
+    if options["plot"]:
+        plot_evaluation(report, options["plot"])
+    return report
+
+
+def report_lines(report: Options) -> list[str]:
+    """An evaluation for people."""
+    usage = ", ".join(f"{kind} {share:.1%}" for kind, share in report["usage"].items())
+    lines = [
+        f"accuracy    {report['accuracy']:.2%} of {report['images']} images",
+        f"MACs        {report['macs']:.1%} of dense",
+        f"usage       {usage}",
+    ]
+    if "dense" in report:
+        lines.append(f"dense       {report['dense']['accuracy']:.2%}; {report['accuracy_of_dense']:.2%} of it kept")
+    if "random_policy" in report:
+        found = report["random_policy"]
+        lines.append(f"random      {found['accuracy']:.2%} with a random policy at {found['macs']:.1%} of dense")
+    for name, units in report["constant"].items():
+        lines.append(f"{name:<6} used {', '.join(units) or 'none'}")
+    easy, hard = report["difficulty"]["parts"][0], report["difficulty"]["parts"][-1]
+    lines.append(
+        f"easy, hard  {easy['macs']:.1%} of the MACs for the easiest fifth, {hard['macs']:.1%} for the hardest"
+    )
+    return lines
+
+
+def _run(trainer: Trainer, train: LabelledImages, test: LabelledImages, options: Options) -> None:
+    """Trains, then writes the plot and the averaged weights."""
+    folder, leads = options["output"], trainer.world.leads
+    if options["resume"]:
+        trainer.resume()
+    elif (folder / CHECKPOINT).exists():
+        raise TrainingError(f"{folder}: holds a run; pass --resume to go on with it, or choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    intervals = Intervals(
+        options["log_every"], options["save_every"], options["evaluate_every"], options["evaluate_images"]
+    )
+    trainer.run(train, test, intervals, options["workers"])
+    if leads:
+        plot_log(read_log(folder / LOG), folder / "plot.png")
+        _write_weights(trainer, train.classes, folder / WEIGHTS)
+        click.echo(f"{folder / WEIGHTS}: {trainer.metric:.2f} % of the test images right")
+
+
+def _write_weights(trainer: Trainer, classes: list[str], path: Path) -> None:
+    notes = {"accuracy": f"{trainer.metric:.2f}", "classes": classes, "crop": trainer.settings.crop}
+    save_safetensors(trainer.average, path, notes)
+
+
+def _open_data(options: Options, world: World) -> tuple[LabelledImages, LabelledImages]:
+    _set_threads(options)
+    if options["batch"] % world.size or (options["mixup"] and options["batch"] // world.size % 2):
+        parts = "an even number" if options["mixup"] else "one"
+        raise TrainingError(f"--batch {options['batch']} does not divide over {world.size} processes, {parts} each")
+    names = _class_names(options["labels"])
+    train = open_images(options["data"], "train", options["corrupt"], names)
+    return train, open_images(options["data"], "test", options["corrupt"], train.classes)
+
+
+def _set_threads(options: Options) -> None:
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+
+
+def _class_names(path: Path | None) -> list[str] | None:
+    return path.read_text().split("\n")[:-1] if path else None
+
+
+def _teacher(options: Options, source: AdaViT, arch: Architecture) -> AdaViT:
+    """The dense model to learn from, at the input of the student."""
+    teacher = load_checkpoint(options["teacher"], arch.heads) if options["teacher"] else source
+    if teacher.arch.token_policy or teacher.arch.head_policy or teacher.arch.sublayer_policy:
+        raise TrainingError("the teacher has policies; give a dense model with --teacher")
+    if (teacher.arch.classes, teacher.arch.image_size) != (arch.classes, arch.image_size):
+        raise TrainingError("the teacher has other classes or another image size; train `dense` on this data first")
+    return teacher
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    if not chosen or set(chosen) - set(KINDS):
+        raise click.UsageError(f"--policies {text!r}: expected some of {', '.join(KINDS)}, separated by commas")
+    return tuple(kind for kind in KINDS if kind in chosen)
+
+
+def _policy_settings(options: Options, arch: Architecture, kinds: tuple[str, ...]) -> PolicySettings:
+    fixed = {kind: options[f"{OPTION_NAMES[kind]}_target"] for kind in KINDS}
+    fixed = {kind: target for kind, target in fixed.items() if target is not None}
+    if stray := set(fixed) - set(kinds):
+        raise click.UsageError(f"--{OPTION_NAMES[stray.pop()]}-target: that policy is not among --policies")
+    if options["budget"] is not None:
+        targets = targets_for(arch, kinds, options["budget"], fixed)
+    else:
+        targets = {**dict.fromkeys(kinds, PUBLISHED_TARGET), **fixed}
+    return PolicySettings(
+        targets=targets,
+        weights={kind: options[f"{OPTION_NAMES[kind]}_weight"] for kind in kinds},
+        learning_rate_scale=options["policy_rate"],
+        **{name: options[name] for name in POLICY_OPTIONS},
+    )
+
+
+def _settings(options: Options, arch: Architecture, images: int, policy: PolicySettings | None) -> Settings:
+    small = usual_crop(arch.image_size) == 1
+    return Settings(
+        steps=options["steps"] or max(1, round(options["epochs"] * (images // options["batch"]))),
+        augment=options["augment"] or ("shift" if small else "crop"),
+        crop=options["crop"] or usual_crop(arch.image_size),
+        policy=policy,
+        **{name: options[name] for name in RUN_OPTIONS},
+    )

@@ -1,0 +1,93 @@
+"""Everything about a run that changes its result; a resumed run must have the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from adavit.training.budget import KINDS
+
+__all__ = ["PolicySettings", "Settings", "describe_change"]
+
+PUBLISHED_TARGET = 0.5
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """How the policies are learned, in the notation of `losses.py`.
+
+    Attributes:
+        targets: gamma by kind; the kinds it names are trained.
+        weights: lambda by kind.
+        temperature: tau of the Gumbel-sigmoid's gradient.
+        anneal: fraction of the run after which decisions are without noise, as at inference; 0 never.
+        floor: least usage of every head and sub-layer, weighted by floor_weight.
+        entropy_weight, diversity_weight: of those terms.
+        logit_weight, attention_weight, hidden_weight: of distillation from the dense teacher.
+        distillation_temperature: tau of the soft labels.
+        learning_rate_scale: of the decision layers, relative to the rest.
+    """
+
+    targets: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, PUBLISHED_TARGET))
+    weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 2.0))
+    temperature: float = 5.0
+    anneal: float = 0.7
+    floor: float = 0.0
+    floor_weight: float = 0.0
+    entropy_weight: float = 0.0
+    diversity_weight: float = 0.0
+    logit_weight: float = 1.0
+    attention_weight: float = 0.0
+    hidden_weight: float = 0.0
+    distillation_temperature: float = 1.0
+    learning_rate_scale: float = 1.0
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is anything to learn from a teacher."""
+        return max(self.logit_weight, self.attention_weight, self.hidden_weight) > 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run.
+
+    Attributes:
+        steps: optimiser steps; batch: images of one, over all processes; seed: of everything random.
+        learning_rate: after `warmup` steps, from where it follows a cosine to `final` times itself.
+        weight_decay: of matrices; clip: bound on the gradient's norm.
+        smoothing: of labels; mixup: alpha of the Beta distribution, 0 for none.
+        ema: decay of the weights' moving average; precision: "fp32" or "bf16" (autocast).
+        augment, mirror, crop: see `augment.Augment`.
+        policy: None for a dense model.
+    """
+
+    steps: int
+    batch: int
+    seed: int = 0
+    learning_rate: float = 1e-3
+    warmup: int = 0
+    final: float = 0.01
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    smoothing: float = 0.1
+    mixup: float = 0.0
+    ema: float = 0.999
+    precision: str = "fp32"
+    augment: str = "shift"
+    mirror: bool = True
+    crop: float = 1.0
+    policy: PolicySettings | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def describe_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """The first entry in which a resumed run would differ, in words, or None."""
+    for name in sorted({*before, *after}):
+        if before.get(name) != after.get(name):
+            return f"{name} was {before.get(name)}, now {after.get(name)}"
+    return None

@@ -1,0 +1,127 @@
+"""What a run starts from: fresh weights, or those of another checkpoint fitted to new shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adavit.architecture import TOKEN_THRESHOLD, Architecture
+from adavit.model import AdaViT
+from adavit.training.errors import TrainingError
+
+__all__ = ["adaptive_shapes", "dense_shapes", "fit", "new_model"]
+
+DEVIATION = 0.02
+INITIAL_USAGE = 0.9
+HEAD_WIDTH = 64
+POLICIES = {"tokens": "token_policy", "heads": "head_policy", "sublayers": "sublayer_policy"}
+
+
+def new_model(arch: Architecture, seed: int) -> AdaViT:
+    """A model with fresh weights: normal, truncated, of deviation 0.02; biases 0; decisions that mostly keep."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AdaViT(arch)
+        for name, parameter in model.named_parameters():
+            if name.startswith("tokens_to_token.") and name.endswith(".w"):
+                continue  # orthogonal random features
+            if parameter.ndim > 1:
+                nn.init.trunc_normal_(parameter, std=DEVIATION)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        for block in model.blocks:
+            _start_decisions(block)
+    return model
+
+
+def _start_decisions(block: nn.Module) -> None:
+    """Biases at which the noisy decisions keep 90 %; the Gumbel difference has a logistic distribution."""
+    usual = log(INITIAL_USAGE / (1 - INITIAL_USAGE))
+    shift = log(TOKEN_THRESHOLD / (1 - TOKEN_THRESHOLD))
+    for name, parameter in block.named_parameters():
+        if name.endswith("mlp_head.bias"):
+            nn.init.constant_(parameter, usual + (shift if "token_select" in name else 0.0))
+
+
+def dense_shapes(source: Architecture | None, given: Mapping[str, Any], classes: int) -> Architecture:
+    """Shapes of a dense model: those given, else the source's, else those of a small model for 28 x 28 pixels.
+
+    Raises:
+        TrainingError: they do not fit together.
+    """
+    if source is not None:
+        usual = source.to_dict()
+    else:
+        stem, width = given.get("stem", "patch"), given.get("width", 192)
+        sides = {"image_size": 28, "patch_size": 4} if stem == "patch" else {"image_size": 224, "patch_size": 16}
+        usual = {"stem": stem, "width": width, "depth": 8, "heads": max(1, width // HEAD_WIDTH), "hidden": 3 * width}
+        usual |= {**sides, "qkv_bias": stem == "patch", "keep": 1}
+    return _shapes({**usual, **given, **dict.fromkeys(POLICIES.values(), False), "classes": classes})
+
+
+def adaptive_shapes(source: Architecture, kinds: Collection[str], classes: int, patch: int | None) -> Architecture:
+    """Shapes of the source with the policies `kinds`, of `budget.KINDS`, and maybe another patch side."""
+    policies = {name: kind in kinds for kind, name in POLICIES.items()}
+    return _shapes({**source.to_dict(), **policies, "classes": classes, "patch_size": patch or source.patch_size})
+
+
+def _shapes(values: dict[str, Any]) -> Architecture:
+    try:
+        return Architecture.from_dict(values)
+    except ValueError as error:
+        raise TrainingError(f"no such model: {error}") from None
+
+
+def fit(source: AdaViT, arch: Architecture, seed: int) -> AdaViT:
+    """A model of shapes `arch` with the weights of `source`.
+
+    The position embedding and the patch kernel are interpolated; a head for another number of classes, and
+    decision layers that the source lacks, start fresh.
+
+    Raises:
+        TrainingError: the backbones differ in more than that.
+    """
+    adaptable = {"image_size", "patch_size", "classes", "keep", *POLICIES.values()}
+    same = {name: getattr(source.arch, name) for name in adaptable}
+    if replace(arch, **same) != source.arch:
+        differing = [
+            name for name, value in source.arch.to_dict().items() if getattr(replace(arch, **same), name) != value
+        ]
+        raise TrainingError(f"the weights to start from have another {', '.join(differing)}; leave that option out")
+    model = new_model(arch, seed)
+    old, new = source.state_dict(), model.state_dict()
+    for name, fresh in new.items():
+        if name == "pos_embed":
+            new[name] = _resize_positions(old[name], arch.grid)
+        elif name == "patch_embed.proj.weight":
+            new[name] = _resize_kernel(old[name], arch.patch_size)
+        elif name in old and old[name].shape == fresh.shape:
+            new[name] = old[name]
+    model.load_state_dict(new)
+    return model
+
+
+def _resize_positions(positions: Tensor, grid: int) -> Tensor:
+    """Bicubic on the map of patches; the class token's is kept: [1, 1 + P, D] to [1, 1 + grid^2, D]."""
+    first, patches = positions[:, :1], positions[:, 1:]
+    side = round(patches.shape[1] ** 0.5)
+    if side == grid:
+        return positions
+    square = patches.transpose(1, 2).unflatten(2, (side, side))
+    square = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([first, square.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _resize_kernel(kernel: Tensor, patch: int) -> Tensor:
+    """Interpolates [D, 3, p, p] and keeps its sums, so that an even patch gives the same token."""
+    if kernel.shape[-1] == patch:
+        return kernel
+    scaled = F.interpolate(kernel, (patch, patch), mode="bilinear", antialias=True, align_corners=False)
+    scaled = scaled + (kernel.mean((2, 3), keepdim=True) - scaled.mean((2, 3), keepdim=True))
+    return scaled * (kernel.shape[-1] / patch) ** 2
