@@ -59,7 +59,7 @@ def dense(**options: Any) -> None:
 @click.option("--sublayer-weight", type=WEIGHT, default=2.0, show_default=True, help="Of the sub-layer usage loss.")
 @click.option("--temperature", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True,
               help="Of the Gumbel-sigmoid.")  # fmt: skip
-@click.option("--anneal", type=WEIGHT, default=0.7, show_default=True,
+@click.option("--anneal", type=WEIGHT, default=0.5, show_default=True,
               help="Share of the run in which the noise falls to 0; 0 keeps it.")  # fmt: skip
 @click.option("--floor", type=SHARE, default=0.0, show_default=True, help="Least usage of a head or sub-layer.")
 @click.option("--floor-weight", type=WEIGHT, default=0.0, show_default=True, help="Of that floor.")

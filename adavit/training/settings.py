@@ -32,7 +32,7 @@ class PolicySettings:
     targets: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, PUBLISHED_TARGET))
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 2.0))
     temperature: float = 5.0
-    anneal: float = 0.7
+    anneal: float = 0.5
     floor: float = 0.0
     floor_weight: float = 0.0
     entropy_weight: float = 0.0

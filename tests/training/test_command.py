@@ -1,0 +1,100 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from adavit.model import load_checkpoint
+from adavit.training.command import main
+
+SMALL = ("--width", "16", "--heads", "2", "--depth", "2", "--image-size", "8", "--patch-size", "4", "--batch", "16",
+         "--steps", "3", "--warmup", "1", "--threads", "1")  # fmt: skip
+SHORT = ("--batch", "16", "--steps", "3", "--warmup", "1", "--threads", "1")
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def fails(words: str, *arguments: object, code: int = 1) -> None:
+    found = call(*arguments)
+    assert found.exit_code == code, found.output
+    assert words in found.output
+    assert "Traceback" not in found.output
+    if code == 1:
+        assert found.output.startswith("adavit-train: error: ") and found.output.count("\n") == 1
+
+
+@pytest.fixture
+def dense(tmp_path: Path, idx_folder: Path) -> Path:
+    found = call("dense", "--data", idx_folder, "-o", tmp_path / "dense", *SMALL)
+    assert found.exit_code == 0, found.output
+    return tmp_path / "dense" / "weights.safetensors"
+
+
+def test_help_needs_no_torch() -> None:
+    program = "import sys; from adavit.training.command import main; main(['--help'], standalone_mode=False); " \
+              "assert 'torch' not in sys.modules"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60).returncode == 0
+
+
+def test_dense_then_adapt_then_evaluate(tmp_path: Path, idx_folder: Path, dense: Path) -> None:
+    output = tmp_path / "adaptive"
+    found = call("adapt", "--data", idx_folder, "--from", dense, "-o", output, *SHORT, "--budget", 0.8,
+                 "--patch-size", 2)  # fmt: skip
+    assert found.exit_code == 0, found.output
+    assert {file.name for file in output.iterdir()} == {
+        "checkpoint.pth",
+        "log.jsonl",
+        "plot.png",
+        "weights.safetensors",
+    }
+    model, resumable = load_checkpoint(output / "weights.safetensors"), load_checkpoint(output / "checkpoint.pth")
+    assert model.arch == resumable.arch and (model.arch.heads, model.arch.patches) == (2, 16)
+    assert torch.equal(model.head.weight, resumable.head.weight)
+    plot, report = tmp_path / "plot.png", tmp_path / "report.json"
+    found = call("evaluate", output / "weights.safetensors", "--data", idx_folder, "--dense", dense, "--plot", plot,
+                 "--json", report)  # fmt: skip
+    assert found.exit_code == 0 and "random" in found.output
+    assert json.loads(report.read_text())["images"] == 32
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_neither_overwritten_nor_lost(tmp_path: Path, idx_folder: Path, dense: Path) -> None:
+    again = ("dense", "--data", idx_folder, "-o", dense.parent, *SMALL)
+    fails("holds a run; pass --resume", *again)
+    before = load_checkpoint(dense).head.weight
+    assert call(*again, "--resume").exit_code == 0
+    assert torch.equal(load_checkpoint(dense).head.weight, before)
+
+
+def test_wrong_inputs_are_one_line(tmp_path: Path, idx_folder: Path, dense: Path) -> None:
+    start = ("adapt", "--data", idx_folder, "-o", tmp_path / "new", *SHORT)
+    fails("no such folder", "dense", "--data", tmp_path / "absent", "-o", tmp_path / "new")
+    fails("no such file", *start, "--from", tmp_path / "absent.pth")
+    fails("out of reach", *start, "--from", dense, "--budget", 0.01)
+    fails("not a multiple of the patch side 3", *start, "--from", dense, "--patch-size", 3)
+    fails("expected some of tokens, heads, sublayers", *start, "--from", dense, "--policies", "layers", code=2)
+    fails("not among --policies", *start, "--from", dense, "--policies", "heads", "--token-target", 0.5, code=2)
+    fails("no run to resume", *start, "--from", dense, "--resume")
+    fails("fewer than one batch", "dense", "--data", idx_folder, "-o", tmp_path / "new", "--batch", 1000)
+    fails("have another width", "dense", "--data", idx_folder, "-o", tmp_path / "new", "--from", dense, "--width", 32)
+    fails("Missing option", "adapt", code=2)
+
+
+def test_an_adaptive_model_cannot_teach(tmp_path: Path, idx_folder: Path, dense: Path) -> None:
+    first = ("adapt", "--data", idx_folder, *SHORT, "-o", tmp_path / "first")
+    assert call(*first, "--from", dense).exit_code == 0
+    adaptive = tmp_path / "first" / "weights.safetensors"
+    second = ("adapt", "--data", idx_folder, *SHORT, "-o", tmp_path / "second", "--from", adaptive)
+    fails("the teacher has policies; give a dense model with --teacher", *second)
+    assert call(*second, "--teacher", dense).exit_code == 0
+
+
+def test_evaluating_on_other_classes_is_refused(tmp_path: Path, idx_folder: Path, dense: Path) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("a\nb\nc\nd\ne\n")
+    fails("5 classes, the model has 4", "evaluate", dense, "--data", idx_folder, "--labels", labels)

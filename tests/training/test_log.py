@@ -1,0 +1,39 @@
+from pathlib import Path
+
+import pytest
+
+from adavit.training.log import Log, Progress, read_log
+from adavit.training.plot import plot_log
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = Log(path, 0)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 1 / step})
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    assert [record["step"] for record in read_log(path)] == [1, 2, 3]
+    Log(path, 2).write({"step": 3, "loss": 0.5})
+    assert read_log(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
+
+
+def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(0, 10, True)
+    progress.update(5, "loss 1")
+    progress.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal_tells_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    progress = Progress(0, 10, True)
+    progress.update(5, "loss 1")
+    assert "step 5/10  loss 1  0:00:00 left" in capsys.readouterr().err
+
+
+def test_a_plot_of_a_log_without_accuracy_is_drawn(tmp_path: Path) -> None:
+    plot_log([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -1,0 +1,137 @@
+"""Runs: resumed ones end where uninterrupted ones do, and the policies reach their targets."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_cases import tiny, write_idx_set
+
+from adavit.model import load_checkpoint
+from adavit.training import start
+from adavit.training.data import open_images
+from adavit.training.distributed import World
+from adavit.training.errors import TrainingError
+from adavit.training.log import read_log
+from adavit.training.loop import Intervals, Trainer
+from adavit.training.settings import PolicySettings, Settings
+
+ALONE = World(0, 1, torch.device("cpu"))
+POLICY = PolicySettings(attention_weight=0.1, hidden_weight=0.1, floor=0.1, floor_weight=0.1, entropy_weight=0.01,
+                        diversity_weight=0.1)  # fmt: skip
+SETTINGS = Settings(steps=12, batch=8, learning_rate=3e-3, warmup=3, mixup=0.3, ema=0.9, policy=POLICY)
+
+
+def trainer(folder: Path, settings: Settings = SETTINGS, **changes: object) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    arch = tiny(**changes)
+    dense = start.new_model(replace(arch, token_policy=False, head_policy=False, sublayer_policy=False), 1)
+    return Trainer(start.fit(dense, arch, 0), settings, ALONE, folder, dense)
+
+
+def run(one: Trainer, data: Path, save: int = 5) -> None:
+    one.run(open_images(data, "train"), open_images(data, "test"), Intervals(2, save, 4, 16), 1)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [5, 8, 11])
+def test_killed_and_resumed_ends_with_the_same_weights(
+    tmp_path: Path, idx_folder: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trainer(tmp_path / "whole")
+    run(whole, idx_folder)
+    victim = trainer(tmp_path / "victim")
+    update = victim._update
+
+    def mortal(*arguments: object) -> dict[str, float]:
+        if victim.step == killed_at:
+            raise Killed
+        return update(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(victim, "_update", mortal)
+    with pytest.raises(Killed):
+        run(victim, idx_folder)
+    resumed = trainer(tmp_path / "victim")
+    resumed.resume()
+    assert resumed.step == killed_at // 5 * 5
+    run(resumed, idx_folder)
+    for pair in ((whole.model, resumed.model), (whole.average, resumed.average)):
+        expected, found = (model.state_dict() for model in pair)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert read_log(tmp_path / "whole/log.jsonl") == read_log(tmp_path / "victim/log.jsonl")
+
+
+def test_the_checkpoint_is_read_as_a_released_one_with_its_average(tmp_path: Path, idx_folder: Path) -> None:
+    one = trainer(tmp_path / "run")
+    run(one, idx_folder)
+    model = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert model.arch == one.model.arch
+    assert torch.equal(model.head.weight, one.average.head.weight)
+    assert not torch.equal(model.head.weight, one.model.head.weight)
+    assert not list((tmp_path / "run").glob(".*tmp"))
+
+
+def test_resuming_something_else_is_refused(tmp_path: Path, idx_folder: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingError, match="no run to resume"):
+        trainer(folder).resume()
+    run(trainer(folder), idx_folder)
+    with pytest.raises(TrainingError, match="other architecture: depth was 3, now 2"):
+        trainer(folder, depth=2).resume()
+    with pytest.raises(TrainingError, match="other settings: seed was 0, now 7"):
+        trainer(folder, replace(SETTINGS, seed=7)).resume()
+    (folder / "checkpoint.pth").write_bytes(b"nothing")
+    with pytest.raises(TrainingError, match="not a training checkpoint"):
+        trainer(folder).resume()
+    torch.save({"state_dict": {}}, folder / "checkpoint.pth")
+    with pytest.raises(TrainingError, match="no run to resume in it"):
+        trainer(folder).resume()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_once(tmp_path: Path, idx_folder: Path) -> None:
+    one = trainer(tmp_path / "run")
+    with torch.no_grad():
+        one.model.head.bias[0] = float("nan")
+    with pytest.raises(TrainingError, match=r"not finite at step 0 \(classification, distil_logits\)"):
+        run(one, idx_folder)
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+def test_bf16_autocast_trains(tmp_path: Path, idx_folder: Path) -> None:
+    one = trainer(tmp_path / "run", replace(SETTINGS, precision="bf16", steps=3))
+    before = one.model.head.weight.detach().clone()
+    run(one, idx_folder)
+    assert not torch.equal(one.model.head.weight, before)
+
+
+def test_dense_runs_learn(tmp_path: Path, idx_folder: Path) -> None:
+    arch = tiny(token_policy=False, head_policy=False, sublayer_policy=False)
+    settings = Settings(steps=100, batch=16, learning_rate=5e-3, warmup=10, ema=0.9, mirror=False, augment="none")
+    one = Trainer(start.new_model(arch, 0), settings, ALONE, tmp_path)
+    run(one, idx_folder, save=100)
+    assert one.metric > 90
+
+
+@pytest.mark.parametrize("kinds", [("tokens", "heads", "sublayers"), ("heads",), ("tokens", "sublayers")])
+def test_200_steps_reach_the_targets(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    data = write_idx_set(tmp_path / "data", train=256, test=128)
+    targets = dict(zip(("tokens", "heads", "sublayers"), (0.5, 0.6, 0.7), strict=True))
+    policy = PolicySettings(
+        targets={kind: targets[kind] for kind in kinds}, weights=dict.fromkeys(kinds, 2.0), learning_rate_scale=10
+    )
+    settings = Settings(
+        steps=200, batch=32, learning_rate=2e-3, final=0.2, warmup=10, ema=0.9, mirror=False, policy=policy
+    )
+    names = {"tokens": "token_policy", "heads": "head_policy", "sublayers": "sublayer_policy"}
+    arch = tiny(depth=4, **{name: kind in kinds for kind, name in names.items()})
+    dense = start.new_model(tiny(depth=4, **dict.fromkeys(names.values(), False)), 1)
+    (tmp_path / "run").mkdir()
+    one = Trainer(start.fit(dense, arch, 0), settings, ALONE, tmp_path / "run", dense)
+    run(one, data, save=200)
+    reached = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    for kind in kinds:
+        assert reached[kind] == pytest.approx(targets[kind], abs=0.05)
