@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from adavit.architecture import Architecture
 from adavit.macs import block_macs, dense_macs, outside_macs
 from adavit.training.errors import TrainingError
@@ -33,9 +31,8 @@ def _between(arch: Architecture, tokens: float, heads: float) -> float:
     """MACs of a block at fractional counts, bilinear between the whole ones."""
     low_tokens, low_heads = int(tokens), int(heads)
     t, h = tokens - low_tokens, heads - low_heads
-    counts = np.array([low_tokens, low_tokens + 1])[:, None], np.array([low_heads, low_heads + 1])
-    corners = block_macs(arch, *counts, True, True)
-    return float(np.array([1 - t, t]) @ corners @ np.array([1 - h, h]))
+    corners = (((1 - t) * (1 - h), 0, 0), ((1 - t) * h, 0, 1), (t * (1 - h), 1, 0), (t * h, 1, 1))
+    return sum(weight * int(block_macs(arch, low_tokens + i, low_heads + j, 1, 1)) for weight, i, j in corners)
 
 
 def targets_for(

@@ -34,13 +34,16 @@ class TrainingBatches:
         if self.per_epoch == 0:
             raise DataError(f"{len(data.labels)} training images are fewer than one batch of {settings.batch}")
         self._augment = Augment(settings.augment, side, settings.crop, settings.mirror)
+        self._epoch, self._order = -1, np.empty(0, np.int64)
         self._pool = ThreadPoolExecutor(max(1, workers))
 
     def indices(self, step: int) -> npt.NDArray[np.int64]:
         """The images of the global batch of a step."""
         epoch, position = divmod(step, self.per_epoch)
-        order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._data.labels))
-        return order[position * self._settings.batch : (position + 1) * self._settings.batch]
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._data.labels))
+        return self._order[position * self._settings.batch : (position + 1) * self._settings.batch]
 
     def iterate(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [b, 3, S, S] and soft labels [b, C] of the steps from `first` to before `last`."""

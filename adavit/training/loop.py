@@ -6,6 +6,7 @@ import argparse
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ NOISE_STREAM = 1_000_003
 CHECKPOINT, LOG = "checkpoint.pth", "log.jsonl"
 
 
+@dataclass(frozen=True)
 class Intervals:
     """How often a run looks up from its work, in steps.
 
@@ -43,8 +45,10 @@ class Intervals:
         images: test images of one evaluation, 0 for all.
     """
 
-    def __init__(self, log: int, save: int, evaluate: int, images: int = 0) -> None:
-        self.log, self.save, self.evaluate, self.images = log, save, evaluate, images
+    log: int
+    save: int
+    evaluate: int
+    images: int = 0
 
 
 class Trainer:
