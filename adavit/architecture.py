@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-__all__ = ["Architecture", "TOKEN_THRESHOLD"]
+__all__ = ["TOKEN_THRESHOLD", "Architecture"]
 
 TOKEN_THRESHOLD = 0.6
 """A patch token is kept iff the sigmoid of its logit is above this; heads and sub-layers use 0.5."""

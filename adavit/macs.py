@@ -11,6 +11,8 @@ Full T2T-ViT-19 and DeiT-S blocks come to 0.431 and 0.379 GMACs, as in the relea
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
@@ -22,31 +24,23 @@ PERFORMER_WIDTH = 64
 PERFORMER_FEATURES = 32
 
 Int = npt.NDArray[np.int64]
+Count = TypeVar("Count", int, Int)
 
 
-def attention_macs(arch: Architecture, kept_tokens: npt.ArrayLike, kept_heads: npt.ArrayLike) -> Int:
-    """MACs of an attention sub-layer that runs; broadcasts over its two counts."""
-    k, channels = np.asarray(kept_tokens, np.int64), np.asarray(kept_heads, np.int64) * arch.head_width
-    return k * 4 * arch.width * channels + 2 * k * k * channels
+def attention_macs(arch: Architecture, kept_tokens: Count, kept_heads: Count) -> Count:
+    """MACs of an attention sub-layer that runs."""
+    channels = kept_heads * arch.head_width
+    return kept_tokens * 4 * arch.width * channels + 2 * kept_tokens * kept_tokens * channels
 
 
-def mlp_macs(arch: Architecture, kept_tokens: npt.ArrayLike, kept_heads: npt.ArrayLike) -> Int:
-    """MACs of an MLP sub-layer that runs; broadcasts over its two counts."""
-    k, heads = np.asarray(kept_tokens, np.int64), np.asarray(kept_heads, np.int64)
-    return np.where(heads > 0, k * arch.hidden * (heads * arch.head_width + arch.width), 0)
+def mlp_macs(arch: Architecture, kept_tokens: Count, kept_heads: Count) -> Count:
+    """MACs of an MLP sub-layer that runs."""
+    return (kept_heads > 0) * kept_tokens * arch.hidden * (kept_heads * arch.head_width + arch.width)
 
 
-def block_macs(
-    arch: Architecture,
-    kept_tokens: npt.ArrayLike,
-    kept_heads: npt.ArrayLike,
-    attention: npt.ArrayLike,
-    mlp: npt.ArrayLike,
-) -> Int:
-    """MACs of one block under its policy; every argument broadcasts, the result is int64."""
-    return np.asarray(attention, np.int64) * attention_macs(arch, kept_tokens, kept_heads) + np.asarray(
-        mlp, np.int64
-    ) * mlp_macs(arch, kept_tokens, kept_heads)
+def block_macs(arch: Architecture, kept_tokens: Count, kept_heads: Count, attention: Count, mlp: Count) -> Count:
+    """MACs of one block under its policy, of plain numbers or of arrays of one shape."""
+    return attention * attention_macs(arch, kept_tokens, kept_heads) + mlp * mlp_macs(arch, kept_tokens, kept_heads)
 
 
 def outside_macs(arch: Architecture) -> int:
@@ -67,7 +61,7 @@ def outside_macs(arch: Architecture) -> int:
 
 def dense_macs(arch: Architecture) -> int:
     """MACs of one image with every policy on."""
-    return outside_macs(arch) + arch.depth * int(block_macs(arch, arch.tokens, arch.heads, True, True))
+    return outside_macs(arch) + arch.depth * block_macs(arch, arch.tokens, arch.heads, 1, 1)
 
 
 def image_macs(arch: Architecture, tokens: npt.ArrayLike, heads: npt.ArrayLike, sublayers: npt.ArrayLike) -> Int:
@@ -75,12 +69,14 @@ def image_macs(arch: Architecture, tokens: npt.ArrayLike, heads: npt.ArrayLike, 
 
     Args:
         arch: the model's shapes.
-        tokens: bool [B, L, N]; heads: bool [B, L, H]; sublayers: bool [B, L, 2] (attention, MLP).
+        tokens: bool [B, L, N].
+        heads: bool [B, L, H].
+        sublayers: bool [B, L, 2], attention then MLP.
 
     Returns:
         int64 [B], stem and head included.
     """
-    sub = np.asarray(sublayers, bool)
-    counts = np.asarray(tokens, bool).sum(-1), np.asarray(heads, bool).sum(-1)
-    blocks = block_macs(arch, counts[0], counts[1], sub[..., 0], sub[..., 1])
+    runs = np.asarray(sublayers, np.int64)
+    counts = np.asarray(tokens, np.int64).sum(-1), np.asarray(heads, np.int64).sum(-1)
+    blocks = block_macs(arch, counts[0], counts[1], runs[..., 0], runs[..., 1])
     return np.asarray(outside_macs(arch) + blocks.sum(-1), np.int64)

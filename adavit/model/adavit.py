@@ -88,20 +88,29 @@ class Block(nn.Module):
             self.layer_select(x[:, 0]) if hasattr(self, "layer_select") else None,
         )
 
+    def policy(self, logits: BlockLogits, decide: P.Decide) -> P.BlockPolicy:
+        """The masks that `decide` makes of the logits."""
+        return P.BlockPolicy(
+            None if logits.tokens is None else P.with_class_token(decide(logits.tokens, P.TOKEN_THRESHOLD)),
+            None if logits.heads is None else decide(logits.heads, P.HEAD_THRESHOLD),
+            None if logits.sublayers is None else decide(logits.sublayers, P.SUBLAYER_THRESHOLD),
+        )
+
+    def attention_step(self, x: Tensor, normed: Tensor, policy: P.BlockPolicy) -> Tensor:
+        """X [B, N, D] after the attention sub-layer."""
+        return P.residual(x, self.attn(normed, policy), policy, sublayer=0)
+
+    def mlp_step(self, x: Tensor, policy: P.BlockPolicy) -> Tensor:
+        """X [B, N, D] after the MLP sub-layer."""
+        return P.residual(x, self.mlp(self.norm2(x), policy), policy, sublayer=1)
+
     def forward(self, x: Tensor, decide: P.Decide | None) -> tuple[Tensor, BlockLogits, P.BlockPolicy]:
         normed = self.norm1(x)
         logits, policy = BlockLogits(None, None, None), P.BlockPolicy(None, None, None)
         if decide is not None:
             logits = self.decision_logits(x, normed)
-            if logits.tokens is not None:
-                policy.tokens = P.with_class_token(decide(logits.tokens, P.TOKEN_THRESHOLD))
-            if logits.heads is not None:
-                policy.heads = decide(logits.heads, P.HEAD_THRESHOLD)
-            if logits.sublayers is not None:
-                policy.sublayers = decide(logits.sublayers, P.SUBLAYER_THRESHOLD)
-        x = P.residual(x, self.attn(normed, policy), policy, sublayer=0)
-        x = P.residual(x, self.mlp(self.norm2(x), policy), policy, sublayer=1)
-        return x, logits, policy
+            policy = self.policy(logits, decide)
+        return self.mlp_step(self.attention_step(x, normed, policy), policy), logits, policy
 
 
 @dataclass
@@ -176,5 +185,9 @@ class AdaViT(nn.Module):
             output.policies.append(policy)
             if hidden:
                 output.hidden.append(x)
-        output.logits = self.head(self.norm(x)[:, 0])
+        output.logits = self.classify(x)
         return output
+
+    def classify(self, x: Tensor) -> Tensor:
+        """The last block's output [B, N, D] to logits [B, C]."""
+        return self.head(self.norm(x)[:, 0])

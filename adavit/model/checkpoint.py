@@ -7,13 +7,14 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adavit.architecture import Architecture
 from adavit.errors import CheckpointError
 from adavit.model.adavit import AdaViT
 from adavit.model.infer import infer_architecture
@@ -83,16 +84,29 @@ def read_state(path: Path) -> tuple[State, int | None]:
 
 
 def _read_safetensors(path: Path) -> tuple[State, int | None]:
+    with _opened(path) as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    noted = read_metadata(path).get("num_heads", "")
+    return normalise_state(path, state), int(noted) if noted.isdigit() else None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The notes in a safetensors file; empty for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
-    noted = metadata.get("num_heads", "")
-    return normalise_state(path, state), int(noted) if noted.isdigit() else None
 
 
 def _weights_of(path: Path, content: Any) -> tuple[State, int | None]:

@@ -87,11 +87,11 @@ def residual(x: Tensor, update: Tensor, policy: BlockPolicy, sublayer: int) -> T
 
 
 __all__ = [
-    "BlockPolicy",
-    "Decide",
     "HEAD_THRESHOLD",
     "SUBLAYER_THRESHOLD",
     "TOKEN_THRESHOLD",
+    "BlockPolicy",
+    "Decide",
     "attend",
     "decide",
     "narrow",

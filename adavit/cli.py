@@ -1,0 +1,101 @@
+"""The commands `adavit-export` and `adavit-run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+import adavit
+from adavit import console
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command(cls=console.Command, name="adavit-export")
+@click.argument("source", metavar="CHECKPOINT", type=PATH, required=False)
+@click.option("--output", "-o", type=PATH, help="Folder to write the bundle to.")
+@click.option("--with-dense/--no-dense", default=None, help="Add the dense twin, the baseline of every benchmark.")
+@click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
+@click.option("--labels", type=PATH, help="Text file with one class name a line.")
+@click.option("--image-size", type=int, help="Side of the input in pixels; interpolates the position embedding.")
+@click.option("--crop-ratio", type=float, help="Share of the resized short side the crop keeps.  [default: 0.9]")
+@click.option("--heads", type=int, help="Attention heads, where the checkpoint does not tell.")
+@click.option("--verify/--no-verify", default=True, help="Run the bundle against the checkpoint before it is kept.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--check", type=PATH, metavar="BUNDLE", help="Verify an existing bundle instead of exporting.")
+@click.option("--against", type=PATH, metavar="CHECKPOINT", help="The checkpoint that --check compares with.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads of the verification.")
+@click.option("--json", "json_file", metavar="FILE|-", help="Write a report as JSON; - is standard output.")
+@click.version_option(adavit.__version__)
+def export(
+    source: Path | None,
+    output: Path | None,
+    check: Path | None,
+    against: Path | None,
+    json_file: str | None,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Turn a trained AdaViT into a bundle of engines, and prove that it computes the same.
+
+    CHECKPOINT is a released training checkpoint, a state dict or a safetensors file; `demo` is the small
+    Fashion-MNIST model that comes with this package.
+    """
+    from adavit.export import ExportOptions, check_bundle, export_bundle
+
+    with console.Progress() as progress:
+        if check is not None:
+            if against is None or source is not None or output is not None:
+                raise click.UsageError("--check BUNDLE takes --against CHECKPOINT and neither CHECKPOINT nor --output")
+            report = check_bundle(check, against, options["heads"], threads, progress)
+        elif source is None or output is None:
+            raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")
+        else:
+            report = export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
+    console.write_json(report, json_file)
+    if json_file != "-":
+        for line in console.export_lines(report):
+            click.echo(line)
+
+
+@click.command(cls=console.Command, name="adavit-run")
+@click.argument("bundle", type=PATH, required=False)
+@click.option("--images", type=PATH, multiple=True, help="Image file or folder; class-named folders give accuracy.")
+@click.option("--batch", type=click.IntRange(1, 4096), default=1, show_default=True, help="Images per run.")
+@click.option("--iterations", type=click.IntRange(1), help="Measured runs.")
+@click.option("--seconds", type=click.FloatRange(0.01), help="Length of the measurement.  [default: 3]")
+@click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Runs before the measurement.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all this process may use]")
+@click.option("--backend", default="onnxruntime", show_default=True, help="What runs the engines.")
+@click.option("--provider", help="ONNX Runtime's execution provider.  [default: CPUExecutionProvider]")
+@click.option(
+    "--parallel",
+    type=click.Choice(["operators", "samples"]),
+    help="What the threads share.  [default: operators for one image a run, samples for more]",
+)
+@click.option("--record-policy", type=PATH, metavar="FILE", help="Write what every image used (npz).")
+@click.option("--replay-policy", type=PATH, metavar="FILE", help="Follow a recorded policy instead of deciding.")
+@click.option("--dense/--no-dense", default=None, help="Alternate with the dense twin.  [default: where it is there]")
+@click.option("--top", type=click.IntRange(1, 100), default=1, show_default=True, help="Classes shown per image.")
+@click.option("--json", "json_file", metavar="FILE|-", help="Write the numbers as JSON; - is standard output.")
+@click.version_option(adavit.__version__)
+def run(bundle: Path | None, json_file: str | None, **options: Any) -> None:
+    """Run a BUNDLE on images, and measure it against its dense twin.
+
+    Without BUNDLE, the demo that comes with this package runs on its own images. Without --images, a bundle
+    runs on random input.
+    """
+    from adavit.runtime.evaluate import RunOptions, run_bundle
+
+    if options["iterations"] and options["seconds"]:
+        raise click.UsageError("give --iterations or --seconds, not both")
+    with console.Progress() as progress:
+        report = run_bundle(bundle, RunOptions(**options), progress)
+    for skipped in report["skipped"]:
+        click.echo(f"adavit-run: skipped {skipped}", err=True)
+    console.write_json(report, json_file)
+    if json_file != "-":
+        for line in console.run_lines(report):
+            click.echo(line)

@@ -1,0 +1,175 @@
+"""What the commands print: errors in one line, progress on a terminal, tables, JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adavit.errors import AdaViTError
+from adavit.files import write_beside
+
+__all__ = ["Command", "Progress", "export_lines", "run_lines", "write_json"]
+
+MODULES = {  # An optional package that is missing, and the extra that brings it.
+    "torch": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "safetensors": "export",
+    "onnxruntime": "cpu",
+    "matplotlib": "train",
+}
+
+
+class Command(click.Command):
+    """A command whose failures are one line on stderr: exit code 2 for usage, 1 for the rest, 130 for Ctrl-C."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except AdaViTError as error:
+            message = str(error)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").split(".")[0]
+            if package not in MODULES:
+                raise
+            message = f"{package} is not installed; run: pip install 'adavit[{MODULES[package]}]'"
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            message = _disk_message(error)
+        except MemoryError:
+            message = "out of memory; use a smaller --batch or fewer images"
+        except KeyboardInterrupt:
+            click.echo(f"{ctx.info_name}: interrupted", err=True)
+            ctx.exit(130)
+        click.echo(f"{ctx.info_name}: error: {' '.join(message.split())}", err=True)
+        ctx.exit(1)
+
+
+def _disk_message(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    hint = {
+        errno.ENOSPC: "the disk is full; free some space or write elsewhere",
+        errno.EROFS: "the file system is read-only; write elsewhere",
+        errno.EACCES: "no permission; choose a path you may use",
+    }.get(error.errno or 0, error.strerror or str(error))
+    return f"{where}{hint}"
+
+
+class Progress:
+    """A bar on stderr while it is a terminal, nothing otherwise. Call it with a stage and the share done."""
+
+    WIDTH = 24
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+        self._last = 0.0
+        self._dirty = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def __call__(self, stage: str, share: float) -> None:
+        """Shows that `share` of `stage` is done."""
+        now = time.monotonic()
+        if not self._shown or (now - self._last < 0.1 and share < 1):
+            return
+        self._last, self._dirty = now, True
+        bar = "#" * round(share * self.WIDTH)
+        sys.stderr.write(f"\r\x1b[K{stage:<28.28} [{bar:<{self.WIDTH}}] {share:4.0%}")
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Removes the bar."""
+        if self._dirty:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def write_json(report: dict[str, Any], target: str | None) -> None:
+    """Writes a report to a file, beside it first, or to standard output for "-"."""
+    if target is None:
+        return
+    text = json.dumps(report, indent=2) + "\n"
+    if target == "-":
+        click.echo(text, nl=False)
+    else:
+        with write_beside(Path(target)) as file:
+            file.write(text.encode())
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)])
+        for row in rows
+    ]
+
+
+def export_lines(report: dict[str, Any]) -> list[str]:
+    """The summary of an export or a check."""
+    lines = [f"bundle      {report['bundle']}"]
+    if "engines" in report:
+        lines.append(f"engines     {report['engines']}, {report['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
+    if found := report.get("verified"):
+        lines.append(
+            f"verified    {found['images']} images: {found['decisions']} decisions identical, "
+            f"largest logit difference {found['max_logit_difference']:.1e}"
+        )
+    if "seconds" in report:
+        lines.append(f"took        {report['seconds']:.1f} s")
+    return lines
+
+
+def run_lines(report: dict[str, Any]) -> list[str]:
+    """The tables of `adavit-run`."""
+    lines: list[str] = []
+    if report["predictions"]:
+        rows: list[tuple[str, ...]] = [("image", "prediction", "GMACs", "tokens", "heads", "sub-layers")]
+        for p in report["predictions"]:
+            top = ", ".join(f"{label} {share:.0%}" for label, share in p["top"])
+            usage = [f"{p['usage'][kind]:.0%}" for kind in ("tokens", "heads", "sublayers")]
+            rows.append((p["image"], top, f"{p['macs'] / 1e9:.3f}", *usage))
+        lines += [*table(rows), ""]
+        if more := report["images"] - len(report["predictions"]):
+            lines[-1:] = [f"... and {more} more", ""]
+    lines += _latency_lines(report)
+    used = report["usage"]
+    macs = report["macs"]
+    lines += [
+        "",
+        f"model       {report['model']} on {report['backend']}, batch {report['batch']}, {report['threads']} threads, "
+        f"{report['iterations']} runs",
+        f"MACs        {macs['executed_mean'] / 1e9:.3f} G of {macs['dense'] / 1e9:.3f} G dense "
+        f"({macs['executed_mean'] / macs['dense']:.1%})",
+        f"usage       tokens {used['tokens']:.1%}, heads {used['heads']:.1%}, sub-layers {used['sublayers']:.1%}",
+    ]
+    if report["speedup"] is not None:
+        lines.append(
+            f"speedup     {report['speedup']:.2f}x of an ideal {report['ideal_speedup']:.2f}x: "
+            f"efficiency {report['efficiency']:.2f}"
+        )
+    if found := report["accuracy"]:
+        lines.append(f"accuracy    top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%} of {found['n']} images")
+    return lines
+
+
+def _latency_lines(report: dict[str, Any]) -> list[str]:
+    rows: list[tuple[str, ...]] = [("latency, ms", "p50", "p90", "p95", "p99", "mean", "images/s")]
+    for name, part in (("adaptive", report), ("dense twin", report["dense"])):
+        if part:
+            values = [f"{part['latency_ms'][key]:.2f}" for key in ("p50", "p90", "p95", "p99", "mean")]
+            rows.append((name, *values, f"{part['throughput']:.1f}"))
+    return table(rows)

@@ -1,0 +1,153 @@
+"""From a checkpoint to a verified bundle, and checking one again later."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adavit.errors import BundleError, InputError, VerificationError
+from adavit.export.engines import engine_count, make_engines
+from adavit.export.graph import OPSETS
+from adavit.export.verify import verify
+from adavit.export.weights import Weights
+from adavit.export.write import write_bundle
+from adavit.files import folder_beside
+from adavit.model import AdaViT, load_checkpoint, read_metadata, resize
+from adavit.runtime.images import Preprocessor
+from adavit.runtime.session import load
+
+__all__ = ["ExportOptions", "check_bundle", "export_bundle"]
+
+Progress = Callable[[str, float], None]
+
+DEMO = Path(__file__).parent.parent / "demo"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `adavit-export` is asked for; see its --help. None leaves a choice to the checkpoint."""
+
+    with_dense: bool | None = None
+    opset: int = 20
+    labels: Path | None = None
+    image_size: int | None = None
+    crop_ratio: float | None = None
+    heads: int | None = None
+    verify: bool = True
+    force: bool = False
+    threads: int | None = None
+
+
+def export_bundle(source: Path, output: Path, options: ExportOptions, progress: Progress) -> dict[str, Any]:
+    """Exports the checkpoint `source` as the bundle folder `output`; nothing is left of a failed attempt.
+
+    Args:
+        source: a checkpoint file, or `demo` for the model that comes with this package.
+        output: the folder to make.
+        options: how.
+        progress: told the stage and the share done.
+
+    Returns:
+        The report that `adavit-export --json` writes.
+
+    Raises:
+        AdaViTError: the checkpoint, the options or the output folder are not usable, or verification failed.
+    """
+    start = time.perf_counter()
+    _check_output(output, options.force)
+    if options.opset not in OPSETS:
+        raise InputError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
+    demo = str(source) == "demo" and not source.exists()
+    if demo:
+        source = DEMO / "checkpoint.safetensors"
+    model = load_checkpoint(source, options.heads)
+    if options.image_size is not None:
+        model = resize(model, options.image_size)
+    labels = _labels(options.labels or (DEMO / "labels.txt" if demo else None), model.arch.classes)
+    with_dense = demo if options.with_dense is None else options.with_dense
+    about = {
+        "name": "adavit-demo" if demo else source.stem,
+        "opset": options.opset,
+        "checkpoint": {"file": source.name, "sha256": _hash(source)},
+    }
+    with folder_beside(output) as folder:
+        config = write_bundle(
+            folder,
+            make_engines(model.arch, Weights.of(model), options.opset, with_dense),
+            engine_count(model.arch, with_dense),
+            model.arch,
+            labels,
+            _preprocessor(source, model, options.crop_ratio),
+            about,
+            progress,
+        )
+        verified = verify(model, load(folder, threads=options.threads), progress) if options.verify else None
+    return {
+        "bundle": str(output),
+        "engines": len(config["engines"]),
+        "bytes": sum(engine["bytes"] for engine in config["engines"].values()),
+        "opset": options.opset,
+        "architecture": config["architecture"],
+        "macs": config["macs"],
+        "verified": verified,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def check_bundle(
+    bundle: Path, checkpoint: Path, heads: int | None, threads: int | None, progress: Progress
+) -> dict[str, Any]:
+    """Verifies an existing bundle against a checkpoint; raises VerificationError where they differ."""
+    start = time.perf_counter()
+    runtime = load(bundle, threads=threads)
+    model = resize(load_checkpoint(checkpoint, heads), runtime.architecture.image_size)
+    if model.arch != runtime.architecture:
+        ours, theirs = runtime.architecture.to_dict(), model.arch.to_dict()
+        differing = ", ".join(f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key])
+        raise VerificationError(f"{bundle} and {checkpoint} are of different architectures: {differing}")
+    verified = verify(model, runtime, progress)
+    return {"bundle": str(bundle), "verified": verified, "seconds": time.perf_counter() - start}
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if not output.parent.is_dir():
+        raise BundleError(f"{output.parent}: no such folder to write the bundle into; make it first")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise BundleError(f"{output}: is there and is no folder; choose another --output")
+    if not output.exists():
+        return
+    if any(output.iterdir()) and not (output / "config.json").is_file():
+        raise BundleError(f"{output}: is a folder, but not a bundle; choose another --output")
+    if not force:
+        raise BundleError(f"{output}: already there; add --force to replace it")
+
+
+def _labels(path: Path | None, classes: int) -> list[str]:
+    if path is None:
+        return [str(index) for index in range(classes)]
+    try:
+        labels = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as labels ({type(error).__name__})") from None
+    if len(labels) != classes or not all(labels) or len(set(labels)) != classes:
+        raise InputError(
+            f"{path}: {len(labels)} lines, but the model has {classes} classes; one name a line, no two alike"
+        )
+    return labels
+
+
+def _preprocessor(source: Path, model: AdaViT, crop_ratio: float | None) -> Preprocessor:
+    if crop_ratio is None:
+        crop_ratio = float(read_metadata(source).get("crop_ratio", Preprocessor.crop_ratio))
+    if not 0.1 <= crop_ratio <= 1:
+        raise InputError(f"crop ratio {crop_ratio} is out of range; choose 0.1 to 1")
+    return Preprocessor(model.arch.image_size, crop_ratio)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,86 @@
+"""All engines of a bundle, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+
+from adavit.architecture import Architecture
+from adavit.export import blocks
+from adavit.export.graph import Graph
+from adavit.export.stem import add_stem
+from adavit.export.weights import Weights
+
+__all__ = ["engine_count", "make_engines"]
+
+
+def make_engines(
+    arch: Architecture, weights: Weights, opset: int, with_dense: bool
+) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """Yields (name, model) of every engine that the model's policies can need."""
+    for graph in _graphs(arch, weights, opset, with_dense):
+        yield graph.name, graph.build()
+
+
+def engine_count(arch: Architecture, with_dense: bool) -> int:
+    """How many engines `make_engines` yields."""
+    parts = sum(2 for block in range(arch.depth) if _has_parts(arch, block))
+    return 2 + 2 * arch.depth + parts + arch.head_policy + with_dense
+
+
+def _has_parts(arch: Architecture, block: int) -> bool:
+    return arch.adapts_heads(block) or arch.adapts_sublayers(block)
+
+
+def _graphs(arch: Architecture, weights: Weights, opset: int, with_dense: bool) -> Iterator[Graph]:
+    yield _stem(arch, weights, opset)
+    for block in range(arch.depth):
+        yield blocks.decide_graph(arch, weights, block, opset)
+        yield blocks.full_graph(arch, weights, block, opset)
+        if _has_parts(arch, block):
+            yield blocks.attention_graph(arch, weights, block, opset)
+            yield blocks.mlp_graph(arch, weights, block, opset)
+    if arch.head_policy:
+        yield blocks.empty_graph(arch, weights, opset)
+    yield _head(arch, weights, opset)
+    if with_dense:
+        yield _dense(arch, weights, opset)
+
+
+def _images(graph: Graph, arch: Architecture) -> str:
+    return graph.input("images", ["B", 3, arch.image_size, arch.image_size])
+
+
+def _stem(arch: Architecture, weights: Weights, opset: int) -> Graph:
+    graph = Graph("stem", opset)
+    graph.output("x", add_stem(graph, arch, weights, _images(graph, arch)), ["B", arch.tokens, arch.width])
+    return graph
+
+
+def _add_head(graph: Graph, arch: Architecture, weights: Weights, classes: str) -> None:
+    """The class tokens [B, D] of the last block to the output logits [B, C]."""
+    normed = blocks.add_norm(graph, arch, weights, "norm", classes)
+    weight = graph.weight("head.weight", weights["head.weight"].T)
+    logits = graph.op("Add", graph.op("MatMul", normed, weight), graph.weight("head.bias", weights["head.bias"]))
+    graph.output("logits", logits, ["B", arch.classes])
+
+
+def _head(arch: Architecture, weights: Weights, opset: int) -> Graph:
+    graph = Graph("head", opset)
+    _add_head(graph, arch, weights, graph.input("x", ["B", arch.width]))
+    return graph
+
+
+def _dense(arch: Architecture, weights: Weights, opset: int) -> Graph:
+    """The dense twin: images [B, 3, S, S] -> logits [B, C], every policy on, in one graph."""
+    graph = Graph("dense", opset)
+    x = add_stem(graph, arch, weights, _images(graph, arch))
+    for block in range(arch.depth):
+        part = weights.under(f"blocks.{block}")
+        normed = blocks.add_norm(graph, arch, part, "norm1", x)
+        x = blocks.add_attention(graph, arch, part, x, normed, None, batched=True)
+        x = blocks.add_mlp(graph, arch, part, x, None)
+    _add_head(graph, arch, weights, graph.op("Gather", x, graph.weight("first", np.int64(0)), axis=1))
+    return graph

@@ -1,0 +1,132 @@
+"""Writes a bundle folder: engines, their description, preprocessing, labels and a model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+import adavit
+from adavit.architecture import Architecture
+from adavit.files import sha256
+from adavit.macs import dense_macs, outside_macs
+from adavit.runtime.bundle import SCHEMA_VERSION
+from adavit.runtime.images import Preprocessor
+
+__all__ = ["write_bundle"]
+
+_TYPE_NAMES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.INT64: "int64",
+    onnx.TensorProto.BOOL: "bool",
+}
+_PACKAGES = ("torch", "onnx", "numpy")
+
+
+def write_bundle(
+    folder: Path,
+    engines: Iterator[tuple[str, onnx.ModelProto]],
+    count: int,
+    arch: Architecture,
+    labels: Sequence[str],
+    preprocessor: Preprocessor,
+    about: dict[str, Any],
+    progress: Callable[[str, float], None],
+) -> dict[str, Any]:
+    """Writes every file of a bundle into an empty `folder` and returns `config.json`'s content.
+
+    Args:
+        folder: where to write.
+        engines: (name, model) pairs, made one at a time so that memory stays bounded.
+        count: how many there are, for progress.
+        arch: the model's shapes.
+        labels: one per class.
+        preprocessor: what images go through.
+        about: name, opset and checkpoint of the export, put into `config.json`.
+        progress: told the stage and the share done.
+    """
+    (folder / "onnx").mkdir()
+    described = {}
+    for done, (name, model) in enumerate(engines, 1):
+        described[name] = _write_engine(folder, name, model)
+        progress(f"exporting {name}", done / count)
+    config = {
+        "schema_version": SCHEMA_VERSION,
+        **about,
+        "architecture": arch.to_dict(),
+        "macs": {"dense": dense_macs(arch), "outside_blocks": outside_macs(arch)},
+        "precision": "float32",
+        "engines": described,
+        "made_by": {
+            "adavit": adavit.__version__,
+            "python": platform.python_version(),
+            **{package: metadata.version(package) for package in _PACKAGES},
+        },
+    }
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", preprocessor.to_dict())
+    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    (folder / "README.md").write_text(_card(config, labels), encoding="utf-8")
+    return config
+
+
+def _write_engine(folder: Path, name: str, model: onnx.ModelProto) -> dict[str, Any]:
+    data = model.SerializeToString()
+    file = f"onnx/{name}.onnx"
+    (folder / file).write_bytes(data)
+    return {
+        "file": file,
+        "inputs": [_tensor(value) for value in model.graph.input],
+        "outputs": [_tensor(value) for value in model.graph.output],
+        "bytes": len(data),
+        "sha256": sha256(data),
+    }
+
+
+def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    kind = value.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
+    return {"name": value.name, "dtype": _TYPE_NAMES[kind.elem_type], "shape": shape}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _card(config: dict[str, Any], labels: Sequence[str]) -> str:
+    arch = config["architecture"]
+    size = sum(engine["bytes"] for engine in config["engines"].values())
+    policies = [kind for kind in ("token", "head", "sublayer") if arch[f"{kind}_policy"]]
+    return f"""---
+library_name: adavit
+tags: [image-classification, vision-transformer, adaptive-computation, onnx]
+---
+# {config["name"]}
+
+An adaptive vision transformer ([AdaViT](https://arxiv.org/abs/2111.15668)) as engines that are dispatched per
+image: what its policies drop is not computed. Exported by adavit {config["made_by"]["adavit"]} from
+`{config["checkpoint"]["file"]}` (SHA-256 `{config["checkpoint"]["sha256"]}`).
+
+| | |
+| --- | --- |
+| stem | {arch["stem"]}, {arch["image_size"]} x {arch["image_size"]} pixels |
+| blocks | {arch["depth"]} of width {arch["width"]}, {arch["heads"]} heads, hidden width {arch["hidden"]} |
+| policies | {", ".join(policies) or "none"} |
+| classes | {len(labels)} |
+| dense cost | {config["macs"]["dense"] / 1e9:.3f} GMACs |
+| engines | {len(config["engines"])}, {size / 1e6:.1f} MB, {config["precision"]}, opset {config["opset"]} |
+
+```python
+import adavit
+
+runtime = adavit.load("this/folder")
+print(runtime.predict(["image.jpg"], top=5))
+```
+
+`adavit-run this/folder --images photos/` measures it against its dense twin.
+"""

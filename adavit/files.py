@@ -1,0 +1,78 @@
+"""Writing without leaving halves behind: beside the target first, then renamed over it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["folder_beside", "sha256", "write_beside"]
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 of `data`, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def write_beside(path: Path) -> Iterator[IO[Any]]:
+    """A binary file that becomes `path` when the block ends well, and vanishes when it does not."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    A folder already at `path` is renamed aside for the instant between two renames, then deleted. What a
+    killed process left is put back or swept up by the next call.
+    """
+    path = path.absolute()
+    old = path.parent / f".{path.name}.old"
+    _sweep(path, old)
+    fresh = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    fresh.mkdir()
+    try:
+        yield fresh
+        if path.exists():
+            os.rename(path, old)
+        os.rename(fresh, path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        _sweep(path, old)
+
+
+def _sweep(path: Path, old: Path) -> None:
+    """Puts back a folder that was renamed aside and not replaced; removes what dead processes left."""
+    if old.exists() and not path.exists():
+        os.rename(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        owner = left.name.split(".")[-2]
+        if owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,165 @@
+"""ONNX Runtime, with one thread pool for all engines of the process."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+from adavit.errors import BackendError
+from adavit.runtime.backend import Array, Engine, Options
+from adavit.runtime.bundle import EngineSpec
+
+__all__ = ["OnnxRuntimeBackend"]
+
+log = logging.getLogger(__name__)
+
+_pool_lock = threading.Lock()
+_pool_threads: int | None = None
+
+
+def import_onnxruntime() -> ModuleType:
+    """Imports ONNX Runtime after checking that exactly one of its distributions is installed.
+
+    Raises:
+        BackendError: none, or more than one, since they overwrite each other's files.
+    """
+    found = sorted(
+        {
+            name
+            for distribution in metadata.distributions()
+            if (name := (distribution.metadata["Name"] or "").lower()) in ("onnxruntime", "onnxruntime-gpu")
+        }
+    )
+    if len(found) > 1:
+        raise BackendError(
+            f"{' and '.join(found)} are both installed and overwrite each other; "
+            f"run: pip uninstall -y {' '.join(found)} && pip install 'adavit[cpu]' (or 'adavit[gpu]')"
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        if found:
+            raise BackendError(f"{found[0]} is installed but does not import ({error}); reinstall it") from None
+        raise BackendError(
+            "ONNX Runtime is not installed; run: pip install 'adavit[cpu]' (or 'adavit[gpu]' with an NVIDIA GPU)"
+        ) from None
+    return onnxruntime  # type: ignore[no-any-return]
+
+
+def share_pool(ort: ModuleType, threads: int) -> None:
+    """Makes one intra-op pool of `threads` for every session of the process, or keeps the one that is there.
+
+    With a pool each, the idle threads of dozens of sessions spin against the one that works.
+    """
+    global _pool_threads
+    with _pool_lock:
+        if _pool_threads is None:
+            try:
+                ort.set_global_thread_pool_sizes(threads, 1)
+                _pool_threads = threads
+            except Exception as error:
+                if "already" not in str(error):
+                    raise BackendError(f"ONNX Runtime made no shared thread pool ({error})") from None
+                _pool_threads = 0
+                log.warning("the application has set ONNX Runtime's thread pool; using it, whatever its size")
+        elif _pool_threads not in (0, threads):
+            log.warning(
+                "%d threads asked for, but this process's ONNX Runtime pool has %d and cannot change; using those",
+                threads,
+                _pool_threads,
+            )
+
+
+class OnnxRuntimeBackend:
+    """Runs engines in ONNX Runtime on numpy arrays.
+
+    To share the threads inside every engine, all sessions use ONNX Runtime's pool of the process: with a pool
+    each, the idle threads of dozens of sessions spin against the one that works. From then on, ONNX Runtime
+    lets nobody in the process make a session with a pool of its own (`use_per_session_threads`). To run samples
+    in parallel, sessions have no pool, and the process is left as it was.
+
+    Args:
+        options: threads (of the shared pool, the first to ask decides), what they share, and the provider, by
+            default CPUExecutionProvider.
+
+    Raises:
+        BackendError: ONNX Runtime is not installed, or lacks the provider.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, options: Options) -> None:
+        self._ort = import_onnxruntime()
+        self._threads = options.threads
+        self._provider = options.provider or "CPUExecutionProvider"
+        available = self._ort.get_available_providers()
+        if self._provider not in available:
+            raise BackendError(f"ONNX Runtime has no provider {self._provider!r} here; it has {', '.join(available)}")
+        self._shares_pool = options.parallel == "operators"
+        if self._shares_pool:
+            share_pool(self._ort, options.threads)
+
+    def load(self, spec: EngineSpec, data: bytes, alone: bool = False) -> Engine:
+        """Creates a session; see `Backend.load`."""
+        if not self._shares_pool:
+            try:
+                return self._engine(spec, data, self._threads if alone else 1)
+            except BackendError as error:
+                if "global thread pool" not in str(error):
+                    raise
+                log.warning("this process has set ONNX Runtime's thread pool, so that engines share its threads")
+                self._shares_pool = True
+        return self._engine(spec, data, None)
+
+    def _engine(self, spec: EngineSpec, data: bytes, threads: int | None) -> OnnxRuntimeEngine:
+        """An engine with a pool of its own of some `threads`, or on the process's pool."""
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is None:
+            options.use_per_session_threads = False
+        else:
+            options.intra_op_num_threads = threads
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            session = self._ort.InferenceSession(data, options, providers=[self._provider], enable_fallback=0)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime refuses engine {spec.name}: {_one_line(error)}") from None
+        if session.get_providers()[0] != self._provider:
+            raise BackendError(
+                f"engine {spec.name} would run on {session.get_providers()[0]}, not on {self._provider} as asked; "
+                "see ONNX Runtime's log for what that provider lacks"
+            )
+        return OnnxRuntimeEngine(session, spec)
+
+    def versions(self) -> dict[str, str]:
+        """ONNX Runtime's version and the provider in use."""
+        return {"onnxruntime": self._ort.__version__, "provider": self._provider}
+
+
+class OnnxRuntimeEngine:
+    """One session."""
+
+    def __init__(self, session: Any, spec: EngineSpec) -> None:
+        self._name = spec.name
+        self._inputs = [tensor.name for tensor in spec.inputs]
+        self._outputs = [tensor.name for tensor in spec.outputs]
+        found = [t.name for t in session.get_inputs()], [t.name for t in session.get_outputs()]
+        if found != (self._inputs, self._outputs):
+            raise BackendError(f"engine {spec.name} has other inputs or outputs than config.json says; export again")
+        # The wrapper's run() checks the feed in Python on every call; the dispatcher's feeds are made right.
+        self._run = session._sess.run
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """See `Engine.run`."""
+        try:
+            return self._run(self._outputs, dict(zip(self._inputs, inputs, strict=True)), None)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise BackendError(f"engine {self._name} failed: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

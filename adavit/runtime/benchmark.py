@@ -1,0 +1,162 @@
+"""Measures a runtime against its dense twin, interleaved, and says what the policy was worth."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import adavit
+from adavit.macs import dense_macs
+from adavit.runtime.policy import Policy
+from adavit.runtime.session import Runtime
+
+__all__ = ["Measurement", "Plan", "measure"]
+
+Images = npt.NDArray[np.float32]
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to measure.
+
+    Attributes:
+        batch: images per run.
+        iterations: measured runs, or None to measure for `seconds`.
+        seconds: length of the measurement where no iterations are given.
+        warmup: runs before the measurement.
+        dense: whether the dense twin runs too, alternating with the adaptive model on the same images.
+    """
+
+    batch: int = 1
+    iterations: int | None = None
+    seconds: float = 5.0
+    warmup: int = 3
+    dense: bool = True
+
+
+@dataclass
+class Measurement:
+    """Latencies in milliseconds per run, and the mean MACs and usage of the images that were run."""
+
+    adaptive_ms: list[float] = field(default_factory=list)
+    dense_ms: list[float] = field(default_factory=list)
+    macs: list[float] = field(default_factory=list)
+    usage: list[dict[str, float]] = field(default_factory=list)
+
+
+def measure(
+    runtime: Runtime, images: Images, plan: Plan, policy: Policy | None = None, progress: Progress | None = None
+) -> Measurement:
+    """Runs batches of `images` in turn, cycling, and times every run.
+
+    Args:
+        runtime: what to measure.
+        images: float32 [n, 3, S, S]; fewer than a batch are repeated.
+        plan: batch size, length, and whether the dense twin runs too.
+        policy: replayed for the n images, instead of deciding.
+        progress: told the stage and the share done, after every run.
+    """
+    result = Measurement()
+    batches = _batches(images, plan.batch, policy)
+    if plan.dense:
+        runtime.run_dense(images[:1])
+    for _ in range(plan.warmup):
+        chosen, recorded = next(batches)
+        runtime.run(chosen, policy=recorded)
+        if plan.dense:
+            runtime.run_dense(chosen)
+    start, done = time.perf_counter(), 0
+    share = 0.0
+    while share < 1:
+        chosen, recorded = next(batches)
+        result.adaptive_ms.append(_timed(lambda: _adaptive(runtime, chosen, recorded, result)))  # noqa: B023
+        if plan.dense:
+            result.dense_ms.append(_timed(lambda: runtime.run_dense(chosen)))  # noqa: B023
+        done += 1
+        share = done / plan.iterations if plan.iterations else (time.perf_counter() - start) / plan.seconds
+        if progress:
+            progress("measuring", min(share, 1.0))
+    return result
+
+
+def _batches(images: Images, batch: int, policy: Policy | None) -> Iterator[tuple[Images, Policy | None]]:
+    position = 0
+    while True:
+        index = np.arange(position, position + batch) % len(images)
+        position = int(index[-1] + 1) % len(images)
+        yield np.ascontiguousarray(images[index]), None if policy is None else policy[index]
+
+
+def _adaptive(runtime: Runtime, images: Images, policy: Policy | None, result: Measurement) -> None:
+    run = runtime.run(images, policy=policy)
+    result.macs.append(float(run.macs.mean()))
+    result.usage.append(run.policy.usage())
+
+
+def _timed(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return (time.perf_counter() - start) * 1e3
+
+
+def latency(milliseconds: Sequence[float]) -> dict[str, float]:
+    """Percentiles and mean of latencies, in milliseconds."""
+    p50, p90, p95, p99 = np.percentile(milliseconds, (50, 90, 95, 99))
+    return {"p50": p50, "p90": p90, "p95": p95, "p99": p99, "mean": float(np.mean(milliseconds))}
+
+
+def summarise(runtime: Runtime, plan: Plan, measured: Measurement) -> dict[str, Any]:
+    """The numbers of a measurement under the keys of `adavit-run --json`."""
+    dense = dense_macs(runtime.architecture)
+    executed = float(np.mean(measured.macs))
+    adaptive = latency(measured.adaptive_ms)
+    result: dict[str, Any] = {
+        "model": runtime.bundle.name,
+        "backend": runtime.backend.name,
+        "batch": plan.batch,
+        "threads": runtime.options.threads,
+        "parallel": runtime.options.parallel,
+        "iterations": len(measured.adaptive_ms),
+        "latency_ms": adaptive,
+        "throughput": 1e3 * plan.batch / adaptive["mean"],
+        "macs": {"executed_mean": executed, "dense": dense},
+        "usage": {kind: float(np.mean([u[kind] for u in measured.usage])) for kind in measured.usage[0]},
+        "ideal_speedup": dense / executed,
+        "dense": None,
+        "speedup": None,
+        "efficiency": None,
+        "versions": versions(runtime),
+    }
+    if measured.dense_ms:
+        twin = latency(measured.dense_ms)
+        result["dense"] = {"latency_ms": twin, "throughput": 1e3 * plan.batch / twin["mean"]}
+        result["speedup"] = twin["p50"] / adaptive["p50"]
+        result["efficiency"] = result["speedup"] / result["ideal_speedup"]
+    return result
+
+
+def versions(runtime: Runtime) -> dict[str, str]:
+    """What ran where, for reports."""
+    return {
+        "adavit": adavit.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        **runtime.backend.versions(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"

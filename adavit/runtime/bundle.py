@@ -1,0 +1,194 @@
+"""A bundle on disk: a folder of engines, described by `config.json`, checked before anything is used."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from adavit.architecture import Architecture
+from adavit.errors import BundleError
+from adavit.files import sha256
+from adavit.runtime.images import Preprocessor
+
+__all__ = ["SCHEMA_VERSION", "Bundle", "EngineSpec", "TensorSpec"]
+
+SCHEMA_VERSION = 1
+MAX_TEXT = 16 << 20
+MAX_ENGINE = (2 << 30) - 1  # A protobuf message cannot be larger.
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An engine's input or output; a dimension is a size, or a name where it varies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One ONNX file of a bundle.
+
+    Attributes:
+        name: the engine's name, such as "stem" or "blocks.3.attention".
+        file: path inside the bundle, with forward slashes.
+        inputs, outputs: its tensors, in order.
+        bytes: the file's size.
+        sha256: the file's hash.
+    """
+
+    name: str
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle.
+
+    Attributes:
+        path: the folder.
+        architecture: the model's shapes.
+        engines: by name.
+        labels: one per class.
+        preprocessor: what the model's images go through.
+        config: all of `config.json`.
+    """
+
+    path: Path
+    architecture: Architecture
+    engines: Mapping[str, EngineSpec]
+    labels: tuple[str, ...]
+    preprocessor: Preprocessor
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Reads a bundle and checks its description, and that every file is there in its full size.
+
+        Raises:
+            BundleError: something is missing, altered, unsafe or of another schema version.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise BundleError(f"{folder}: no such bundle folder; make one with adavit-export")
+        config = _object(folder, "config.json")
+        version = config.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{folder}: bundle schema version {version!r}, this adavit reads {SCHEMA_VERSION}; "
+                "export again with this version, or install the one that made it"
+            )
+        try:
+            arch = Architecture.from_dict(config.get("architecture"))
+            engines = {name: _engine(name, spec) for name, spec in config["engines"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{folder}/config.json is damaged ({error}); export again") from None
+        labels = tuple(_text(folder, "labels.txt").splitlines())
+        if len(labels) != arch.classes:
+            raise BundleError(f"{folder}/labels.txt has {len(labels)} lines for {arch.classes} classes; export again")
+        preprocessor = Preprocessor.from_dict(_object(folder, "preprocessor_config.json"), arch.image_size)
+        bundle = cls(folder, arch, engines, labels, preprocessor, config)
+        for engine in engines.values():
+            bundle._locate(engine)
+        return bundle
+
+    @property
+    def name(self) -> str:
+        """The model's name, for people."""
+        return str(self.config.get("name") or self.path.resolve().name)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of an engine, hashed before they are returned.
+
+        Raises:
+            BundleError: there is no such engine, or its file is not the one that was exported.
+        """
+        if name not in self.engines:
+            hint = "; export with --with-dense" if name == "dense" else "; export again"
+            raise BundleError(f"{self.path}: has no engine {name!r}{hint}")
+        spec = self.engines[name]
+        try:
+            data = self._locate(spec).read_bytes()
+        except OSError as error:
+            raise BundleError(f"{self.path}/{spec.file}: cannot be read ({error.strerror})") from None
+        if len(data) != spec.bytes or sha256(data) != spec.sha256:
+            raise BundleError(
+                f"{self.path}/{spec.file}: altered since export (SHA-256 differs); copy the bundle or export again"
+            )
+        return data
+
+    def _locate(self, engine: EngineSpec) -> Path:
+        """The engine's file, after checks of its path, kind and size."""
+        file = PurePosixPath(engine.file)
+        if file.is_absolute() or ".." in file.parts or "\\" in engine.file or ":" in engine.file or not file.parts:
+            raise BundleError(f"{self.path}: engine path {engine.file!r} leaves the bundle; do not use this bundle")
+        path = self.path
+        for part in file.parts:
+            path = path / part
+            try:
+                mode = path.lstat().st_mode
+            except OSError:
+                raise BundleError(
+                    f"{self.path}/{engine.file}: missing; copy the bundle whole or export again"
+                ) from None
+            if stat.S_ISLNK(mode):
+                raise BundleError(f"{self.path}/{engine.file}: is a symbolic link; a bundle holds its own files")
+        if not stat.S_ISREG(mode):
+            raise BundleError(f"{self.path}/{engine.file}: is not a regular file")
+        if (found := path.stat().st_size) != engine.bytes:
+            raise BundleError(
+                f"{self.path}/{engine.file}: {found} bytes instead of {engine.bytes}; copy the bundle or export again"
+            )
+        return path
+
+
+def _text(folder: Path, name: str) -> str:
+    path = folder / name
+    if not path.is_file():
+        raise BundleError(f"{path}: missing; this is not a bundle, or not all of one")
+    if path.stat().st_size > MAX_TEXT:
+        raise BundleError(f"{path}: larger than {MAX_TEXT >> 20} MiB; this is not a bundle's file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise BundleError(f"{path}: cannot be read as text; export again") from None
+
+
+def _object(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(folder, name))
+    except (json.JSONDecodeError, RecursionError):
+        raise BundleError(f"{folder / name}: not JSON; export again") from None
+    if not isinstance(value, dict):
+        raise BundleError(f"{folder / name}: not a JSON object; export again")
+    return value
+
+
+def _engine(name: str, spec: dict[str, Any]) -> EngineSpec:
+    size = spec["bytes"]
+    if type(size) is not int or not 0 < size <= MAX_ENGINE:
+        raise ValueError(f"engine {name} is said to have {size!r} bytes")
+    if not isinstance(spec["file"], str) or not isinstance(spec["sha256"], str):
+        raise ValueError(f"engine {name} has no file or hash")
+    inputs, outputs = (tuple(_tensor(t) for t in spec[key]) for key in ("inputs", "outputs"))
+    return EngineSpec(name, spec["file"], inputs, outputs, size, spec["sha256"])
+
+
+def _tensor(spec: dict[str, Any]) -> TensorSpec:
+    shape = tuple(spec["shape"])
+    for size in shape:
+        if not (isinstance(size, str) or (type(size) is int and 0 <= size <= 1 << 31)):
+            raise ValueError(f"tensor {spec['name']} has a dimension {size!r}")
+    if spec["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {spec['name']} has the type {spec['dtype']!r}")
+    return TensorSpec(str(spec["name"]), spec["dtype"], shape)

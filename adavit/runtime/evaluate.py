@@ -1,0 +1,176 @@
+"""The work of `adavit-run`: images through a bundle, predictions, accuracy, and the measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.errors import InputError
+from adavit.runtime.benchmark import Images, Plan, Progress, measure, summarise
+from adavit.runtime.images import ImageFile, find_images
+from adavit.runtime.policy import Policy
+from adavit.runtime.session import Result, Runtime, load
+
+__all__ = ["RunOptions", "demo_bundle", "run_bundle"]
+
+SHOWN = 20
+"""Images whose predictions are listed."""
+HELD = 256 << 20
+"""Bytes of preprocessed images kept for the measurement."""
+RANDOM_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What `adavit-run` is asked for; see its --help."""
+
+    images: tuple[Path, ...] = ()
+    batch: int = 1
+    iterations: int | None = None
+    seconds: float | None = None
+    warmup: int = 3
+    threads: int | None = None
+    backend: str = "onnxruntime"
+    provider: str | None = None
+    parallel: str | None = None
+    record_policy: Path | None = None
+    replay_policy: Path | None = None
+    dense: bool | None = None
+    top: int = 1
+
+
+@dataclass
+class Evaluation:
+    """What one pass over the images gathers."""
+
+    images: int = 0
+    labelled: int = 0
+    top1: int = 0
+    top5: int = 0
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    held: list[Images] = field(default_factory=list)
+    policies: list[Policy] = field(default_factory=list)
+
+    def accuracy(self) -> dict[str, float] | None:
+        """Top-1 and top-5 shares, where images had labels."""
+        if not self.labelled:
+            return None
+        return {"top1": self.top1 / self.labelled, "top5": self.top5 / self.labelled, "n": self.labelled}
+
+
+def demo_bundle() -> Path:
+    """The bundle that comes with this package."""
+    return Path(__file__).parent.parent / "demo" / "bundle"
+
+
+def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> dict[str, Any]:
+    """Runs and measures a bundle; returns the report that `adavit-run --json` writes.
+
+    Raises:
+        AdaViTError: the bundle, the backend or the images are not usable.
+    """
+    folder = path or demo_bundle()
+    parallel = options.parallel or ("operators" if options.batch == 1 else "samples")
+    runtime = load(folder, options.backend, options.threads, options.provider, parallel)
+    if options.dense and "dense" not in runtime.bundle.engines:
+        raise InputError(f"{folder}: exported without its dense twin; export with --with-dense or run with --no-dense")
+    replayed = Policy.load(options.replay_policy) if options.replay_policy else None
+    given = options.images or (() if path else (demo_bundle().parent / "images",))
+    seen = _evaluate(runtime, find_images(given, runtime.labels), options, replayed, progress)
+    if given and not seen.images:
+        raise InputError(f"none of the {len(seen.skipped)} images can be read; first: {seen.skipped[0]}")
+    if not given:
+        seen.held, seen.images = [_random_images(runtime)], RANDOM_IMAGES
+        seen.policies = [runtime.run(seen.held[0], policy=replayed).policy]
+    used = Policy.concatenate(seen.policies)
+    if options.record_policy:
+        used.save(options.record_policy)
+    plan = Plan(
+        options.batch,
+        options.iterations,
+        options.seconds or 3.0,
+        options.warmup,
+        "dense" in runtime.bundle.engines if options.dense is None else options.dense,
+    )
+    held = np.concatenate(seen.held)
+    measured = measure(runtime, held, plan, used[: len(held)] if replayed else None, progress)
+    return {
+        **summarise(runtime, plan, measured),
+        "images": seen.images,
+        "input": "images" if given else "random",
+        "usage_of_all_images": used.usage(),
+        "accuracy": seen.accuracy(),
+        "predictions": seen.predictions,
+        "skipped": seen.skipped,
+    }
+
+
+def _evaluate(
+    runtime: Runtime, files: list[ImageFile], options: RunOptions, replayed: Policy | None, progress: Progress
+) -> Evaluation:
+    """Runs every readable image once."""
+    seen = Evaluation()
+    room = HELD // (4 * 3 * runtime.architecture.image_size**2)
+    for done, (batch, pixels) in enumerate(_readable(runtime, files, options.batch, seen), 1):
+        policy = None
+        if replayed is not None:
+            if len(replayed) < seen.images + len(batch):
+                raise InputError(f"{options.replay_policy}: holds {len(replayed)} images, fewer than are to be run")
+            policy = replayed[seen.images : seen.images + len(batch)]
+        result = runtime.run(pixels, policy=policy)
+        _gather(runtime, seen, batch, result, options.top)
+        if room > 0:
+            seen.held.append(pixels[:room])
+            room -= len(pixels)
+        progress("running images", min(1.0, done * options.batch / len(files)))
+    return seen
+
+
+def _readable(
+    runtime: Runtime, files: list[ImageFile], batch: int, seen: Evaluation
+) -> Iterator[tuple[list[ImageFile], npt.NDArray[np.float32]]]:
+    """Batches of files and their pixels, [n, 3, S, S]; unreadable ones are noted and left out."""
+    chosen: list[ImageFile] = []
+    pixels: list[npt.NDArray[np.float32]] = []
+    for position, file in enumerate(files):
+        try:
+            pixels.append(runtime.preprocess(file.path))
+            chosen.append(file)
+        except InputError as error:
+            seen.skipped.append(str(error))
+        if chosen and (len(chosen) == batch or position == len(files) - 1):
+            yield chosen, np.stack(pixels)
+            chosen, pixels = [], []
+
+
+def _gather(runtime: Runtime, seen: Evaluation, batch: list[ImageFile], result: Result, top: int) -> None:
+    seen.policies.append(result.policy)
+    for row, file in enumerate(batch):
+        seen.images += 1
+        found = runtime.prediction(result, row, max(5, top))
+        if file.label is not None:
+            seen.labelled += 1
+            seen.top1 += file.label == found.classes[0]
+            seen.top5 += file.label in found.classes[:5]
+        if len(seen.predictions) < SHOWN:
+            seen.predictions.append(
+                {
+                    "image": str(Path(*file.path.parts[-2:])),
+                    "top": [[label, share] for label, share in found.top[:top]],
+                    "label": None if file.label is None else runtime.labels[file.label],
+                    "macs": found.macs,
+                    "usage": found.usage,
+                }
+            )
+
+
+def _random_images(runtime: Runtime) -> Images:
+    """Standard normal input: what normalised photographs look like to first order."""
+    side = runtime.architecture.image_size
+    return np.random.default_rng(0).standard_normal((RANDOM_IMAGES, 3, side, side), dtype=np.float32)

@@ -1,0 +1,178 @@
+"""Images in: finding files, decoding them, and the preprocessing a bundle was trained with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from adavit.errors import BundleError, InputError
+
+__all__ = ["ImageFile", "Preprocessor", "find_images"]
+
+ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """Bicubic resize of the short side, centre crop, scale to [0, 1], normalise per channel.
+
+    Attributes:
+        side: side of the square result, in pixels.
+        crop_ratio: the short side is resized to side / crop_ratio before the crop.
+        mean, std: per channel, RGB.
+    """
+
+    side: int
+    crop_ratio: float = 0.9
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @property
+    def short_side(self) -> int:
+        """Pixels the short side is resized to."""
+        return int(self.side / self.crop_ratio)
+
+    def __call__(self, image: ImageLike) -> npt.NDArray[np.float32]:
+        """Turns a path, PIL image or uint8 array [H, W] or [H, W, 3] into float32 [3, side, side].
+
+        Raises:
+            InputError: the image cannot be read or is not an image.
+        """
+        picture = decode(image)
+        width, height = picture.size
+        scale = self.short_side / min(width, height)
+        if max(width, height) * scale > 64 * self.short_side:
+            raise InputError(f"{_name(image)}: {width}x{height} pixels is too elongated; crop it first")
+        size = max(self.short_side, round(width * scale)), max(self.short_side, round(height * scale))
+        if size != picture.size:
+            picture = picture.resize(size, Image.Resampling.BICUBIC)
+        left, top = (round((length - self.side) / 2) for length in size)
+        picture = picture.crop((left, top, left + self.side, top + self.side))
+        pixels = np.asarray(picture, np.float32) / np.float32(255)
+        normal = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return np.ascontiguousarray(normal.transpose(2, 0, 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """In the ecosystem's `preprocessor_config.json` layout."""
+        return {
+            "image_processor_type": "ViTImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": self.short_side},
+            "resample": int(Image.Resampling.BICUBIC),
+            "do_center_crop": True,
+            "crop_size": {"height": self.side, "width": self.side},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "crop_ratio": self.crop_ratio,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any, side: int) -> Preprocessor:
+        """Reads what `to_dict` wrote for a model of `side` pixels.
+
+        Raises:
+            BundleError: a value is missing or out of bounds.
+        """
+        try:
+            mean, std = (tuple(float(v) for v in values[key]) for key in ("image_mean", "image_std"))
+            result = cls(int(values["crop_size"]["height"]), float(values["crop_ratio"]), mean, std)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"preprocessor_config.json: {error!r} is missing or wrong; export again") from None
+        if result.side != side or not 0.1 <= result.crop_ratio <= 1 or len(mean) != 3 or len(std) != 3:
+            raise BundleError("preprocessor_config.json does not fit the model; export again")
+        if not all(np.isfinite([*mean, *std])) or min(std) <= 0:
+            raise BundleError("preprocessor_config.json: mean or std is not usable; export again")
+        return result
+
+
+def decode(image: ImageLike) -> Image.Image:
+    """An upright RGB picture from a path, a PIL image or a uint8 array.
+
+    Raises:
+        InputError: it cannot be read, or is not an image.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
+            raise InputError(f"array {image.dtype} {list(image.shape)}: an image is uint8 [H, W] or [H, W, 3]")
+        return Image.fromarray(image).convert("RGB")
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    path = Path(image)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                return ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise InputError(f"{path}: too many pixels to decode safely; make it smaller") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
+        reason = "it is empty" if path.is_file() and path.stat().st_size == 0 else type(error).__name__
+        raise InputError(f"{path}: not a readable image ({reason})") from None
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image on disk and, in a labelled set, the index of its class."""
+
+    path: Path
+    label: int | None = None
+
+
+def find_images(paths: Iterable[str | Path], labels: Sequence[str]) -> list[ImageFile]:
+    """Lists image files: files as given, folders sorted; a folder of class-named folders is a labelled set.
+
+    Args:
+        paths: files and folders.
+        labels: the bundle's class names. Class folders carry these names, or are as many as the classes and
+            stand for them in sorted order.
+
+    Raises:
+        InputError: a path is not there, a folder holds no image, or class folders fit no class.
+    """
+    found: list[ImageFile] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += _in_folder(path, labels)
+        elif path.exists():
+            found.append(ImageFile(path))
+        else:
+            raise InputError(f"{path}: no such image or folder")
+    return found
+
+
+def _in_folder(folder: Path, labels: Sequence[str]) -> list[ImageFile]:
+    classes = sorted(child for child in folder.iterdir() if child.is_dir() and _images_of(child))
+    if not classes:
+        files = [ImageFile(path) for path in _images_of(folder)]
+        if not files:
+            raise InputError(f"{folder}: holds no image file")
+        return files
+    names = [child.name for child in classes]
+    index = {label: i for i, label in enumerate(labels)}
+    if strangers := [name for name in names if name not in index]:
+        if len(names) != len(labels):
+            raise InputError(f"{folder}: class folder {strangers[0]!r} is none of the bundle's {len(labels)} labels")
+        index = {name: i for i, name in enumerate(names)}
+    return [ImageFile(path, index[child.name]) for child in classes for path in _images_of(child)]
+
+
+def _images_of(folder: Path) -> list[Path]:
+    known = Image.registered_extensions()
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())
+
+
+def _name(image: ImageLike) -> str:
+    return str(image) if isinstance(image, str | Path) else "image"

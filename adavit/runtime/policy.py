@@ -1,0 +1,107 @@
+"""A recorded policy: which tokens, heads and sub-layers each image used in each block."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.architecture import Architecture
+from adavit.errors import InputError
+from adavit.files import write_beside
+
+__all__ = ["Policy"]
+
+Bool = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a batch of B images used of a model with L blocks, N tokens and H heads.
+
+    Attributes:
+        tokens: bool [B, L, N], class token (always kept) first.
+        heads: bool [B, L, H].
+        sublayers: bool [B, L, 2], attention then MLP.
+
+    Blocks without a policy of some kind are all true in it.
+    """
+
+    tokens: Bool
+    heads: Bool
+    sublayers: Bool
+
+    @classmethod
+    def dense(cls, arch: Architecture, batch: int) -> Policy:
+        """The policy that keeps everything."""
+        return cls(
+            np.ones((batch, arch.depth, arch.tokens), bool),
+            np.ones((batch, arch.depth, arch.heads), bool),
+            np.ones((batch, arch.depth, 2), bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, images: slice | npt.NDArray[np.int64]) -> Policy:
+        return Policy(self.tokens[images], self.heads[images], self.sublayers[images])
+
+    def usage(self) -> dict[str, float]:
+        """Mean share of tokens, heads and sub-layers kept, over images and blocks."""
+        return {
+            "tokens": float(self.tokens.mean()),
+            "heads": float(self.heads.mean()),
+            "sublayers": float(self.sublayers.mean()),
+        }
+
+    def check(self, arch: Architecture, batch: int) -> None:
+        """Raises InputError where the policy does not fit `batch` images of a model."""
+        wanted = {
+            "tokens": (batch, arch.depth, arch.tokens),
+            "heads": (batch, arch.depth, arch.heads),
+            "sublayers": (batch, arch.depth, 2),
+        }
+        for name, shape in wanted.items():
+            mask: Any = getattr(self, name)
+            if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != shape:
+                found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else type(mask).__name__
+                raise InputError(f"policy.{name} is {found}: these images and this model need bool {list(shape)}")
+        if not self.tokens[..., 0].all():
+            raise InputError("policy.tokens drops a class token: token 0 must be true in every block")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the policy to `path` (npz), beside it first, then renamed."""
+        with write_beside(Path(path)) as file:
+            np.savez_compressed(file, tokens=self.tokens, heads=self.heads, sublayers=self.sublayers)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Policy:
+        """Reads what `save` wrote.
+
+        Raises:
+            InputError: no such file, or not a policy.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"{path}: no such policy file; record one with adavit-run --record-policy")
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                masks = {name: data[name] for name in ("tokens", "heads", "sublayers")}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: not a recorded policy ({error}); record it again") from None
+        if any(mask.dtype != bool or mask.ndim != 3 for mask in masks.values()):
+            raise InputError(f"{path}: not a recorded policy (masks must be bool and of 3 dimensions)")
+        return cls(**masks)
+
+    @classmethod
+    def concatenate(cls, policies: list[Policy]) -> Policy:
+        """Joins the policies of consecutive batches."""
+        return cls(
+            np.concatenate([p.tokens for p in policies]),
+            np.concatenate([p.heads for p in policies]),
+            np.concatenate([p.sublayers for p in policies]),
+        )

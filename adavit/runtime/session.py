@@ -1,0 +1,208 @@
+"""The runtime an application embeds: load a bundle once, run images from any thread."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.architecture import Architecture
+from adavit.errors import InputError
+from adavit.runtime.backend import Backend, Engine, Options, create_backend
+from adavit.runtime.bundle import Bundle
+from adavit.runtime.dispatcher import Dispatcher, Observer
+from adavit.runtime.images import ImageLike
+from adavit.runtime.policy import Policy
+
+__all__ = ["Prediction", "Result", "Runtime", "load"]
+
+Float = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run computed for B images.
+
+    Attributes:
+        logits: float32 [B, C].
+        policy: what each image used.
+        macs: int64 [B], multiply-accumulates executed, stem and head included.
+    """
+
+    logits: Float
+    policy: Policy
+    macs: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's most probable classes, or why there are none.
+
+    Attributes:
+        top: (label, probability) pairs, most probable first; empty where the image could not be read.
+        classes: the same classes as indices.
+        macs: multiply-accumulates the image took.
+        usage: mean share of tokens, heads and sub-layers it used.
+        error: why the image could not be read, or None.
+    """
+
+    top: tuple[tuple[str, float], ...] = ()
+    classes: tuple[int, ...] = ()
+    macs: int = 0
+    usage: dict[str, float] | None = None
+    error: str | None = None
+
+
+def load(
+    bundle: str | Path,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    provider: str | None = None,
+    parallel: str = "operators",
+) -> Runtime:
+    """Loads a bundle that `adavit-export` made.
+
+    Args:
+        bundle: the folder.
+        backend: what runs the engines; `adavit.runtime.backend.names()` lists them.
+        threads: CPU threads, by default as many as this process may use. ONNX Runtime keeps one pool for the
+            whole process: the first runtime decides its size.
+        provider: ONNX Runtime's execution provider; by default the CPU's.
+        parallel: "operators" shares the threads inside every engine, for the lowest latency of one image;
+            "samples" gives each thread an image, for the highest throughput of batches.
+
+    Raises:
+        BundleError: the bundle is missing, damaged or of another version.
+        BackendError: the backend is unknown, not installed, or refuses an engine.
+        InputError: `threads` is not a positive number.
+
+    Example:
+        >>> import adavit, numpy as np
+        >>> runtime = adavit.load("bundle")  # doctest: +SKIP
+        >>> runtime.predict(["cat.jpg"], top=1)  # doctest: +SKIP
+    """
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if type(threads) is not int or not 1 <= threads <= 1024:
+        raise InputError(f"threads is {threads!r}: expected a whole number from 1 to 1024")
+    if parallel not in ("operators", "samples"):
+        raise InputError(f"parallel is {parallel!r}: choose 'operators' or 'samples'")
+    options = Options(threads, provider, parallel)
+    return Runtime(Bundle.open(bundle), create_backend(backend, options), options)
+
+
+class Runtime:
+    """A loaded bundle; every method may be called from many threads at once.
+
+    Attributes:
+        bundle: the bundle's description.
+        backend: what runs its engines.
+        options: threads, what they share, and the provider, as asked for.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, options: Options) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.options = options
+        self._dispatcher = Dispatcher(bundle, backend, options.threads if options.parallel == "samples" else 1)
+        self._dense: Engine | None = None
+        self._dense_lock = threading.Lock()
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's shapes."""
+        return self.bundle.architecture
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names, by index."""
+        return self.bundle.labels
+
+    def run(self, images: Float, policy: Policy | None = None, observe: Observer | None = None) -> Result:
+        """Runs images, computing only what their policies keep.
+
+        Args:
+            images: float32 [B, 3, S, S], normalised (`predict` does that for pictures).
+            policy: a recorded policy for exactly these images, followed instead of deciding.
+            observe: called with what every engine computes; for verification.
+
+        Raises:
+            InputError: images or policy do not fit the model.
+            BackendError: an engine failed.
+        """
+        images = self._checked(images)
+        if policy is not None:
+            policy.check(self.architecture, len(images))
+        return Result(*self._dispatcher.run(images, policy, observe))
+
+    def run_dense(self, images: Float) -> Float:
+        """Logits [B, C] of the dense twin: the same weights with every policy on, as one graph.
+
+        Raises:
+            BundleError: the bundle was exported without its dense twin.
+        """
+        if self._dense is None:
+            with self._dense_lock:
+                if self._dense is None:
+                    data = self.bundle.read("dense")
+                    self._dense = self.backend.load(self.bundle.engines["dense"], data, alone=True)
+        logits: Float = self._dense.run([self._checked(images)])[0]
+        return logits
+
+    def preprocess(self, image: ImageLike) -> Float:
+        """A path, PIL image or uint8 array as the model wants it: float32 [3, S, S]."""
+        return self.bundle.preprocessor(image)
+
+    def predict(self, images: Sequence[ImageLike] | ImageLike, top: int = 5) -> list[Prediction]:
+        """Labels and probabilities of pictures, in order.
+
+        Args:
+            images: paths, PIL images or uint8 arrays [H, W] or [H, W, 3]. One that cannot be read gets a
+                Prediction with `error`; the others are done.
+            top: how many classes for each.
+        """
+        if isinstance(images, str | Path | np.ndarray) or hasattr(images, "convert"):
+            images = [images]  # type: ignore[list-item]
+        if top < 1:
+            raise InputError(f"top is {top}: ask for at least one class")
+        predictions: list[Prediction | None] = [None] * len(images)
+        pixels: dict[int, Float] = {}
+        for position, image in enumerate(images):
+            try:
+                pixels[position] = self.preprocess(image)
+            except InputError as error:
+                predictions[position] = Prediction(error=str(error))
+        if pixels:
+            result = self.run(np.stack(list(pixels.values())))
+            for row, position in enumerate(pixels):
+                predictions[position] = self.prediction(result, row, top)
+        return [prediction for prediction in predictions if prediction is not None]
+
+    def prediction(self, result: Result, row: int, top: int = 5) -> Prediction:
+        """The Prediction of image `row` of a result."""
+        scores = np.exp(result.logits[row] - result.logits[row].max(), dtype=np.float64)
+        scores /= scores.sum()
+        best = np.argsort(-scores, kind="stable")[:top]
+        return Prediction(
+            tuple((self.labels[i], float(scores[i])) for i in best),
+            tuple(int(i) for i in best),
+            int(result.macs[row]),
+            result.policy[row : row + 1].usage(),
+        )
+
+    def _checked(self, images: Any) -> Float:
+        side = self.architecture.image_size
+        wanted = f"float32 [B, 3, {side}, {side}] with B >= 1"
+        if not isinstance(images, np.ndarray):
+            raise InputError(f"images is a {type(images).__name__}: expected a numpy array, {wanted}")
+        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, side, side) or not len(images):
+            raise InputError(f"images is {images.dtype} {list(images.shape)}: expected {wanted}")
+        if not np.isfinite(images.sum()) and not np.isfinite(images).all():
+            raise InputError("images hold NaN or infinite values; check the preprocessing")
+        return np.ascontiguousarray(images)
