@@ -1,4 +1,4 @@
-"""A block as graphs: its decisions, its two sub-layers with a choice of heads, and the whole of it.
+"""A block as graphs: its decisions, and each sub-layer twice: with all heads, masked, and with a choice of them.
 
 Every graph works on one image's tokens [N, D], or on the kept ones [K, D]. With a choice of heads, the
 weights are laid out head first, so that the kept heads' share is one gather of whole rows. The attention
@@ -20,10 +20,11 @@ __all__ = [
     "add_attention",
     "add_mlp",
     "add_norm",
+    "attention_gather_graph",
     "attention_graph",
     "decide_graph",
     "empty_graph",
-    "full_graph",
+    "mlp_gather_graph",
     "mlp_graph",
 ]
 
@@ -33,51 +34,68 @@ _PROJECTIONS = ("query", "key", "value")
 
 
 def decide_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
-    """X [N, D] -> norm1(x) [N, D] and the logits of the block's decisions: tokens [P], heads [H], sublayers [2]."""
+    """X [N, D] -> norm1(x) and the logits of the block's decisions.
+
+    The outputs are normed [N, D], tokens [N, 1] (the class token's is not used) where tokens are decided on, and
+    choices [1, H + 2], heads before sub-layers, where those are.
+    """
     part = weights.under(f"blocks.{block}")
     graph = Graph(f"blocks.{block}.decide", opset)
     x = graph.input("x", [arch.tokens, arch.width])
-    normed = add_norm(graph, arch, part, "norm1", x)
-    graph.output("normed", normed, [arch.tokens, arch.width])
+    graph.output("normed", add_norm(graph, arch, part, "norm1", x), [arch.tokens, arch.width])
     if arch.token_policy:
-        patches = graph.op("Slice", "normed", graph.ints(1), graph.ints(arch.tokens), graph.ints(0))
-        logits = _linear(graph, part, "attn.token_select.mlp_head", patches)
-        graph.output("tokens", graph.op("Squeeze", logits, graph.ints(1)), [arch.patches])
-    first = ""
-    for kind, name, size, present in (
-        ("heads", "head_select", arch.heads, arch.adapts_heads(block)),
-        ("sublayers", "layer_select", 2, arch.adapts_sublayers(block)),
-    ):
-        if present:
-            first = first or graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0))
-            logits = _linear(graph, part, f"{name}.mlp_head", first)
-            graph.output(kind, graph.op("Squeeze", logits, graph.ints(0)), [size])
+        graph.output("tokens", _linear(graph, part, "attn.token_select.mlp_head", "normed"), [arch.tokens, 1])
+    names = ["head_select"] * arch.adapts_heads(block) + ["layer_select"] * arch.adapts_sublayers(block)
+    if names:
+        weight, bias = (
+            np.concatenate([part[f"{name}.mlp_head.{kind}"] for name in names]) for kind in ("weight", "bias")
+        )
+        first = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0))
+        logits = graph.op("MatMul", first, graph.weight("choices.weight", weight.T))
+        logits = graph.op("Add", logits, graph.weight("choices.bias", bias))
+        graph.output("choices", logits, [1, len(bias)])
     return graph
 
 
 def attention_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
-    """x, norm1(x) [K, D] and the kept heads [h] -> x after the attention sub-layer."""
-    graph, x, heads = _sublayer(arch, "attention", block, opset, normed=True)
+    """x, norm1(x) [K, D] and, where heads are decided on, their mask [H, 1] -> x after the attention sub-layer."""
+    graph = Graph(f"blocks.{block}.attention", opset)
+    x, normed = (graph.input(name, ["K", arch.width]) for name in ("x", "normed"))
+    mask = graph.input("mask", [arch.heads, 1]) if arch.adapts_heads(block) else None
     part = weights.under(f"blocks.{block}")
-    graph.output("y", add_attention(graph, arch, part, x, "normed", heads), ["K", arch.width])
+    graph.output("y", add_attention(graph, arch, part, x, normed, mask=mask), ["K", arch.width])
+    return graph
+
+
+def attention_gather_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
+    """x, norm1(x) [K, D] and the kept heads [h] -> x after the attention sub-layer."""
+    graph = Graph(f"blocks.{block}.attention_gather", opset)
+    x, normed = (graph.input(name, ["K", arch.width]) for name in ("x", "normed"))
+    heads = graph.input("heads", ["h"], "int64")
+    part = weights.under(f"blocks.{block}")
+    graph.output("y", _add_attention_gather(graph, arch, part, x, normed, heads), ["K", arch.width])
     return graph
 
 
 def mlp_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
-    """X [K, D] and the kept heads [h] -> x after the MLP sub-layer."""
-    graph, x, heads = _sublayer(arch, "mlp", block, opset, normed=False)
+    """X [K, D] and, where heads are decided on, their mask [H, 1] -> x after the MLP sub-layer."""
+    graph = Graph(f"blocks.{block}.mlp", opset)
+    x = graph.input("x", ["K", arch.width])
+    mask = graph.input("mask", [arch.heads, 1]) if arch.adapts_heads(block) else None
     part = weights.under(f"blocks.{block}")
-    graph.output("y", add_mlp(graph, arch, part, x, heads), ["K", arch.width])
+    graph.output("y", add_mlp(graph, arch, part, x, mask), ["K", arch.width])
     return graph
 
 
-def full_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
-    """x, norm1(x) [K, D] -> x after both sub-layers with every head."""
+def mlp_gather_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
+    """X [K, D] and the kept heads [h] -> x after the MLP sub-layer."""
+    graph = Graph(f"blocks.{block}.mlp_gather", opset)
+    x, heads = graph.input("x", ["K", arch.width]), graph.input("heads", ["h"], "int64")
     part = weights.under(f"blocks.{block}")
-    graph = Graph(f"blocks.{block}.full", opset)
-    x, normed = graph.input("x", ["K", arch.width]), graph.input("normed", ["K", arch.width])
-    x = add_attention(graph, arch, part, x, normed, None)
-    graph.output("y", add_mlp(graph, arch, part, x, None), ["K", arch.width])
+    normed = graph.op("Reshape", add_norm(graph, arch, part, "norm2", x), _by_head(graph, arch))
+    channels = _joined(graph, x, graph.op("Gather", normed, heads, axis=1))
+    product = graph.op("MatMul", channels, _chosen(graph, part, "mlp.fc1", arch.heads, heads))
+    graph.output("y", _add_second_layer(graph, part, x, _biased(graph, part, "mlp.fc1", product)), ["K", arch.width])
     return graph
 
 
@@ -97,15 +115,6 @@ def empty_graph(arch: Architecture, weights: Weights, opset: int) -> Graph:
     return graph
 
 
-def _sublayer(arch: Architecture, kind: str, block: int, opset: int, normed: bool) -> tuple[Graph, str, str | None]:
-    """A graph with its inputs: x, norm1(x) where it is wanted, and the kept heads where the block chooses."""
-    graph = Graph(f"blocks.{block}.{kind}", opset)
-    x = graph.input("x", ["K", arch.width])
-    if normed:
-        graph.input("normed", ["K", arch.width])
-    return graph, x, graph.input("heads", ["h"], "int64") if arch.adapts_heads(block) else None
-
-
 def add_norm(graph: Graph, arch: Architecture, part: Weights, name: str, x: str) -> str:
     """Adds a layer normalisation of the model."""
     weight, bias = (graph.weight(f"{part.prefix}{name}.{kind}", part[f"{name}.{kind}"]) for kind in ("weight", "bias"))
@@ -122,9 +131,15 @@ def _biased(graph: Graph, part: Weights, name: str, x: str) -> str:
 
 
 def add_attention(
-    graph: Graph, arch: Architecture, part: Weights, x: str, normed: str, heads: str | None, batched: bool = False
+    graph: Graph,
+    arch: Architecture,
+    part: Weights,
+    x: str,
+    normed: str,
+    mask: str | None = None,
+    batched: bool = False,
 ) -> str:
-    """Adds the attention sub-layer, residual included: x, norm1(x) [K, D] -> [K, D].
+    """Adds the attention sub-layer with every head, residual included: [K, D] -> [K, D].
 
     Args:
         graph: where to add.
@@ -132,26 +147,31 @@ def add_attention(
         part: the block's weights.
         x: the block's input.
         normed: norm1 of it.
-        heads: the kept heads [h], or None for all.
-        batched: whether tokens come as [B, N, D]; only with all heads.
+        mask: the kept heads as [H, 1], or None for all.
+        batched: whether tokens come as [B, N, D].
     """
     lead = [0] if batched else []
     swapped = [*lead, len(lead) + 1, len(lead), len(lead) + 2]  # tokens and heads change places
     shape = graph.ints(*lead, 0, arch.heads, arch.head_width)
-    if heads is None:
-        projected = (_projected(graph, arch, part, name, normed) for name in _PROJECTIONS)
-        query, key, value = (graph.op("Transpose", graph.op("Reshape", p, shape), perm=swapped) for p in projected)
-    else:
-        query, key, value = _chosen_projections(graph, arch, part, normed, heads)
+    projected = (_projected(graph, arch, part, name, normed) for name in _PROJECTIONS)
+    query, key, value = (graph.op("Transpose", graph.op("Reshape", p, shape), perm=swapped) for p in projected)
     turned = graph.op("Transpose", key, perm=[*lead, len(lead), len(lead) + 2, len(lead) + 1])
     mixed = graph.op("MatMul", graph.op("Softmax", graph.op("MatMul", query, turned), axis=-1), value)
     rows = graph.op("Transpose", mixed, perm=swapped)
-    if heads is None:
-        update = _linear(graph, part, "attn.proj", graph.op("Reshape", rows, graph.ints(*lead, 0, arch.width)))
-    else:
-        weight = _chosen(graph, part, "attn.proj", part["attn.proj.weight"].T, arch.heads, heads)
-        update = _biased(graph, part, "attn.proj", graph.op("MatMul", _joined(graph, x, rows), weight))
+    if mask is not None:
+        rows = graph.op("Mul", rows, mask)  # [K, H, d] by [H, 1]
+    update = _linear(graph, part, "attn.proj", graph.op("Reshape", rows, graph.ints(*lead, 0, arch.width)))
     return graph.op("Add", update, x)
+
+
+def _add_attention_gather(graph: Graph, arch: Architecture, part: Weights, x: str, normed: str, heads: str) -> str:
+    """Adds the attention sub-layer with the kept heads' weights only."""
+    query, key, value = _chosen_projections(graph, arch, part, normed, heads)  # each [h, K, d]
+    scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 2, 1]))
+    mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
+    rows = _joined(graph, x, graph.op("Transpose", mixed, perm=[1, 0, 2]))
+    product = graph.op("MatMul", rows, _chosen(graph, part, "attn.proj", arch.heads, heads))
+    return graph.op("Add", _biased(graph, part, "attn.proj", product), x)
 
 
 def _scaled(arch: Architecture, part: Weights, name: str, kind: str) -> Float:
@@ -187,24 +207,37 @@ def _chosen_projections(graph: Graph, arch: Architecture, part: Weights, normed:
     return graph.ops("Split", product, graph.ints(d, d, d), outputs=3, axis=2)
 
 
-def add_mlp(graph: Graph, arch: Architecture, part: Weights, x: str, heads: str | None) -> str:
-    """Adds the MLP sub-layer, residual included: x [K, D] -> [K, D]; heads None keeps every channel."""
+def add_mlp(graph: Graph, arch: Architecture, part: Weights, x: str, mask: str | None = None) -> str:
+    """Adds the MLP sub-layer with every channel, residual included: x [..., D] -> [..., D].
+
+    Args:
+        graph: where to add.
+        arch: the model's shapes.
+        part: the block's weights.
+        x: the tokens, [K, D] where there is a mask.
+        mask: the heads whose channels enter the first layer, as [H, 1], or None for all.
+    """
     normed = add_norm(graph, arch, part, "norm2", x)
-    if heads is None:
-        hidden = _linear(graph, part, "mlp.fc1", normed)
-    else:
-        channels = graph.op("Reshape", normed, graph.ints(0, arch.heads, arch.head_width))
-        channels = _joined(graph, x, graph.op("Gather", channels, heads, axis=1))
-        weight = _chosen(graph, part, "mlp.fc1", part["mlp.fc1.weight"].T, arch.heads, heads)
-        hidden = _biased(graph, part, "mlp.fc1", graph.op("MatMul", channels, weight))
+    if mask is not None:
+        masked = graph.op("Mul", graph.op("Reshape", normed, _by_head(graph, arch)), mask)
+        normed = graph.op("Reshape", masked, graph.ints(0, arch.width))
+    return _add_second_layer(graph, part, x, _linear(graph, part, "mlp.fc1", normed))
+
+
+def _add_second_layer(graph: Graph, part: Weights, x: str, hidden: str) -> str:
     return graph.op("Add", _linear(graph, part, "mlp.fc2", graph.gelu(hidden)), x)
 
 
-def _chosen(graph: Graph, part: Weights, name: str, weight: Float, count: int, heads: str) -> str:
-    """The kept heads' rows of a weight [D, out]: [h * d, out]."""
-    by_head = weight.reshape(count, -1)
-    rows = graph.op("Gather", graph.weight(part.prefix + f"{name}.weight", by_head), heads, axis=0)
-    return graph.op("Reshape", rows, graph.ints(-1, weight.shape[1]))
+def _by_head(graph: Graph, arch: Architecture) -> str:
+    """The shape that splits the channels of [K, D] by head: [K, H, d]."""
+    return graph.ints(0, arch.heads, arch.head_width)
+
+
+def _chosen(graph: Graph, part: Weights, name: str, count: int, heads: str) -> str:
+    """The kept heads' input channels of a linear layer: [h * d, out]."""
+    weight = part[f"{name}.weight"].T
+    by_head = graph.weight(f"{part.prefix}{name}.weight", weight.reshape(count, -1))
+    return graph.op("Reshape", graph.op("Gather", by_head, heads, axis=0), graph.ints(-1, weight.shape[1]))
 
 
 def _joined(graph: Graph, x: str, rows: str) -> str:

@@ -26,22 +26,19 @@ def make_engines(
 
 def engine_count(arch: Architecture, with_dense: bool) -> int:
     """How many engines `make_engines` yields."""
-    parts = sum(2 for block in range(arch.depth) if _has_parts(arch, block))
-    return 2 + 2 * arch.depth + parts + arch.head_policy + with_dense
-
-
-def _has_parts(arch: Architecture, block: int) -> bool:
-    return arch.adapts_heads(block) or arch.adapts_sublayers(block)
+    gathering = sum(2 for block in range(arch.depth) if arch.adapts_heads(block))
+    return 2 + 3 * arch.depth + gathering + arch.head_policy + with_dense
 
 
 def _graphs(arch: Architecture, weights: Weights, opset: int, with_dense: bool) -> Iterator[Graph]:
     yield _stem(arch, weights, opset)
     for block in range(arch.depth):
         yield blocks.decide_graph(arch, weights, block, opset)
-        yield blocks.full_graph(arch, weights, block, opset)
-        if _has_parts(arch, block):
-            yield blocks.attention_graph(arch, weights, block, opset)
-            yield blocks.mlp_graph(arch, weights, block, opset)
+        yield blocks.attention_graph(arch, weights, block, opset)
+        yield blocks.mlp_graph(arch, weights, block, opset)
+        if arch.adapts_heads(block):
+            yield blocks.attention_gather_graph(arch, weights, block, opset)
+            yield blocks.mlp_gather_graph(arch, weights, block, opset)
     if arch.head_policy:
         yield blocks.empty_graph(arch, weights, opset)
     yield _head(arch, weights, opset)
@@ -80,7 +77,7 @@ def _dense(arch: Architecture, weights: Weights, opset: int) -> Graph:
     for block in range(arch.depth):
         part = weights.under(f"blocks.{block}")
         normed = blocks.add_norm(graph, arch, part, "norm1", x)
-        x = blocks.add_attention(graph, arch, part, x, normed, None, batched=True)
-        x = blocks.add_mlp(graph, arch, part, x, None)
+        x = blocks.add_attention(graph, arch, part, x, normed, batched=True)
+        x = blocks.add_mlp(graph, arch, part, x)
     _add_head(graph, arch, weights, graph.op("Gather", x, graph.weight("first", np.int64(0)), axis=1))
     return graph

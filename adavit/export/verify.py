@@ -55,7 +55,7 @@ def reference(model: AdaViT, image: Float) -> Reference:
         x = block.attention_step(x, normed, policy)
         tokens[f"blocks.{index}.attention"] = x[0].numpy()
         x = block.mlp_step(x, policy)
-        tokens[f"blocks.{index}.mlp"] = tokens[f"blocks.{index}.full"] = x[0].numpy()
+        tokens[f"blocks.{index}.mlp"] = x[0].numpy()
         output_policies.append(policy)
         logits.append(found)
     output = Output(model.classify(x), logits, output_policies, [])

@@ -37,8 +37,8 @@ class Options:
 class Engine(Protocol):
     """A loaded engine; safe to run from several threads at once."""
 
-    def run(self, inputs: Sequence[Any]) -> list[Any]:
-        """Runs on inputs in the order of the engine's description, and returns its outputs in order."""
+    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Runs on contiguous arrays in the order of the engine's description, filling the outputs given."""
         ...
 
 

@@ -2,12 +2,12 @@
 
 Per image x [N, D] and block i:
 
-    blocks.i.decide     x -> norm1(x), decision logits
-    blocks.i.full       both sub-layers with every head, on the kept tokens
-    blocks.i.attention  the attention sub-layer with the kept heads, on the kept tokens
-    blocks.i.mlp        the MLP sub-layer with the kept heads' channels, on the kept tokens
+    blocks.i.decide            x -> norm1(x), decision logits
+    blocks.i.attention         the attention sub-layer on the kept tokens, dropped heads masked
+    blocks.i.attention_gather  the same with the kept heads' weights only
+    blocks.i.mlp, .mlp_gather  likewise the MLP sub-layer
 
-Kept tokens are gathered before an engine and scattered after it. A sub-layer without any kept head is one
+Kept tokens are gathered before a sub-layer and scattered after it. A sub-layer without any kept head is one
 vector for all tokens, which the engine `empty` holds.
 """
 
@@ -17,15 +17,15 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from adavit.architecture import TOKEN_THRESHOLD
-from adavit.macs import attention_macs, block_macs, mlp_macs, outside_macs
-from adavit.runtime.backend import Array, Backend, Engine
+from adavit.architecture import TOKEN_THRESHOLD, Architecture
+from adavit.macs import attention_macs, mlp_macs, outside_macs
+from adavit.runtime.backend import Backend, Engine
 from adavit.runtime.bundle import Bundle
+from adavit.runtime.plan import gathers_attention, gathers_mlp
 from adavit.runtime.policy import Policy
 
 __all__ = ["Dispatcher", "Observer"]
@@ -41,15 +41,25 @@ TOKEN_LOGIT = np.float32(math.log(TOKEN_THRESHOLD / (1 - TOKEN_THRESHOLD)))
 
 @dataclass(frozen=True)
 class BlockEngines:
-    """One block's engines; those its policies never need are absent."""
+    """One block's engines; those that gather are there where the block has a head policy."""
 
-    index: int
     decide: Engine
-    outputs: tuple[str, ...]
-    full: Engine
-    attention: Engine | None
-    mlp: Engine | None
-    gathers_heads: bool
+    attention: Engine
+    mlp: Engine
+    attention_gather: Engine | None = None
+    mlp_gather: Engine | None = None
+
+
+class Scratch:
+    """One image's buffers, each [N, D] but for the logits; reused from image to image."""
+
+    def __init__(self, arch: Architecture) -> None:
+        shape = arch.tokens, arch.width
+        self.normed = np.empty(shape, np.float32)
+        self.rows = np.empty(shape, np.float32)
+        self.normed_rows = np.empty(shape, np.float32)
+        self.first, self.second = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        self.token_logits = np.empty((arch.tokens, 1), np.float32)
 
 
 class Dispatcher:
@@ -62,30 +72,24 @@ class Dispatcher:
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, workers: int) -> None:
-        self._arch = bundle.architecture
-        self._load = partial(_load, bundle, backend)
-        self._stem = self._load("stem", alone=True)
-        self._head = self._load("head", alone=True)
-        self._blocks = [self._block(bundle, index) for index in range(self._arch.depth)]
-        self._empty = self._load("empty").run([]) if "empty" in bundle.engines else []
-        self._pool = ThreadPoolExecutor(workers, "adavit") if workers > 1 else None
-        self._outside = outside_macs(self._arch)
+        self.arch = bundle.architecture
 
-    def _block(self, bundle: Bundle, index: int) -> BlockEngines:
-        name = f"blocks.{index}"
-        part = {
-            kind: self._load(f"{name}.{kind}") if f"{name}.{kind}" in bundle.engines else None
-            for kind in ("attention", "mlp")
-        }
-        return BlockEngines(
-            index,
-            self._load(f"{name}.decide"),
-            tuple(tensor.name for tensor in bundle.engines[f"{name}.decide"].outputs),
-            self._load(f"{name}.full"),
-            part["attention"],
-            part["mlp"],
-            self._arch.adapts_heads(index),
-        )
+        def load(name: str, alone: bool = False) -> Engine:
+            return backend.load(bundle.engines[name], bundle.read(name), alone)
+
+        self._stem, self._head = load("stem", alone=True), load("head", alone=True)
+        self.blocks = []
+        for index in range(self.arch.depth):
+            kinds = ["decide", "attention", "mlp"]
+            gathering = ["attention_gather", "mlp_gather"] if self.arch.adapts_heads(index) else []
+            loaded = {kind: load(f"blocks.{index}.{kind}") for kind in kinds + gathering}
+            self.blocks.append(BlockEngines(**loaded))
+        shape = self.arch.depth, self.arch.width
+        self.empty = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        if self.arch.head_policy:
+            load("empty").run([], self.empty)
+        self._pool = ThreadPoolExecutor(workers, "adavit") if workers > 1 else None
+        self._scratch: list[Scratch] = []
 
     def run(
         self, images: Float, replay: Policy | None = None, observe: Observer | None = None
@@ -100,22 +104,28 @@ class Dispatcher:
         Returns:
             Logits [B, C], the policy, and the MACs of every image, int64 [B].
         """
-        batch = len(images)
-        tokens = self._stem.run([images])[0]
-        used = Policy.dense(self._arch, batch) if replay is None else replay
-        classes = np.empty((batch, self._arch.width), np.float32)
+        arch, batch = self.arch, len(images)
+        tokens = np.empty((batch, arch.tokens, arch.width), np.float32)
+        self._stem.run([images], [tokens])
+        used = Policy.dense(arch, batch) if replay is None else replay
+        classes = np.empty((batch, arch.width), np.float32)
         macs = np.empty(batch, np.int64)
 
         def run_image(position: int) -> None:
-            run = ImageRun(self, used[position : position + 1], replay is None, observe, position)
+            scratch = self._scratch.pop() if self._scratch else Scratch(arch)
+            masks = used.tokens[position], used.heads[position], used.sublayers[position]
+            see = None if observe is None else lambda engine, x: observe(position, engine, x)
+            run = ImageRun(self, scratch, masks, replay is None, see)
             classes[position], macs[position] = run(tokens[position])
+            self._scratch.append(scratch)
 
         if self._pool is None or batch == 1:
             for position in range(batch):
                 run_image(position)
         else:
             list(self._pool.map(run_image, range(batch)))
-        logits = self._head.run([classes])[0]
+        logits = np.empty((batch, arch.classes), np.float32)
+        self._head.run([classes], [logits])
         if observe:
             for position in range(batch):
                 observe(position, "head", logits[position])
@@ -126,94 +136,112 @@ class ImageRun:
     """One image on its way through the blocks."""
 
     def __init__(
-        self, dispatcher: Dispatcher, policy: Policy, decides: bool, observe: Observer | None, position: int
+        self,
+        dispatcher: Dispatcher,
+        scratch: Scratch,
+        masks: tuple[npt.NDArray[np.bool_], ...],
+        decides: bool,
+        see: Callable[[str, Float], None] | None,
     ) -> None:
-        self._engines = dispatcher
-        self._arch = dispatcher._arch
-        self._tokens, self._heads, self._sublayers = policy.tokens[0], policy.heads[0], policy.sublayers[0]
+        self._dispatcher = dispatcher
+        self._arch = dispatcher.arch
+        self._scratch = scratch
+        self._tokens, self._heads, self._sublayers = masks
         self._decides = decides
-        self._observe = observe
-        self._position = position
+        self._see = see
+        self._spare = [scratch.first, scratch.second]
+        self._macs = outside_macs(self._arch)
 
     def __call__(self, x: Float) -> tuple[Float, int]:
         """Takes the stem's tokens [N, D] to the last block's class token [D], and counts MACs."""
-        macs = self._engines._outside
-        self._see("stem", x)
-        for block in self._engines._blocks:
-            x, executed = self._block(block, x)
-            macs += executed
-        return x[0], macs
+        if self._see:
+            self._see("stem", x)
+        for index, block in enumerate(self._dispatcher.blocks):
+            self._decide(index, block, x)
+            attention, mlp = self._sublayers[index].tolist()
+            if attention or mlp:
+                x = self._run_sublayers(index, block, x, attention, mlp)
+        return x[0], self._macs
 
-    def _see(self, engine: str, x: Float) -> None:
-        if self._observe:
-            self._observe(self._position, engine, x)
+    def _decide(self, index: int, block: BlockEngines, x: Float) -> None:
+        """Computes norm1(x), and this block's row of the policy; strictly above a threshold is kept."""
+        arch, scratch = self._arch, self._scratch
+        adapts_heads, adapts_sublayers = arch.adapts_heads(index), arch.adapts_sublayers(index)
+        choices = np.empty((1, adapts_heads * arch.heads + adapts_sublayers * 2), np.float32)
+        outputs = [scratch.normed]
+        if arch.token_policy:
+            outputs.append(scratch.token_logits)
+        if choices.size:
+            outputs.append(choices)
+        block.decide.run([x], outputs)
+        if not self._decides:
+            return
+        if arch.token_policy:
+            np.greater(scratch.token_logits[1:, 0], TOKEN_LOGIT, out=self._tokens[index, 1:])
+        kept = choices[0] > 0
+        if adapts_heads:
+            self._heads[index] = kept[: arch.heads]
+        if adapts_sublayers:
+            self._sublayers[index] = kept[-2:]
 
-    def _block(self, block: BlockEngines, x: Float) -> tuple[Float, int]:
-        index = block.index
-        outputs = block.decide.run([x])
-        if self._decides:
-            self._record(index, dict(zip(block.outputs, outputs, strict=True)))
-        attention, mlp = self._sublayers[index].tolist()
-        if not (attention or mlp):
-            return x, 0
+    def _run_sublayers(self, index: int, block: BlockEngines, x: Float, attention: bool, mlp: bool) -> Float:
+        """Runs the kept sub-layers on the kept tokens of x, and returns x with their rows changed."""
+        scratch, spare = self._scratch, self._spare
         kept = np.flatnonzero(self._tokens[index])
         heads = np.flatnonzero(self._heads[index])
-        everything = len(kept) == self._arch.tokens
-        rows = x if everything else x[kept]
-        normed = outputs[0] if everything or not attention else outputs[0][kept]
-        if attention and mlp and len(heads) == self._arch.heads:
-            rows = block.full.run([rows, normed])[0]
-            macs = block_macs(self._arch, len(kept), len(heads), 1, 1)
-            name = "full"
-        else:
-            rows, macs = self._parts(block, x, rows, normed, kept, heads)
-            name = "mlp" if mlp else "attention"
-        x = self._scattered(x, rows, kept)
-        self._see(f"blocks.{index}.{name}", x)
-        return x, macs
-
-    def _record(self, index: int, decided: dict[str, Array]) -> None:
-        """Turns decision logits into this block's row of the policy; strictly above the threshold is kept."""
-        if "tokens" in decided:
-            self._tokens[index, 1:] = decided["tokens"] > TOKEN_LOGIT
-        if "heads" in decided:
-            self._heads[index] = decided["heads"] > 0
-        if "sublayers" in decided:
-            self._sublayers[index] = decided["sublayers"] > 0
-
-    def _parts(
-        self, block: BlockEngines, x: Float, rows: Float, normed: Float, kept: Index, heads: Index
-    ) -> tuple[Float, int]:
-        """Runs the sub-layers one by one on the kept rows [K, D]."""
-        index, arch, macs = block.index, self._arch, 0
-        attention, mlp = self._sublayers[index].tolist()
-        chosen = [heads] if block.gathers_heads else []
+        count, all_kept = len(kept), len(kept) == len(x)
+        rows = x if all_kept else x.take(kept, 0, out=scratch.rows[:count], mode="clip")
         if attention:
-            if len(heads):
-                assert block.attention is not None
-                rows = block.attention.run([rows, normed, *chosen])[0]
-                macs += attention_macs(arch, len(kept), len(heads))
-            else:
-                rows = rows + self._engines._empty[0][index]
-            if mlp and self._observe:
-                self._see(f"blocks.{index}.attention", self._scattered(x.copy(), rows, kept))
+            normed = scratch.normed
+            if not all_kept:
+                normed = normed.take(kept, 0, out=scratch.normed_rows[:count], mode="clip")
+            rows = self._attention(index, block, rows, normed, heads, spare[0][:count])
+            if self._see:
+                self._see(f"blocks.{index}.attention", _scattered(x.copy(), rows, kept))
         if mlp:
-            if len(heads):
-                assert block.mlp is not None
-                rows = block.mlp.run([rows, *chosen])[0]
-                macs += mlp_macs(arch, len(kept), len(heads))
-            else:
-                rows = rows + self._engines._empty[1][index]
-        return rows, macs
-
-    def _scattered(self, x: Float, rows: Float, kept: Index) -> Float:
-        """Puts the kept rows back; x, which this image alone holds, changes in place."""
-        if len(kept) == len(x):
-            return rows
-        x[kept] = rows
+            rows = self._mlp(index, block, rows, heads, spare[1][:count])
+        if all_kept:
+            x, spare[mlp] = spare[mlp], x
+        else:
+            _scattered(x, rows, kept)
+        if mlp and self._see:
+            self._see(f"blocks.{index}.mlp", x)
         return x
 
+    def _attention(
+        self, index: int, block: BlockEngines, rows: Float, normed: Float, heads: Index, out: Float
+    ) -> Float:
+        arch, count = self._arch, len(rows)
+        self._macs += attention_macs(arch, count, len(heads))
+        if not len(heads):
+            np.add(rows, self._dispatcher.empty[0][index], out=out)
+        elif block.attention_gather is None:
+            block.attention.run([rows, normed], [out])
+        elif gathers_attention(arch, count, len(heads)):
+            block.attention_gather.run([rows, normed, heads], [out])
+        else:
+            block.attention.run([rows, normed, self._head_mask(index)], [out])
+        return out
 
-def _load(bundle: Bundle, backend: Backend, name: str, alone: bool = False) -> Engine:
-    data = bundle.read(name)
-    return backend.load(bundle.engines[name], data, alone)
+    def _mlp(self, index: int, block: BlockEngines, rows: Float, heads: Index, out: Float) -> Float:
+        arch, count = self._arch, len(rows)
+        self._macs += mlp_macs(arch, count, len(heads))
+        if not len(heads):
+            np.add(rows, self._dispatcher.empty[1][index], out=out)
+        elif block.mlp_gather is None:
+            block.mlp.run([rows], [out])
+        elif gathers_mlp(arch, count, len(heads)):
+            block.mlp_gather.run([rows, heads], [out])
+        else:
+            block.mlp.run([rows, self._head_mask(index)], [out])
+        return out
+
+    def _head_mask(self, index: int) -> Float:
+        """The kept heads as [H, 1], 1 or 0."""
+        return self._heads[index, :, None].astype(np.float32)
+
+
+def _scattered(x: Float, rows: Float, kept: Index) -> Float:
+    """Puts rows [K, D] into x, in place."""
+    x[kept] = rows
+    return x

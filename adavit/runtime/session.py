@@ -152,7 +152,9 @@ class Runtime:
                 if self._dense is None:
                     data = self.bundle.read("dense")
                     self._dense = self.backend.load(self.bundle.engines["dense"], data, alone=True)
-        logits: Float = self._dense.run([self._checked(images)])[0]
+        images = self._checked(images)
+        logits = np.empty((len(images), self.architecture.classes), np.float32)
+        self._dense.run([images], [logits])
         return logits
 
     def preprocess(self, image: ImageLike) -> Float:
