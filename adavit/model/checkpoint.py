@@ -6,6 +6,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,16 +65,15 @@ def read_state(path: Path) -> tuple[State, int | None]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on files that are about to be refused
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise CheckpointError(
-                f"{path}: refused, it would run {refused[1]} while loading; "
-                "save only the weights with torch.save(model.state_dict(), ...) or as safetensors"
-            ) from None
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint that can be read safely") from None
+        reason = f"refused, it would run {refused[1]} while loading" if refused else "not a PyTorch checkpoint to trust"
+        raise CheckpointError(
+            f"{path}: {reason}; save only the weights with torch.save(model.state_dict(), ...) or as safetensors"
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         if isinstance(error, PermissionError):
             raise CheckpointError(f"{path}: no permission to read it") from None

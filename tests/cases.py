@@ -1,0 +1,181 @@
+"""Builders that the tests share: small models, the oracle, bundles, images."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from adavit.architecture import TOKEN_THRESHOLD, Architecture
+from adavit.export import ExportOptions, export_bundle
+from adavit.files import sha256
+from adavit.model import AdaViT, save_safetensors
+from adavit.model.policy import BlockPolicy
+from adavit.runtime import Policy
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_FILES = {
+    "deit_small": "deit_small.safetensors",
+    "deit_sparse": "deit_sparse.pth",
+    "t2t_small": "t2t_small.safetensors",
+}
+
+KEEP_ALL, DROP_ALL = 50.0, -50.0
+"""Decision biases that no weight of these models outweighs."""
+
+
+def quiet(*_: object) -> None:
+    """Progress that nobody sees."""
+
+
+def tiny(**changes: Any) -> Architecture:
+    """An architecture with every policy, small enough to export in a blink."""
+    values: dict[str, Any] = dict(
+        stem="patch", image_size=32, patch_size=8, width=48, depth=3, heads=3, hidden=80, classes=5, keep=1,
+        qkv_bias=True, token_policy=True, head_policy=True, sublayer_policy=True,
+    )  # fmt: skip
+    return Architecture(**{**values, **changes})
+
+
+def random_model(arch: Architecture, seed: int = 0, **biases: float) -> AdaViT:
+    """A model of random weights whose decisions differ between images, blocks, tokens and heads.
+
+    Args:
+        arch: its shapes.
+        seed: of the weights.
+        biases: `tokens`, `heads`, `sublayers`: what to add to the biases of that kind of decision.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = AdaViT(arch).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
+                value.copy_(1 + 0.2 * noise)
+            elif "_select" in name:
+                value.copy_(noise * (1.5 / math.sqrt(arch.width) if value.ndim == 2 else 0.3))
+            elif name.endswith("bias"):
+                value.copy_(0.2 * noise)
+            elif name.endswith(("cls_token", "pos_embed")):
+                value.copy_(noise)
+            elif not name.endswith(".w"):  # the performer's own orthogonal features stay
+                value.copy_(noise / math.sqrt(value[0].numel()))
+        for block in model.blocks:
+            for kind, part in (("tokens", block.attn), ("heads", block), ("sublayers", block)):
+                select = getattr(part, {"tokens": "token_select", "heads": "head_select"}.get(kind, "layer_select"), 0)
+                if select:
+                    select.mlp_head.bias += biases.get(kind, 0.0)
+    return model
+
+
+def random_images(arch: Architecture, count: int, seed: int = 1) -> np.ndarray:
+    """Normalised pixels, float32 [B, 3, S, S]."""
+    shape = (count, 3, arch.image_size, arch.image_size)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+@torch.no_grad()
+def oracle(model: AdaViT, images: np.ndarray) -> tuple[np.ndarray, Policy, np.ndarray]:
+    """The masked model: logits, its policy, and each image's smallest distance of a decision from its threshold."""
+    output = model(torch.from_numpy(images))
+    margin = np.full(len(images), np.inf)
+    token_logit = math.log(TOKEN_THRESHOLD / (1 - TOKEN_THRESHOLD))
+    for block in output.decisions:
+        for logits, threshold in ((block.tokens, token_logit), (block.heads, 0.0), (block.sublayers, 0.0)):
+            if logits is not None:
+                margin = np.minimum(margin, (logits - threshold).abs().amin(1).numpy())
+    return output.logits.numpy(), Policy(*(mask.numpy() for mask in output.stacked(model.arch))), margin
+
+
+@torch.no_grad()
+def forced(model: AdaViT, images: np.ndarray, policy: Policy) -> np.ndarray:
+    """The masked model's logits under a given policy, whatever its own decisions."""
+    x = model.embed(torch.from_numpy(images))
+    masks = [torch.from_numpy(mask.astype(np.float32)) for mask in (policy.tokens, policy.heads, policy.sublayers)]
+    for index, block in enumerate(model.blocks):
+        under = BlockPolicy(*(mask[:, index] for mask in masks))
+        x = block.mlp_step(block.attention_step(x, block.norm1(x), under), under)
+    return model.classify(x).numpy()
+
+
+def random_policy(arch: Architecture, batch: int, seed: int) -> Policy:
+    """Any policy the model could have decided on, from empty to full head sets, and class tokens alone."""
+    source = np.random.default_rng(seed)
+
+    def mask(size: int) -> np.ndarray:
+        share = source.choice([0.0, 0.3, 0.7, 1.0], (batch, arch.depth, 1))
+        return source.random((batch, arch.depth, size)) < share
+
+    tokens, heads, sublayers = mask(arch.tokens), mask(arch.heads), mask(2)
+    tokens[..., 0] = True
+    if not arch.token_policy:
+        tokens[:] = True
+    heads[:, : arch.keep if arch.head_policy else arch.depth] = True
+    sublayers[:, : arch.keep if arch.sublayer_policy else arch.depth] = True
+    return Policy(tokens, heads, sublayers)
+
+
+def assert_same_policy(found: Policy, wanted: Policy) -> None:
+    for kind in ("tokens", "heads", "sublayers"):
+        np.testing.assert_array_equal(getattr(found, kind), getattr(wanted, kind), err_msg=kind)
+
+
+def golden(name: str) -> tuple[np.ndarray, np.ndarray, Policy]:
+    """Recorded images, logits and policy."""
+    data = dict(np.load(GOLDEN / f"{name}.npz"))
+    images = data["images"] if "images" in data else golden("deit_small")[0]
+    keep = data["token_select"].shape[1] - data["head_select"].shape[1]
+    leading = ((0, 0), (keep, 0), (0, 0))
+    heads, sublayers = (np.pad(data[f"{kind}_select"], leading, constant_values=1) > 0 for kind in ("head", "layer"))
+    return images, data["logits"], Policy(data["token_select"] > 0, heads, sublayers)
+
+
+def save(model: AdaViT, path: Path) -> Path:
+    """Writes a model's weights."""
+    save_safetensors(model, path)
+    return path
+
+
+def export(source: Path | AdaViT, folder: Path, **options: Any) -> Path:
+    """Exports a checkpoint, or a model, into `folder` and returns the bundle."""
+    if isinstance(source, AdaViT):
+        source = save(source, folder / "model.safetensors")
+    bundle = folder / "bundle"
+    export_bundle(source, bundle, ExportOptions(threads=1, **options), quiet)
+    return bundle
+
+
+def read_config(bundle: Path) -> dict[str, Any]:
+    return json.loads((bundle / "config.json").read_text())
+
+
+def write_config(bundle: Path, config: Any) -> None:
+    (bundle / "config.json").write_text(json.dumps(config))
+
+
+def rewrite_engine(bundle: Path, name: str, data: bytes) -> None:
+    """Replaces an engine together with its size and hash, so that only verification can tell."""
+    config = read_config(bundle)
+    engine = config["engines"][name]
+    (bundle / engine["file"]).write_bytes(data)
+    engine.update(bytes=len(data), sha256=sha256(data))
+    write_config(bundle, config)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (40, 50)) -> Image.Image:
+    """A smooth colourful picture."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def python(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a script in an interpreter of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)

@@ -1,0 +1,73 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cases import GOLDEN, GOLDEN_FILES, export, picture, random_model, save, tiny
+
+import adavit
+from adavit.model import AdaViT
+from adavit.runtime import Runtime
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Models this small only lose by sharing their work."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Bundles of the golden checkpoints by name, each exported and verified once."""
+    made: dict[str, Path] = {}
+
+    def bundle(name: str) -> Path:
+        if name not in made:
+            made[name] = export(GOLDEN / GOLDEN_FILES[name], tmp_path_factory.mktemp(name), with_dense=True)
+        return made[name]
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def model() -> AdaViT:
+    """A tiny model with every policy."""
+    return random_model(tiny())
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model: AdaViT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's weights."""
+    return save(model, tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's bundle with its dense twin; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    labels = folder / "labels.txt"
+    labels.write_text("ant\nbee\ncat\ndog\nelk\n")
+    return export(checkpoint, folder, with_dense=True, labels=labels)
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle, to damage."""
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
+@pytest.fixture(scope="session")
+def runtime(tiny_bundle: Path) -> Runtime:
+    """The tiny bundle, loaded."""
+    return adavit.load(tiny_bundle, threads=1)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures in folders that carry two of the tiny bundle's labels."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for seed, name in enumerate(("bee/0.png", "bee/1.png", "dog/2.jpg")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        picture(seed).save(folder / name)
+    return folder
