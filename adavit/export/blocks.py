@@ -58,12 +58,12 @@ def decide_graph(arch: Architecture, weights: Weights, block: int, opset: int) -
 
 
 def attention_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
-    """x, norm1(x) [K, D] and, where heads are decided on, their mask [H, 1] -> x after the attention sub-layer."""
+    """x, norm1(x) [K, D] and, where heads are decided on, their channels [D] -> x after the attention sub-layer."""
     graph = Graph(f"blocks.{block}.attention", opset)
     x, normed = (graph.input(name, ["K", arch.width]) for name in ("x", "normed"))
-    mask = graph.input("mask", [arch.heads, 1]) if arch.adapts_heads(block) else None
+    channels = graph.input("channels", [arch.width]) if arch.adapts_heads(block) else None
     part = weights.under(f"blocks.{block}")
-    graph.output("y", add_attention(graph, arch, part, x, normed, mask=mask), ["K", arch.width])
+    graph.output("y", add_attention(graph, arch, part, x, normed, channels), ["K", arch.width])
     return graph
 
 
@@ -81,9 +81,9 @@ def mlp_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> G
     """X [K, D] and, where heads are decided on, their mask [H, 1] -> x after the MLP sub-layer."""
     graph = Graph(f"blocks.{block}.mlp", opset)
     x = graph.input("x", ["K", arch.width])
-    mask = graph.input("mask", [arch.heads, 1]) if arch.adapts_heads(block) else None
+    channels = graph.input("channels", [arch.width]) if arch.adapts_heads(block) else None
     part = weights.under(f"blocks.{block}")
-    graph.output("y", add_mlp(graph, arch, part, x, mask), ["K", arch.width])
+    graph.output("y", add_mlp(graph, arch, part, x, channels), ["K", arch.width])
     return graph
 
 
@@ -92,7 +92,7 @@ def mlp_gather_graph(arch: Architecture, weights: Weights, block: int, opset: in
     graph = Graph(f"blocks.{block}.mlp_gather", opset)
     x, heads = graph.input("x", ["K", arch.width]), graph.input("heads", ["h"], "int64")
     part = weights.under(f"blocks.{block}")
-    normed = graph.op("Reshape", add_norm(graph, arch, part, "norm2", x), _by_head(graph, arch))
+    normed = graph.op("Reshape", add_norm(graph, arch, part, "norm2", x), graph.ints(0, arch.heads, arch.head_width))
     channels = _joined(graph, x, graph.op("Gather", normed, heads, axis=1))
     product = graph.op("MatMul", channels, _chosen(graph, part, "mlp.fc1", arch.heads, heads))
     graph.output("y", _add_second_layer(graph, part, x, _biased(graph, part, "mlp.fc1", product)), ["K", arch.width])
@@ -115,9 +115,14 @@ def empty_graph(arch: Architecture, weights: Weights, opset: int) -> Graph:
     return graph
 
 
-def add_norm(graph: Graph, arch: Architecture, part: Weights, name: str, x: str) -> str:
-    """Adds a layer normalisation of the model."""
+def add_norm(graph: Graph, arch: Architecture, part: Weights, name: str, x: str, channels: str | None = None) -> str:
+    """Adds a layer normalisation of the model, its result multiplied by channels [D] where there are any.
+
+    The product is taken of the scale and the bias, which costs nothing per token.
+    """
     weight, bias = (graph.weight(f"{part.prefix}{name}.{kind}", part[f"{name}.{kind}"]) for kind in ("weight", "bias"))
+    if channels is not None:
+        weight, bias = graph.op("Mul", weight, channels), graph.op("Mul", bias, channels)
     return graph.layer_norm(x, weight, bias, arch.norm_epsilon)
 
 
@@ -136,7 +141,7 @@ def add_attention(
     part: Weights,
     x: str,
     normed: str,
-    mask: str | None = None,
+    channels: str | None = None,
     batched: bool = False,
 ) -> str:
     """Adds the attention sub-layer with every head, residual included: [K, D] -> [K, D].
@@ -147,7 +152,7 @@ def add_attention(
         part: the block's weights.
         x: the block's input.
         normed: norm1 of it.
-        mask: the kept heads as [H, 1], or None for all.
+        channels: 1 for the channels of kept heads, 0 for the others, [D]; None keeps all.
         batched: whether tokens come as [B, N, D].
     """
     lead = [0] if batched else []
@@ -157,11 +162,10 @@ def add_attention(
     query, key, value = (graph.op("Transpose", graph.op("Reshape", p, shape), perm=swapped) for p in projected)
     turned = graph.op("Transpose", key, perm=[*lead, len(lead), len(lead) + 2, len(lead) + 1])
     mixed = graph.op("MatMul", graph.op("Softmax", graph.op("MatMul", query, turned), axis=-1), value)
-    rows = graph.op("Transpose", mixed, perm=swapped)
-    if mask is not None:
-        rows = graph.op("Mul", rows, mask)  # [K, H, d] by [H, 1]
-    update = _linear(graph, part, "attn.proj", graph.op("Reshape", rows, graph.ints(*lead, 0, arch.width)))
-    return graph.op("Add", update, x)
+    rows = graph.op("Reshape", graph.op("Transpose", mixed, perm=swapped), graph.ints(*lead, 0, arch.width))
+    if channels is not None:
+        rows = graph.op("Mul", rows, channels)
+    return graph.op("Add", _linear(graph, part, "attn.proj", rows), x)
 
 
 def _add_attention_gather(graph: Graph, arch: Architecture, part: Weights, x: str, normed: str, heads: str) -> str:
@@ -207,30 +211,22 @@ def _chosen_projections(graph: Graph, arch: Architecture, part: Weights, normed:
     return graph.ops("Split", product, graph.ints(d, d, d), outputs=3, axis=2)
 
 
-def add_mlp(graph: Graph, arch: Architecture, part: Weights, x: str, mask: str | None = None) -> str:
+def add_mlp(graph: Graph, arch: Architecture, part: Weights, x: str, channels: str | None = None) -> str:
     """Adds the MLP sub-layer with every channel, residual included: x [..., D] -> [..., D].
 
     Args:
         graph: where to add.
         arch: the model's shapes.
         part: the block's weights.
-        x: the tokens, [K, D] where there is a mask.
-        mask: the heads whose channels enter the first layer, as [H, 1], or None for all.
+        x: the tokens.
+        channels: 1 for the channels that enter the first layer, 0 for the others, [D]; None keeps all.
     """
-    normed = add_norm(graph, arch, part, "norm2", x)
-    if mask is not None:
-        masked = graph.op("Mul", graph.op("Reshape", normed, _by_head(graph, arch)), mask)
-        normed = graph.op("Reshape", masked, graph.ints(0, arch.width))
+    normed = add_norm(graph, arch, part, "norm2", x, channels)
     return _add_second_layer(graph, part, x, _linear(graph, part, "mlp.fc1", normed))
 
 
 def _add_second_layer(graph: Graph, part: Weights, x: str, hidden: str) -> str:
     return graph.op("Add", _linear(graph, part, "mlp.fc2", graph.gelu(hidden)), x)
-
-
-def _by_head(graph: Graph, arch: Architecture) -> str:
-    """The shape that splits the channels of [K, D] by head: [K, H, d]."""
-    return graph.ints(0, arch.heads, arch.head_width)
 
 
 def _chosen(graph: Graph, part: Weights, name: str, count: int, heads: str) -> str:

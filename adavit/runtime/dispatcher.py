@@ -220,7 +220,7 @@ class ImageRun:
         elif gathers_attention(arch, count, len(heads)):
             block.attention_gather.run([rows, normed, heads], [out])
         else:
-            block.attention.run([rows, normed, self._head_mask(index)], [out])
+            block.attention.run([rows, normed, self._channels(index)], [out])
         return out
 
     def _mlp(self, index: int, block: BlockEngines, rows: Float, heads: Index, out: Float) -> Float:
@@ -233,12 +233,12 @@ class ImageRun:
         elif gathers_mlp(arch, count, len(heads)):
             block.mlp_gather.run([rows, heads], [out])
         else:
-            block.mlp.run([rows, self._head_mask(index)], [out])
+            block.mlp.run([rows, self._channels(index)], [out])
         return out
 
-    def _head_mask(self, index: int) -> Float:
-        """The kept heads as [H, 1], 1 or 0."""
-        return self._heads[index, :, None].astype(np.float32)
+    def _channels(self, index: int) -> Float:
+        """1 for the channels [D] of kept heads, 0 for the others."""
+        return np.repeat(self._heads[index].astype(np.float32), self._arch.head_width)
 
 
 def _scattered(x: Float, rows: Float, kept: Index) -> Float:
