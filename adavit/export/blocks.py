@@ -34,7 +34,7 @@ _PROJECTIONS = ("query", "key", "value")
 
 
 def decide_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
-    """X [N, D] -> norm1(x) and the logits of the block's decisions.
+    """x [N, D] -> norm1(x) and the logits of the block's decisions.
 
     The outputs are normed [N, D], tokens [N, 1] (the class token's is not used) where tokens are decided on, and
     choices [1, H + 2], heads before sub-layers, where those are.
@@ -78,7 +78,7 @@ def attention_gather_graph(arch: Architecture, weights: Weights, block: int, ops
 
 
 def mlp_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
-    """X [K, D] and, where heads are decided on, their mask [H, 1] -> x after the MLP sub-layer."""
+    """x [K, D] and, where heads are decided on, their channels [D] -> x after the MLP sub-layer."""
     graph = Graph(f"blocks.{block}.mlp", opset)
     x = graph.input("x", ["K", arch.width])
     channels = graph.input("channels", [arch.width]) if arch.adapts_heads(block) else None
@@ -88,7 +88,7 @@ def mlp_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> G
 
 
 def mlp_gather_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
-    """X [K, D] and the kept heads [h] -> x after the MLP sub-layer."""
+    """x [K, D] and the kept heads [h] -> x after the MLP sub-layer."""
     graph = Graph(f"blocks.{block}.mlp_gather", opset)
     x, heads = graph.input("x", ["K", arch.width]), graph.input("heads", ["h"], "int64")
     part = weights.under(f"blocks.{block}")
