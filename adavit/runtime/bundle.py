@@ -167,7 +167,7 @@ def _text(folder: Path, name: str) -> str:
 def _object(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(_text(folder, name))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError also for numbers of thousands of digits
         raise BundleError(f"{folder / name}: not JSON; export again") from None
     if not isinstance(value, dict):
         raise BundleError(f"{folder / name}: not a JSON object; export again")

@@ -47,10 +47,10 @@ class Preprocessor:
         """
         picture = decode(image)
         width, height = picture.size
-        scale = self.short_side / min(width, height)
-        if max(width, height) * scale > 64 * self.short_side:
+        short = min(width, height)
+        if max(width, height) > 64 * short:
             raise InputError(f"{_name(image)}: {width}x{height} pixels is too elongated; crop it first")
-        size = max(self.short_side, round(width * scale)), max(self.short_side, round(height * scale))
+        size = self.short_side * width // short, self.short_side * height // short
         if size != picture.size:
             picture = picture.resize(size, Image.Resampling.BICUBIC)
         left, top = (round((length - self.side) / 2) for length in size)
@@ -87,7 +87,7 @@ class Preprocessor:
         try:
             mean, std = (tuple(float(v) for v in values[key]) for key in ("image_mean", "image_std"))
             result = cls(int(values["crop_size"]["height"]), float(values["crop_ratio"]), mean, std)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise BundleError(f"preprocessor_config.json: {error!r} is missing or wrong; export again") from None
         if result.side != side or not 0.1 <= result.crop_ratio <= 1 or len(mean) != 3 or len(std) != 3:
             raise BundleError("preprocessor_config.json does not fit the model; export again")
@@ -107,7 +107,12 @@ def decode(image: ImageLike) -> Image.Image:
             raise InputError(f"array {image.dtype} {list(image.shape)}: an image is uint8 [H, W] or [H, W, 3]")
         return Image.fromarray(image).convert("RGB")
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        try:
+            return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow decodes when it must, not when it opens
+            raise InputError(f"image: not a readable image ({type(error).__name__})") from None
+    if not isinstance(image, str | Path):
+        raise InputError(f"{type(image).__name__}: an image is a path, a PIL image or a uint8 array")
     path = Path(image)
     try:
         with warnings.catch_warnings():

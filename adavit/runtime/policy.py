@@ -72,6 +72,13 @@ class Policy:
                 raise InputError(f"policy.{name} is {found}: these images and this model need bool {list(shape)}")
         if not self.tokens[..., 0].all():
             raise InputError("policy.tokens drops a class token: token 0 must be true in every block")
+        for name, mask, adapts in (
+            ("heads", self.heads, arch.adapts_heads),
+            ("sublayers", self.sublayers, arch.adapts_sublayers),
+        ):
+            for block in range(arch.depth):
+                if not adapts(block) and not mask[:, block].all():
+                    raise InputError(f"policy.{name} drops some in block {block}, where this model always keeps all")
 
     def save(self, path: str | Path) -> None:
         """Writes the policy to `path` (npz), beside it first, then renamed."""
@@ -91,7 +98,14 @@ class Policy:
         try:
             with np.load(path, allow_pickle=False) as data:
                 masks = {name: data[name] for name in ("tokens", "heads", "sublayers")}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            EOFError,
+            zipfile.BadZipFile,
+        ) as error:  # TypeError: one array
             raise InputError(f"{path}: not a recorded policy ({error}); record it again") from None
         if any(mask.dtype != bool or mask.ndim != 3 for mask in masks.values()):
             raise InputError(f"{path}: not a recorded policy (masks must be bool and of 3 dimensions)")

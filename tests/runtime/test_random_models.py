@@ -1,0 +1,130 @@
+"""Properties of any AdaViT: exported and run, it computes what the masked model computes."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cases import (
+    DROP_ALL,
+    KEEP_ALL,
+    assert_same_policy,
+    export,
+    forced,
+    oracle,
+    random_images,
+    random_model,
+    random_policy,
+    tiny,
+)
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import adavit
+from adavit.architecture import Architecture
+from adavit.macs import image_macs
+from adavit.model import AdaViT
+from adavit.runtime import Result, Runtime
+
+SAFE = 1e-4
+"""An image whose decisions come closer to a threshold than this may decide either way."""
+TOLERANCE = 1e-4
+
+
+@st.composite
+def architectures(draw: st.DrawFn) -> Architecture:
+    def choice(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    stem = choice("patch", "patch", "t2t")
+    patch = 16 if stem == "t2t" else choice(4, 5, 8)
+    heads = draw(st.integers(3, 12))
+    policies = {f"{kind}_policy": draw(st.booleans()) for kind in ("token", "head", "sublayer")}
+    depth = draw(st.integers(1, 4))
+    # What no block has cannot be read from a checkpoint: keep is below the depth where something is adapted.
+    adapts = policies["head_policy"] or policies["sublayer_policy"]
+    return tiny(
+        stem=stem,
+        patch_size=patch,
+        image_size=patch * choice(*((2, 3, 5) if stem == "t2t" else (1, 2, 5, 7))),
+        width=heads * choice(16, 20, 32, 64),
+        heads=heads,
+        depth=depth,
+        hidden=draw(st.integers(8, 300)),
+        classes=draw(st.integers(1, 12)),
+        keep=draw(st.integers(0, min(2, depth - 1))) if adapts else 1,
+        qkv_bias=draw(st.booleans()),
+        **policies,
+    )
+
+
+BIASES = st.fixed_dictionaries(
+    {
+        kind: st.sampled_from([0.0, 0.0, 0.0, extreme, -extreme])
+        for kind, extreme in (("tokens", KEEP_ALL), ("heads", KEEP_ALL), ("sublayers", KEEP_ALL))
+    }
+)
+EVERYTHING = {"tokens": KEEP_ALL, "heads": KEEP_ALL, "sublayers": KEEP_ALL}
+T2T = tiny(stem="t2t", patch_size=16, image_size=48, width=96, heads=6, keep=0, qkv_bias=False)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(architectures(), st.integers(0, 1000), BIASES, st.sampled_from([17, 18, 20, 23]))
+@example(tiny(), 0, EVERYTHING, 20)
+@example(tiny(), 0, {"heads": DROP_ALL}, 17)
+@example(T2T, 1, {"heads": DROP_ALL}, 20)
+@example(tiny(), 1, {"sublayers": DROP_ALL}, 20)
+@example(tiny(), 2, {"tokens": DROP_ALL}, 20)
+@example(tiny(keep=0), 3, {"tokens": DROP_ALL, "heads": DROP_ALL, "sublayers": DROP_ALL}, 17)
+@example(T2T, 4, {}, 17)
+@example(tiny(token_policy=False, head_policy=False, sublayer_policy=False), 5, {}, 20)
+def test_a_bundle_is_its_model(arch: Architecture, seed: int, biases: dict[str, float], opset: int) -> None:
+    model, images = random_model(arch, seed, **biases), random_images(arch, 3, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        # Verification is one more run against the oracle, and refuses models whose decisions rounding may tip.
+        bundle = export(model, Path(folder), opset=opset, verify=False)
+        runtime = adavit.load(bundle, threads=1)
+    assert runtime.architecture == arch
+    assert_runs_as_decided(model, runtime, images)
+    assert_replays(model, runtime, images, seed)
+
+
+def assert_runs_as_decided(model: AdaViT, runtime: Runtime, images: np.ndarray) -> None:
+    logits, policy, margin = oracle(model, images)
+    result = runtime.run(images)
+    safe = np.flatnonzero(margin > SAFE)
+    assert_same_policy(result.policy[safe], policy[safe])
+    np.testing.assert_allclose(result.logits[safe], logits[safe], atol=TOLERANCE, rtol=0)
+    assert_counts_what_it_used(runtime, result)
+    replayed = runtime.run(images, policy=result.policy)
+    np.testing.assert_allclose(replayed.logits, result.logits, atol=1e-6, rtol=0)
+    np.testing.assert_array_equal(replayed.macs, result.macs)
+
+
+def assert_replays(model: AdaViT, runtime: Runtime, images: np.ndarray, seed: int) -> None:
+    policy = random_policy(model.arch, len(images), seed)
+    result = runtime.run(images, policy=policy)
+    assert_same_policy(result.policy, policy)
+    np.testing.assert_allclose(result.logits, forced(model, images, policy), atol=TOLERANCE, rtol=0)
+    assert_counts_what_it_used(runtime, result)
+
+
+def assert_counts_what_it_used(runtime: Runtime, result: Result) -> None:
+    used = result.policy
+    wanted = image_macs(runtime.architecture, used.tokens, used.heads, used.sublayers)
+    np.testing.assert_array_equal(result.macs, wanted)
+
+
+def test_the_extremes_are_what_they_say() -> None:
+    images = random_images(tiny(), 2)
+    for value, share in ((KEEP_ALL, 1.0), (DROP_ALL, 0.0)):
+        _, policy, _ = oracle(random_model(tiny(), 0, tokens=value, heads=value, sublayers=value), images)
+        assert set(policy.tokens[..., 1:].ravel().tolist()) == {bool(share)}
+        assert policy.heads[:, 1:].mean() == policy.sublayers[:, 1:].mean() == share
+
+
+def test_random_models_decide_both_ways() -> None:
+    policies = [oracle(random_model(tiny(), seed), random_images(tiny(), 3))[1] for seed in range(4)]
+    for kind in ("tokens", "heads", "sublayers"):
+        share = np.mean([getattr(policy, kind)[:, 1:].mean() for policy in policies])
+        assert 0.1 < share < 0.95
