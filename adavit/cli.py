@@ -9,6 +9,7 @@ import click
 
 import adavit
 from adavit import console
+from adavit.runtime.backend import names as backend_names
 
 PATH = click.Path(path_type=Path)
 
@@ -68,7 +69,13 @@ def export(
 @click.option("--seconds", type=click.FloatRange(0.01), help="Length of the measurement.  [default: 3]")
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Runs before the measurement.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all this process may use]")
-@click.option("--backend", default="onnxruntime", show_default=True, help="What runs the engines.")
+@click.option(
+    "--backend",
+    type=click.Choice(backend_names()),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the engines.",
+)
 @click.option("--provider", help="ONNX Runtime's execution provider.  [default: CPUExecutionProvider]")
 @click.option(
     "--parallel",

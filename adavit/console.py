@@ -30,10 +30,21 @@ MODULES = {  # An optional package that is missing, and the extra that brings it
 class Command(click.Command):
     """A command whose failures are one line on stderr: exit code 2 for usage, 1 for the rest, 130 for Ctrl-C."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Reads the command line; a mistake in it is one line too."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            error.ctx = None  # Without it, click leaves out the usage lines.
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            error.ctx = None
+            raise
         except AdaViTError as error:
             message = str(error)
         except ModuleNotFoundError as error:
