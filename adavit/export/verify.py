@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from adavit.architecture import TOKEN_THRESHOLD
+from adavit.architecture import TOKEN_THRESHOLD, Architecture
 from adavit.errors import VerificationError
 from adavit.model import AdaViT, Output
 from adavit.model.adavit import Block, BlockLogits
-from adavit.model.policy import decide
+from adavit.model.policy import BlockPolicy, decide
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
 
@@ -42,8 +42,8 @@ class Reference:
 
 
 @torch.no_grad()
-def reference(model: AdaViT, image: Float) -> Reference:
-    """Runs the masked model on one image [3, S, S], keeping every intermediate."""
+def reference(model: AdaViT, image: Float, replay: Policy | None = None) -> Reference:
+    """Runs the masked model on one image [3, S, S], under its own decisions or a given policy's."""
     x = model.embed(torch.from_numpy(image)[None])
     tokens = {"stem": x[0].numpy()}
     output_policies, logits = [], []
@@ -51,7 +51,7 @@ def reference(model: AdaViT, image: Float) -> Reference:
         block = cast(Block, module)
         normed = block.norm1(x)
         found = block.decision_logits(x, normed)
-        policy = block.policy(found, decide)
+        policy = block.policy(found, decide) if replay is None else _masks(replay, index)
         x = block.attention_step(x, normed, policy)
         tokens[f"blocks.{index}.attention"] = x[0].numpy()
         x = block.mlp_step(x, policy)
@@ -61,6 +61,12 @@ def reference(model: AdaViT, image: Float) -> Reference:
     output = Output(model.classify(x), logits, output_policies, [])
     masks = (mask.numpy() for mask in output.stacked(model.arch))
     return Reference(image, tokens, output.logits[0].numpy(), Policy(*masks), _margin(logits))
+
+
+def _masks(policy: Policy, block: int) -> BlockPolicy:
+    """The row of a block in an image's policy, as the masked model takes it."""
+    rows = policy.tokens[:, block], policy.heads[:, block], policy.sublayers[:, block]
+    return BlockPolicy(*(torch.from_numpy(row.astype(np.float32)) for row in rows))
 
 
 def _margin(logits: list[BlockLogits]) -> float:
@@ -78,6 +84,9 @@ def _margin(logits: list[BlockLogits]) -> float:
 def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], None]) -> dict[str, Any]:
     """Runs random images through both and compares every decision, the tokens behind every engine, and the logits.
 
+    Policies that keep every head, one, and none are replayed too, so that no engine goes unseen for want of an
+    image that needs it.
+
     Returns:
         How many images and decisions were compared, and the largest logit difference.
 
@@ -85,10 +94,11 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
         VerificationError: they differ; the message names the first block and engine that do.
     """
     chosen = _samples(model, progress)
+    replayed = [reference(model, chosen[0].image, policy) for policy in _replayed_policies(model.arch)]
     worst = 0.0
-    for done, wanted in enumerate(chosen, 1):
-        worst = max(worst, _compare(wanted, runtime))
-        progress("verifying", done / len(chosen))
+    for done, wanted in enumerate([*chosen, *replayed], 1):
+        worst = max(worst, _compare(wanted, runtime, wanted.policy if done > len(chosen) else None))
+        progress("verifying", done / (len(chosen) + len(replayed)))
     result = {
         "images": len(chosen),
         "decisions": sum(_decisions(model, wanted.policy) for wanted in chosen),
@@ -120,6 +130,19 @@ def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Refe
     return chosen
 
 
+def _replayed_policies(arch: Architecture) -> list[Policy]:
+    """One image's policies of every head, one head (another in every block), and no head."""
+    policies = [Policy.dense(arch, 1)]
+    adapted = [block for block in range(arch.depth) if arch.adapts_heads(block)]
+    for share in (1, 0) if adapted else ():
+        policy = Policy.dense(arch, 1)
+        for block in adapted:
+            policy.heads[0, block] = False
+            policy.heads[0, block, block % arch.heads] = bool(share)
+        policies.append(policy)
+    return policies
+
+
 def _decisions(model: AdaViT, policy: Policy) -> int:
     arch = model.arch
     adapted = arch.depth - arch.keep
@@ -130,16 +153,17 @@ def _decisions(model: AdaViT, policy: Policy) -> int:
     )
 
 
-def _compare(wanted: Reference, runtime: Runtime) -> float:
+def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> float:
     """Compares one image engine by engine, in the order they ran; returns the largest logit difference."""
     seen: list[tuple[str, Float]] = []
-    result = runtime.run(wanted.image[None], observe=lambda _, engine, x: seen.append((engine, x.copy())))
+    result = runtime.run(wanted.image[None], replay, lambda _, engine, x: seen.append((engine, x.copy())))
     decided: set[int] = set()
     for engine, found in seen:
         if engine.startswith("blocks."):
             block = int(engine.split(".")[1])
             _same_decisions(wanted.policy, result.policy, block, decided)
-        _difference(engine, found, wanted.logits if engine == "head" else wanted.tokens[engine])
+        sublayer = engine.split("_")[0]  # whichever of a sub-layer's engines ran
+        _difference(engine, found, wanted.logits if engine == "head" else wanted.tokens[sublayer])
     _same_decisions(wanted.policy, result.policy, runtime.architecture.depth - 1, decided)
     return float(np.abs(result.logits[0] - wanted.logits).max())
 

@@ -205,6 +205,8 @@ class Runtime:
             raise InputError(f"images is a {type(images).__name__}: expected a numpy array, {wanted}")
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, side, side) or not len(images):
             raise InputError(f"images is {images.dtype} {list(images.shape)}: expected {wanted}")
-        if not np.isfinite(images.sum()) and not np.isfinite(images).all():
+        with np.errstate(all="ignore"):  # the sum of finite values may overflow
+            doubtful = not np.isfinite(images.sum())
+        if doubtful and not np.isfinite(images).all():
             raise InputError("images hold NaN or infinite values; check the preprocessing")
         return np.ascontiguousarray(images)

@@ -18,12 +18,9 @@ def independent(image: Image.Image, side: int, ratio: float) -> np.ndarray:
     """What torchvision's Resize(int(side / ratio)), CenterCrop(side), ToTensor and Normalize make of a picture."""
     image = image.convert("RGB")
     short, (width, height) = int(side / ratio), image.size
-    if width <= height:
-        size = short, int(short * height / width)
-    else:
-        size = int(short * width / height), short
+    size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float64)
-    top, left = (int(round((length - side) / 2.0)) for length in pixels.shape[:2])
+    top, left = (round((length - side) / 2.0) for length in pixels.shape[:2])
     pixels = pixels[top : top + side, left : left + side] / 255
     return ((pixels - MEAN) / STD).transpose(2, 0, 1)
 

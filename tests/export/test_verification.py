@@ -1,0 +1,93 @@
+"""Checking a bundle against a checkpoint: whatever differs is found and named."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from cases import export, quiet, random_model, read_config, rewrite_engine, save, tiny
+from onnx import numpy_helper
+
+from adavit.errors import VerificationError
+from adavit.export import check_bundle
+
+WIDE = tiny(image_size=48, patch_size=4, width=96, heads=6)
+"""Tokens enough that every engine of a block has counts at which it is the faster one."""
+
+
+def alter(bundle: Path, name: str, factor: float = 1.5) -> None:
+    """Scales an engine's largest weight, and describes the engine as if it had been exported so."""
+    engine = onnx.load(bundle / read_config(bundle)["engines"][name]["file"])
+    weights = [weight for weight in engine.graph.initializer if weight.data_type == onnx.TensorProto.FLOAT]
+    largest = max(weights, key=lambda weight: np.prod(weight.dims))
+    largest.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(largest) * np.float32(factor), largest.name))
+    rewrite_engine(bundle, name, engine.SerializeToString())
+
+
+def check(bundle: Path, checkpoint: Path) -> dict[str, Any]:
+    return check_bundle(bundle, checkpoint, None, 1, quiet)
+
+
+def fault(bundle: Path, checkpoint: Path) -> str:
+    with pytest.raises(VerificationError) as caught:
+        check(bundle, checkpoint)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A bundle with its checkpoint."""
+    folder = tmp_path_factory.mktemp("wide")
+    source = save(random_model(WIDE), folder / "wide.safetensors")
+    return export(source, folder, with_dense=True), source
+
+
+def test_a_bundle_is_what_its_checkpoint_is(wide: tuple[Path, Path]) -> None:
+    report = check(*wide)
+    assert report["verified"]["images"] == 4
+    assert report["verified"]["max_logit_difference"] < 1e-4
+
+
+def test_every_altered_engine_is_named(wide: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle, checkpoint = wide
+    for name in read_config(bundle)["engines"]:
+        altered = shutil.copytree(bundle, tmp_path / name)
+        alter(altered, name)
+        message = fault(altered, checkpoint)
+        shutil.rmtree(altered)
+        named = message.split("engine ")[1].split(":")[0]
+        if name == "empty":  # it serves every block that keeps no head
+            assert named.startswith("blocks.")
+            continue
+        assert name.startswith(named), f"{name} was altered, but: {message}"
+        if name.startswith("blocks."):
+            assert message.startswith(f"block {name.split('.')[1]}, engine ")
+
+
+def test_decisions_that_differ_are_named(wide: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle, _ = wide
+    model = random_model(WIDE, heads=100.0)
+    message = fault(bundle, save(model, tmp_path / "other.safetensors"))
+    assert message.startswith("block 1, engine blocks.1.decide: ")
+    assert message.endswith("decisions on heads differ")
+
+
+def test_a_small_difference_is_found(wide: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle, checkpoint = wide
+    altered = shutil.copytree(bundle, tmp_path / "bundle")
+    alter(altered, "head", 1.01)
+    assert "engine head: differs from the checkpoint by up to" in fault(altered, checkpoint)
+
+
+def test_another_architecture_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
+    other = save(random_model(tiny(depth=2, hidden=64)), tmp_path / "other.safetensors")
+    message = fault(tiny_bundle, other)
+    assert "are of different architectures: depth 3 and 2, hidden 80 and 64" in message
+
+
+def test_a_resized_bundle_is_checked_at_its_size(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = export(checkpoint, tmp_path, image_size=48)
+    assert check(bundle, checkpoint)["verified"]["images"] > 0

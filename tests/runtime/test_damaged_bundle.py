@@ -1,0 +1,208 @@
+"""Bundles that were cut, swapped, altered or made up: refused before anything of them is used."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import random_images, read_config, tiny, write_config
+
+import adavit
+from adavit.errors import BundleError
+
+
+def fault(bundle: Path) -> str:
+    """The one line that loading, or running the dense twin, is refused with."""
+    with pytest.raises(BundleError) as caught:
+        adavit.load(bundle, threads=1).run_dense(random_images(tiny(), 1))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def engine_names(bundle: Path) -> list[str]:
+    return list(read_config(bundle)["engines"])
+
+
+def engine_file(bundle: Path, name: str) -> Path:
+    return bundle / read_config(bundle)["engines"][name]["file"]
+
+
+def for_each_engine(bundle: Path, damage: Callable[[Path], None], message: str) -> None:
+    for name in engine_names(bundle):
+        file = engine_file(bundle, name)
+        intact = file.read_bytes()
+        damage(file)
+        found = fault(bundle)
+        assert message in found
+        assert f"{file.relative_to(bundle)}" in found
+        file.unlink(missing_ok=True)
+        file.write_bytes(intact)
+    adavit.load(bundle, threads=1).run_dense(random_images(tiny(), 1))  # whole again, it loads
+
+
+def test_a_missing_engine(bundle: Path) -> None:
+    for_each_engine(bundle, Path.unlink, "missing; copy the bundle whole or export again")
+
+
+def test_a_truncated_engine(bundle: Path) -> None:
+    for_each_engine(bundle, lambda file: file.write_bytes(file.read_bytes()[:-1]), "bytes instead of")
+
+
+def test_an_altered_engine(bundle: Path) -> None:
+    def flip(file: Path) -> None:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+    for_each_engine(bundle, flip, "altered since export")
+
+
+def test_swapped_engines(bundle: Path) -> None:
+    names = [name for name in engine_names(bundle) if name.startswith(("blocks.1.", "blocks.2."))]
+    files = [engine_file(bundle, name) for name in names]
+    first = next(file for file, name in zip(files, names, strict=True) if name.startswith("blocks.1."))
+    twin = next(file for file in files if file != first and file.stat().st_size == first.stat().st_size)
+    intact = first.read_bytes()
+    first.write_bytes(twin.read_bytes())
+    twin.write_bytes(intact)
+    assert "altered since export" in fault(bundle)
+
+
+def test_an_engine_that_is_a_folder(bundle: Path) -> None:
+    file = engine_file(bundle, "stem")
+    file.unlink()
+    file.mkdir()
+    assert "is not a regular file" in fault(bundle)
+
+
+def test_an_engine_that_no_backend_reads(bundle: Path) -> None:
+    from cases import rewrite_engine
+
+    rewrite_engine(bundle, "head", b"not a graph")
+    with pytest.raises(adavit.BackendError, match="refuses engine head"):
+        adavit.load(bundle, threads=1)
+
+
+@pytest.mark.parametrize("path", ["../stem.onnx", "onnx/../../stem.onnx", "{outside}", "..\\stem.onnx", "C:/x", ""])
+def test_a_path_that_leaves_the_folder(path: str, bundle: Path) -> None:
+    outside = shutil.copy(engine_file(bundle, "stem"), bundle.parent / "stem.onnx")
+    config = read_config(bundle)
+    config["engines"]["stem"]["file"] = path.format(outside=outside)
+    write_config(bundle, config)
+    assert "leaves the bundle" in fault(bundle)
+
+
+def test_a_symbolic_link(bundle: Path) -> None:
+    file = engine_file(bundle, "stem")
+    file.rename(bundle.parent / "stem.onnx")
+    file.symlink_to(bundle.parent / "stem.onnx")
+    assert "symbolic link" in fault(bundle)
+
+
+def test_a_linked_folder(bundle: Path) -> None:
+    folder = engine_file(bundle, "stem").parent
+    folder.rename(bundle.parent / "elsewhere")
+    folder.symlink_to(bundle.parent / "elsewhere")
+    assert "symbolic link" in fault(bundle)
+
+
+@pytest.mark.parametrize("name", ["stem", "head", "blocks.1"])
+def test_an_engine_that_is_not_described(name: str, bundle: Path) -> None:
+    for engine in [engine for engine in engine_names(bundle) if engine.startswith(name)]:
+        config = read_config(bundle)
+        removed = config["engines"].pop(engine)
+        write_config(bundle, config)
+        assert engine in fault(bundle)
+        config["engines"][engine] = removed
+        write_config(bundle, config)
+
+
+def test_a_bundle_without_its_dense_twin(bundle: Path) -> None:
+    config = read_config(bundle)
+    del config["engines"]["dense"]
+    write_config(bundle, config)
+    assert "has no engine 'dense'; export with --with-dense" in fault(bundle)
+
+
+def changed(config: Any, path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for key in parents:
+        config = config[int(key) if isinstance(config, list) else key]
+    config[last] = value
+
+
+CHANGES: list[tuple[str, Any, str]] = [
+    *(("schema_version", version, "bundle schema version") for version in (2, 0, "1", None, 1.5)),
+    *(("engines/stem/bytes", size, "is said to have") for size in (0, -1, 1 << 62, "12", 1.5, True, None)),
+    ("engines/stem/inputs/0/shape", [1 << 40], "has a dimension"),
+    ("engines/stem/inputs/0/shape", [-1], "has a dimension"),
+    ("engines/stem/inputs/0/shape", [[1]], "has a dimension"),
+    ("engines/stem/inputs/0/dtype", "float1", "has the type"),
+    ("engines/stem/inputs/0/dtype", ["float32"], "damaged"),
+    ("engines/stem/inputs", 3, "damaged"),
+    ("engines/stem/sha256", None, "no file or hash"),
+    ("engines/stem/sha256", "0" * 64, "altered since export"),
+    ("engines/stem", [], "damaged"),
+    ("engines", [], "damaged"),
+    ("engines", {}, "has no engine"),
+    ("architecture", None, "damaged"),
+    ("architecture/depth", 10**9, "depth is 1000000000"),
+    ("architecture/width", 0, "width is 0"),
+    ("architecture/heads", 5, "not a multiple of 5 heads"),
+    ("architecture/depth", 4, "blocks.3"),
+    ("architecture/image_size", 10**6, "image_size is 1000000"),
+    ("architecture/classes", 6, "5 lines for 6 classes"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), CHANGES)
+def test_a_description_that_cannot_be(path: str, value: Any, message: str, bundle: Path) -> None:
+    config = read_config(bundle)
+    changed(config, path, value)
+    write_config(bundle, config)
+    found = fault(bundle)
+    assert message in found
+    assert str(bundle) in found
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, '{"schema_version": ' + "1" * 5000 + "}"])
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_a_description_that_is_not_json(name: str, content: str, bundle: Path) -> None:
+    (bundle / name).write_text(content)
+    assert f"{name}: not " in fault(bundle)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "labels.txt"])
+def test_a_description_that_is_missing_binary_or_endless(name: str, bundle: Path) -> None:
+    (bundle / name).write_bytes(b"\xff\xfe\x00\x80")
+    assert f"{name}: cannot be read as text" in fault(bundle)
+    with (bundle / name).open("wb") as file:
+        file.truncate(1 << 40)
+    assert f"{name}: larger than 16 MiB" in fault(bundle)
+    (bundle / name).unlink()
+    assert f"{name}: missing" in fault(bundle)
+
+
+def test_labels_that_are_too_few(bundle: Path) -> None:
+    (bundle / "labels.txt").write_text("ant\nbee\n")
+    assert "labels.txt has 2 lines for 5 classes" in fault(bundle)
+
+
+def test_preprocessing_for_another_size(bundle: Path) -> None:
+    text = (bundle / "preprocessor_config.json").read_text()
+    (bundle / "preprocessor_config.json").write_text(text.replace('"height": 32', '"height": 64'))
+    assert "preprocessor_config.json does not fit the model" in fault(bundle)
+
+
+def test_no_such_bundle(tmp_path: Path) -> None:
+    assert "no such bundle folder; make one with adavit-export" in fault(tmp_path / "nothing")
+    assert "config.json: missing" in fault(tmp_path)
+
+
+def test_a_bundle_that_was_moved_runs_the_same(bundle: Path, runtime: adavit.Runtime) -> None:
+    images = random_images(tiny(), 2)
+    moved = adavit.load(bundle.rename(bundle.with_name("moved here")), threads=1)
+    np.testing.assert_array_equal(moved.run(images).logits, runtime.run(images).logits)

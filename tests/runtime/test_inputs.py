@@ -1,0 +1,213 @@
+"""What callers hand to a runtime: right from many threads, refused in one line when wrong."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import assert_same_policy, picture, random_images, random_policy, tiny
+from PIL import Image
+
+import adavit
+from adavit.errors import BackendError, InputError
+from adavit.runtime import Policy, Prediction, Runtime
+
+IMAGES = random_images(tiny(), 3)
+
+
+def with_value(value: float) -> np.ndarray:
+    images = IMAGES.copy()
+    images[1, 2, 3, 4] = value
+    return images
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "side": (IMAGES[..., :-1], "float32 [3, 3, 32, 31]"),
+    "channels": (IMAGES[:, :2], "float32 [3, 2, 32, 32]"),
+    "no batch": (IMAGES[0], "float32 [3, 32, 32]"),
+    "empty batch": (IMAGES[:0], "float32 [0, 3, 32, 32]"),
+    "channels last": (IMAGES.transpose(0, 2, 3, 1), "float32 [3, 32, 32, 3]"),
+    "float64": (IMAGES.astype(np.float64), "float64"),
+    "uint8": (IMAGES.astype(np.uint8), "uint8"),
+    "NaN": (with_value(np.nan), "NaN or infinite"),
+    "infinite": (with_value(np.inf), "NaN or infinite"),
+    "list": (IMAGES.tolist(), "images is a list"),
+    "None": (None, "images is a NoneType"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_images_that_do_not_fit(kind: str, runtime: Runtime) -> None:
+    images, message = WRONG[kind]
+    for run in (runtime.run, runtime.run_dense):
+        with pytest.raises(InputError) as caught:
+            run(images)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_large_finite_values_are_no_infinity(runtime: Runtime) -> None:
+    images = np.full_like(IMAGES, 3e38)  # their sum overflows
+    assert runtime.run(images).logits.shape == (3, 5)
+
+
+def test_images_need_not_be_contiguous(runtime: Runtime) -> None:
+    turned = np.asfortranarray(IMAGES)
+    assert not turned.flags.c_contiguous
+    np.testing.assert_array_equal(runtime.run(turned).logits, runtime.run(IMAGES).logits)
+
+
+def test_running_changes_nothing_it_was_given(runtime: Runtime) -> None:
+    images, policy = IMAGES.copy(), random_policy(tiny(), 3, seed=5)
+    kept = Policy(policy.tokens.copy(), policy.heads.copy(), policy.sublayers.copy())
+    result = runtime.run(images, policy=policy)
+    np.testing.assert_array_equal(images, IMAGES)
+    assert_same_policy(policy, kept)
+    first = result.logits.copy()
+    runtime.run(random_images(tiny(), 3, seed=9))
+    np.testing.assert_array_equal(result.logits, first)  # and what it gave stays as it was
+
+
+def dense() -> Policy:
+    return Policy.dense(tiny(), 3)
+
+
+def without(kind: str, *where: int) -> Policy:
+    policy = dense()
+    getattr(policy, kind)[where] = False
+    return policy
+
+
+POLICIES: dict[str, tuple[Policy, str]] = {
+    "fewer images": (Policy.dense(tiny(), 2), "policy.tokens is bool [2, 3, 17]"),
+    "other tokens": (Policy.dense(tiny(image_size=40), 3), "policy.tokens is bool [3, 3, 26]"),
+    "other heads": (Policy.dense(tiny(heads=6), 3), "policy.heads is bool [3, 3, 6]"),
+    "other depth": (Policy.dense(tiny(depth=2), 3), "policy.tokens is bool [3, 2, 17]"),
+    "numbers": (Policy(dense().tokens, dense().heads.astype(int), dense().sublayers), "policy.heads is int64"),
+    "lists": (Policy(dense().tokens, dense().heads, dense().sublayers.tolist()), "policy.sublayers is list"),
+    "class token": (without("tokens", 1, 2, 0), "drops a class token"),
+    "heads of a block that keeps them": (without("heads", 0, 0, 1), "policy.heads drops some in block 0"),
+    "sub-layer of a block that keeps it": (without("sublayers", 2, 0, 1), "policy.sublayers drops some in block 0"),
+}
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_policies_that_do_not_fit(kind: str, runtime: Runtime) -> None:
+    policy, message = POLICIES[kind]
+    with pytest.raises(InputError) as caught:
+        runtime.run(IMAGES, policy=policy)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_many_threads_get_what_one_gets(runtime: Runtime) -> None:
+    batches = [random_images(tiny(), 1 + seed % 3, seed) for seed in range(8)]
+    alone = [runtime.run(images) for images in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(runtime.run, batches * 12))
+            dense_twins = list(pool.map(runtime.run_dense, batches * 2))
+    finally:
+        sys.setswitchinterval(interval)
+    for position, found in enumerate(together):
+        wanted = alone[position % len(batches)]
+        assert_same_policy(found.policy, wanted.policy)
+        np.testing.assert_array_equal(found.logits, wanted.logits)
+        np.testing.assert_array_equal(found.macs, wanted.macs)
+    for position, logits in enumerate(dense_twins):
+        np.testing.assert_array_equal(logits, dense_twins[position % len(batches)])
+
+
+def test_runtimes_side_by_side_do_not_disturb_each_other(tiny_bundle: Path, runtime: Runtime) -> None:
+    wanted = runtime.run(IMAGES).logits
+    for parallel in ("operators", "samples"):
+        other = adavit.load(tiny_bundle, threads=3, parallel=parallel)
+        np.testing.assert_allclose(other.run(IMAGES).logits, wanted, atol=1e-6)
+    np.testing.assert_array_equal(runtime.run(IMAGES).logits, wanted)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, 1.5, "2", True])
+def test_threads_that_make_no_sense(threads: Any, tiny_bundle: Path) -> None:
+    with pytest.raises(InputError, match="expected a whole number from 1 to 1024"):
+        adavit.load(tiny_bundle, threads=threads)
+
+
+def test_unknown_names(tiny_bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"unknown backend 'nope'; choose one of .*onnxruntime"):
+        adavit.load(tiny_bundle, backend="nope")
+    with pytest.raises(BackendError, match=r"no provider 'NopeProvider' here; it has .*CPUExecutionProvider"):
+        adavit.load(tiny_bundle, provider="NopeProvider")
+    with pytest.raises(InputError, match="parallel is 'nope': choose"):
+        adavit.load(tiny_bundle, parallel="nope")
+
+
+def test_the_provider_can_be_named(tiny_bundle: Path, runtime: Runtime) -> None:
+    named = adavit.load(tiny_bundle, threads=1, provider="CPUExecutionProvider")
+    np.testing.assert_array_equal(named.run(IMAGES).logits, runtime.run(IMAGES).logits)
+    assert named.backend.versions()["provider"] == "CPUExecutionProvider"
+
+
+def test_predictions_of_paths_pictures_and_arrays(runtime: Runtime, tmp_path: Path) -> None:
+    image = picture()
+    image.save(tmp_path / "a.png")
+    predictions = runtime.predict([tmp_path / "a.png", str(tmp_path / "a.png"), image, np.asarray(image)], top=3)
+    assert len(predictions) == 4
+    logits = runtime.run(runtime.preprocess(image)[None])
+    shares = np.exp(logits.logits[0].astype(float))
+    shares /= shares.sum()
+    order = np.argsort(-shares)[:3]
+    for found in predictions:
+        assert found.error is None
+        assert found.classes == tuple(order)
+        assert [label for label, _ in found.top] == [runtime.labels[i] for i in order]
+        np.testing.assert_allclose([share for _, share in found.top], shares[order], rtol=1e-4)
+        assert found.macs == logits.macs[0]
+        assert found.usage == logits.policy.usage()
+
+
+@pytest.mark.parametrize("one", ["path", "picture", "array"])
+def test_a_single_picture_needs_no_list(one: str, runtime: Runtime, tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    single = {"path": tmp_path / "a.png", "picture": picture(), "array": np.asarray(picture())}[one]
+    assert runtime.predict(single) == runtime.predict([picture()])
+
+
+def test_unreadable_images_among_good_ones_are_reported(runtime: Runtime, tmp_path: Path) -> None:
+    picture(0, (300, 300)).save(tmp_path / "cut.jpg")
+    data = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "empty.png").touch()
+    good = picture(1)
+    with Image.open(tmp_path / "cut.jpg") as opened:
+        images: list[Any] = [
+            tmp_path / "empty.png", good, tmp_path / "cut.jpg", tmp_path / "no.png", opened, None,
+            np.zeros((4, 4), np.float32), good,
+        ]  # fmt: skip
+        found = runtime.predict(images, top=1)
+    assert found[1] == found[7] == runtime.predict(good, top=1)[0]
+    for position, message in (
+        (0, "empty.png: not a readable image (it is empty)"),
+        (2, "cut.jpg: not a readable image"),
+        (3, "no.png: no such image"),
+        (4, "not a readable image"),
+        (5, "an image is a path"),
+        (6, "an image is uint8"),
+    ):
+        assert message in str(found[position].error)
+        assert found[position] == Prediction(error=found[position].error)
+
+
+def test_nothing_but_unreadable_images(runtime: Runtime, tmp_path: Path) -> None:
+    assert [bool(found.error) for found in runtime.predict([tmp_path / "a.png", tmp_path / "b.png"])] == [True, True]
+    assert runtime.predict([]) == []
+
+
+def test_how_many_classes(runtime: Runtime) -> None:
+    assert [len(runtime.predict(picture(), top=top)[0].top) for top in (1, 5, 99)] == [1, 5, 5]
+    assert sum(share for _, share in runtime.predict(picture(), top=5)[0].top) == pytest.approx(1)
+    with pytest.raises(InputError, match="top is 0"):
+        runtime.predict(picture(), top=0)

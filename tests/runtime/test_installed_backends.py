@@ -1,0 +1,61 @@
+"""Which ONNX Runtime is installed: exactly one of two distributions that overwrite each other."""
+
+import builtins
+from email.message import Message
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adavit
+from adavit.errors import BackendError
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *names: str, imports: bool) -> None:
+    """Makes it look as if just these distributions were installed."""
+
+    class Distribution:
+        def __init__(self, name: str) -> None:
+            self.metadata = Message()
+            self.metadata["Name"] = name
+
+    real = builtins.__import__
+
+    def importing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "onnxruntime":
+            raise ImportError("no shared library", name=name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(metadata, "distributions", lambda: [Distribution(name) for name in ("numpy", *names)])
+    if not imports:
+        monkeypatch.setattr(builtins, "__import__", importing)
+
+
+def fault(bundle: Path) -> str:
+    with pytest.raises(BackendError) as caught:
+        adavit.load(bundle, threads=1)
+    return str(caught.value)
+
+
+def test_both(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
+    pretend(monkeypatch, "onnxruntime", "onnxruntime-gpu", imports=True)
+    message = fault(tiny_bundle)
+    assert "onnxruntime and onnxruntime-gpu are both installed and overwrite each other" in message
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'adavit[cpu]'" in message
+
+
+def test_neither(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
+    pretend(monkeypatch, imports=False)
+    assert "ONNX Runtime is not installed; run: pip install 'adavit[cpu]'" in fault(tiny_bundle)
+
+
+def test_one_that_is_broken(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
+    pretend(monkeypatch, "onnxruntime-gpu", imports=False)
+    assert "onnxruntime-gpu is installed but does not import" in fault(tiny_bundle)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu", "ONNXRuntime"])
+def test_either_will_do(name: str, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
+    pretend(monkeypatch, name, imports=True)
+    assert adavit.load(tiny_bundle, threads=1).labels[0] == "ant"
