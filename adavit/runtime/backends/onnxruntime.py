@@ -133,7 +133,7 @@ class OnnxRuntimeBackend:
                 f"engine {spec.name} would run on {session.get_providers()[0]}, not on {self._provider} as asked; "
                 "see ONNX Runtime's log for what that provider lacks"
             )
-        return OnnxRuntimeEngine(session, spec)
+        return OnnxRuntimeEngine(self._ort, session, spec)
 
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version and the provider in use."""
@@ -143,7 +143,7 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeEngine:
     """One session."""
 
-    def __init__(self, session: Any, spec: EngineSpec) -> None:
+    def __init__(self, ort: ModuleType, session: Any, spec: EngineSpec) -> None:
         self._name = spec.name
         self._inputs = [tensor.name for tensor in spec.inputs]
         self._outputs = [tensor.name for tensor in spec.outputs]
@@ -151,6 +151,7 @@ class OnnxRuntimeEngine:
         if found != (self._inputs, self._outputs):
             raise BackendError(f"engine {spec.name} has other inputs or outputs than config.json says; export again")
         self._session = session
+        self._value = ort.OrtValue.ortvalue_from_numpy  # On the CPU: the array itself, not a copy.
 
     def run(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
         """See `Engine.run`. The arrays are bound where they are: nothing is copied or allocated."""
@@ -158,7 +159,7 @@ class OnnxRuntimeEngine:
         for name, array in zip(self._inputs, inputs, strict=True):
             binding.bind_cpu_input(name, array)
         for name, array in zip(self._outputs, outputs, strict=True):
-            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            binding.bind_ortvalue_output(name, self._value(array))
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
