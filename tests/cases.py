@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
+from click.testing import CliRunner, Result
 from PIL import Image
 
 from adavit.architecture import TOKEN_THRESHOLD, Architecture
@@ -179,3 +181,22 @@ def python(code: str, *arguments: object, **options: Any) -> subprocess.Complete
     """Runs a script in an interpreter of its own."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def invoke(command: click.Command, *arguments: object) -> Result:
+    """Runs a command in this process."""
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def refusal(result: Result, code: int = 1) -> str:
+    """The one line on stderr that a command ended with."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def shell(name: str, *arguments: object, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs `adavit-export` or `adavit-run` in a process of its own, after some lines of Python."""
+    function = name.removeprefix("adavit-")
+    return python(f"{before}\nfrom adavit.cli import {function}\n{function}(prog_name={name!r})", *arguments)

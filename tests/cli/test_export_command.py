@@ -1,0 +1,223 @@
+"""`adavit-export`, end to end."""
+
+import errno
+import json
+import os
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import invoke, random_model, read_config, refusal, rewrite_engine, save, shell, tiny
+
+import adavit
+from adavit.cli import export
+
+
+def test_the_commands_are_installed() -> None:
+    scripts = {script.name: script.value for script in entry_points(group="console_scripts")}
+    assert (scripts["adavit-export"], scripts["adavit-run"]) == ("adavit.cli:export", "adavit.cli:run")
+
+
+def test_export_and_check(checkpoint: Path, tmp_path: Path) -> None:
+    bundle, report = tmp_path / "bundle", tmp_path / "report.json"
+    done = invoke(export, checkpoint, "--output", bundle, "--with-dense", "--threads", 1, "--json", report)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert f"bundle      {bundle}" in done.stdout
+    assert "decisions identical" in done.stdout
+    values = json.loads(report.read_text())
+    assert {"bundle", "engines", "bytes", "opset", "architecture", "macs", "verified", "seconds"} == set(values)
+    assert values["architecture"] == tiny().to_dict()
+    done = invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1, "--json", "-")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["verified"] == values["verified"]
+
+
+def test_in_a_process_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    done = shell("adavit-export", checkpoint, "-o", tmp_path / "bundle", "--no-verify", "--json", "-")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["verified"] is None
+    done = shell("adavit-export", tmp_path / "nothing.pth", "-o", tmp_path / "other")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"adavit-export: error: {tmp_path}/nothing.pth: no such file; "
+        "give the path of a trained AdaViT (.pth or .safetensors)\n"
+    )
+
+
+def test_options_reach_the_bundle(checkpoint: Path, tmp_path: Path) -> None:
+    labels, bundle = tmp_path / "labels.txt", tmp_path / "bundle"
+    labels.write_text("a\nb\nc\nd\ne\n")
+    options = ["--labels", labels, "--image-size", 48, "--opset", 18, "--crop-ratio", 0.5, "--threads", 1]
+    assert invoke(export, checkpoint, "-o", bundle, *options).exit_code == 0
+    runtime = adavit.load(bundle, threads=1)
+    assert runtime.labels == ("a", "b", "c", "d", "e")
+    assert (runtime.architecture.image_size, runtime.bundle.preprocessor.crop_ratio) == (48, 0.5)
+    assert read_config(bundle)["opset"] == 18
+
+
+def test_an_existing_bundle_needs_force(checkpoint: Path, bundle: Path) -> None:
+    message = refusal(invoke(export, checkpoint, "-o", bundle))
+    assert message == f"adavit-export: error: {bundle}: already there; add --force to replace it\n"
+    assert "dense" in read_config(bundle)["engines"]
+    assert invoke(export, checkpoint, "-o", bundle, "--force", "--threads", 1).exit_code == 0
+    assert "dense" not in read_config(bundle)["engines"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a CHECKPOINT and --output BUNDLE"),
+        (["a.pth"], "give a CHECKPOINT and --output BUNDLE"),
+        (["-o", "b"], "give a CHECKPOINT and --output BUNDLE"),
+        (["--check", "b"], "--check BUNDLE takes --against CHECKPOINT"),
+        (["--check", "b", "--against", "a", "-o", "c"], "--check BUNDLE takes --against CHECKPOINT"),
+        (["a", "-o", "b", "--opset", "new"], "'new' is not a valid integer"),
+        (["a", "-o", "b", "--threads", "0"], "0 is not in the range"),
+        (["a", "-o", "b", "--nope"], "No such option"),
+        (["a", "b", "-o", "c"], "unexpected extra argument"),
+    ],
+)
+def test_usage(arguments: list[str], message: str) -> None:
+    assert message.lower() in refusal(invoke(export, *arguments), code=2).lower()
+
+
+def test_wrong_checkpoints_and_options(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.pth").write_text("hello")
+    state = random_model(tiny()).state_dict()
+    torch.save({**state, "norm.bias": state["norm.bias"] / 0}, tmp_path / "nan.pth")
+    for source, options, message in (
+        (tmp_path / "notes.pth", [], "notes.pth: not a PyTorch checkpoint"),
+        (tmp_path / "nan.pth", [], "nan.pth: not a complete AdaViT: NaN or infinite values in norm.bias"),
+        (tmp_path, [], "no such file"),
+        (checkpoint, ["--opset", 3], "opset 3 is not supported"),
+        (checkpoint, ["--image-size", 31], "image size 31 cannot be had"),
+        (checkpoint, ["--labels", tmp_path / "no.txt"], "no.txt: cannot be read as labels"),
+        (checkpoint, ["--crop-ratio", 7], "crop ratio 7.0 is out of range"),
+        (checkpoint, ["-o", tmp_path / "no" / "bundle"], "no such folder to write the bundle into"),
+    ):
+        assert message in refusal(invoke(export, source, "-o", tmp_path / "bundle", *options))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.pth", "notes.pth"]
+
+
+def test_a_check_that_fails_names_block_and_engine(checkpoint: Path, bundle: Path) -> None:
+    config = read_config(bundle)
+    for name in [name for name in config["engines"] if name.startswith("blocks.2.")]:
+        # The same engine of another block: all of it is plausible, and none of it right.
+        other = bundle / config["engines"][name.replace("2", "1")]["file"]
+        rewrite_engine(bundle, name, other.read_bytes())
+    message = refusal(invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1))
+    assert "block 2, engine blocks.2." in message
+
+
+def test_a_check_against_another_checkpoint_fails(bundle: Path, tmp_path: Path) -> None:
+    other = save(random_model(tiny(), seed=1), tmp_path / "other.safetensors")
+    assert "engine stem: differs" in refusal(invoke(export, "--check", bundle, "--against", other, "--threads", 1))
+    assert "no such bundle folder" in refusal(invoke(export, "--check", tmp_path / "no", "--against", other))
+    assert "no such file" in refusal(invoke(export, "--check", bundle, "--against", tmp_path / "no.pth"))
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space or write elsewhere"),
+        (errno.EROFS, "the file system is read-only; write elsewhere"),
+        (errno.EACCES, "no permission; choose a path you may use"),
+    ],
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_a_disk_that_refuses(
+    number: int, message: str, old: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tmp_path / "bundle"
+    if old:
+        assert invoke(export, checkpoint, "-o", bundle, "--no-verify").exit_code == 0
+    write, written = Path.write_bytes, []
+
+    def fills(path: Path, data: bytes) -> int:
+        written.append(path)
+        if len(written) > 4:
+            write(path, data[: len(data) // 2])
+            raise OSError(number, os.strerror(number), str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fills)
+    assert message in refusal(invoke(export, checkpoint, "-o", bundle, "--force"))
+    assert len(written) == 5
+    assert [path.name for path in tmp_path.iterdir()] == (["bundle"] if old else [])
+    monkeypatch.undo()
+    if old:
+        assert adavit.load(bundle, threads=1).labels == ("0", "1", "2", "3", "4")
+    assert invoke(export, checkpoint, "-o", bundle, "--force", "--no-verify").exit_code == 0
+
+
+def test_a_folder_that_cannot_be_written(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuses)
+    assert "the file system is read-only" in refusal(invoke(export, checkpoint, "-o", tmp_path / "bundle"))
+    assert list(tmp_path.iterdir()) == []
+
+
+SIGNAL = """
+import os, signal
+from pathlib import Path
+write, written = Path.write_bytes, []
+
+def signalling(path, data):
+    written.append(path)
+    if len(written) == 3:
+        os.kill(os.getpid(), signal.{name})
+    return write(path, data)
+
+Path.write_bytes = signalling
+"""
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_killed_export_leaves_the_old_bundle_or_none(old: bool, checkpoint: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    if old:
+        assert invoke(export, checkpoint, "-o", bundle, "--no-verify", "--opset", 17).exit_code == 0
+    done = shell("adavit-export", checkpoint, "-o", bundle, "--force", before=SIGNAL.format(name="SIGKILL"))
+    assert done.returncode == -9
+    assert len(list(tmp_path.glob(".*"))) == 1  # the half that nobody could clear away
+    if old:
+        adavit.load(bundle, threads=1)
+        assert read_config(bundle)["opset"] == 17
+    else:
+        assert not bundle.exists()
+    assert invoke(export, checkpoint, "-o", bundle, "--force", "--threads", 1).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert read_config(bundle)["opset"] == 20
+
+
+def test_ctrl_c_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path) -> None:
+    done = shell("adavit-export", checkpoint, "-o", tmp_path / "bundle", before=SIGNAL.format(name="SIGINT"))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "adavit-export: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_that_is_missing(checkpoint: Path, tmp_path: Path) -> None:
+    hidden = "import sys\nsys.modules['torch'] = None"
+    done = shell("adavit-export", checkpoint, "-o", tmp_path / "bundle", before=hidden)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "adavit-export: error: torch is not installed; run: pip install 'adavit[export]'\n"
+
+
+def test_the_demo(tmp_path: Path) -> None:
+    demo = Path(adavit.__file__).parent / "demo"
+    if not (demo / "checkpoint.safetensors").is_file():
+        pytest.skip("the demo's checkpoint is not there")
+    assert (demo / "checkpoint.safetensors").stat().st_size < 15_000_000
+    assert invoke(export, "demo", "-o", tmp_path / "bundle", "--threads", 1).exit_code == 0
+    runtime = adavit.load(tmp_path / "bundle", threads=1)
+    assert "dense" in runtime.bundle.engines
+    assert runtime.labels == tuple((demo / "labels.txt").read_text().split("\n")[:-1])
+    files = sorted((demo / "images").glob("*/*.png"))
+    found = runtime.predict(files, top=1)
+    right = [one.top[0][0] == file.parent.name for file, one in zip(files, found, strict=True)]
+    assert len(right) == 20
+    assert sum(right) > 12

@@ -1,0 +1,127 @@
+"""Files and folders appear whole or not at all, whatever happens while they are written."""
+
+import os
+from pathlib import Path
+
+import pytest
+from cases import python
+
+from adavit.files import folder_beside, write_beside
+
+
+class Stopped(BaseException):
+    """Stands for an error, or for Ctrl-C."""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(path: Path, content: str) -> None:
+    with folder_beside(path) as folder:
+        (folder / "content").write_text(content)
+
+
+def test_a_file_appears_whole(tmp_path: Path) -> None:
+    with write_beside(tmp_path / "a") as file:
+        file.write(b"half")
+        file.flush()
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a").read_bytes() == b"half"
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(Stopped), write_beside(tmp_path / "a") as file:
+        file.write(b"half")
+        raise Stopped
+    assert (tmp_path / "a").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with folder_beside(tmp_path / "a") as folder:
+            (folder / content).touch()
+            assert names(tmp_path / "a") == ["old"] if content == "new" else not (tmp_path / "a").exists()
+        assert names(tmp_path) == ["a"]
+        assert names(tmp_path / "a") == [content]
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    write(tmp_path / "a", "old")
+    with pytest.raises(Stopped), folder_beside(tmp_path / "a") as folder:
+        (folder / "content").write_text("half")
+        raise Stopped
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "content").read_text() == "old"
+
+
+def test_a_failure_between_the_renames_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a", "old")
+    rename, calls = os.rename, []
+
+    def second_fails(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="no"):
+        write(tmp_path / "a", "new")
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "content").read_text() == "old"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from adavit.files import folder_beside
+
+path, when, number = sys.argv[1:]
+rename, calls = os.rename, []
+
+def rename_or_die(source, target):
+    calls.append(target)
+    for moment in ("before", "after"):
+        if (moment, len(calls)) == (when, int(number)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if moment == "before":
+            rename(source, target)
+
+os.rename = rename_or_die
+with folder_beside(Path(path)) as folder:
+    (folder / "content").write_text("new")
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "left", "found"),
+    [("before", 1, "old", "old"), ("before", 2, None, "old"), ("after", 2, "new", "new")],
+)
+def test_a_kill_at_any_rename_leaves_the_old_folder_or_none(
+    when: str, number: int, left: str | None, found: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a"
+    write(path, "old")
+    assert python(KILLED, path, when, number).returncode == -9
+    assert ((path / "content").read_text() if path.exists() else None) == left
+    with pytest.raises(Stopped), folder_beside(path):
+        assert (path / "content").read_text() == found  # put back, where it was aside
+        raise Stopped
+    assert names(tmp_path) == ["a"]
+    write(path, "newer")
+    assert (path / "content").read_text() == "newer"
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".a.{os.getppid()}.tmp"
+    other.mkdir()
+    write(tmp_path / "a", "new")
+    assert other.is_dir()
