@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from adavit.architecture import Architecture
-from adavit.export import blocks
+from adavit.export import blocks, gather
 from adavit.export.graph import Graph
 from adavit.export.stem import add_stem
 from adavit.export.weights import Weights
@@ -26,7 +26,7 @@ def make_engines(
 
 def engine_count(arch: Architecture, with_dense: bool) -> int:
     """How many engines `make_engines` yields."""
-    gathering = sum(2 for block in range(arch.depth) if arch.adapts_heads(block))
+    gathering = sum(4 for block in range(arch.depth) if arch.adapts_heads(block))
     return 2 + 3 * arch.depth + gathering + arch.head_policy + with_dense
 
 
@@ -37,8 +37,10 @@ def _graphs(arch: Architecture, weights: Weights, opset: int, with_dense: bool) 
         yield blocks.attention_graph(arch, weights, block, opset)
         yield blocks.mlp_graph(arch, weights, block, opset)
         if arch.adapts_heads(block):
-            yield blocks.attention_gather_graph(arch, weights, block, opset)
-            yield blocks.mlp_gather_graph(arch, weights, block, opset)
+            yield gather.attention_weights_graph(arch, weights, block, opset)
+            yield gather.attention_gather_graph(arch, weights, block, opset)
+            yield gather.mlp_weights_graph(arch, weights, block, opset)
+            yield gather.mlp_gather_graph(arch, weights, block, opset)
     if arch.head_policy:
         yield blocks.empty_graph(arch, weights, opset)
     yield _head(arch, weights, opset)

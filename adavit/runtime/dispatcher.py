@@ -4,8 +4,9 @@ Per image x [N, D] and block i:
 
     blocks.i.decide            x -> norm1(x), decision logits
     blocks.i.attention         the attention sub-layer on the kept tokens, dropped heads masked
-    blocks.i.attention_gather  the same with the kept heads' weights only
-    blocks.i.mlp, .mlp_gather  likewise the MLP sub-layer
+    blocks.i.attention_gather  the same with the kept heads' weights only, which
+    blocks.i.attention_weights gathers
+    blocks.i.mlp, .mlp_gather, .mlp_weights  likewise the MLP sub-layer
 
 Kept tokens are gathered before a sub-layer and scattered after it. A sub-layer without any kept head is one
 vector for all tokens, which the engine `empty` holds.
@@ -14,9 +15,9 @@ vector for all tokens, which the engine `empty` holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ from adavit.architecture import TOKEN_THRESHOLD, Architecture
 from adavit.macs import attention_macs, mlp_macs, outside_macs
 from adavit.runtime.backend import Backend, Engine
 from adavit.runtime.bundle import Bundle
+from adavit.runtime.heads import HeadWeights
 from adavit.runtime.plan import gathers_attention, gathers_mlp
 from adavit.runtime.policy import Policy
 
@@ -39,6 +41,12 @@ TOKEN_LOGIT = np.float32(math.log(TOKEN_THRESHOLD / (1 - TOKEN_THRESHOLD)))
 """sigmoid(logit) > 0.6 is logit > 0.405..."""
 
 
+KEPT_WEIGHTS = 128 << 20
+"""Bytes of gathered weights that a runtime keeps."""
+
+_ALWAYS = ["decide", "attention", "mlp"]
+
+
 @dataclass(frozen=True)
 class BlockEngines:
     """One block's engines; those that gather are there where the block has a head policy."""
@@ -47,7 +55,9 @@ class BlockEngines:
     attention: Engine
     mlp: Engine
     attention_gather: Engine | None = None
+    attention_weights: Engine | None = None
     mlp_gather: Engine | None = None
+    mlp_weights: Engine | None = None
 
 
 class Scratch:
@@ -75,15 +85,15 @@ class Dispatcher:
         self.arch = bundle.architecture
 
         def load(name: str, alone: bool = False) -> Engine:
-            return backend.load(bundle.engines[name], bundle.read(name), alone)
+            data = bundle.read(name)
+            return backend.load(bundle.engines[name], data, alone)
 
         self._stem, self._head = load("stem", alone=True), load("head", alone=True)
         self.blocks = []
         for index in range(self.arch.depth):
-            kinds = ["decide", "attention", "mlp"]
-            gathering = ["attention_gather", "mlp_gather"] if self.arch.adapts_heads(index) else []
-            loaded = {kind: load(f"blocks.{index}.{kind}") for kind in kinds + gathering}
-            self.blocks.append(BlockEngines(**loaded))
+            kinds = [field.name for field in fields(BlockEngines)] if self.arch.adapts_heads(index) else _ALWAYS
+            self.blocks.append(BlockEngines(**{kind: load(f"blocks.{index}.{kind}") for kind in kinds}))
+        self.head_weights = HeadWeights(KEPT_WEIGHTS)
         shape = self.arch.depth, self.arch.width
         self.empty = np.empty(shape, np.float32), np.empty(shape, np.float32)
         if self.arch.head_policy:
@@ -130,6 +140,34 @@ class Dispatcher:
             for position in range(batch):
                 observe(position, "head", logits[position])
         return logits, used, macs
+
+    def attention_weights(self, index: int, heads: Index) -> list[Float]:
+        """Weights of the kept heads of a block's attention: qkv, proj and, where there is one, the bias."""
+        arch, count = self.arch, len(heads)
+        shapes: list[tuple[int, ...]] = [
+            (count, arch.width, 3 * arch.head_width),
+            (count * arch.head_width, arch.width),
+        ]
+        if arch.qkv_bias:
+            shapes.append((count, 1, 3 * arch.head_width))
+        return self._gathered(index, "attention", self.blocks[index].attention_weights, heads, shapes)
+
+    def mlp_weights(self, index: int, heads: Index) -> list[Float]:
+        """Weights of the kept heads of a block's MLP: fc1."""
+        shapes = [(len(heads) * self.arch.head_width, self.arch.hidden)]
+        return self._gathered(index, "mlp", self.blocks[index].mlp_weights, heads, shapes)
+
+    def _gathered(
+        self, index: int, kind: str, engine: Engine | None, heads: Index, shapes: Sequence[tuple[int, ...]]
+    ) -> list[Float]:
+        assert engine is not None
+
+        def make() -> list[Float]:
+            arrays = [np.empty(shape, np.float32) for shape in shapes]
+            engine.run([heads], arrays)
+            return arrays
+
+        return self.head_weights.get((index, kind, heads.tobytes()), make)
 
 
 class ImageRun:
@@ -218,7 +256,8 @@ class ImageRun:
         elif block.attention_gather is None:
             block.attention.run([rows, normed], [out])
         elif gathers_attention(arch, count, len(heads)):
-            block.attention_gather.run([rows, normed, heads], [out])
+            weights = self._dispatcher.attention_weights(index, heads)
+            block.attention_gather.run([rows, normed, *weights], [out])
         else:
             block.attention.run([rows, normed, self._channels(index)], [out])
         return out
@@ -231,7 +270,7 @@ class ImageRun:
         elif block.mlp_gather is None:
             block.mlp.run([rows], [out])
         elif gathers_mlp(arch, count, len(heads)):
-            block.mlp_gather.run([rows, heads], [out])
+            block.mlp_gather.run([rows, heads, *self._dispatcher.mlp_weights(index, heads)], [out])
         else:
             block.mlp.run([rows, self._channels(index)], [out])
         return out
