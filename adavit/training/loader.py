@@ -17,7 +17,7 @@ from adavit.training.errors import DataError
 from adavit.training.losses import soft_labels
 from adavit.training.settings import Settings
 
-__all__ = ["TrainingBatches", "evaluation_batches"]
+__all__ = ["TrainingBatches", "evaluation_batches", "spread"]
 
 MIXUP_STREAM = 1
 
@@ -78,6 +78,11 @@ class TrainingBatches:
     def close(self) -> None:
         """Ends the workers."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def spread(images: int, wanted: int) -> range:
+    """Indices of about `wanted` images, evenly spaced, since folders come sorted by class; 0 wants all."""
+    return range(0, images, max(1, images // wanted)) if wanted else range(images)
 
 
 def evaluation_batches(

@@ -21,7 +21,7 @@ from adavit.training.data import LabelledImages
 from adavit.training.distributed import World, global_sum
 from adavit.training.errors import TrainingError
 from adavit.training.gumbel import GumbelDecide, noise_scale
-from adavit.training.loader import TrainingBatches, evaluation_batches
+from adavit.training.loader import TrainingBatches, evaluation_batches, spread
 from adavit.training.log import Log, Progress
 from adavit.training.losses import classification
 from adavit.training.optimise import build_optimiser, learning_rate, set_learning_rate, update_average
@@ -162,8 +162,8 @@ class Trainer:
 
     def evaluate(self, test: LabelledImages, images: int) -> dict[str, float]:
         """Accuracy, MACs share and usages of the averaged weights, over all processes."""
-        count = min(images, len(test.labels)) if images else len(test.labels)
-        mine = range(self.world.rank, count, self.world.size)
+        chosen = spread(len(test.labels), images)
+        mine = chosen[self.world.rank :: self.world.size]
         batch, crop = self.settings.batch, self.settings.crop
         names = ("accuracy", "macs", "tokens", "heads", "sublayers")
         sums = torch.zeros(len(names), dtype=torch.float64)
@@ -172,7 +172,7 @@ class Trainer:
             found = predict(self.average, evaluation_batches(test, mine, side, crop, batch), decide)
             means = {"accuracy": found.correct.mean(), "macs": found.macs.mean(), **found.usage(self.model.arch.keep)}
             sums = torch.tensor([float(means[name]) * len(mine) for name in names], dtype=torch.float64)
-        overall = dict(zip(names, (global_sum(sums.to(self.world.device)) / count).tolist(), strict=True))
+        overall = dict(zip(names, (global_sum(sums.to(self.world.device)) / len(chosen)).tolist(), strict=True))
         self.metric = 100 * overall["accuracy"]
         return overall if self.settings.policy else {"accuracy": overall["accuracy"]}
 

@@ -17,11 +17,11 @@ from adavit.training.budget import KINDS, targets_for
 from adavit.training.data import LabelledImages, open_images
 from adavit.training.distributed import World, join_world
 from adavit.training.errors import DataError, TrainingError
-from adavit.training.loader import evaluation_batches
+from adavit.training.loader import evaluation_batches, spread
 from adavit.training.log import read_log
 from adavit.training.loop import CHECKPOINT, LOG, Intervals, Trainer
 from adavit.training.plot import plot_evaluation, plot_log
-from adavit.training.predict import predict
+from adavit.training.predict import Predictions, predict
 from adavit.training.report import RandomPolicy, evaluation_report
 from adavit.training.settings import PUBLISHED_TARGET, PolicySettings, Settings
 
@@ -75,16 +75,20 @@ def evaluate(options: Options) -> Options:
     test = open_images(options["data"], "test", options["corrupt"], _class_names(options["labels"]))
     if len(test.classes) != model.arch.classes:
         raise DataError(f"{options['data']}: {len(test.classes)} classes, the model has {model.arch.classes}")
-    count = min(options["images"] or len(test.labels), len(test.labels))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def run(model: AdaViT, decide: P.Decide | None = P.decide) -> Any:
-        crop = options["crop"] or usual_crop(model.arch.image_size)
-        batches = evaluation_batches(test, range(count), model.arch.image_size, crop, options["batch"])
-        return predict(model, batches, decide)
+    def run(model: AdaViT, decide: P.Decide | None = P.decide) -> Predictions:
+        side, chosen = model.arch.image_size, spread(len(test.labels), options["images"])
+        crop = options["crop"] or usual_crop(side)
+        return predict(model.to(device), evaluation_batches(test, chosen, side, crop, options["batch"]), decide)
 
     found = run(model)
     dense = run(load_checkpoint(options["dense"], model.arch.heads)) if options["dense"] else None
-    chance = run(model, RandomPolicy(found, model.arch, options["seed"])) if options["random"] else None
+    chance = (
+        run(model, RandomPolicy(found, model.arch, options["seed"]))
+        if options["random"] and _adapts(model.arch)
+        else None
+    )
     report = evaluation_report(found, model.arch, test.classes, dense, chance)
     if options["plot"]:
         plot_evaluation(report, options["plot"])
@@ -133,7 +137,9 @@ def _run(trainer: Trainer, train: LabelledImages, test: LabelledImages, options:
 
 def _write_weights(trainer: Trainer, classes: list[str], path: Path) -> None:
     notes = {"accuracy": f"{trainer.metric:.2f}", "classes": classes, "crop": trainer.settings.crop}
-    save_safetensors(trainer.average, path, notes)
+    beside = path.with_name(f".{path.name}.tmp")
+    save_safetensors(trainer.average, beside, notes)
+    beside.replace(path)
 
 
 def _open_data(options: Options, world: World) -> tuple[LabelledImages, LabelledImages]:
@@ -152,17 +158,21 @@ def _set_threads(options: Options) -> None:
 
 
 def _class_names(path: Path | None) -> list[str] | None:
-    return path.read_text().split("\n")[:-1] if path else None
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()] if path else None
 
 
 def _teacher(options: Options, source: AdaViT, arch: Architecture) -> AdaViT:
     """The dense model to learn from, at the input of the student."""
     teacher = load_checkpoint(options["teacher"], arch.heads) if options["teacher"] else source
-    if teacher.arch.token_policy or teacher.arch.head_policy or teacher.arch.sublayer_policy:
+    if _adapts(teacher.arch):
         raise TrainingError("the teacher has policies; give a dense model with --teacher")
     if (teacher.arch.classes, teacher.arch.image_size) != (arch.classes, arch.image_size):
         raise TrainingError("the teacher has other classes or another image size; train `dense` on this data first")
     return teacher
+
+
+def _adapts(arch: Architecture) -> bool:
+    return arch.token_policy or arch.head_policy or arch.sublayer_policy
 
 
 def _kinds(text: str) -> tuple[str, ...]:

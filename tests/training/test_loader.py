@@ -7,7 +7,7 @@ import torch
 from adavit.training.data import open_images
 from adavit.training.distributed import World
 from adavit.training.errors import DataError
-from adavit.training.loader import TrainingBatches, evaluation_batches
+from adavit.training.loader import TrainingBatches, evaluation_batches, spread
 from adavit.training.settings import Settings
 
 CPU = torch.device("cpu")
@@ -59,3 +59,8 @@ def test_evaluation_keeps_the_order(idx_folder: Path) -> None:
     parts = list(evaluation_batches(data, range(1, 32, 2), 8, 1.0, 5))
     assert [len(labels) for _, labels in parts] == [5, 5, 5, 1]
     assert np.concatenate([labels for _, labels in parts]).tolist() == data.labels[1::2].tolist()
+
+
+def test_a_part_of_a_sorted_folder_has_every_class() -> None:
+    assert list(spread(10, 0)) == list(spread(10, 99)) == list(range(10))
+    assert list(spread(100, 4)) == [0, 25, 50, 75]
