@@ -1,7 +1,5 @@
 """AdaViT Deploy: adaptive vision transformers whose saved multiply-accumulates are saved milliseconds."""
 
-__version__ = "0.1.0"
-
 from adavit.errors import (
     AdaViTError,
     BackendError,
@@ -11,6 +9,7 @@ from adavit.errors import (
     VerificationError,
 )
 from adavit.runtime import Policy, Prediction, Result, Runtime, load
+from adavit.version import __version__ as __version__
 
 __all__ = [
     "AdaViTError",

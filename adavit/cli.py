@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-import adavit
 from adavit import console
 from adavit.runtime.backend import names as backend_names
+from adavit.version import __version__
 
 PATH = click.Path(path_type=Path)
 
@@ -29,7 +29,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--against", type=PATH, metavar="CHECKPOINT", help="The checkpoint that --check compares with.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads of the verification.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write a report as JSON; - is standard output.")
-@click.version_option(adavit.__version__)
+@click.version_option(__version__)
 def export(
     source: Path | None,
     output: Path | None,
@@ -87,7 +87,7 @@ def export(
 @click.option("--dense/--no-dense", default=None, help="Alternate with the dense twin.  [default: where it is there]")
 @click.option("--top", type=click.IntRange(1, 100), default=1, show_default=True, help="Classes shown per image.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the numbers as JSON; - is standard output.")
-@click.version_option(adavit.__version__)
+@click.version_option(__version__)
 def run(bundle: Path | None, json_file: str | None, **options: Any) -> None:
     """Run a BUNDLE on images, and measure it against its dense twin.
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import onnx
 
-import adavit
 from adavit.architecture import Architecture
 from adavit.files import sha256
 from adavit.macs import dense_macs, outside_macs
 from adavit.runtime.bundle import SCHEMA_VERSION
 from adavit.runtime.images import Preprocessor
+from adavit.version import __version__
 
 __all__ = ["write_bundle"]
 
@@ -63,7 +63,7 @@ def write_bundle(
         "precision": "float32",
         "engines": described,
         "made_by": {
-            "adavit": adavit.__version__,
+            "adavit": __version__,
             "python": platform.python_version(),
             **{package: metadata.version(package) for package in _PACKAGES},
         },
@@ -122,7 +122,6 @@ image: what its policies drop is not computed. Exported by adavit {config["made_
 | engines | {len(config["engines"])}, {size / 1e6:.1f} MB, {config["precision"]}, opset {config["opset"]} |
 
 ```python
-import adavit
 
 runtime = adavit.load("this/folder")
 print(runtime.predict(["image.jpg"], top=5))

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import adavit
 from adavit.macs import dense_macs
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
+from adavit.version import __version__
 
 __all__ = ["Measurement", "Plan", "measure"]
 
@@ -145,7 +145,7 @@ def summarise(runtime: Runtime, plan: Plan, measured: Measurement) -> dict[str, 
 def versions(runtime: Runtime) -> dict[str, str]:
     """What ran where, for reports."""
     return {
-        "adavit": adavit.__version__,
+        "adavit": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "machine": f"{platform.system()} {platform.machine()}",

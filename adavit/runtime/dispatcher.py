@@ -15,17 +15,17 @@ vector for all tokens, which the engine `empty` holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import TOKEN_THRESHOLD, Architecture
 from adavit.macs import attention_macs, mlp_macs, outside_macs
-from adavit.runtime.backend import Backend, Engine
+from adavit.runtime.backend import Backend
 from adavit.runtime.bundle import Bundle
+from adavit.runtime.engines import BlockEngines, Engines
 from adavit.runtime.heads import HeadWeights
 from adavit.runtime.plan import gathers_attention, gathers_mlp
 from adavit.runtime.policy import Policy
@@ -43,21 +43,6 @@ TOKEN_LOGIT = np.float32(math.log(TOKEN_THRESHOLD / (1 - TOKEN_THRESHOLD)))
 
 KEPT_WEIGHTS = 128 << 20
 """Bytes of gathered weights that a runtime keeps."""
-
-_ALWAYS = ["decide", "attention", "mlp"]
-
-
-@dataclass(frozen=True)
-class BlockEngines:
-    """One block's engines; those that gather are there where the block has a head policy."""
-
-    decide: Engine
-    attention: Engine
-    mlp: Engine
-    attention_gather: Engine | None = None
-    attention_weights: Engine | None = None
-    mlp_gather: Engine | None = None
-    mlp_weights: Engine | None = None
 
 
 class Scratch:
@@ -83,21 +68,8 @@ class Dispatcher:
 
     def __init__(self, bundle: Bundle, backend: Backend, workers: int) -> None:
         self.arch = bundle.architecture
-
-        def load(name: str, alone: bool = False) -> Engine:
-            data = bundle.read(name)
-            return backend.load(bundle.engines[name], data, alone)
-
-        self._stem, self._head = load("stem", alone=True), load("head", alone=True)
-        self.blocks = []
-        for index in range(self.arch.depth):
-            kinds = [field.name for field in fields(BlockEngines)] if self.arch.adapts_heads(index) else _ALWAYS
-            self.blocks.append(BlockEngines(**{kind: load(f"blocks.{index}.{kind}") for kind in kinds}))
-        self.head_weights = HeadWeights(KEPT_WEIGHTS)
-        shape = self.arch.depth, self.arch.width
-        self.empty = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        if self.arch.head_policy:
-            load("empty").run([], self.empty)
+        self.engines = Engines(bundle, backend)
+        self.head_weights = HeadWeights(self.arch, self.engines.blocks, KEPT_WEIGHTS)
         self._pool = ThreadPoolExecutor(workers, "adavit") if workers > 1 else None
         self._scratch: list[Scratch] = []
 
@@ -116,7 +88,7 @@ class Dispatcher:
         """
         arch, batch = self.arch, len(images)
         tokens = np.empty((batch, arch.tokens, arch.width), np.float32)
-        self._stem.run([images], [tokens])
+        self.engines.stem.run([images], [tokens])
         used = Policy.dense(arch, batch) if replay is None else replay
         classes = np.empty((batch, arch.width), np.float32)
         macs = np.empty(batch, np.int64)
@@ -135,39 +107,11 @@ class Dispatcher:
         else:
             list(self._pool.map(run_image, range(batch)))
         logits = np.empty((batch, arch.classes), np.float32)
-        self._head.run([classes], [logits])
+        self.engines.head.run([classes], [logits])
         if observe:
             for position in range(batch):
                 observe(position, "head", logits[position])
         return logits, used, macs
-
-    def attention_weights(self, index: int, heads: Index) -> list[Float]:
-        """Weights of the kept heads of a block's attention: qkv, proj and, where there is one, the bias."""
-        arch, count = self.arch, len(heads)
-        shapes: list[tuple[int, ...]] = [
-            (count, arch.width, 3 * arch.head_width),
-            (count * arch.head_width, arch.width),
-        ]
-        if arch.qkv_bias:
-            shapes.append((count, 1, 3 * arch.head_width))
-        return self._gathered(index, "attention", self.blocks[index].attention_weights, heads, shapes)
-
-    def mlp_weights(self, index: int, heads: Index) -> list[Float]:
-        """Weights of the kept heads of a block's MLP: fc1."""
-        shapes = [(len(heads) * self.arch.head_width, self.arch.hidden)]
-        return self._gathered(index, "mlp", self.blocks[index].mlp_weights, heads, shapes)
-
-    def _gathered(
-        self, index: int, kind: str, engine: Engine | None, heads: Index, shapes: Sequence[tuple[int, ...]]
-    ) -> list[Float]:
-        assert engine is not None
-
-        def make() -> list[Float]:
-            arrays = [np.empty(shape, np.float32) for shape in shapes]
-            engine.run([heads], arrays)
-            return arrays
-
-        return self.head_weights.get((index, kind, heads.tobytes()), make)
 
 
 class ImageRun:
@@ -194,7 +138,7 @@ class ImageRun:
         """Takes the stem's tokens [N, D] to the last block's class token [D], and counts MACs."""
         if self._see:
             self._see("stem", x)
-        for index, block in enumerate(self._dispatcher.blocks):
+        for index, block in enumerate(self._dispatcher.engines.blocks):
             self._decide(index, block, x)
             attention, mlp = self._sublayers[index].tolist()
             if attention or mlp:
@@ -252,11 +196,11 @@ class ImageRun:
         arch, count = self._arch, len(rows)
         self._macs += attention_macs(arch, count, len(heads))
         if not len(heads):
-            np.add(rows, self._dispatcher.empty[0][index], out=out)
+            np.add(rows, self._dispatcher.engines.empty[0][index], out=out)
         elif block.attention_gather is None:
             block.attention.run([rows, normed], [out])
         elif gathers_attention(arch, count, len(heads)):
-            weights = self._dispatcher.attention_weights(index, heads)
+            weights = self._dispatcher.head_weights.attention(index, heads)
             block.attention_gather.run([rows, normed, *weights], [out])
         else:
             block.attention.run([rows, normed, self._channels(index)], [out])
@@ -266,11 +210,11 @@ class ImageRun:
         arch, count = self._arch, len(rows)
         self._macs += mlp_macs(arch, count, len(heads))
         if not len(heads):
-            np.add(rows, self._dispatcher.empty[1][index], out=out)
+            np.add(rows, self._dispatcher.engines.empty[1][index], out=out)
         elif block.mlp_gather is None:
             block.mlp.run([rows], [out])
         elif gathers_mlp(arch, count, len(heads)):
-            block.mlp_gather.run([rows, heads, *self._dispatcher.mlp_weights(index, heads)], [out])
+            block.mlp_gather.run([rows, heads, *self._dispatcher.head_weights.mlp(index, heads)], [out])
         else:
             block.mlp.run([rows, self._channels(index)], [out])
         return out

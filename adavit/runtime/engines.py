@@ -1,0 +1,59 @@
+"""The engines of a bundle, loaded and by their part in a block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.runtime.backend import Backend, Engine
+from adavit.runtime.bundle import Bundle
+
+__all__ = ["BlockEngines", "Engines"]
+
+Float = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class BlockEngines:
+    """One block's engines; those that gather heads' weights are there where the block has a head policy."""
+
+    decide: Engine
+    attention: Engine
+    mlp: Engine
+    attention_gather: Engine | None = None
+    attention_weights: Engine | None = None
+    mlp_gather: Engine | None = None
+    mlp_weights: Engine | None = None
+
+
+_ALWAYS = ("decide", "attention", "mlp")
+
+
+class Engines:
+    """All engines of a bundle but its dense twin.
+
+    Attributes:
+        stem, head: what runs before and after the blocks, on whole batches.
+        blocks: each block's engines.
+        empty: what attention and MLP of every block add without a head, each [L, D].
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        arch = bundle.architecture
+
+        def load(name: str, alone: bool = False) -> Engine:
+            data = bundle.read(name)
+            return backend.load(bundle.engines[name], data, alone)
+
+        def block(index: int) -> BlockEngines:
+            kinds = [field.name for field in fields(BlockEngines)] if arch.adapts_heads(index) else _ALWAYS
+            return BlockEngines(**{kind: load(f"blocks.{index}.{kind}") for kind in kinds})
+
+        self.stem, self.head = load("stem", alone=True), load("head", alone=True)
+        self.blocks = [block(index) for index in range(arch.depth)]
+        shape = arch.depth, arch.width
+        self.empty: tuple[Float, Float] = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        if arch.head_policy:
+            load("empty").run([], self.empty)
