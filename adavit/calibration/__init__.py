@@ -1,1 +1,1 @@
-"""Calibration: the numbers a bundle runs with. Bundles are float32 so far, with the thresholds they were trained for."""
+"""Calibration: the numbers a bundle runs with. Bundles are float32 so far, with the trained thresholds."""
