@@ -46,6 +46,10 @@ def tiny(**changes: Any) -> Architecture:
     return Architecture(**{**values, **changes})
 
 
+WIDE = tiny(image_size=48, patch_size=4, width=96, heads=6)
+"""Tokens enough that every engine of a block has counts at which it is the faster one."""
+
+
 def random_model(arch: Architecture, seed: int = 0, **biases: float) -> AdaViT:
     """A model of random weights whose decisions differ between images, blocks, tokens and heads.
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import GOLDEN, GOLDEN_FILES, export, picture, random_model, save, tiny
+from cases import GOLDEN, GOLDEN_FILES, WIDE, export, picture, random_model, save, tiny
 
 import adavit
 from adavit.model import AdaViT
@@ -49,6 +49,14 @@ def tiny_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     labels = folder / "labels.txt"
     labels.write_text("ant\nbee\ncat\ndog\nelk\n")
     return export(checkpoint, folder, with_dense=True, labels=labels)
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The bundle of a model with tokens enough for every engine, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("wide")
+    source = save(random_model(WIDE), folder / "wide.safetensors")
+    return export(source, folder, with_dense=True), source
 
 
 @pytest.fixture

@@ -7,14 +7,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cases import export, quiet, random_model, read_config, rewrite_engine, save, tiny
+from cases import WIDE, export, quiet, random_model, read_config, rewrite_engine, save, tiny
 from onnx import numpy_helper
 
 from adavit.errors import VerificationError
 from adavit.export import check_bundle
-
-WIDE = tiny(image_size=48, patch_size=4, width=96, heads=6)
-"""Tokens enough that every engine of a block has counts at which it is the faster one."""
 
 
 def alter(bundle: Path, name: str, factor: float = 1.5) -> None:
@@ -35,14 +32,6 @@ def fault(bundle: Path, checkpoint: Path) -> str:
         check(bundle, checkpoint)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A bundle with its checkpoint."""
-    folder = tmp_path_factory.mktemp("wide")
-    source = save(random_model(WIDE), folder / "wide.safetensors")
-    return export(source, folder, with_dense=True), source
 
 
 def test_a_bundle_is_what_its_checkpoint_is(wide: tuple[Path, Path]) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import assert_same_policy, picture, random_images, random_policy, tiny
+from cases import WIDE, assert_same_policy, picture, random_images, random_policy, tiny
 from PIL import Image
 
 import adavit
 from adavit.errors import BackendError, InputError
-from adavit.runtime import Policy, Prediction, Runtime
+from adavit.runtime import Policy, Prediction, Runtime, dispatcher
 
 IMAGES = random_images(tiny(), 3)
 
@@ -120,6 +120,24 @@ def test_many_threads_get_what_one_gets(runtime: Runtime) -> None:
         np.testing.assert_array_equal(found.macs, wanted.macs)
     for position, logits in enumerate(dense_twins):
         np.testing.assert_array_equal(logits, dense_twins[position % len(batches)])
+
+
+@pytest.mark.parametrize("budget", [dispatcher.KEPT_WEIGHTS, 200_000, 0])
+def test_many_threads_that_follow_many_policies(
+    budget: int, wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is kept of the gathered weights: all, a few sets of heads, or nothing."""
+    images = random_images(WIDE, 2)
+    policies = [random_policy(WIDE, 2, seed) for seed in range(24)]
+    alone = [adavit.load(wide[0], threads=1).run(images, policy=policy).logits for policy in policies[:4]]
+    monkeypatch.setattr(dispatcher, "KEPT_WEIGHTS", budget)
+    shared = adavit.load(wide[0], threads=1)
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda policy: shared.run(images, policy=policy).logits, policies * 3))
+    for position, logits in enumerate(together):
+        np.testing.assert_array_equal(logits, together[position % len(policies)])
+    for found, wanted in zip(together, alone, strict=False):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_runtimes_side_by_side_do_not_disturb_each_other(tiny_bundle: Path, runtime: Runtime) -> None:

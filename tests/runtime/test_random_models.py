@@ -8,6 +8,7 @@ import numpy as np
 from cases import (
     DROP_ALL,
     KEEP_ALL,
+    WIDE,
     assert_same_policy,
     export,
     forced,
@@ -65,7 +66,6 @@ BIASES = st.fixed_dictionaries(
     }
 )
 EVERYTHING = {"tokens": KEEP_ALL, "heads": KEEP_ALL, "sublayers": KEEP_ALL}
-WIDE = tiny(image_size=48, patch_size=4, width=96, heads=6)  # tokens enough that few heads are worth gathering
 T2T = tiny(stem="t2t", patch_size=16, image_size=48, width=96, heads=6, keep=0, qkv_bias=False)
 
 
