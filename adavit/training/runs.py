@@ -136,7 +136,7 @@ def _run(trainer: Trainer, train: LabelledImages, test: LabelledImages, options:
 
 
 def _write_weights(trainer: Trainer, classes: list[str], path: Path) -> None:
-    notes = {"accuracy": f"{trainer.metric:.2f}", "classes": classes, "crop": trainer.settings.crop}
+    notes = {"accuracy": f"{trainer.metric:.2f}", "classes": classes, "crop_ratio": trainer.settings.crop}
     beside = path.with_name(f".{path.name}.tmp")
     save_safetensors(trainer.average, beside, notes)
     beside.replace(path)
