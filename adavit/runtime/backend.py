@@ -13,7 +13,7 @@ import numpy.typing as npt
 from adavit.errors import BackendError
 from adavit.runtime.bundle import EngineSpec
 
-__all__ = ["Array", "Backend", "Engine", "Options", "create_backend", "names"]
+__all__ = ["Array", "Backend", "Buffer", "Engine", "Options", "create_backend", "names"]
 
 Array = npt.NDArray[np.generic]
 
@@ -34,11 +34,30 @@ class Options:
     parallel: str = "operators"
 
 
+class Buffer(Protocol):
+    """Memory that engines read and write where it is, prepared once for many runs.
+
+    Attributes:
+        array: the memory, float32.
+    """
+
+    array: npt.NDArray[np.float32]
+
+    def rows(self, count: int) -> Any:
+        """The first `count` rows, as `Engine.run` takes them."""
+        ...
+
+
 class Engine(Protocol):
     """A loaded engine; safe to run from several threads at once."""
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Runs on contiguous arrays in the order of the engine's description, filling the outputs given."""
+        """Runs, in the order of the engine's description, on contiguous arrays and rows of buffers.
+
+        Args:
+            inputs: what to read.
+            outputs: what to fill.
+        """
         ...
 
 
@@ -58,6 +77,10 @@ class Backend(Protocol):
         Raises:
             BackendError: the backend refuses the engine.
         """
+        ...
+
+    def buffer(self, shape: tuple[int, ...]) -> Buffer:
+        """New memory for float32 of this shape."""
         ...
 
     def versions(self) -> dict[str, str]:

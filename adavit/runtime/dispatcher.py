@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from adavit.architecture import TOKEN_THRESHOLD, Architecture
 from adavit.macs import attention_macs, mlp_macs, outside_macs
-from adavit.runtime.backend import Backend
+from adavit.runtime.backend import Backend, Buffer
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.engines import BlockEngines, Engines
 from adavit.runtime.heads import HeadWeights
@@ -40,21 +40,26 @@ Observer = Callable[[int, str, Float], None]
 TOKEN_LOGIT = np.float32(math.log(TOKEN_THRESHOLD / (1 - TOKEN_THRESHOLD)))
 """sigmoid(logit) > 0.6 is logit > 0.405..."""
 
-
 KEPT_WEIGHTS = 128 << 20
 """Bytes of gathered weights that a runtime keeps."""
 
 
 class Scratch:
-    """One image's buffers, each [N, D] but for the logits; reused from image to image."""
+    """One image's buffers; reused from image to image.
 
-    def __init__(self, arch: Architecture) -> None:
-        shape = arch.tokens, arch.width
-        self.normed = np.empty(shape, np.float32)
-        self.rows = np.empty(shape, np.float32)
-        self.normed_rows = np.empty(shape, np.float32)
-        self.first, self.second = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        self.token_logits = np.empty((arch.tokens, 1), np.float32)
+    Attributes:
+        x: the tokens [N, D]; first and second take turns with it.
+        normed: norm1 of them.
+        rows, normed_rows: the kept rows of x and normed.
+        token_logits: [N, 1]; choices: [1, heads and sub-layers decided on].
+    """
+
+    def __init__(self, arch: Architecture, backend: Backend) -> None:
+        names = ("x", "first", "second", "normed", "rows", "normed_rows")
+        buffers = [backend.buffer((arch.tokens, arch.width)) for _ in names]
+        self.x, self.first, self.second, self.normed, self.rows, self.normed_rows = buffers
+        self.token_logits = backend.buffer((arch.tokens, 1))
+        self.choices = backend.buffer((1, arch.head_policy * arch.heads + arch.sublayer_policy * 2))
 
 
 class Dispatcher:
@@ -69,7 +74,8 @@ class Dispatcher:
     def __init__(self, bundle: Bundle, backend: Backend, workers: int) -> None:
         self.arch = bundle.architecture
         self.engines = Engines(bundle, backend)
-        self.head_weights = HeadWeights(self.arch, self.engines.blocks, KEPT_WEIGHTS)
+        self.head_weights = HeadWeights(self.arch, backend, self.engines.blocks, KEPT_WEIGHTS)
+        self._backend = backend
         self._pool = ThreadPoolExecutor(workers, "adavit") if workers > 1 else None
         self._scratch: list[Scratch] = []
 
@@ -94,7 +100,7 @@ class Dispatcher:
         macs = np.empty(batch, np.int64)
 
         def run_image(position: int) -> None:
-            scratch = self._scratch.pop() if self._scratch else Scratch(arch)
+            scratch = self._spare_scratch()
             masks = used.tokens[position], used.heads[position], used.sublayers[position]
             see = None if observe is None else lambda engine, x: observe(position, engine, x)
             run = ImageRun(self, scratch, masks, replay is None, see)
@@ -112,6 +118,12 @@ class Dispatcher:
             for position in range(batch):
                 observe(position, "head", logits[position])
         return logits, used, macs
+
+    def _spare_scratch(self) -> Scratch:
+        try:
+            return self._scratch.pop()
+        except IndexError:
+            return Scratch(self.arch, self._backend)
 
 
 class ImageRun:
@@ -134,97 +146,115 @@ class ImageRun:
         self._spare = [scratch.first, scratch.second]
         self._macs = outside_macs(self._arch)
 
-    def __call__(self, x: Float) -> tuple[Float, int]:
+    def __call__(self, tokens: Float) -> tuple[Float, int]:
         """Takes the stem's tokens [N, D] to the last block's class token [D], and counts MACs."""
-        if self._see:
-            self._see("stem", x)
+        x = self._scratch.x
+        np.copyto(x.array, tokens)
+        self._show("stem", x.array)
         for index, block in enumerate(self._dispatcher.engines.blocks):
             self._decide(index, block, x)
             attention, mlp = self._sublayers[index].tolist()
             if attention or mlp:
                 x = self._run_sublayers(index, block, x, attention, mlp)
-        return x[0], self._macs
+        return x.array[0], self._macs
 
-    def _decide(self, index: int, block: BlockEngines, x: Float) -> None:
+    def _show(self, engine: str, x: Float) -> None:
+        if self._see:
+            self._see(engine, x)
+
+    def _decide(self, index: int, block: BlockEngines, x: Buffer) -> None:
         """Computes norm1(x), and this block's row of the policy; strictly above a threshold is kept."""
         arch, scratch = self._arch, self._scratch
         adapts_heads, adapts_sublayers = arch.adapts_heads(index), arch.adapts_sublayers(index)
-        choices = np.empty((1, adapts_heads * arch.heads + adapts_sublayers * 2), np.float32)
-        outputs = [scratch.normed]
+        outputs = [scratch.normed.rows(arch.tokens)]
         if arch.token_policy:
-            outputs.append(scratch.token_logits)
-        if choices.size:
-            outputs.append(choices)
-        block.decide.run([x], outputs)
+            outputs.append(scratch.token_logits.rows(arch.tokens))
+        if adapts_heads or adapts_sublayers:
+            outputs.append(scratch.choices.rows(1))
+        block.decide.run([x.rows(arch.tokens)], outputs)
         if not self._decides:
             return
         if arch.token_policy:
-            np.greater(scratch.token_logits[1:, 0], TOKEN_LOGIT, out=self._tokens[index, 1:])
-        kept = choices[0] > 0
+            np.greater(scratch.token_logits.array[1:, 0], TOKEN_LOGIT, out=self._tokens[index, 1:])
+        kept = scratch.choices.array[0] > 0
         if adapts_heads:
             self._heads[index] = kept[: arch.heads]
         if adapts_sublayers:
             self._sublayers[index] = kept[-2:]
 
-    def _run_sublayers(self, index: int, block: BlockEngines, x: Float, attention: bool, mlp: bool) -> Float:
+    def _run_sublayers(self, index: int, block: BlockEngines, x: Buffer, attention: bool, mlp: bool) -> Buffer:
         """Runs the kept sub-layers on the kept tokens of x, and returns x with their rows changed."""
         scratch, spare = self._scratch, self._spare
         kept = np.flatnonzero(self._tokens[index])
         heads = np.flatnonzero(self._heads[index])
-        count, all_kept = len(kept), len(kept) == len(x)
-        rows = x if all_kept else x.take(kept, 0, out=scratch.rows[:count], mode="clip")
+        count, all_kept = len(kept), len(kept) == self._arch.tokens
+        rows, normed = x, scratch.normed
+        if not all_kept:
+            rows = _gather(x, kept, scratch.rows)
+            if attention:
+                normed = _gather(normed, kept, scratch.normed_rows)
         if attention:
-            normed = scratch.normed
-            if not all_kept:
-                normed = normed.take(kept, 0, out=scratch.normed_rows[:count], mode="clip")
-            rows = self._attention(index, block, rows, normed, heads, spare[0][:count])
+            engine = self._attention(index, block, rows, normed, heads, count)
+            rows = spare[0]
             if self._see:
-                self._see(f"blocks.{index}.attention", _scattered(x.copy(), rows, kept))
+                self._see(f"blocks.{index}.{engine}", _scattered(x.array.copy(), rows, kept))
         if mlp:
-            rows = self._mlp(index, block, rows, heads, spare[1][:count])
+            engine = self._mlp(index, block, rows, heads, count)
+            rows = spare[1]
         if all_kept:
-            x, spare[mlp] = spare[mlp], x
+            x, spare[mlp] = rows, x
         else:
-            _scattered(x, rows, kept)
-        if mlp and self._see:
-            self._see(f"blocks.{index}.mlp", x)
+            _scattered(x.array, rows, kept)
+        if mlp:
+            self._show(f"blocks.{index}.{engine}", x.array)
         return x
 
-    def _attention(
-        self, index: int, block: BlockEngines, rows: Float, normed: Float, heads: Index, out: Float
-    ) -> Float:
-        arch, count = self._arch, len(rows)
+    def _attention(self, index: int, block: BlockEngines, x: Buffer, normed: Buffer, heads: Index, count: int) -> str:
+        """Runs attention on the first rows of x into the first spare buffer; returns the name of the engine."""
+        arch, out = self._arch, self._spare[0]
         self._macs += attention_macs(arch, count, len(heads))
         if not len(heads):
-            np.add(rows, self._dispatcher.engines.empty[0][index], out=out)
-        elif block.attention_gather is None:
-            block.attention.run([rows, normed], [out])
-        elif gathers_attention(arch, count, len(heads)):
-            weights = self._dispatcher.head_weights.attention(index, heads)
-            block.attention_gather.run([rows, normed, *weights], [out])
-        else:
-            block.attention.run([rows, normed, self._channels(index)], [out])
-        return out
+            np.add(x.array[:count], self._dispatcher.engines.empty[0][index], out=out.array[:count])
+            return "attention"
+        inputs, outputs = [x.rows(count), normed.rows(count)], [out.rows(count)]
+        if block.attention_gather is not None:
+            if gathers_attention(arch, count, len(heads)):
+                weights = self._dispatcher.head_weights.attention(index, heads)
+                block.attention_gather.run([*inputs, *weights], outputs)
+                return "attention_gather"
+            inputs.append(self._channels(index))
+        block.attention.run(inputs, outputs)
+        return "attention"
 
-    def _mlp(self, index: int, block: BlockEngines, rows: Float, heads: Index, out: Float) -> Float:
-        arch, count = self._arch, len(rows)
+    def _mlp(self, index: int, block: BlockEngines, x: Buffer, heads: Index, count: int) -> str:
+        """Runs the MLP on the first rows of x into the second spare buffer; returns the name of the engine."""
+        arch, out = self._arch, self._spare[1]
         self._macs += mlp_macs(arch, count, len(heads))
         if not len(heads):
-            np.add(rows, self._dispatcher.engines.empty[1][index], out=out)
-        elif block.mlp_gather is None:
-            block.mlp.run([rows], [out])
-        elif gathers_mlp(arch, count, len(heads)):
-            block.mlp_gather.run([rows, heads, *self._dispatcher.head_weights.mlp(index, heads)], [out])
-        else:
-            block.mlp.run([rows, self._channels(index)], [out])
-        return out
+            np.add(x.array[:count], self._dispatcher.engines.empty[1][index], out=out.array[:count])
+            return "mlp"
+        inputs, outputs = [x.rows(count)], [out.rows(count)]
+        if block.mlp_gather is not None:
+            if gathers_mlp(arch, count, len(heads)):
+                weights = self._dispatcher.head_weights.mlp(index, heads)
+                block.mlp_gather.run([*inputs, heads, *weights], outputs)
+                return "mlp_gather"
+            inputs.append(self._channels(index))
+        block.mlp.run(inputs, outputs)
+        return "mlp"
 
     def _channels(self, index: int) -> Float:
         """1 for the channels [D] of kept heads, 0 for the others."""
         return np.repeat(self._heads[index].astype(np.float32), self._arch.head_width)
 
 
-def _scattered(x: Float, rows: Float, kept: Index) -> Float:
-    """Puts rows [K, D] into x, in place."""
-    x[kept] = rows
+def _gather(source: Buffer, kept: Index, into: Buffer) -> Buffer:
+    """Copies the kept rows of a buffer to the first rows of another."""
+    source.array.take(kept, 0, out=into.array[: len(kept)], mode="clip")
+    return into
+
+
+def _scattered(x: Float, rows: Buffer, kept: Index) -> Float:
+    """Puts the first rows of a buffer back into x [N, D], in place."""
+    x[kept] = rows.array[: len(kept)]
     return x

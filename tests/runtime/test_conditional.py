@@ -24,7 +24,7 @@ class Watched:
         self.rows = rows
 
     def run(self, inputs: Sequence[Any], *outputs: Any) -> Any:
-        self.rows.append(len(inputs[0]) if inputs else 0)
+        self.rows.append(len(inputs[0].numpy()))
         return self.engine.run(inputs, *outputs)
 
 
@@ -44,6 +44,9 @@ class Watching:
         if not (spec.name.startswith("blocks.") and takes_tokens):
             return engine
         return Watched(engine, self.sublayers[int(spec.name.split(".")[1])])
+
+    def buffer(self, shape: tuple[int, ...]) -> Any:
+        return self.inner.buffer(shape)
 
     def versions(self) -> dict[str, str]:
         return self.inner.versions()

@@ -9,8 +9,11 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from adavit.errors import BackendError
-from adavit.runtime.backend import Array, Engine, Options
+from adavit.runtime.backend import Engine, Options
 from adavit.runtime.bundle import EngineSpec
 
 __all__ = ["OnnxRuntimeBackend"]
@@ -135,9 +138,34 @@ class OnnxRuntimeBackend:
             )
         return OnnxRuntimeEngine(self._ort, session, spec)
 
+    def buffer(self, shape: tuple[int, ...]) -> OnnxRuntimeBuffer:
+        """See `Backend.buffer`."""
+        return OnnxRuntimeBuffer(self._ort, shape)
+
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version and the provider in use."""
         return {"onnxruntime": self._ort.__version__, "provider": self._provider}
+
+
+class OnnxRuntimeBuffer:
+    """Host memory, with ONNX Runtime's handles of its first rows made once: making one costs more than binding it."""
+
+    def __init__(self, ort: ModuleType, shape: tuple[int, ...]) -> None:
+        self.array: npt.NDArray[np.float32] = np.empty(shape, np.float32)
+        self._ort = ort
+        self._values: dict[int, Any] = {}
+
+    def rows(self, count: int) -> Any:
+        """See `Buffer.rows`."""
+        value = self._values.get(count)
+        if value is None:
+            value = self._values[count] = _as_value(self._ort, self.array[:count])
+        return value
+
+
+def _as_value(ort: ModuleType, value: Any) -> Any:
+    """An array as ONNX Runtime's handle of it: on the CPU the array itself, not a copy."""
+    return ort.OrtValue.ortvalue_from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 class OnnxRuntimeEngine:
@@ -151,15 +179,15 @@ class OnnxRuntimeEngine:
         if found != (self._inputs, self._outputs):
             raise BackendError(f"engine {spec.name} has other inputs or outputs than config.json says; export again")
         self._session = session
-        self._value = ort.OrtValue.ortvalue_from_numpy  # On the CPU: the array itself, not a copy.
+        self._ort = ort
 
-    def run(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
-        """See `Engine.run`. The arrays are bound where they are: nothing is copied or allocated."""
+    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """See `Engine.run`. Everything is bound where it is: nothing is copied or allocated."""
         binding = self._session.io_binding()
-        for name, array in zip(self._inputs, inputs, strict=True):
-            binding.bind_cpu_input(name, array)
-        for name, array in zip(self._outputs, outputs, strict=True):
-            binding.bind_ortvalue_output(name, self._value(array))
+        for name, value in zip(self._inputs, inputs, strict=True):
+            binding.bind_ortvalue_input(name, _as_value(self._ort, value))
+        for name, value in zip(self._outputs, outputs, strict=True):
+            binding.bind_ortvalue_output(name, _as_value(self._ort, value))
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
