@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,9 @@ from adavit.runtime.session import Runtime
 from adavit.version import __version__
 
 __all__ = ["Measurement", "Plan", "measure"]
+
+SHORT_CYCLE = 64
+"""Runs after which every image has had its turn, for the last cycle of a measurement to be finished."""
 
 Images = npt.NDArray[np.float32]
 Progress = Callable[[str, float], None]
@@ -43,18 +47,19 @@ class Plan:
 
 @dataclass
 class Measurement:
-    """Latencies in milliseconds per run, and the mean MACs and usage of the images that were run."""
+    """Latencies in milliseconds per run."""
 
     adaptive_ms: list[float] = field(default_factory=list)
     dense_ms: list[float] = field(default_factory=list)
-    macs: list[float] = field(default_factory=list)
-    usage: list[dict[str, float]] = field(default_factory=list)
 
 
 def measure(
     runtime: Runtime, images: Images, plan: Plan, policy: Policy | None = None, progress: Progress | None = None
 ) -> Measurement:
     """Runs batches of `images` in turn, cycling, and times every run.
+
+    Without a number of iterations, the last cycle is finished where cycles are short, so that every image counts
+    alike.
 
     Args:
         runtime: what to measure.
@@ -72,11 +77,12 @@ def measure(
         runtime.run(chosen, policy=recorded)
         if plan.dense:
             runtime.run_dense(chosen)
+    cycle = len(images) // math.gcd(len(images), plan.batch)
     start, done = time.perf_counter(), 0
     share = 0.0
-    while share < 1:
+    while share < 1 or (plan.iterations is None and cycle <= SHORT_CYCLE and done % cycle):
         chosen, recorded = next(batches)
-        result.adaptive_ms.append(_timed(lambda: _adaptive(runtime, chosen, recorded, result)))  # noqa: B023
+        result.adaptive_ms.append(_timed(lambda: runtime.run(chosen, policy=recorded)))  # noqa: B023
         if plan.dense:
             result.dense_ms.append(_timed(lambda: runtime.run_dense(chosen)))  # noqa: B023
         done += 1
@@ -94,12 +100,6 @@ def _batches(images: Images, batch: int, policy: Policy | None) -> Iterator[tupl
         yield np.ascontiguousarray(images[index]), None if policy is None else policy[index]
 
 
-def _adaptive(runtime: Runtime, images: Images, policy: Policy | None, result: Measurement) -> None:
-    run = runtime.run(images, policy=policy)
-    result.macs.append(float(run.macs.mean()))
-    result.usage.append(run.policy.usage())
-
-
 def _timed(action: Callable[[], Any]) -> float:
     start = time.perf_counter()
     action()
@@ -112,10 +112,19 @@ def latency(milliseconds: Sequence[float]) -> dict[str, float]:
     return {"p50": p50, "p90": p90, "p95": p95, "p99": p99, "mean": float(np.mean(milliseconds))}
 
 
-def summarise(runtime: Runtime, plan: Plan, measured: Measurement) -> dict[str, Any]:
-    """The numbers of a measurement under the keys of `adavit-run --json`."""
+def summarise(
+    runtime: Runtime, plan: Plan, measured: Measurement, executed: float, usage: dict[str, float]
+) -> dict[str, Any]:
+    """The numbers of a measurement under the keys of `adavit-run --json`.
+
+    Args:
+        runtime: what was measured.
+        plan: how.
+        measured: the latencies.
+        executed: mean MACs of the images.
+        usage: mean usage of the images.
+    """
     dense = dense_macs(runtime.architecture)
-    executed = float(np.mean(measured.macs))
     adaptive = latency(measured.adaptive_ms)
     result: dict[str, Any] = {
         "model": runtime.bundle.name,
@@ -127,7 +136,7 @@ def summarise(runtime: Runtime, plan: Plan, measured: Measurement) -> dict[str, 
         "latency_ms": adaptive,
         "throughput": 1e3 * plan.batch / adaptive["mean"],
         "macs": {"executed_mean": executed, "dense": dense},
-        "usage": {kind: float(np.mean([u[kind] for u in measured.usage])) for kind in measured.usage[0]},
+        "usage": usage,
         "ideal_speedup": dense / executed,
         "dense": None,
         "speedup": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,8 +55,10 @@ class Evaluation:
     top5: int = 0
     predictions: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    held: list[Images] = field(default_factory=list)
+    macs: list[npt.NDArray[np.int64]] = field(default_factory=list)
     policies: list[Policy] = field(default_factory=list)
+    held: list[Images] = field(default_factory=list)
+    held_at: list[int] = field(default_factory=list)
 
     def accuracy(self) -> dict[str, float] | None:
         """Top-1 and top-5 shares, where images had labels."""
@@ -86,8 +89,9 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     if given and not seen.images:
         raise InputError(f"none of the {len(seen.skipped)} images can be read; first: {seen.skipped[0]}")
     if not given:
-        seen.held, seen.images = [_random_images(runtime)], RANDOM_IMAGES
-        seen.policies = [runtime.run(seen.held[0], policy=replayed).policy]
+        result = runtime.run(_random_images(runtime), policy=replayed)
+        seen = Evaluation(RANDOM_IMAGES, macs=[result.macs], policies=[result.policy])
+        seen.held, seen.held_at = list(_random_images(runtime)[:, None]), list(range(RANDOM_IMAGES))
     used = Policy.concatenate(seen.policies)
     if options.record_policy:
         used.save(options.record_policy)
@@ -98,13 +102,14 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         options.warmup,
         "dense" in runtime.bundle.engines if options.dense is None else options.dense,
     )
-    held = np.concatenate(seen.held)
-    measured = measure(runtime, held, plan, used[: len(held)] if replayed else None, progress)
+    # Shuffled, since labelled sets come sorted by class, and a measurement may not reach the last image.
+    order = np.random.default_rng(0).permutation(len(seen.held))
+    policy = used[np.asarray(seen.held_at)[order]] if replayed else None
+    measured = measure(runtime, np.concatenate(seen.held)[order], plan, policy, progress)
     return {
-        **summarise(runtime, plan, measured),
+        **summarise(runtime, plan, measured, float(np.concatenate(seen.macs).mean()), used.usage()),
         "images": seen.images,
         "input": "images" if given else "random",
-        "usage_of_all_images": used.usage(),
         "accuracy": seen.accuracy(),
         "predictions": seen.predictions,
         "skipped": seen.skipped,
@@ -116,7 +121,8 @@ def _evaluate(
 ) -> Evaluation:
     """Runs every readable image once."""
     seen = Evaluation()
-    room = HELD // (4 * 3 * runtime.architecture.image_size**2)
+    room = max(1, HELD // (4 * 3 * runtime.architecture.image_size**2))
+    stride = math.ceil(len(files) / room)
     for done, (batch, pixels) in enumerate(_readable(runtime, files, options.batch, seen), 1):
         policy = None
         if replayed is not None:
@@ -124,10 +130,10 @@ def _evaluate(
                 raise InputError(f"{options.replay_policy}: holds {len(replayed)} images, fewer than are to be run")
             policy = replayed[seen.images : seen.images + len(batch)]
         result = runtime.run(pixels, policy=policy)
+        for row in range(-seen.images % stride, len(batch), stride):
+            seen.held.append(pixels[row : row + 1])
+            seen.held_at.append(seen.images + row)
         _gather(runtime, seen, batch, result, options.top)
-        if room > 0:
-            seen.held.append(pixels[:room])
-            room -= len(pixels)
         progress("running images", min(1.0, done * options.batch / len(files)))
     return seen
 
@@ -151,6 +157,7 @@ def _readable(
 
 def _gather(runtime: Runtime, seen: Evaluation, batch: list[ImageFile], result: Result, top: int) -> None:
     seen.policies.append(result.policy)
+    seen.macs.append(result.macs)
     for row, file in enumerate(batch):
         seen.images += 1
         found = runtime.prediction(result, row, max(5, top))

@@ -130,7 +130,7 @@ def test_recording_and_replaying(tiny_bundle: Path, labelled: Path, tmp_path: Pa
     wanted = runtime.run(np.stack([runtime.preprocess(path) for path in pictures(labelled)]))
     assert_same_policy(Policy.load(recorded), wanted.policy)
     replayed = report(tiny_bundle, "--images", labelled, "--replay-policy", recorded, "--batch", 2)
-    for key in ("predictions", "accuracy", "usage_of_all_images"):
+    for key in ("predictions", "accuracy", "usage", "macs"):
         assert replayed[key] == decided[key]
     Policy.dense(tiny(), 3).save(recorded)
     replayed = report(tiny_bundle, "--images", labelled, "--replay-policy", recorded)

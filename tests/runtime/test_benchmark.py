@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from cases import assert_same_policy, random_images, random_policy, tiny
 
+from adavit.macs import dense_macs
 from adavit.runtime import Policy, Runtime
-from adavit.runtime.benchmark import Plan, latency, measure, summarise
+from adavit.runtime.benchmark import Measurement, Plan, latency, measure, summarise
 
 
 class Watched:
@@ -60,11 +61,19 @@ def test_percentiles() -> None:
     assert found == {"p50": 50, "p90": 90, "p95": 95, "p99": 99, "mean": 50}
 
 
-def test_the_summary_counts_every_measured_image(runtime: Runtime) -> None:
-    images, plan = random_images(tiny(), 3), Plan(batch=1, iterations=3, warmup=2, dense=False)
-    report = summarise(runtime, plan, measure(runtime, images, plan))
-    result = runtime.run(images)
-    assert report["macs"]["executed_mean"] == pytest.approx(result.macs.mean())
-    assert report["usage"] == pytest.approx(result.policy.usage())
-    assert report["iterations"] == 3
+def test_a_short_cycle_is_finished(runtime: Runtime) -> None:
+    plan = Plan(batch=2, seconds=0.001, warmup=0, dense=False)
+    assert len(measure(runtime, random_images(tiny(), 3), plan).adaptive_ms) % 3 == 0
+
+
+def test_the_summary_keeps_to_the_definitions(runtime: Runtime) -> None:
+    measured = Measurement(adaptive_ms=[1.0, 2.0, 9.0], dense_ms=[4.0, 6.0, 5.0])
+    dense = dense_macs(runtime.architecture)
+    report = summarise(runtime, Plan(batch=4), measured, dense / 4, {"tokens": 0.5})
+    assert report["macs"] == {"executed_mean": dense / 4, "dense": dense}
+    assert (report["iterations"], report["usage"]) == (3, {"tokens": 0.5})
+    assert (report["speedup"], report["ideal_speedup"], report["efficiency"]) == (2.5, 4.0, 0.625)
+    assert report["throughput"] == pytest.approx(1000.0)
+    measured.dense_ms.clear()
+    report = summarise(runtime, Plan(), measured, dense / 4, {})
     assert report["speedup"] is report["efficiency"] is report["dense"] is None
