@@ -139,6 +139,7 @@ def _write_weights(trainer: Trainer, classes: list[str], path: Path) -> None:
     notes = {"accuracy": f"{trainer.metric:.2f}", "classes": classes, "crop_ratio": trainer.settings.crop}
     beside = path.with_name(f".{path.name}.tmp")
     save_safetensors(trainer.average, beside, notes)
+    beside.chmod(0o644)  # safetensors makes files that only their owner can read
     beside.replace(path)
 
 
