@@ -121,7 +121,10 @@ def test_200_steps_reach_the_targets(tmp_path: Path, kinds: tuple[str, ...]) -> 
     data = write_idx_set(tmp_path / "data", train=256, test=128)
     targets = dict(zip(("tokens", "heads", "sublayers"), (0.5, 0.6, 0.7), strict=True))
     policy = PolicySettings(
-        targets={kind: targets[kind] for kind in kinds}, weights=dict.fromkeys(kinds, 2.0), learning_rate_scale=10
+        targets={kind: targets[kind] for kind in kinds},
+        weights=dict.fromkeys(kinds, 2.0),
+        learning_rate_scale=10,
+        anneal=0,
     )
     settings = Settings(
         steps=200, batch=32, learning_rate=2e-3, final=0.2, warmup=10, ema=0.9, mirror=False, policy=policy
@@ -132,6 +135,8 @@ def test_200_steps_reach_the_targets(tmp_path: Path, kinds: tuple[str, ...]) -> 
     (tmp_path / "run").mkdir()
     one = Trainer(start.fit(dense, arch, 0), settings, ALONE, tmp_path / "run", dense)
     run(one, data, save=200)
-    reached = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     for kind in kinds:
-        assert reached[kind] == pytest.approx(targets[kind], abs=0.05)
+        last = [entry[f"training_{kind}"] for entry in log if entry["step"] > 150]
+        assert len(last) >= 20
+        assert sum(last) / len(last) == pytest.approx(targets[kind], abs=0.05)
