@@ -209,8 +209,6 @@ def test_a_package_that_is_missing(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_the_demo(tmp_path: Path) -> None:
     demo = Path(adavit.__file__).parent / "demo"
-    if not (demo / "checkpoint.safetensors").is_file():
-        pytest.skip("the demo's checkpoint is not there")
     assert (demo / "checkpoint.safetensors").stat().st_size < 15_000_000
     assert invoke(export, "demo", "-o", tmp_path / "bundle", "--threads", 1).exit_code == 0
     runtime = adavit.load(tmp_path / "bundle", threads=1)
