@@ -122,6 +122,7 @@ image: what its policies drop is not computed. Exported by adavit {config["made_
 | engines | {len(config["engines"])}, {size / 1e6:.1f} MB, {config["precision"]}, opset {config["opset"]} |
 
 ```python
+import adavit
 
 runtime = adavit.load("this/folder")
 print(runtime.predict(["image.jpg"], top=5))
