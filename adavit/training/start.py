@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from adavit.architecture import TOKEN_THRESHOLD, Architecture
 from adavit.model import AdaViT
+from adavit.model.resize import resize_positions
 from adavit.training.errors import TrainingError
 
 __all__ = ["adaptive_shapes", "dense_shapes", "fit", "new_model"]
@@ -98,24 +99,13 @@ def fit(source: AdaViT, arch: Architecture, seed: int) -> AdaViT:
     old, new = source.state_dict(), model.state_dict()
     for name, fresh in new.items():
         if name == "pos_embed":
-            new[name] = _resize_positions(old[name], arch.grid)
+            new[name] = resize_positions(old[name], arch.grid)
         elif name == "patch_embed.proj.weight":
             new[name] = _resize_kernel(old[name], arch.patch_size)
         elif name in old and old[name].shape == fresh.shape:
             new[name] = old[name]
     model.load_state_dict(new)
     return model
-
-
-def _resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """Bicubic on the map of patches; the class token's is kept: [1, 1 + P, D] to [1, 1 + grid^2, D]."""
-    first, patches = positions[:, :1], positions[:, 1:]
-    side = round(patches.shape[1] ** 0.5)
-    if side == grid:
-        return positions
-    square = patches.transpose(1, 2).unflatten(2, (side, side))
-    square = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([first, square.flatten(2).transpose(1, 2)], dim=1)
 
 
 def _resize_kernel(kernel: Tensor, patch: int) -> Tensor:
