@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ class Prediction:
     macs: int = 0
     usage: dict[str, float] | None = None
     error: str | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, float]]:
+        """The (label, probability) pairs."""
+        return iter(self.top)
 
 
 def load(

@@ -181,7 +181,7 @@ def test_predictions_of_paths_pictures_and_arrays(runtime: Runtime, tmp_path: Pa
     for found in predictions:
         assert found.error is None
         assert found.classes == tuple(order)
-        assert [label for label, _ in found.top] == [runtime.labels[i] for i in order]
+        assert [label for label, _ in found] == [runtime.labels[i] for i in order]
         np.testing.assert_allclose([share for _, share in found.top], shares[order], rtol=1e-4)
         assert found.macs == logits.macs[0]
         assert found.usage == logits.policy.usage()
