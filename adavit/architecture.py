@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-__all__ = ["TOKEN_THRESHOLD", "Architecture"]
+__all__ = ["TOKEN_LOGIT", "TOKEN_THRESHOLD", "Architecture"]
 
 TOKEN_THRESHOLD = 0.6
 """A patch token is kept iff the sigmoid of its logit is above this; heads and sub-layers use 0.5."""
+
+TOKEN_LOGIT = math.log(TOKEN_THRESHOLD / (1 - TOKEN_THRESHOLD))
+"""The same for the logit itself: 0.405..."""
 
 _LIMITS = {  # Upper bounds far above any published model: a file that exceeds them is not to be trusted.
     "image_size": 8192,

@@ -17,6 +17,7 @@ from adavit.export.weights import Weights
 from adavit.export.write import write_bundle
 from adavit.files import folder_beside
 from adavit.model import AdaViT, load_checkpoint, read_metadata, resize
+from adavit.runtime.evaluate import demo_bundle
 from adavit.runtime.images import Preprocessor
 from adavit.runtime.session import load
 
@@ -24,7 +25,7 @@ __all__ = ["ExportOptions", "check_bundle", "export_bundle"]
 
 Progress = Callable[[str, float], None]
 
-DEMO = Path(__file__).parent.parent / "demo"
+DEMO = demo_bundle().parent
 
 
 @dataclass(frozen=True)

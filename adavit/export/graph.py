@@ -10,13 +10,14 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["OPSETS", "Graph"]
+__all__ = ["OPSETS", "TYPES", "Graph"]
 
 OPSETS = range(17, 24)
 """Opsets that can be asked for: LayerNormalization came with 17; 23 is the newest every backend here reads."""
 
 _IR_VERSION = 10  # Read by ONNX Runtime 1.20, TensorRT 10 and OpenVINO 2025 onwards.
-_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
+TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+"""ONNX's numbers of the types that engines take and give."""
 
 
 class Graph:
@@ -37,7 +38,7 @@ class Graph:
 
     def input(self, name: str, shape: list[int | str], dtype: str = "float32") -> str:
         """Declares an input; a dimension is a size, or a name where it varies."""
-        self._inputs.append(helper.make_tensor_value_info(name, _TYPES[dtype], shape))
+        self._inputs.append(helper.make_tensor_value_info(name, TYPES[dtype], shape))
         return name
 
     def weight(self, name: str, value: npt.ArrayLike) -> str:
@@ -78,7 +79,7 @@ class Graph:
         error = self.op("Erf", self.op("Div", x, self.scalar(math.sqrt(2))))
         return self.op("Mul", self.op("Mul", x, self.op("Add", error, self.scalar(1.0))), self.scalar(0.5))
 
-    def output(self, name: str, value: str, shape: list[int | str], dtype: str = "float32") -> None:
+    def output(self, name: str, value: str, shape: list[int | str]) -> None:
         """Declares `value` as the output `name`."""
         for node in reversed(self._nodes):
             if value in node.output:
@@ -88,7 +89,7 @@ class Graph:
             for i, source in enumerate(node.input):
                 if source == value:
                     node.input[i] = name
-        self._outputs.append(helper.make_tensor_value_info(name, _TYPES[dtype], shape))
+        self._outputs.append(helper.make_tensor_value_info(name, TYPES["float32"], shape))
 
     def build(self) -> onnx.ModelProto:
         """The finished and checked model."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from adavit.architecture import TOKEN_THRESHOLD, Architecture
+from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.errors import VerificationError
 from adavit.model import AdaViT, Output
 from adavit.model.adavit import Block, BlockLogits
@@ -71,11 +71,10 @@ def _masks(policy: Policy, block: int) -> BlockPolicy:
 
 def _margin(logits: list[BlockLogits]) -> float:
     """Smallest distance of a decision logit from its threshold."""
-    token = float(np.log(TOKEN_THRESHOLD / (1 - TOKEN_THRESHOLD)))
     distances = [
         float((values - threshold).abs().min())
         for block in logits
-        for values, threshold in ((block.tokens, token), (block.heads, 0.0), (block.sublayers, 0.0))
+        for values, threshold in ((block.tokens, TOKEN_LOGIT), (block.heads, 0.0), (block.sublayers, 0.0))
         if values is not None
     ]
     return min(distances, default=np.inf)

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from adavit.architecture import Architecture
+from adavit.export.graph import TYPES
 from adavit.files import sha256
 from adavit.macs import dense_macs, outside_macs
 from adavit.runtime.bundle import SCHEMA_VERSION
@@ -20,11 +21,7 @@ from adavit.version import __version__
 
 __all__ = ["write_bundle"]
 
-_TYPE_NAMES: dict[int, str] = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.INT64: "int64",
-    onnx.TensorProto.BOOL: "bool",
-}
+_TYPE_NAMES: dict[int, str] = {number: name for name, number in TYPES.items()}
 _PACKAGES = ("torch", "onnx", "numpy")
 
 

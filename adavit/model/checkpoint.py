@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adavit.errors import CheckpointError
+from adavit.files import write_beside
 from adavit.model.adavit import AdaViT
 from adavit.model.infer import infer_architecture
 
@@ -58,6 +59,13 @@ def load_checkpoint(path: str | Path, heads: int | None = None) -> AdaViT:
     return model.float().eval()
 
 
+def load_safely(path: Path) -> Any:
+    """What `torch.save` wrote, where it is tensors, plain containers and `argparse.Namespace`; torch's errors."""
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remarks on files that are about to be refused
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_state(path: Path) -> tuple[State, int | None]:
     """The file's weights by released name, and its number of heads where it is noted."""
     if not path.is_file():
@@ -65,9 +73,7 @@ def read_state(path: Path) -> tuple[State, int | None]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on files that are about to be refused
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_safely(path)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"refused, it would run {refused[1]} while loading" if refused else "not a PyTorch checkpoint to trust"
@@ -169,9 +175,11 @@ def _listed(names: list[str]) -> str:
 
 
 def save_safetensors(model: AdaViT, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
-    """Writes the weights for release; `load_checkpoint` reads them back."""
-    from safetensors.torch import save_file
+    """Writes the weights for release, beside first, then renamed; `load_checkpoint` reads them back."""
+    from safetensors.torch import save
 
     notes = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    save_file(state, str(path), {"format": "pt", "num_heads": str(model.arch.heads), **notes})
+    data = save(state, {"format": "pt", "num_heads": str(model.arch.heads), **notes})
+    with write_beside(Path(path)) as file:
+        file.write(data)

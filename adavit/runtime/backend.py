@@ -13,9 +13,7 @@ import numpy.typing as npt
 from adavit.errors import BackendError
 from adavit.runtime.bundle import EngineSpec
 
-__all__ = ["Array", "Backend", "Buffer", "Engine", "Options", "create_backend", "names"]
-
-Array = npt.NDArray[np.generic]
+__all__ = ["Backend", "Buffer", "Engine", "Options", "create_backend", "names"]
 
 
 @dataclass(frozen=True)

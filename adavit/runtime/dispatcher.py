@@ -14,14 +14,13 @@ vector for all tokens, which the engine `empty` holds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
-from adavit.architecture import TOKEN_THRESHOLD, Architecture
+from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.macs import attention_macs, mlp_macs, outside_macs
 from adavit.runtime.backend import Backend, Buffer
 from adavit.runtime.bundle import Bundle
@@ -36,9 +35,6 @@ Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.intp]
 Observer = Callable[[int, str, Float], None]
 """Told, after every engine: the image's position, the engine's name, and what it made of the tokens [N, D]."""
-
-TOKEN_LOGIT = np.float32(math.log(TOKEN_THRESHOLD / (1 - TOKEN_THRESHOLD)))
-"""sigmoid(logit) > 0.6 is logit > 0.405..."""
 
 KEPT_WEIGHTS = 128 << 20
 """Bytes of gathered weights that a runtime keeps."""
@@ -175,7 +171,7 @@ class ImageRun:
         if not self._decides:
             return
         if arch.token_policy:
-            np.greater(scratch.token_logits.array[1:, 0], TOKEN_LOGIT, out=self._tokens[index, 1:])
+            np.greater(scratch.token_logits.array[1:, 0], np.float32(TOKEN_LOGIT), out=self._tokens[index, 1:])
         kept = scratch.choices.array[0] > 0
         if adapts_heads:
             self._heads[index] = kept[: arch.heads]

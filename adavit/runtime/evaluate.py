@@ -89,9 +89,10 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     if given and not seen.images:
         raise InputError(f"none of the {len(seen.skipped)} images can be read; first: {seen.skipped[0]}")
     if not given:
-        result = runtime.run(_random_images(runtime), policy=replayed)
-        seen = Evaluation(RANDOM_IMAGES, macs=[result.macs], policies=[result.policy])
-        seen.held, seen.held_at = list(_random_images(runtime)[:, None]), list(range(RANDOM_IMAGES))
+        images = _random_images(runtime)
+        result = runtime.run(images, policy=replayed)
+        seen = Evaluation(len(images), macs=[result.macs], policies=[result.policy])
+        seen.held, seen.held_at = list(images[:, None]), list(range(len(images)))
     used = Policy.concatenate(seen.policies)
     if options.record_policy:
         used.save(options.record_policy)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adavit.files import write_beside
+from adavit.model.checkpoint import load_safely
 from adavit.training.errors import TrainingError
 
 __all__ = ["VERSION", "read_checkpoint", "write_checkpoint"]
@@ -37,8 +37,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         TrainingError: it is not such a file.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_safely(path)
     except Exception as error:
         raise TrainingError(f"{path}: not a training checkpoint ({type(error).__name__}); start anew") from None
     if not isinstance(content, dict) or (missing := [key for key in KEYS if key not in content]):

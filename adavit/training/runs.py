@@ -137,10 +137,7 @@ def _run(trainer: Trainer, train: LabelledImages, test: LabelledImages, options:
 
 def _write_weights(trainer: Trainer, classes: list[str], path: Path) -> None:
     notes = {"accuracy": f"{trainer.metric:.2f}", "classes": classes, "crop_ratio": trainer.settings.crop}
-    beside = path.with_name(f".{path.name}.tmp")
-    save_safetensors(trainer.average, beside, notes)
-    beside.chmod(0o644)  # safetensors makes files that only their owner can read
-    beside.replace(path)
+    save_safetensors(trainer.average, path, notes)
 
 
 def _open_data(options: Options, world: World) -> tuple[LabelledImages, LabelledImages]:

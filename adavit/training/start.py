@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adavit.architecture import TOKEN_THRESHOLD, Architecture
+from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.model import AdaViT
 from adavit.model.resize import resize_positions
 from adavit.training.errors import TrainingError
@@ -44,10 +44,9 @@ def new_model(arch: Architecture, seed: int) -> AdaViT:
 def _start_decisions(block: nn.Module) -> None:
     """Biases at which the noisy decisions keep 90 %; the Gumbel difference has a logistic distribution."""
     usual = log(INITIAL_USAGE / (1 - INITIAL_USAGE))
-    shift = log(TOKEN_THRESHOLD / (1 - TOKEN_THRESHOLD))
     for name, parameter in block.named_parameters():
         if name.endswith("mlp_head.bias"):
-            nn.init.constant_(parameter, usual + (shift if "token_select" in name else 0.0))
+            nn.init.constant_(parameter, usual + (TOKEN_LOGIT if "token_select" in name else 0.0))
 
 
 def dense_shapes(source: Architecture | None, given: Mapping[str, Any], classes: int) -> Architecture:
