@@ -1,4 +1,4 @@
-"""What the dispatcher asks of a backend: load an engine's bytes, run it on arrays."""
+"""What the dispatcher asks of a backend: load engines, run them on buffers, and move rows between these."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.errors import BackendError
-from adavit.runtime.bundle import EngineSpec
+from adavit.runtime.bundle import Bundle
 
 __all__ = ["Backend", "Buffer", "Engine", "Options", "create_backend", "names"]
+
+
+Index = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,19 @@ class Options:
 
 
 class Buffer(Protocol):
-    """Memory that engines read and write where it is, prepared once for many runs.
+    """A backend's memory, which engines read and write where it is, prepared once for many runs."""
 
-    Attributes:
-        array: the memory, float32.
-    """
-
-    array: npt.NDArray[np.float32]
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        ...
 
     def rows(self, count: int) -> Any:
         """The first `count` rows, as `Engine.run` takes them."""
+        ...
+
+    def part(self, position: int) -> Buffer:
+        """The element at a position of the first dimension, as a buffer of its own that shares the memory."""
         ...
 
 
@@ -50,35 +56,54 @@ class Engine(Protocol):
     """A loaded engine; safe to run from several threads at once."""
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Runs, in the order of the engine's description, on contiguous arrays and rows of buffers.
+        """Runs, in the order of the engine's description.
 
         Args:
-            inputs: what to read.
-            outputs: what to fill.
+            inputs: what to read: rows of buffers, or contiguous arrays on the host.
+            outputs: what to fill: rows of buffers.
         """
         ...
 
 
 class Backend(Protocol):
-    """Loads engines; one object per runtime."""
+    """Loads a bundle's engines and moves what they compute; one object per runtime."""
 
     name: str
 
-    def load(self, spec: EngineSpec, data: bytes, alone: bool = False) -> Engine:
-        """Makes an engine of `data`, whose hash has been checked.
+    def load(self, name: str, alone: bool = False) -> Engine:
+        """Loads the bundle's engine of this name.
 
         Args:
-            spec: the engine's description.
-            data: the engine.
+            name: of the engine.
             alone: nothing runs beside this engine, so it may use all threads even where samples run in parallel.
 
         Raises:
+            BundleError: there is no such engine, or its file is not the one that was exported.
             BackendError: the backend refuses the engine.
         """
         ...
 
-    def buffer(self, shape: tuple[int, ...]) -> Buffer:
-        """New memory for float32 of this shape."""
+    def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
+        """New memory of this shape and type, with no content yet."""
+        ...
+
+    def gather(self, source: Buffer, kept: Index, into: Buffer, at: int = 0) -> None:
+        """into[at : at + K] = source[kept], rows of two matrices; kept is [K], ascending."""
+        ...
+
+    def scatter(self, rows: Buffer, kept: Index, into: Buffer) -> None:
+        """into[kept] = rows[:K], rows of two matrices; kept is [K], ascending."""
+        ...
+
+    def add(self, source: Buffer, count: int, vectors: Buffer, index: int, into: Buffer) -> None:
+        """into[:count] = source[:count] + vectors[index], rows of matrices."""
+        ...
+
+    def fetch(self, *buffers: Buffer) -> tuple[npt.NDArray[Any], ...]:
+        """What the buffers hold, on the host, once everything that fills them is done.
+
+        Valid until the buffers are written again.
+        """
         ...
 
     def versions(self) -> dict[str, str]:
@@ -95,8 +120,8 @@ def names() -> list[str]:
     return sorted(_BACKENDS)
 
 
-def create_backend(name: str, options: Options) -> Backend:
-    """The backend called `name`.
+def create_backend(name: str, bundle: Bundle, options: Options) -> Backend:
+    """The backend called `name`, for a bundle's engines.
 
     Raises:
         BackendError: it is unknown or not installed.
@@ -104,5 +129,5 @@ def create_backend(name: str, options: Options) -> Backend:
     if name not in _BACKENDS:
         raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(names())}")
     module, attribute = _BACKENDS[name].split(":")
-    factory: Callable[[Options], Backend] = getattr(import_module(module), attribute)
-    return factory(options)
+    factory: Callable[[Bundle, Options], Backend] = getattr(import_module(module), attribute)
+    return factory(bundle, options)

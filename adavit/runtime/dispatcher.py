@@ -36,6 +36,7 @@ Index = npt.NDArray[np.intp]
 Observer = Callable[[int, str, Float], None]
 """Told, after every engine: the image's position, the engine's name, and what it made of the tokens [N, D]."""
 
+CLASS_TOKEN = np.zeros(1, np.intp)
 KEPT_WEIGHTS = 128 << 20
 """Bytes of gathered weights that a runtime keeps."""
 
@@ -44,16 +45,15 @@ class Scratch:
     """One image's buffers; reused from image to image.
 
     Attributes:
-        x: the tokens [N, D]; first and second take turns with it.
-        normed: norm1 of them.
-        rows, normed_rows: the kept rows of x and normed.
+        first, second: the tokens behind a sub-layer [N, D], taking turns.
+        normed: norm1 of the tokens.
+        rows, normed_rows: the kept rows of the tokens and of normed.
         token_logits: [N, 1]; choices: [1, heads and sub-layers decided on].
     """
 
     def __init__(self, arch: Architecture, backend: Backend) -> None:
-        names = ("x", "first", "second", "normed", "rows", "normed_rows")
-        buffers = [backend.buffer((arch.tokens, arch.width)) for _ in names]
-        self.x, self.first, self.second, self.normed, self.rows, self.normed_rows = buffers
+        buffers = [backend.buffer((arch.tokens, arch.width)) for _ in range(5)]
+        self.first, self.second, self.normed, self.rows, self.normed_rows = buffers
         self.token_logits = backend.buffer((arch.tokens, 1))
         self.choices = backend.buffer((1, arch.head_policy * arch.heads + arch.sublayer_policy * 2))
 
@@ -70,8 +70,8 @@ class Dispatcher:
     def __init__(self, bundle: Bundle, backend: Backend, workers: int) -> None:
         self.arch = bundle.architecture
         self.engines = Engines(bundle, backend)
-        self.head_weights = HeadWeights(self.arch, backend, self.engines.blocks, KEPT_WEIGHTS)
-        self._backend = backend
+        self.head_weights = HeadWeights(bundle, backend, self.engines.blocks, KEPT_WEIGHTS)
+        self.backend = backend
         self._pool = ThreadPoolExecutor(workers, "adavit") if workers > 1 else None
         self._scratch: list[Scratch] = []
 
@@ -88,11 +88,11 @@ class Dispatcher:
         Returns:
             Logits [B, C], the policy, and the MACs of every image, int64 [B].
         """
-        arch, batch = self.arch, len(images)
-        tokens = np.empty((batch, arch.tokens, arch.width), np.float32)
-        self.engines.stem.run([images], [tokens])
+        arch, batch, backend = self.arch, len(images), self.backend
+        tokens = backend.buffer((batch, arch.tokens, arch.width))
+        self.engines.stem.run([images], [tokens.rows(batch)])
         used = Policy.dense(arch, batch) if replay is None else replay
-        classes = np.empty((batch, arch.width), np.float32)
+        classes = backend.buffer((batch, arch.width))
         macs = np.empty(batch, np.int64)
 
         def run_image(position: int) -> None:
@@ -100,7 +100,8 @@ class Dispatcher:
             masks = used.tokens[position], used.heads[position], used.sublayers[position]
             see = None if observe is None else lambda engine, x: observe(position, engine, x)
             run = ImageRun(self, scratch, masks, replay is None, see)
-            classes[position], macs[position] = run(tokens[position])
+            x, macs[position] = run(tokens.part(position))
+            backend.gather(x, CLASS_TOKEN, classes, position)
             self._scratch.append(scratch)
 
         if self._pool is None or batch == 1:
@@ -108,8 +109,9 @@ class Dispatcher:
                 run_image(position)
         else:
             list(self._pool.map(run_image, range(batch)))
-        logits = np.empty((batch, arch.classes), np.float32)
-        self.engines.head.run([classes], [logits])
+        output = backend.buffer((batch, arch.classes))
+        self.engines.head.run([classes.rows(batch)], [output.rows(batch)])
+        (logits,) = backend.fetch(output)
         if observe:
             for position in range(batch):
                 observe(position, "head", logits[position])
@@ -119,7 +121,7 @@ class Dispatcher:
         try:
             return self._scratch.pop()
         except IndexError:
-            return Scratch(self.arch, self._backend)
+            return Scratch(self.arch, self.backend)
 
 
 class ImageRun:
@@ -133,7 +135,7 @@ class ImageRun:
         decides: bool,
         see: Callable[[str, Float], None] | None,
     ) -> None:
-        self._dispatcher = dispatcher
+        self._dispatcher, self._backend = dispatcher, dispatcher.backend
         self._arch = dispatcher.arch
         self._scratch = scratch
         self._tokens, self._heads, self._sublayers = masks
@@ -142,37 +144,37 @@ class ImageRun:
         self._spare = [scratch.first, scratch.second]
         self._macs = outside_macs(self._arch)
 
-    def __call__(self, tokens: Float) -> tuple[Float, int]:
-        """Takes the stem's tokens [N, D] to the last block's class token [D], and counts MACs."""
-        x = self._scratch.x
-        np.copyto(x.array, tokens)
-        self._show("stem", x.array)
+    def __call__(self, x: Buffer) -> tuple[Buffer, int]:
+        """Takes the stem's tokens [N, D], which it may write over, through the blocks, and counts MACs."""
+        self._show("stem", x)
         for index, block in enumerate(self._dispatcher.engines.blocks):
             self._decide(index, block, x)
             attention, mlp = self._sublayers[index].tolist()
             if attention or mlp:
                 x = self._run_sublayers(index, block, x, attention, mlp)
-        return x.array[0], self._macs
+        return x, self._macs
 
-    def _show(self, engine: str, x: Float) -> None:
+    def _show(self, engine: str, x: Buffer) -> None:
         if self._see:
-            self._see(engine, x)
+            self._see(engine, self._backend.fetch(x)[0])
 
     def _decide(self, index: int, block: BlockEngines, x: Buffer) -> None:
         """Computes norm1(x), and this block's row of the policy; strictly above a threshold is kept."""
         arch, scratch = self._arch, self._scratch
         adapts_heads, adapts_sublayers = arch.adapts_heads(index), arch.adapts_sublayers(index)
-        outputs = [scratch.normed.rows(arch.tokens)]
+        decided: list[tuple[Buffer, int]] = []
         if arch.token_policy:
-            outputs.append(scratch.token_logits.rows(arch.tokens))
+            decided.append((scratch.token_logits, arch.tokens))
         if adapts_heads or adapts_sublayers:
-            outputs.append(scratch.choices.rows(1))
-        block.decide.run([x.rows(arch.tokens)], outputs)
-        if not self._decides:
+            decided.append((scratch.choices, 1))
+        outputs = [(scratch.normed, arch.tokens), *decided]
+        block.decide.run([x.rows(arch.tokens)], [buffer.rows(count) for buffer, count in outputs])
+        if not (self._decides and decided):
             return
+        logits = self._backend.fetch(*(buffer for buffer, _ in decided))
         if arch.token_policy:
-            np.greater(scratch.token_logits.array[1:, 0], np.float32(TOKEN_LOGIT), out=self._tokens[index, 1:])
-        kept = scratch.choices.array[0] > 0
+            np.greater(logits[0][1:, 0], np.float32(TOKEN_LOGIT), out=self._tokens[index, 1:])
+        kept = logits[-1][0] > 0
         if adapts_heads:
             self._heads[index] = kept[: arch.heads]
         if adapts_sublayers:
@@ -180,29 +182,33 @@ class ImageRun:
 
     def _run_sublayers(self, index: int, block: BlockEngines, x: Buffer, attention: bool, mlp: bool) -> Buffer:
         """Runs the kept sub-layers on the kept tokens of x, and returns x with their rows changed."""
-        scratch, spare = self._scratch, self._spare
+        backend, scratch, spare = self._backend, self._scratch, self._spare
         kept = np.flatnonzero(self._tokens[index])
         heads = np.flatnonzero(self._heads[index])
         count, all_kept = len(kept), len(kept) == self._arch.tokens
         rows, normed = x, scratch.normed
         if not all_kept:
-            rows = _gather(x, kept, scratch.rows)
+            rows = scratch.rows
+            backend.gather(x, kept, rows)
             if attention:
-                normed = _gather(normed, kept, scratch.normed_rows)
+                normed = scratch.normed_rows
+                backend.gather(scratch.normed, kept, normed)
         if attention:
             engine = self._attention(index, block, rows, normed, heads, count)
             rows = spare[0]
             if self._see:
-                self._see(f"blocks.{index}.{engine}", _scattered(x.array.copy(), rows, kept))
+                behind = backend.fetch(x)[0].copy()
+                behind[kept] = backend.fetch(rows)[0][:count]
+                self._see(f"blocks.{index}.{engine}", behind)
         if mlp:
             engine = self._mlp(index, block, rows, heads, count)
             rows = spare[1]
         if all_kept:
             x, spare[mlp] = rows, x
         else:
-            _scattered(x.array, rows, kept)
+            backend.scatter(rows, kept, x)
         if mlp:
-            self._show(f"blocks.{index}.{engine}", x.array)
+            self._show(f"blocks.{index}.{engine}", x)
         return x
 
     def _attention(self, index: int, block: BlockEngines, x: Buffer, normed: Buffer, heads: Index, count: int) -> str:
@@ -210,7 +216,7 @@ class ImageRun:
         arch, out = self._arch, self._spare[0]
         self._macs += attention_macs(arch, count, len(heads))
         if not len(heads):
-            np.add(x.array[:count], self._dispatcher.engines.empty[0][index], out=out.array[:count])
+            self._backend.add(x, count, self._dispatcher.engines.empty[0], index, out)
             return "attention"
         inputs, outputs = [x.rows(count), normed.rows(count)], [out.rows(count)]
         if block.attention_gather is not None:
@@ -227,7 +233,7 @@ class ImageRun:
         arch, out = self._arch, self._spare[1]
         self._macs += mlp_macs(arch, count, len(heads))
         if not len(heads):
-            np.add(x.array[:count], self._dispatcher.engines.empty[1][index], out=out.array[:count])
+            self._backend.add(x, count, self._dispatcher.engines.empty[1], index, out)
             return "mlp"
         inputs, outputs = [x.rows(count)], [out.rows(count)]
         if block.mlp_gather is not None:
@@ -242,15 +248,3 @@ class ImageRun:
     def _channels(self, index: int) -> Float:
         """1 for the channels [D] of kept heads, 0 for the others."""
         return np.repeat(self._heads[index].astype(np.float32), self._arch.head_width)
-
-
-def _gather(source: Buffer, kept: Index, into: Buffer) -> Buffer:
-    """Copies the kept rows of a buffer to the first rows of another."""
-    source.array.take(kept, 0, out=into.array[: len(kept)], mode="clip")
-    return into
-
-
-def _scattered(x: Float, rows: Buffer, kept: Index) -> Float:
-    """Puts the first rows of a buffer back into x [N, D], in place."""
-    x[kept] = rows.array[: len(kept)]
-    return x

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import numpy as np
-import numpy.typing as npt
-
 from adavit.runtime.backend import Backend, Engine
 from adavit.runtime.bundle import Bundle
 
 __all__ = ["BlockEngines", "Engines"]
-
-Float = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -43,17 +38,12 @@ class Engines:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         arch = bundle.architecture
 
-        def load(name: str, alone: bool = False) -> Engine:
-            data = bundle.read(name)
-            return backend.load(bundle.engines[name], data, alone)
-
         def block(index: int) -> BlockEngines:
             kinds = [field.name for field in fields(BlockEngines)] if arch.adapts_heads(index) else _ALWAYS
-            return BlockEngines(**{kind: load(f"blocks.{index}.{kind}") for kind in kinds})
+            return BlockEngines(**{kind: backend.load(f"blocks.{index}.{kind}") for kind in kinds})
 
-        self.stem, self.head = load("stem", alone=True), load("head", alone=True)
+        self.stem, self.head = backend.load("stem", alone=True), backend.load("head", alone=True)
         self.blocks = [block(index) for index in range(arch.depth)]
-        shape = arch.depth, arch.width
-        self.empty: tuple[Float, Float] = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.empty = backend.buffer((arch.depth, arch.width)), backend.buffer((arch.depth, arch.width))
         if arch.head_policy:
-            load("empty").run([], self.empty)
+            backend.load("empty").run([], [vectors.rows(arch.depth) for vectors in self.empty])

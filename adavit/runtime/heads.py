@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adavit.architecture import Architecture
-from adavit.runtime.backend import Backend, Buffer, Engine
+from adavit.runtime.backend import Backend, Buffer
+from adavit.runtime.bundle import Bundle
 from adavit.runtime.engines import BlockEngines
 
 __all__ = ["HeadWeights"]
 
 Index = npt.NDArray[np.intp]
 Key = tuple[int, str, bytes]
+Gathered = list[tuple[Buffer, int]]
 
 
 class HeadWeights:
@@ -27,58 +28,58 @@ class HeadWeights:
     left of what was used least recently. May be used from many threads.
 
     Args:
-        arch: the model's shapes.
+        bundle: describes what the engines that gather make.
         backend: makes the buffers.
-        blocks: the engines that gather.
+        blocks: the engines.
         budget: bytes to keep at most.
     """
 
-    def __init__(self, arch: Architecture, backend: Backend, blocks: Sequence[BlockEngines], budget: int) -> None:
-        self._arch = arch
+    def __init__(self, bundle: Bundle, backend: Backend, blocks: Sequence[BlockEngines], budget: int) -> None:
+        self._bundle = bundle
         self._backend = backend
         self._blocks = blocks
         self._budget = budget
-        self._kept: dict[Key, list[Buffer]] = {}
+        self._kept: dict[Key, Gathered] = {}
         self._bytes = 0
         self._lock = threading.Lock()
         self._random = random.Random(0)
 
     def attention(self, block: int, heads: Index) -> list[Any]:
-        """Of a block's attention: qkv [h, D, 3d], proj [h * d, D] and, where there is one, the bias [h, 1, 3d]."""
-        width, d, count = self._arch.width, self._arch.head_width, len(heads)
-        shapes: list[tuple[int, ...]] = [(count, width, 3 * d), (count * d, width)]
-        if self._arch.qkv_bias:
-            shapes.append((count, 1, 3 * d))
-        return self._get((block, "attention", heads.tobytes()), self._blocks[block].attention_weights, heads, shapes)
+        """Rows of what a block's attention needs of these heads, as `attention_weights` makes it."""
+        return self._get(block, "attention_weights", heads)
 
     def mlp(self, block: int, heads: Index) -> list[Any]:
-        """Of a block's MLP: fc1 [h * d, hidden]."""
-        shapes = [(len(heads) * self._arch.head_width, self._arch.hidden)]
-        return self._get((block, "mlp", heads.tobytes()), self._blocks[block].mlp_weights, heads, shapes)
+        """Rows of what a block's MLP needs of these heads, as `mlp_weights` makes it."""
+        return self._get(block, "mlp_weights", heads)
 
-    def _get(self, key: Key, engine: Engine | None, heads: Index, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+    def _get(self, block: int, kind: str, heads: Index) -> list[Any]:
+        key = block, kind, heads.tobytes()
         found = self._kept.get(key)
         if found is None:
-            assert engine is not None
-            found = [self._backend.buffer(shape) for shape in shapes]
-            engine.run([heads], _whole(found))
+            found = self._gather(block, kind, heads)
             self._keep(key, found)
-        return _whole(found)
+        return [buffer.rows(count) for buffer, count in found]
 
-    def _keep(self, key: Key, buffers: list[Buffer]) -> None:
-        size = _size(buffers)
+    def _gather(self, block: int, kind: str, heads: Index) -> Gathered:
+        """The weights of heads, as new buffers with their number of rows."""
+        sizes = {"h": len(heads), "c": len(heads) * self._bundle.architecture.head_width}
+        found = []
+        for tensor in self._bundle.engines[f"blocks.{block}.{kind}"].outputs:
+            shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+            found.append((self._backend.buffer(shape, tensor.dtype), shape[0]))
+        getattr(self._blocks[block], kind).run([heads], [buffer.rows(count) for buffer, count in found])
+        return found
+
+    def _keep(self, key: Key, found: Gathered) -> None:
+        size = _size(found)
         with self._lock:
             if size > self._budget or key in self._kept:
                 return
             while self._bytes + size > self._budget:
                 self._bytes -= _size(self._kept.pop(self._random.choice(list(self._kept))))
-            self._kept[key] = buffers
+            self._kept[key] = found
             self._bytes += size
 
 
-def _whole(buffers: list[Buffer]) -> list[Any]:
-    return [buffer.rows(len(buffer.array)) for buffer in buffers]
-
-
-def _size(buffers: list[Buffer]) -> int:
-    return sum(buffer.array.nbytes for buffer in buffers)
+def _size(found: Gathered) -> int:
+    return sum(buffer.nbytes for buffer, _ in found)

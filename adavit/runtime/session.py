@@ -98,7 +98,8 @@ def load(
     if parallel not in ("operators", "samples"):
         raise InputError(f"parallel is {parallel!r}: choose 'operators' or 'samples'")
     options = Options(threads, provider, parallel)
-    return Runtime(Bundle.open(bundle), create_backend(backend, options), options)
+    opened = Bundle.open(bundle)
+    return Runtime(opened, create_backend(backend, opened, options), options)
 
 
 class Runtime:
@@ -154,12 +155,11 @@ class Runtime:
         if self._dense is None:
             with self._dense_lock:
                 if self._dense is None:
-                    data = self.bundle.read("dense")
-                    self._dense = self.backend.load(self.bundle.engines["dense"], data, alone=True)
+                    self._dense = self.backend.load("dense", alone=True)
         images = self._checked(images)
-        logits = np.empty((len(images), self.architecture.classes), np.float32)
-        self._dense.run([images], [logits])
-        return logits
+        logits = self.backend.buffer((len(images), self.architecture.classes))
+        self._dense.run([images], [logits.rows(len(images))])
+        return self.backend.fetch(logits)[0]
 
     def preprocess(self, image: ImageLike) -> Float:
         """A path, PIL image or uint8 array as the model wants it: float32 [3, S, S]."""

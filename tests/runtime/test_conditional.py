@@ -11,7 +11,7 @@ from cases import WIDE, random_images
 
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
-from adavit.runtime.bundle import Bundle, EngineSpec
+from adavit.runtime.bundle import Bundle
 
 IMAGES = random_images(WIDE, 1)
 
@@ -33,29 +33,27 @@ class Watching:
 
     name = "watching"
 
-    def __init__(self, options: Options) -> None:
-        self.inner: Backend = create_backend("onnxruntime", options)
+    def __init__(self, bundle: Bundle, options: Options) -> None:
+        self.bundle = bundle
+        self.inner: Backend = create_backend("onnxruntime", bundle, options)
         self.sublayers: dict[int, list[int]] = defaultdict(list)
         """Rows given to the sub-layer engines of each block: those that take any number of tokens."""
 
-    def load(self, spec: EngineSpec, data: bytes, alone: bool = False) -> Any:
-        engine = self.inner.load(spec, data, alone)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def load(self, name: str, alone: bool = False) -> Any:
+        engine, spec = self.inner.load(name, alone), self.bundle.engines[name]
         takes_tokens = spec.inputs and len(spec.inputs[0].shape) == 2 and isinstance(spec.inputs[0].shape[0], str)
         if not (spec.name.startswith("blocks.") and takes_tokens):
             return engine
         return Watched(engine, self.sublayers[int(spec.name.split(".")[1])])
 
-    def buffer(self, shape: tuple[int, ...]) -> Any:
-        return self.inner.buffer(shape)
-
-    def versions(self) -> dict[str, str]:
-        return self.inner.versions()
-
 
 @pytest.fixture(scope="module")
 def watched(wide: tuple[Path, Path]) -> Runtime:
-    options = Options(threads=1)
-    return Runtime(Bundle.open(wide[0]), Watching(options), options)
+    bundle, options = Bundle.open(wide[0]), Options(threads=1)
+    return Runtime(bundle, Watching(bundle, options), options)
 
 
 def rows(runtime: Runtime, policy: Policy) -> dict[int, list[int]]:

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from adavit.errors import BackendError
 from adavit.runtime.backend import Engine, Options
-from adavit.runtime.bundle import EngineSpec
+from adavit.runtime.backends.host import HostMoves
+from adavit.runtime.bundle import Bundle, EngineSpec
 
 __all__ = ["OnnxRuntimeBackend"]
 
@@ -77,7 +78,7 @@ def share_pool(ort: ModuleType, threads: int) -> None:
             )
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(HostMoves):
     """Runs engines in ONNX Runtime on numpy arrays.
 
     To share the threads inside every engine, all sessions use ONNX Runtime's pool of the process: with a pool
@@ -86,6 +87,7 @@ class OnnxRuntimeBackend:
     in parallel, sessions have no pool, and the process is left as it was.
 
     Args:
+        bundle: where the engines are.
         options: threads (of the shared pool, the first to ask decides), what they share, and the provider, by
             default CPUExecutionProvider.
 
@@ -95,7 +97,8 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, bundle: Bundle, options: Options) -> None:
+        self._bundle = bundle
         self._ort = import_onnxruntime()
         self._threads = options.threads
         self._provider = options.provider or "CPUExecutionProvider"
@@ -106,8 +109,10 @@ class OnnxRuntimeBackend:
         if self._shares_pool:
             share_pool(self._ort, options.threads)
 
-    def load(self, spec: EngineSpec, data: bytes, alone: bool = False) -> Engine:
+    def load(self, name: str, alone: bool = False) -> Engine:
         """Creates a session; see `Backend.load`."""
+        data = self._bundle.read(name)
+        spec = self._bundle.engines[name]
         if not self._shares_pool:
             try:
                 return self._engine(spec, data, self._threads if alone else 1)
@@ -138,9 +143,9 @@ class OnnxRuntimeBackend:
             )
         return OnnxRuntimeEngine(self._ort, session, spec)
 
-    def buffer(self, shape: tuple[int, ...]) -> OnnxRuntimeBuffer:
+    def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> OnnxRuntimeBuffer:
         """See `Backend.buffer`."""
-        return OnnxRuntimeBuffer(self._ort, shape)
+        return OnnxRuntimeBuffer(self._ort, np.empty(shape, dtype))
 
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version and the provider in use."""
@@ -150,8 +155,9 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeBuffer:
     """Host memory, with ONNX Runtime's handles of its first rows made once: making one costs more than binding it."""
 
-    def __init__(self, ort: ModuleType, shape: tuple[int, ...]) -> None:
-        self.array: npt.NDArray[np.float32] = np.empty(shape, np.float32)
+    def __init__(self, ort: ModuleType, array: npt.NDArray[Any]) -> None:
+        self.array = array
+        self.nbytes = array.nbytes
         self._ort = ort
         self._values: dict[int, Any] = {}
 
@@ -161,6 +167,10 @@ class OnnxRuntimeBuffer:
         if value is None:
             value = self._values[count] = _as_value(self._ort, self.array[:count])
         return value
+
+    def part(self, position: int) -> OnnxRuntimeBuffer:
+        """See `Buffer.part`."""
+        return OnnxRuntimeBuffer(self._ort, self.array[position])
 
 
 def _as_value(ort: ModuleType, value: Any) -> Any:
@@ -187,7 +197,7 @@ class OnnxRuntimeEngine:
         for name, value in zip(self._inputs, inputs, strict=True):
             binding.bind_ortvalue_input(name, _as_value(self._ort, value))
         for name, value in zip(self._outputs, outputs, strict=True):
-            binding.bind_ortvalue_output(name, _as_value(self._ort, value))
+            binding.bind_ortvalue_output(name, value)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:

@@ -1,0 +1,38 @@
+"""Moving rows between buffers in host memory, for the backends that run on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["HostBuffer", "HostMoves"]
+
+Index = npt.NDArray[np.intp]
+
+
+class HostBuffer(Protocol):
+    """A buffer whose memory is an array."""
+
+    array: npt.NDArray[Any]
+
+
+class HostMoves:
+    """What `Backend` says of moving rows, in numpy."""
+
+    def gather(self, source: HostBuffer, kept: Index, into: HostBuffer, at: int = 0) -> None:
+        """See `Backend.gather`."""
+        source.array.take(kept, 0, out=into.array[at : at + len(kept)], mode="clip")
+
+    def scatter(self, rows: HostBuffer, kept: Index, into: HostBuffer) -> None:
+        """See `Backend.scatter`."""
+        into.array[kept] = rows.array[: len(kept)]
+
+    def add(self, source: HostBuffer, count: int, vectors: HostBuffer, index: int, into: HostBuffer) -> None:
+        """See `Backend.add`."""
+        np.add(source.array[:count], vectors.array[index], out=into.array[:count])
+
+    def fetch(self, *buffers: HostBuffer) -> tuple[npt.NDArray[Any], ...]:
+        """See `Backend.fetch`."""
+        return tuple(buffer.array for buffer in buffers)
