@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import TOKEN_LOGIT, Architecture
-from adavit.macs import attention_macs, mlp_macs, outside_macs
+from adavit.macs import image_macs
 from adavit.runtime.backend import Backend, Buffer
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.engines import BlockEngines, Engines
@@ -48,14 +49,23 @@ class Scratch:
         first, second: the tokens behind a sub-layer [N, D], taking turns.
         normed: norm1 of the tokens.
         rows, normed_rows: the kept rows of the tokens and of normed.
-        token_logits: [N, 1]; choices: [1, heads and sub-layers decided on].
+        decided: for each block, the buffers that hold its decisions' logits: those of tokens [N, 1] where they are
+            decided on, and those of heads and sub-layers [1, H + 2] where these are.
+        decide: for each block, the rows that its engine `decide` fills: those of normed, then the decisions'.
     """
 
     def __init__(self, arch: Architecture, backend: Backend) -> None:
         buffers = [backend.buffer((arch.tokens, arch.width)) for _ in range(5)]
         self.first, self.second, self.normed, self.rows, self.normed_rows = buffers
-        self.token_logits = backend.buffer((arch.tokens, 1))
-        self.choices = backend.buffer((1, arch.head_policy * arch.heads + arch.sublayer_policy * 2))
+        tokens = [backend.buffer((arch.tokens, 1))] if arch.token_policy else []
+        choices = backend.buffer((1, arch.head_policy * arch.heads + arch.sublayer_policy * 2))
+        normed, logits = self.normed.rows(arch.tokens), [buffer.rows(arch.tokens) for buffer in tokens]
+        self.decided: list[list[Buffer]] = []
+        self.decide: list[list[Any]] = []
+        for block in range(arch.depth):
+            chooses = arch.adapts_heads(block) or arch.adapts_sublayers(block)
+            self.decided.append([*tokens, choices] if chooses else tokens)
+            self.decide.append([normed, *logits, choices.rows(1)] if chooses else [normed, *logits])
 
 
 class Dispatcher:
@@ -65,6 +75,10 @@ class Dispatcher:
         bundle: what to run.
         backend: loads and runs engines.
         workers: images of a batch that run at once.
+
+    Attributes:
+        arch: the model's shapes; backend, engines, head_weights: what runs it.
+        gathers: for a number of kept tokens and one of kept heads, whether attention and MLP gather weights.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, workers: int) -> None:
@@ -72,6 +86,10 @@ class Dispatcher:
         self.engines = Engines(bundle, backend)
         self.head_weights = HeadWeights(bundle, backend, self.engines.blocks, KEPT_WEIGHTS)
         self.backend = backend
+        counts, heads = range(self.arch.tokens + 1), range(self.arch.heads + 1)
+        self.gathers = [
+            [(gathers_attention(self.arch, k, h), gathers_mlp(self.arch, k, h)) for h in heads] for k in counts
+        ]
         self._pool = ThreadPoolExecutor(workers, "adavit") if workers > 1 else None
         self._scratch: list[Scratch] = []
 
@@ -93,14 +111,13 @@ class Dispatcher:
         self.engines.stem.run([images], [tokens.rows(batch)])
         used = Policy.dense(arch, batch) if replay is None else replay
         classes = backend.buffer((batch, arch.width))
-        macs = np.empty(batch, np.int64)
 
         def run_image(position: int) -> None:
             scratch = self._spare_scratch()
             masks = used.tokens[position], used.heads[position], used.sublayers[position]
             see = None if observe is None else lambda engine, x: observe(position, engine, x)
             run = ImageRun(self, scratch, masks, replay is None, see)
-            x, macs[position] = run(tokens.part(position))
+            x = run(tokens.part(position))
             backend.gather(x, CLASS_TOKEN, classes, position)
             self._scratch.append(scratch)
 
@@ -115,7 +132,7 @@ class Dispatcher:
         if observe:
             for position in range(batch):
                 observe(position, "head", logits[position])
-        return logits, used, macs
+        return logits, used, image_macs(arch, used.tokens, used.heads, used.sublayers)
 
     def _spare_scratch(self) -> Scratch:
         try:
@@ -142,17 +159,16 @@ class ImageRun:
         self._decides = decides
         self._see = see
         self._spare = [scratch.first, scratch.second]
-        self._macs = outside_macs(self._arch)
 
-    def __call__(self, x: Buffer) -> tuple[Buffer, int]:
-        """Takes the stem's tokens [N, D], which it may write over, through the blocks, and counts MACs."""
+    def __call__(self, x: Buffer) -> Buffer:
+        """Takes the stem's tokens [N, D], which it may write over, through the blocks."""
         self._show("stem", x)
         for index, block in enumerate(self._dispatcher.engines.blocks):
             self._decide(index, block, x)
             attention, mlp = self._sublayers[index].tolist()
             if attention or mlp:
                 x = self._run_sublayers(index, block, x, attention, mlp)
-        return x, self._macs
+        return x
 
     def _show(self, engine: str, x: Buffer) -> None:
         if self._see:
@@ -161,30 +177,22 @@ class ImageRun:
     def _decide(self, index: int, block: BlockEngines, x: Buffer) -> None:
         """Computes norm1(x), and this block's row of the policy; strictly above a threshold is kept."""
         arch, scratch = self._arch, self._scratch
-        adapts_heads, adapts_sublayers = arch.adapts_heads(index), arch.adapts_sublayers(index)
-        decided: list[tuple[Buffer, int]] = []
-        if arch.token_policy:
-            decided.append((scratch.token_logits, arch.tokens))
-        if adapts_heads or adapts_sublayers:
-            decided.append((scratch.choices, 1))
-        outputs = [(scratch.normed, arch.tokens), *decided]
-        block.decide.run([x.rows(arch.tokens)], [buffer.rows(count) for buffer, count in outputs])
-        if not (self._decides and decided):
+        block.decide.run([x.rows(arch.tokens)], scratch.decide[index])
+        if not (self._decides and scratch.decided[index]):
             return
-        logits = self._backend.fetch(*(buffer for buffer, _ in decided))
+        logits = self._backend.fetch(*scratch.decided[index])
         if arch.token_policy:
             np.greater(logits[0][1:, 0], np.float32(TOKEN_LOGIT), out=self._tokens[index, 1:])
         kept = logits[-1][0] > 0
-        if adapts_heads:
+        if arch.adapts_heads(index):
             self._heads[index] = kept[: arch.heads]
-        if adapts_sublayers:
+        if arch.adapts_sublayers(index):
             self._sublayers[index] = kept[-2:]
 
     def _run_sublayers(self, index: int, block: BlockEngines, x: Buffer, attention: bool, mlp: bool) -> Buffer:
         """Runs the kept sub-layers on the kept tokens of x, and returns x with their rows changed."""
         backend, scratch, spare = self._backend, self._scratch, self._spare
-        kept = np.flatnonzero(self._tokens[index])
-        heads = np.flatnonzero(self._heads[index])
+        kept, heads = self._tokens[index].nonzero()[0], self._heads[index].nonzero()[0]
         count, all_kept = len(kept), len(kept) == self._arch.tokens
         rows, normed = x, scratch.normed
         if not all_kept:
@@ -213,14 +221,13 @@ class ImageRun:
 
     def _attention(self, index: int, block: BlockEngines, x: Buffer, normed: Buffer, heads: Index, count: int) -> str:
         """Runs attention on the first rows of x into the first spare buffer; returns the name of the engine."""
-        arch, out = self._arch, self._spare[0]
-        self._macs += attention_macs(arch, count, len(heads))
+        out = self._spare[0]
         if not len(heads):
             self._backend.add(x, count, self._dispatcher.engines.empty[0], index, out)
             return "attention"
         inputs, outputs = [x.rows(count), normed.rows(count)], [out.rows(count)]
         if block.attention_gather is not None:
-            if gathers_attention(arch, count, len(heads)):
+            if self._dispatcher.gathers[count][len(heads)][0]:
                 weights = self._dispatcher.head_weights.attention(index, heads)
                 block.attention_gather.run([*inputs, *weights], outputs)
                 return "attention_gather"
@@ -230,14 +237,13 @@ class ImageRun:
 
     def _mlp(self, index: int, block: BlockEngines, x: Buffer, heads: Index, count: int) -> str:
         """Runs the MLP on the first rows of x into the second spare buffer; returns the name of the engine."""
-        arch, out = self._arch, self._spare[1]
-        self._macs += mlp_macs(arch, count, len(heads))
+        out = self._spare[1]
         if not len(heads):
             self._backend.add(x, count, self._dispatcher.engines.empty[1], index, out)
             return "mlp"
         inputs, outputs = [x.rows(count)], [out.rows(count)]
         if block.mlp_gather is not None:
-            if gathers_mlp(arch, count, len(heads)):
+            if self._dispatcher.gathers[count][len(heads)][1]:
                 weights = self._dispatcher.head_weights.mlp(index, heads)
                 block.mlp_gather.run([*inputs, heads, *weights], outputs)
                 return "mlp_gather"
