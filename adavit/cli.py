@@ -85,6 +85,13 @@ def export(
 @click.option("--record-policy", type=PATH, metavar="FILE", help="Write what every image used (npz).")
 @click.option("--replay-policy", type=PATH, metavar="FILE", help="Follow a recorded policy instead of deciding.")
 @click.option("--dense/--no-dense", default=None, help="Alternate with the dense twin.  [default: where it is there]")
+@click.option(
+    "--profile",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="Show where the time goes; FILE becomes a trace that Perfetto opens.",
+)
 @click.option("--top", type=click.IntRange(1, 100), default=1, show_default=True, help="Classes shown per image.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the numbers as JSON; - is standard output.")
 @click.version_option(__version__)
@@ -98,6 +105,8 @@ def run(bundle: Path | None, json_file: str | None, **options: Any) -> None:
 
     if options["iterations"] and options["seconds"]:
         raise click.UsageError("give --iterations or --seconds, not both")
+    if options["profile"] and Path(options["profile"]).is_dir():
+        raise click.UsageError(f"--profile {options['profile']} is a folder; a BUNDLE goes before --profile")
     with console.Progress() as progress:
         report = run_bundle(bundle, RunOptions(**options), progress)
     for skipped in report["skipped"]:

@@ -174,7 +174,26 @@ def run_lines(report: dict[str, Any]) -> list[str]:
         )
     if found := report["accuracy"]:
         lines.append(f"accuracy    top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%} of {found['n']} images")
+    if found := report["profile"]:
+        lines += ["", *_profile_lines(found)]
     return lines
+
+
+def _profile_lines(profile: dict[str, Any]) -> list[str]:
+    """The waterfall: what is left of a row's total after the ideal is loss."""
+    columns = ("ideal", "padding", "slower", "engines", "decision", "moves", "calls", "total")
+    rows: list[tuple[str, ...]] = [("ms", *columns)]
+    for part in (*profile["parts"], {"part": "total", **profile["total"]}):
+        rows.append((part["part"], *(f"{part[f'{column}_ms']:.2f}" for column in columns)))
+    return [
+        *table(rows),
+        f"mean of {profile['runs']} runs, {profile['disturbed_runs']} disturbed ones left out; the timers' own cost: "
+        f"{profile['timers_ms']:.2f} ms",
+        f"ideal, padding: MACs asked for, and beyond, at the dense twin's speed of "
+        f"{profile['dense_gmacs_per_second']:.0f} GMAC/s ({profile['dense_ms']:.2f} ms)",
+        "engines: ideal, padding, and what they take beyond; moves: gathering and scattering rows and weights",
+        f"calls: {profile['call_us']:.0f} us for every engine, and all between",
+    ]
 
 
 def _latency_lines(report: dict[str, Any]) -> list[str]:

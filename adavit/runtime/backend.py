@@ -34,6 +34,11 @@ class Options:
     provider: str | None = None
     parallel: str = "operators"
 
+    @property
+    def workers(self) -> int:
+        """Images of a batch that run at once."""
+        return self.threads if self.parallel == "samples" else 1
+
 
 class Buffer(Protocol):
     """A backend's memory, which engines read and write where it is, prepared once for many runs."""

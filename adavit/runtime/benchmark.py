@@ -17,7 +17,7 @@ from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
 from adavit.version import __version__
 
-__all__ = ["Measurement", "Plan", "measure"]
+__all__ = ["Measurement", "Plan", "batches", "measure", "repeat"]
 
 SHORT_CYCLE = 64
 """Runs after which every image has had its turn, for the last cycle of a measurement to be finished."""
@@ -58,9 +58,6 @@ def measure(
 ) -> Measurement:
     """Runs batches of `images` in turn, cycling, and times every run.
 
-    Without a number of iterations, the last cycle is finished where cycles are short, so that every image counts
-    alike.
-
     Args:
         runtime: what to measure.
         images: float32 [n, 3, S, S]; fewer than a batch are repeated.
@@ -69,30 +66,40 @@ def measure(
         progress: told the stage and the share done, after every run.
     """
     result = Measurement()
-    batches = _batches(images, plan.batch, policy)
+    turns = batches(images, plan.batch, policy)
     if plan.dense:
         runtime.run_dense(images[:1])
     for _ in range(plan.warmup):
-        chosen, recorded = next(batches)
+        chosen, recorded = next(turns)
         runtime.run(chosen, policy=recorded)
         if plan.dense:
             runtime.run_dense(chosen)
-    cycle = len(images) // math.gcd(len(images), plan.batch)
-    start, done = time.perf_counter(), 0
-    share = 0.0
-    while share < 1 or (plan.iterations is None and cycle <= SHORT_CYCLE and done % cycle):
-        chosen, recorded = next(batches)
+    for _ in repeat(plan, len(images), "measuring", progress):
+        chosen, recorded = next(turns)
         result.adaptive_ms.append(_timed(lambda: runtime.run(chosen, policy=recorded)))  # noqa: B023
         if plan.dense:
             result.dense_ms.append(_timed(lambda: runtime.run_dense(chosen)))  # noqa: B023
-        done += 1
-        share = done / plan.iterations if plan.iterations else (time.perf_counter() - start) / plan.seconds
-        if progress:
-            progress("measuring", min(share, 1.0))
     return result
 
 
-def _batches(images: Images, batch: int, policy: Policy | None) -> Iterator[tuple[Images, Policy | None]]:
+def repeat(plan: Plan, images: int, stage: str, progress: Progress | None) -> Iterator[None]:
+    """Once for every measured run of some number of images.
+
+    Without a number of iterations, the last cycle is finished where cycles are short, so that every image counts
+    alike.
+    """
+    cycle = images // math.gcd(images, plan.batch)
+    start, done, share = time.perf_counter(), 0, 0.0
+    while share < 1 or (plan.iterations is None and cycle <= SHORT_CYCLE and done % cycle):
+        yield
+        done += 1
+        share = done / plan.iterations if plan.iterations else (time.perf_counter() - start) / plan.seconds
+        if progress:
+            progress(stage, min(share, 1.0))
+
+
+def batches(images: Images, batch: int, policy: Policy | None) -> Iterator[tuple[Images, Policy | None]]:
+    """Batches of images in turn, for ever, with the rows of their policy."""
     position = 0
     while True:
         index = np.arange(position, position + batch) % len(images)

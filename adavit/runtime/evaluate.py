@@ -16,6 +16,7 @@ from adavit.runtime.benchmark import Images, Plan, Progress, measure, summarise
 from adavit.runtime.images import ImageFile, find_images
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result, Runtime, load
+from adavit.runtime.waterfall import profile
 
 __all__ = ["RunOptions", "demo_bundle", "run_bundle"]
 
@@ -43,6 +44,7 @@ class RunOptions:
     replay_policy: Path | None = None
     dense: bool | None = None
     top: int = 1
+    profile: str | None = None
 
 
 @dataclass
@@ -81,8 +83,10 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     folder = path or demo_bundle()
     parallel = options.parallel or ("operators" if options.batch == 1 else "samples")
     runtime = load(folder, options.backend, options.threads, options.provider, parallel)
-    if options.dense and "dense" not in runtime.bundle.engines:
-        raise InputError(f"{folder}: exported without its dense twin; export with --with-dense or run with --no-dense")
+    profiles = options.profile is not None
+    if (options.dense or profiles) and "dense" not in runtime.bundle.engines:
+        without = "--profile" if profiles else "--dense"
+        raise InputError(f"{folder}: exported without its dense twin; export with --with-dense or leave out {without}")
     replayed = Policy.load(options.replay_policy) if options.replay_policy else None
     given = options.images or (() if path else (demo_bundle().parent / "images",))
     seen = _evaluate(runtime, find_images(given, runtime.labels), options, replayed, progress)
@@ -106,7 +110,9 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     # Shuffled, since labelled sets come sorted by class, and a measurement may not reach the last image.
     order = np.random.default_rng(0).permutation(len(seen.held))
     policy = used[np.asarray(seen.held_at)[order]] if replayed else None
-    measured = measure(runtime, np.concatenate(seen.held)[order], plan, policy, progress)
+    held = np.concatenate(seen.held)[order]
+    measured = measure(runtime, held, plan, policy, progress)
+    trace = Path(options.profile) if options.profile else None
     return {
         **summarise(runtime, plan, measured, float(np.concatenate(seen.macs).mean()), used.usage()),
         "images": seen.images,
@@ -114,6 +120,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         "accuracy": seen.accuracy(),
         "predictions": seen.predictions,
         "skipped": seen.skipped,
+        "profile": profile(runtime, held, plan, policy, trace, progress) if profiles else None,
     }
 
 

@@ -115,7 +115,7 @@ class Runtime:
         self.bundle = bundle
         self.backend = backend
         self.options = options
-        self._dispatcher = Dispatcher(bundle, backend, options.threads if options.parallel == "samples" else 1)
+        self._dispatcher = Dispatcher(bundle, backend, options.workers)
         self._dense: Engine | None = None
         self._dense_lock = threading.Lock()
 

@@ -1,0 +1,166 @@
+"""A backend around another, which notes when every call of it began and ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import get_ident
+from time import perf_counter_ns
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.runtime.backend import Backend, Buffer, Engine
+from adavit.runtime.bundle import Bundle, EngineSpec
+
+__all__ = ["Event", "Profiler"]
+
+COSTED = 1000
+"""Calls without work, to see what noting one costs."""
+
+Index = npt.NDArray[np.intp]
+
+
+class Event(NamedTuple):
+    """One call of a backend.
+
+    Attributes:
+        name: of the engine, or of the backend's method.
+        start, end: in nanoseconds.
+        thread: that called.
+        sizes: of the dimensions that vary, by the name the engine's description gives them.
+    """
+
+    name: str
+    start: int
+    end: int
+    thread: int
+    sizes: dict[str, int]
+
+
+class Profiler:
+    """Passes everything on to a backend, and notes calls while it is recording.
+
+    Args:
+        bundle: describes the engines.
+        backend: does the work.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.name = backend.name
+        self._events: list[Event] | None = None
+        self._bundle = bundle
+        self._backend = backend
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Event]]:
+        """The calls that are made until the block ends, by any thread."""
+        events: list[Event] = []
+        self._events = events
+        try:
+            yield events
+        finally:
+            self._events = None
+
+    def timed(self, name: str, sizes: dict[str, int], call: Callable[..., Any], *arguments: Any) -> Any:
+        """Makes a call of the backend, and notes it."""
+        if (events := self._events) is None:
+            return call(*arguments)
+        start = perf_counter_ns()
+        result = call(*arguments)
+        events.append(Event(name, start, perf_counter_ns(), get_ident(), sizes))
+        return result
+
+    def load(self, name: str, alone: bool = False) -> Engine:
+        """See `Backend.load`."""
+        engine = self._backend.load(name, alone)
+        return ProfiledEngine(self, engine, self._bundle.engines[name])
+
+    def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
+        """See `Backend.buffer`."""
+        return ProfiledBuffer(self._backend.buffer(shape, dtype))
+
+    def gather(self, source: Any, kept: Index, into: Any, at: int = 0) -> None:
+        """See `Backend.gather`."""
+        self.timed("gather", {"rows": len(kept)}, self._backend.gather, source.inner, kept, into.inner, at)
+
+    def scatter(self, rows: Any, kept: Index, into: Any) -> None:
+        """See `Backend.scatter`."""
+        self.timed("scatter", {"rows": len(kept)}, self._backend.scatter, rows.inner, kept, into.inner)
+
+    def add(self, source: Any, count: int, vectors: Any, index: int, into: Any) -> None:
+        """See `Backend.add`."""
+        arguments = source.inner, count, vectors.inner, index, into.inner
+        self.timed("add", {"rows": count}, self._backend.add, *arguments)
+
+    def fetch(self, *buffers: Any) -> tuple[npt.NDArray[Any], ...]:
+        """See `Backend.fetch`."""
+        inner = [buffer.inner for buffer in buffers]
+        found: tuple[npt.NDArray[Any], ...] = self.timed("fetch", {}, self._backend.fetch, *inner)
+        return found
+
+    def cost(self) -> float:
+        """Nanoseconds that it takes to note a call."""
+        engine = ProfiledEngine(self, NoEngine(), self._bundle.engines["stem"])
+        rows = [Rows(None, 1)]
+        with self.recording() as events:
+            for _ in range(COSTED):
+                engine.run(rows, rows)
+        return (events[-1].end - events[0].end) / (COSTED - 1)
+
+    def versions(self) -> dict[str, str]:
+        """See `Backend.versions`."""
+        return self._backend.versions()
+
+
+class Rows(NamedTuple):
+    """The first rows of a buffer, and how many these are."""
+
+    inner: Any
+    number: int
+
+
+class ProfiledBuffer:
+    """A buffer whose rows know their number."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self.inner = buffer
+
+    @property
+    def nbytes(self) -> int:
+        """See `Buffer.nbytes`."""
+        return self.inner.nbytes
+
+    def rows(self, count: int) -> Rows:
+        """See `Buffer.rows`."""
+        return Rows(self.inner.rows(count), count)
+
+    def part(self, position: int) -> ProfiledBuffer:
+        """See `Buffer.part`."""
+        return ProfiledBuffer(self.inner.part(position))
+
+
+class NoEngine:
+    """Computes nothing."""
+
+    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """See `Engine.run`."""
+
+
+class ProfiledEngine:
+    """An engine whose runs are noted."""
+
+    def __init__(self, profiler: Profiler, engine: Engine, spec: EngineSpec) -> None:
+        self._profiler = profiler
+        self._engine = engine
+        self._name = spec.name
+        self._leading = [tensor.shape[0] for tensor in spec.inputs]
+
+    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """See `Engine.run`."""
+        given = [value if isinstance(value, Rows) else Rows(value, len(value)) for value in inputs]
+        values, filled = [rows.inner for rows in given], [rows.inner for rows in outputs]
+        named = zip(self._leading, given, strict=True)
+        sizes = {name: rows.number for name, rows in named if isinstance(name, str)}
+        self._profiler.timed(self._name, sizes, self._engine.run, values, filled)

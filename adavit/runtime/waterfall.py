@@ -1,0 +1,176 @@
+"""Where a runtime's time goes, from the ideal (executed MACs at the dense twin's speed) to what was measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from statistics import fmean, median
+from threading import get_ident
+from time import perf_counter_ns
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adavit.architecture import Architecture
+from adavit.macs import attention_macs, block_macs, dense_macs, mlp_macs, outside_macs
+from adavit.runtime.benchmark import Images, Plan, Progress, batches, repeat
+from adavit.runtime.ledger import IDLE, Ledger, part_of
+from adavit.runtime.policy import Policy
+from adavit.runtime.profile import Event, Profiler
+from adavit.runtime.session import Runtime
+from adavit.runtime.trace import write_trace
+
+__all__ = ["profile"]
+
+TRACED = 10
+"""Runs in a trace."""
+DISTURBED = 2.0
+"""Runs that take this many times the median were disturbed by something else, and are left out."""
+CALLS = 200
+"""Runs of an engine without work, to see what a call costs."""
+
+
+class Turn(NamedTuple):
+    """A run, the calls it was made of, what its images used, and the dense twin's run on the same images."""
+
+    run: Event
+    calls: list[Event]
+    policy: Policy
+    dense: Event
+
+
+def profile(
+    runtime: Runtime,
+    images: Images,
+    plan: Plan,
+    policy: Policy | None = None,
+    trace: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Times every call of the backend, alternating with the dense twin.
+
+    Args:
+        runtime: what to profile; a second one with timers is made from it.
+        images: float32 [n, 3, S, S].
+        plan: batch size, length and warm-up.
+        policy: replayed for the n images, instead of deciding.
+        trace: where to write the first runs as a Chrome trace, or None.
+        progress: told the stage and the share done.
+
+    Returns:
+        Milliseconds by part of the model, which add up to the mean latency of the runs with timers.
+
+    Raises:
+        BundleError: the bundle was exported without its dense twin, whose speed is the ideal.
+    """
+    profiler = Profiler(runtime.bundle, runtime.backend)
+    timed = Runtime(runtime.bundle, profiler, runtime.options)
+    timed.run_dense(images[: plan.batch])
+    feed = batches(images, plan.batch, policy)
+    for _ in range(max(plan.warmup, -(-len(images) // plan.batch))):  # every set of heads has been seen once
+        chosen, recorded = next(feed)
+        timed.run(chosen, policy=recorded)
+    turns: list[Turn] = []
+    for _ in repeat(plan, len(images), "profiling", progress):
+        chosen, recorded = next(feed)
+        with profiler.recording() as calls:
+            start = perf_counter_ns()
+            result = timed.run(chosen, policy=recorded)
+            run = _span("run", start)
+        start = perf_counter_ns()
+        timed.run_dense(chosen)
+        turns.append(Turn(run, calls, result.policy, _span("dense twin", start)))
+    if trace:
+        spans = [span for turn in turns[:TRACED] for span in (turn.run, turn.dense, *turn.calls)]
+        write_trace(trace, f"{runtime.bundle.name} on {runtime.backend.name}", spans)
+    return _report(timed, plan, turns, profiler.cost(), _call_cost(timed))
+
+
+def _span(name: str, start: int) -> Event:
+    return Event(name, start, perf_counter_ns(), get_ident(), {})
+
+
+def _call_cost(runtime: Runtime) -> float:
+    """Nanoseconds that a call of an engine takes without work; 0 where no engine is without."""
+    if "empty" not in runtime.bundle.engines:
+        return 0.0
+    engine, arch = runtime.backend.load("empty"), runtime.architecture
+    outputs = [runtime.backend.buffer((arch.depth, arch.width)).rows(arch.depth) for _ in range(2)]
+    spans = []
+    for _ in range(CALLS):
+        start = perf_counter_ns()
+        engine.run([], outputs)
+        spans.append(_span("empty", start))
+    return median(span.end - span.start for span in spans)
+
+
+def asked_macs(arch: Architecture, policy: Policy) -> dict[str, int]:
+    """MACs that a policy asks for, by part of the model."""
+    counts = policy.tokens.sum(-1), policy.heads.sum(-1)
+    runs = policy.sublayers.astype(np.int64)
+    blocks = block_macs(arch, *counts, runs[..., 0], runs[..., 1]).sum(0).tolist()
+    head = arch.width * arch.classes
+    return {
+        "stem": len(policy) * (outside_macs(arch) - head),
+        **{f"block {index}": macs for index, macs in enumerate(blocks)},
+        "head": len(policy) * head,
+    }
+
+
+def computed_macs(arch: Architecture, event: Event) -> int:
+    """MACs that a sub-layer's engine computes, those of dropped heads that it masks included."""
+    kind = event.name.split(".")[-1].removesuffix("_gather")
+    counted = {"attention": attention_macs, "mlp": mlp_macs}.get(kind)
+    return counted(arch, event.sizes["K"], event.sizes.get("h", arch.heads)) if counted else 0
+
+
+def _report(runtime: Runtime, plan: Plan, turns: list[Turn], noted: float, call: float) -> dict[str, Any]:
+    """The numbers under the key `profile` of `adavit-run --json`.
+
+    Args:
+        runtime: what was profiled.
+        plan: how.
+        turns: what was timed.
+        noted: nanoseconds that noting a call takes.
+        call: nanoseconds that a call of an engine takes without work.
+    """
+    arch, ledger = runtime.architecture, Ledger(runtime.options.workers, call)
+    asked: Counter[str] = Counter()
+    computed: Counter[str] = Counter()
+    dense = median(milliseconds(turn.dense) for turn in turns)
+    longest = DISTURBED * median(milliseconds(turn.run) for turn in turns)
+    kept = [turn for turn in turns if milliseconds(turn.run) <= longest]
+    for turn in kept:
+        ledger.book(turn.run, turn.calls)
+        asked.update(asked_macs(arch, turn.policy))
+        for event in turn.calls:
+            computed[part_of(event) or ""] += computed_macs(arch, event)
+    speed = dense_macs(arch) * plan.batch / dense  # MACs per millisecond
+
+    def row(part: str) -> dict[str, Any]:
+        kinds = ("engines", "decision", "moves", "calls")
+        spent = {f"{kind}_ms": ledger.sums.get((part, kind), 0.0) / 1e6 / len(kept) for kind in kinds}
+        padding = max(0, computed[part] - asked[part]) if part.startswith("block") else 0
+        ideal, padded = (macs / len(kept) / speed for macs in (asked[part], padding))
+        slower = spent["engines_ms"] - ideal - padded
+        ways = {"ideal_ms": ideal, "padding_ms": padded, "slower_ms": slower}
+        return {"part": part, **ways, **spent, "total_ms": sum(spent.values())}
+
+    rows = [row(part) for part in [*asked, IDLE]]
+    keys = [key for key in rows[0] if key != "part"]
+    return {
+        "runs": len(kept),
+        "disturbed_runs": len(turns) - len(kept),
+        "latency_ms": fmean(milliseconds(turn.run) for turn in kept),
+        "timers_ms": fmean(len(turn.calls) for turn in kept) * noted / 1e6,
+        "dense_ms": dense,
+        "dense_gmacs_per_second": speed / 1e6,
+        "call_us": call / 1e3,
+        "parts": rows,
+        "total": {key: sum(row[key] for row in rows) for key in keys},
+    }
+
+
+def milliseconds(event: Event) -> float:
+    """How long it took."""
+    return (event.end - event.start) / 1e6
