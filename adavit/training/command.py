@@ -80,9 +80,20 @@ def adapt(**options: Any) -> None:
 
 
 @main.command()
-@click.argument("checkpoint", type=PATH)
+@click.argument("source", type=PATH, metavar="CHECKPOINT|BUNDLE")
 @data_options
-@click.option("--dense", type=PATH, help="Dense weights to compare with; their loss rates how hard an image is.")
+@click.option(
+    "--dense",
+    type=PATH,
+    metavar="CHECKPOINT|BUNDLE",
+    help="A dense model to compare with; its loss rates how hard an image is.",
+)
+@click.option(
+    "--baseline",
+    type=PATH,
+    metavar="CHECKPOINT|BUNDLE",
+    help="Another model to compare with, such as a dense one shrunk to the same MACs.",
+)
 @click.option("--heads", type=POSITIVE, help="Attention heads, where the checkpoint does not tell.")
 @click.option("--images", type=click.IntRange(min=0), default=0, show_default=True, help="Test images; 0 for all.")
 @click.option("--batch", type=POSITIVE, default=128, show_default=True, help="Images at a time.")
@@ -91,7 +102,7 @@ def adapt(**options: Any) -> None:
 @click.option("--plot", type=PATH, help="Write a plot (PNG).")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the report as JSON; - is standard output.")
 def evaluate(json_file: str | None, **options: Any) -> None:
-    """Report accuracy, MACs, and how a policy depends on its input."""
+    """Report accuracy, MACs, and how a policy depends on its input, of a checkpoint or an exported bundle."""
     from adavit.training import runs
 
     report = runs.evaluate(options)

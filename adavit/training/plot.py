@@ -29,8 +29,9 @@ def plot_log(records: Sequence[Record], path: Path) -> None:
 
 
 def plot_evaluation(report: Record, path: Path) -> None:
-    """MACs by class and by difficulty, and usage by block, as a PNG."""
-    figure, axes = _axes(3)
+    """Accuracy against MACs, MACs by class and by difficulty, and usage by block, as a PNG."""
+    figure, axes = _axes(4)
+    _points(axes[3], report)
     classes = sorted(report["classes"], key=lambda row: row["macs"])
     axes[0].barh([row["name"] for row in classes], [row["macs"] for row in classes])
     axes[0].set(title="MACs by class (share of dense)")
@@ -42,6 +43,18 @@ def plot_evaluation(report: Record, path: Path) -> None:
     axes[2].set(title="usage by block", xlabel="block", ylim=(0, 1.05))
     axes[2].legend()
     _write(figure, path)
+
+
+def _points(axis: Any, report: Record) -> None:
+    """The model among those it is compared with."""
+    points: dict[str, Record] = {"adaptive": report}
+    points |= {name: report[name] for name in ("random_policy", "baseline") if name in report}
+    if "dense" in report:
+        points["dense"] = {"macs": 1.0, **report["dense"]}
+    for name, point in points.items():
+        axis.plot(point["macs"], point["accuracy"], "o", label=name.replace("_", " "))
+    axis.set(title="accuracy against MACs (share of dense)", xlim=(0, 1.05))
+    axis.legend()
 
 
 def _axes(count: int) -> tuple[Any, Any]:

@@ -1,8 +1,8 @@
-"""Runs a model over a labelled set and keeps what it decided."""
+"""Runs a model, or an exported bundle, over a labelled set and keeps what it decided."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,13 @@ from torch import Tensor
 from adavit.macs import dense_macs, image_macs
 from adavit.model.adavit import AdaViT
 from adavit.model.policy import Decide
+from adavit.runtime import Policy, Runtime
 
-__all__ = ["Predictions", "predict"]
+__all__ = ["Batches", "Predictions", "predict", "predict_bundle"]
 
 Bools = npt.NDArray[np.bool_]
+Batches = Iterable[tuple[Tensor, npt.NDArray[np.int64]]]
+Part = tuple[npt.NDArray[np.generic], ...]
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,27 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(
-    model: AdaViT, batches: Iterable[tuple[Tensor, npt.NDArray[np.int64]]], decide: Decide | None
-) -> Predictions:
+def predict(model: AdaViT, batches: Batches, decide: Decide | None) -> Predictions:
     """Predictions of a model in eval mode; `decide` None is its dense twin."""
     device = model.cls_token.device
-    parts: list[list[npt.NDArray[np.generic]]] = []
+    parts: list[Part] = []
     for images, labels in batches:
         output = model(images.to(device), decide=decide)
         masks = [mask.cpu().numpy() for mask in output.stacked(model.arch)]
         share = image_macs(model.arch, *masks) / dense_macs(model.arch)
-        parts.append([labels, output.logits.float().cpu().numpy(), *masks, share])
+        parts.append((labels, output.logits.float().cpu().numpy(), *masks, share))
+    return _joined(parts)
+
+
+def predict_bundle(runtime: Runtime, batches: Batches, choose: Callable[[int], Policy] | None = None) -> Predictions:
+    """Predictions of a bundle, under its own policy or under those that `choose` makes for a number of images."""
+    parts: list[Part] = []
+    for images, labels in batches:
+        found = runtime.run(images.numpy(), choose(len(labels)) if choose else None)
+        used, share = found.policy, found.macs / dense_macs(runtime.architecture)
+        parts.append((labels, found.logits, used.tokens, used.heads, used.sublayers, share))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Part]) -> Predictions:
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))

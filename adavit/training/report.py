@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from adavit.architecture import Architecture
+from adavit.macs import dense_macs
+from adavit.runtime import Policy
 from adavit.training.predict import Predictions
 
 __all__ = ["RandomPolicy", "evaluation_report"]
@@ -18,28 +20,41 @@ PARTS = 5
 
 
 class RandomPolicy:
-    """Keeps tokens, heads and sub-layers by chance, each block as many of each kind as `like` does on average.
-
-    Every forward asks for a block's tokens, then heads, then sub-layers, as far as the model has them.
-    """
+    """Keeps tokens, heads and sub-layers by chance, each block as many of each kind as `like` does on average."""
 
     def __init__(self, like: Predictions, arch: Architecture, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._shares: list[float] = []
-        for block in range(arch.depth):
-            if arch.token_policy:
-                self._shares.append(float(like.tokens[:, block, 1:].mean()))
-            if arch.adapts_heads(block):
-                self._shares.append(float(like.heads[:, block].mean()))
-            if arch.adapts_sublayers(block):
-                self._shares.append(float(like.sublayers[:, block].mean()))
-        self._next = 0
+        self._random = np.random.default_rng(seed)
+        self._arch = arch
+        self._means = like.tokens[..., 1:].mean((0, 2)), like.heads.mean((0, 2)), like.sublayers.mean((0, 2))
+        self._pending: list[npt.NDArray[np.bool_]] = []
+
+    def policy(self, images: int) -> Policy:
+        """Policies for so many images, drawn anew."""
+        chosen = Policy.dense(self._arch, images)
+        masks = chosen.tokens[..., 1:], chosen.heads, chosen.sublayers
+        for mask, means in zip(masks, self._means, strict=True):
+            mask[:] = self._random.random(mask.shape) < means[:, None]
+        return chosen
 
     def __call__(self, logits: Tensor, threshold: float) -> Tensor:
-        """A mask like the logits, whatever they say."""
-        share = self._shares[self._next]
-        self._next = (self._next + 1) % len(self._shares)
-        return (torch.rand(logits.shape, generator=self._generator) < share).to(logits)
+        """A mask like the logits, whatever they say.
+
+        Every forward asks for a block's tokens, then heads, then sub-layers, as far as the model has them.
+        """
+        if not self._pending:
+            self._pending = self._masks(self.policy(len(logits)))
+        return torch.from_numpy(self._pending.pop(0)).to(logits)
+
+    def _masks(self, policy: Policy) -> list[npt.NDArray[np.bool_]]:
+        masks, arch = [], self._arch
+        for block in range(arch.depth):
+            if arch.token_policy:
+                masks.append(policy.tokens[:, block, 1:])
+            if arch.adapts_heads(block):
+                masks.append(policy.heads[:, block])
+            if arch.adapts_sublayers(block):
+                masks.append(policy.sublayers[:, block])
+        return masks
 
 
 def evaluation_report(
@@ -48,6 +63,7 @@ def evaluation_report(
     classes: list[str],
     dense: Predictions | None = None,
     chance: Predictions | None = None,
+    baseline: tuple[Predictions, Architecture] | None = None,
 ) -> dict[str, Any]:
     """A report of plain JSON values; shares of MACs are of the dense model's.
 
@@ -57,6 +73,7 @@ def evaluation_report(
         classes: names.
         dense: predictions of a dense model for the same images, which also rates their difficulty.
         chance: predictions under a random policy.
+        baseline: predictions of another model and its shapes, such as a dense one shrunk to the same MACs.
     """
     judge, by = (dense, "loss of the dense model") if dense else (found, "its own loss")
     report: dict[str, Any] = {
@@ -73,8 +90,15 @@ def evaluation_report(
         report["dense"] = {"accuracy": float(dense.correct.mean())}
         report["accuracy_of_dense"] = report["accuracy"] / max(report["dense"]["accuracy"], 1e-9)
     if chance:
-        report["random_policy"] = {"accuracy": float(chance.correct.mean()), "macs": float(chance.macs.mean())}
+        report["random_policy"] = _point(chance, 1.0)
+    if baseline:
+        others, shapes = baseline
+        report["baseline"] = _point(others, dense_macs(shapes) / dense_macs(arch))
     return report
+
+
+def _point(found: Predictions, scale: float) -> dict[str, float]:
+    return {"accuracy": float(found.correct.mean()), "macs": float(found.macs.mean()) * scale}
 
 
 def _of_class(found: Predictions, label: int, name: str) -> dict[str, Any]:

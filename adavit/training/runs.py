@@ -11,6 +11,7 @@ import torch
 from adavit.architecture import Architecture
 from adavit.model import AdaViT, load_checkpoint, save_safetensors
 from adavit.model import policy as P
+from adavit.runtime import Runtime, load
 from adavit.training import start
 from adavit.training.augment import usual_crop
 from adavit.training.budget import KINDS, targets_for
@@ -21,7 +22,7 @@ from adavit.training.loader import evaluation_batches, spread
 from adavit.training.log import read_log
 from adavit.training.loop import CHECKPOINT, LOG, Intervals, Trainer
 from adavit.training.plot import plot_evaluation, plot_log
-from adavit.training.predict import Predictions, predict
+from adavit.training.predict import Predictions, predict, predict_bundle
 from adavit.training.report import RandomPolicy, evaluation_report
 from adavit.training.settings import PUBLISHED_TARGET, PolicySettings, Settings
 
@@ -71,25 +72,30 @@ def train_adaptive(options: Options) -> None:
 def evaluate(options: Options) -> Options:
     """`adavit-train evaluate`: the report as plain values."""
     _set_threads(options)
-    model = load_checkpoint(options["checkpoint"], options["heads"]).eval()
+    model = _open_model(options["source"], options["heads"], options["threads"])
+    arch = _shapes(model)
     test = open_images(options["data"], "test", options["corrupt"], _class_names(options["labels"]))
-    if len(test.classes) != model.arch.classes:
-        raise DataError(f"{options['data']}: {len(test.classes)} classes, the model has {model.arch.classes}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def run(model: AdaViT, decide: P.Decide | None = P.decide) -> Predictions:
-        side, chosen = model.arch.image_size, spread(len(test.labels), options["images"])
-        crop = options["crop"] or usual_crop(side)
-        return predict(model.to(device), evaluation_batches(test, chosen, side, crop, options["batch"]), decide)
+    def run(model: AdaViT | Runtime, chance: RandomPolicy | None = None) -> Predictions:
+        shapes, chosen = _shapes(model), spread(len(test.labels), options["images"])
+        if len(test.classes) != shapes.classes:
+            raise DataError(f"{options['data']}: {len(test.classes)} classes, the model has {shapes.classes}")
+        crop = options["crop"] or usual_crop(shapes.image_size)
+        batches = evaluation_batches(test, chosen, shapes.image_size, crop, options["batch"])
+        if isinstance(model, Runtime):
+            return predict_bundle(model, batches, chance.policy if chance else None)
+        return predict(model.to(device), batches, chance or P.decide)
 
-    found = run(model)
-    dense = run(load_checkpoint(options["dense"], model.arch.heads)) if options["dense"] else None
-    chance = (
-        run(model, RandomPolicy(found, model.arch, options["seed"]))
-        if options["random"] and _adapts(model.arch)
-        else None
-    )
-    report = evaluation_report(found, model.arch, test.classes, dense, chance)
+    def other(name: str) -> tuple[Predictions, Architecture] | None:
+        if not options[name]:
+            return None
+        model = _open_model(options[name], arch.heads, options["threads"])
+        return run(model), _shapes(model)
+
+    found, dense, baseline = run(model), other("dense"), other("baseline")
+    chance = run(model, RandomPolicy(found, arch, options["seed"])) if options["random"] and _adapts(arch) else None
+    report = evaluation_report(found, arch, test.classes, dense[0] if dense else None, chance, baseline)
     if options["plot"]:
         plot_evaluation(report, options["plot"])
     return report
@@ -108,6 +114,9 @@ def report_lines(report: Options) -> list[str]:
     if "random_policy" in report:
         found = report["random_policy"]
         lines.append(f"random      {found['accuracy']:.2%} with a random policy at {found['macs']:.1%} of dense")
+    if "baseline" in report:
+        found = report["baseline"]
+        lines.append(f"baseline    {found['accuracy']:.2%} at {found['macs']:.1%} of dense")
     for name, units in report["constant"].items():
         lines.append(f"{name:<6} used {', '.join(units) or 'none'}")
     easy, hard = report["difficulty"]["parts"][0], report["difficulty"]["parts"][-1]
@@ -115,6 +124,17 @@ def report_lines(report: Options) -> list[str]:
         f"easy, hard  {easy['macs']:.1%} of the MACs for the easiest fifth, {hard['macs']:.1%} for the hardest"
     )
     return lines
+
+
+def _open_model(path: Path, heads: int | None, threads: int | None) -> AdaViT | Runtime:
+    """A checkpoint's model, or the runtime of a bundle folder."""
+    if path.is_dir():
+        return load(path, threads=threads, parallel="samples")
+    return load_checkpoint(path, heads).eval()
+
+
+def _shapes(model: AdaViT | Runtime) -> Architecture:
+    return model.architecture if isinstance(model, Runtime) else model.arch
 
 
 def _run(trainer: Trainer, train: LabelledImages, test: LabelledImages, options: Options) -> None:

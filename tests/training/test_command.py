@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from adavit.export import ExportOptions, export_bundle
 from adavit.model import load_checkpoint
 from adavit.training.command import main
 
@@ -61,6 +62,15 @@ def test_dense_then_adapt_then_evaluate(tmp_path: Path, idx_folder: Path, dense:
     assert found.exit_code == 0 and "random" in found.output
     assert json.loads(report.read_text())["images"] == 32
     assert plot.read_bytes().startswith(b"\x89PNG")
+    exported = tmp_path / "bundle"
+    export_bundle(output / "weights.safetensors", exported, ExportOptions(), lambda *_: None)
+    again = tmp_path / "again.json"
+    found = call("evaluate", exported, "--data", idx_folder, "--dense", dense, "--baseline", dense, "--json", again)
+    assert found.exit_code == 0 and "baseline" in found.output
+    one, other = json.loads(report.read_text()), json.loads(again.read_text())
+    baseline = other.pop("baseline")
+    assert baseline["accuracy"] == other["dense"]["accuracy"] and 0 < baseline["macs"] < 1  # of patch 4, not 2
+    assert other == one
 
 
 def test_a_finished_run_is_neither_overwritten_nor_lost(tmp_path: Path, idx_folder: Path, dense: Path) -> None:

@@ -60,6 +60,9 @@ def test_a_random_policy_uses_as_much_of_each_block() -> None:
     found = predictions()
     policy = RandomPolicy(found, ARCH, 0)
     asked = [(4000, 16), *[(4000, 16), (4000, 4), (4000, 2)] * 2]
+    drawn = RandomPolicy(found, ARCH, 0).policy(4000)
+    assert drawn.tokens.all() and drawn.heads[:, 0].all() and drawn.sublayers[:, 0].all()
+    assert drawn.heads.mean((0, 2)) == pytest.approx(found.heads.mean((0, 2)), abs=0.03)
     for _ in range(2):  # a second forward starts again with the first block
         means = [float(policy(torch.zeros(shape), 0.5).mean()) for shape in asked]
         expected = [1, 1, 0.75, found.sublayers[:, 1].mean(), 1, found.heads[:, 2].mean(), 1]
