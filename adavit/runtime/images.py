@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from adavit.errors import BundleError, InputError
 
-__all__ = ["ImageFile", "Preprocessor", "find_images"]
+__all__ = ["ImageFile", "Preprocessor", "decode", "find_images"]
 
 ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8]
 
@@ -108,7 +108,7 @@ def decode(image: ImageLike) -> Image.Image:
         return Image.fromarray(image).convert("RGB")
     if isinstance(image, Image.Image):
         try:
-            return image.convert("RGB")
+            return _rgb(image)
         except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow decodes when it must, not when it opens
             raise InputError(f"image: not a readable image ({type(error).__name__})") from None
     if not isinstance(image, str | Path):
@@ -118,7 +118,7 @@ def decode(image: ImageLike) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
-                return ImageOps.exif_transpose(opened).convert("RGB")
+                return _rgb(ImageOps.exif_transpose(opened))
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -126,6 +126,13 @@ def decode(image: ImageLike) -> Image.Image:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
         reason = "it is empty" if path.is_file() and path.stat().st_size == 0 else type(error).__name__
         raise InputError(f"{path}: not a readable image ({reason})") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB; of 16-bit grey, which Pillow would clip at 255, the upper eight bits."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from adavit.errors import InputError
+from adavit.runtime import images
 from adavit.training.errors import DataError
 from adavit.training.idx import read_idx
 
@@ -95,18 +97,15 @@ class FolderImages:
 
 
 def decode(file: Path) -> Pixels:
-    """Reads an image of any mode as uint8 [height, width, 3].
+    """Reads an image of any mode, upright, as uint8 [height, width, 3].
 
     Raises:
         DataError: it cannot be read; the message names it.
     """
     try:
-        with Image.open(file) as image:
-            deep = image.mode.startswith("I;16")
-            shown = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if deep else image
-            return np.asarray(shown.convert("RGB"))
-    except DECODING as error:
-        raise DataError(f"{file}: not a readable image ({error}); remove it or pass --corrupt skip") from None
+        return np.asarray(images.decode(file))
+    except InputError as error:
+        raise DataError(f"{error}; remove it or pass --corrupt skip") from None
 
 
 def _accept(file: Path, corrupt: str) -> bool:
@@ -154,15 +153,15 @@ def open_images(folder: Path, part: str, corrupt: str = "refuse", classes: list[
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give one with train/ and val/, or with IDX files")
-    images: LabelledImages
+    found: LabelledImages
     if pair := _find_idx(folder, part):
-        images = IdxImages(pair.images, pair.labels, classes)
+        found = IdxImages(pair.images, pair.labels, classes)
     else:
         parts = [folder / name for name in FOLDERS[part] if (folder / name).is_dir()]
         if not parts:
             wanted = " or ".join(FOLDERS[part])
             raise DataError(f"{folder}: neither IDX files nor a folder {wanted} of class-named folders in it")
-        images = FolderImages(parts[0], corrupt, classes)
-    if len(images.classes) < 2:
-        raise DataError(f"{folder}: a single class, {images.classes[0]!r}; there is nothing to learn to tell apart")
-    return images
+        found = FolderImages(parts[0], corrupt, classes)
+    if len(found.classes) < 2:
+        raise DataError(f"{folder}: a single class, {found.classes[0]!r}; there is nothing to learn to tell apart")
+    return found

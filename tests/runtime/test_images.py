@@ -43,6 +43,14 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     np.testing.assert_allclose(Preprocessor(32)(image), independent(image, 32, 0.9), atol=1e-5)
 
 
+def test_16_bit_grey_keeps_its_upper_bits(tmp_path: Path) -> None:
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((28, 28), 256 * 9 + 5, np.uint16)).save(path)
+    shallow = Preprocessor(28, 1.0)(np.full((28, 28), 9, np.uint8))
+    assert np.array_equal(Preprocessor(28, 1.0)(path), shallow)
+    assert np.array_equal(Preprocessor(28, 1.0)(Image.open(path)), shallow)
+
+
 def test_paths_pictures_and_arrays_are_the_same_to_it(tmp_path: Path) -> None:
     preprocess, image = Preprocessor(32), picture()
     image.save(tmp_path / "a.png")
