@@ -12,6 +12,7 @@ from typing import Any
 from adavit.architecture import Architecture
 from adavit.errors import BundleError
 from adavit.files import sha256
+from adavit.runtime.budget import Budgets
 from adavit.runtime.images import Preprocessor
 
 __all__ = ["SCHEMA_VERSION", "Bundle", "EngineSpec", "TensorSpec"]
@@ -61,6 +62,7 @@ class Bundle:
         engines: by name.
         labels: one per class.
         preprocessor: what the model's images go through.
+        budgets: its operating points, or None.
         config: all of `config.json`.
     """
 
@@ -69,6 +71,7 @@ class Bundle:
     engines: Mapping[str, EngineSpec]
     labels: tuple[str, ...]
     preprocessor: Preprocessor
+    budgets: Budgets | None
     config: Mapping[str, Any]
 
     @classmethod
@@ -91,13 +94,14 @@ class Bundle:
         try:
             arch = Architecture.from_dict(config.get("architecture"))
             engines = {name: _engine(name, spec) for name, spec in config["engines"].items()}
+            budgets = Budgets.from_dict(config["budgets"]) if "budgets" in config else None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{folder}/config.json is damaged ({error}); export again") from None
         labels = tuple(_text(folder, "labels.txt").splitlines())
         if len(labels) != arch.classes:
             raise BundleError(f"{folder}/labels.txt has {len(labels)} lines for {arch.classes} classes; export again")
         preprocessor = Preprocessor.from_dict(_object(folder, "preprocessor_config.json"), arch.image_size)
-        bundle = cls(folder, arch, engines, labels, preprocessor, config)
+        bundle = cls(folder, arch, engines, labels, preprocessor, budgets, config)
         for engine in engines.values():
             bundle._locate(engine)
         return bundle

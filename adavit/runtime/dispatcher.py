@@ -24,6 +24,7 @@ import numpy.typing as npt
 from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.macs import image_macs
 from adavit.runtime.backend import Backend, Buffer
+from adavit.runtime.budget import Offsets
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.engines import BlockEngines, Engines
 from adavit.runtime.heads import HeadWeights
@@ -94,12 +95,13 @@ class Dispatcher:
         self._scratch: list[Scratch] = []
 
     def run(
-        self, images: Float, replay: Policy | None = None, observe: Observer | None = None
+        self, images: Float, offsets: Offsets, replay: Policy | None = None, observe: Observer | None = None
     ) -> tuple[Float, Policy, npt.NDArray[np.int64]]:
         """Runs images float32 [B, 3, S, S].
 
         Args:
             images: normalised pixels.
+            offsets: of the decision logits.
             replay: a policy to follow instead of deciding.
             observe: sees what every engine computes.
 
@@ -116,7 +118,7 @@ class Dispatcher:
             scratch = self._spare_scratch()
             masks = used.tokens[position], used.heads[position], used.sublayers[position]
             see = None if observe is None else lambda engine, x: observe(position, engine, x)
-            run = ImageRun(self, scratch, masks, replay is None, see)
+            run = ImageRun(self, scratch, masks, offsets if replay is None else None, see)
             x = run(tokens.part(position))
             backend.gather(x, CLASS_TOKEN, classes, position)
             self._scratch.append(scratch)
@@ -142,21 +144,21 @@ class Dispatcher:
 
 
 class ImageRun:
-    """One image on its way through the blocks."""
+    """One image on its way through the blocks, deciding with `offsets`, or following `masks` without them."""
 
     def __init__(
         self,
         dispatcher: Dispatcher,
         scratch: Scratch,
         masks: tuple[npt.NDArray[np.bool_], ...],
-        decides: bool,
+        offsets: Offsets | None,
         see: Callable[[str, Float], None] | None,
     ) -> None:
         self._dispatcher, self._backend = dispatcher, dispatcher.backend
         self._arch = dispatcher.arch
         self._scratch = scratch
         self._tokens, self._heads, self._sublayers = masks
-        self._decides = decides
+        self._offsets = offsets
         self._see = see
         self._spare = [scratch.first, scratch.second]
 
@@ -175,19 +177,20 @@ class ImageRun:
             self._see(engine, self._backend.fetch(x)[0])
 
     def _decide(self, index: int, block: BlockEngines, x: Buffer) -> None:
-        """Computes norm1(x), and this block's row of the policy; strictly above a threshold is kept."""
+        """Computes norm1(x), and this block's row of the policy: kept is what is strictly above its threshold."""
         arch, scratch = self._arch, self._scratch
         block.decide.run([x.rows(arch.tokens)], scratch.decide[index])
-        if not (self._decides and scratch.decided[index]):
+        offsets = self._offsets
+        if offsets is None or not scratch.decided[index]:
             return
         logits = self._backend.fetch(*scratch.decided[index])
         if arch.token_policy:
-            np.greater(logits[0][1:, 0], np.float32(TOKEN_LOGIT), out=self._tokens[index, 1:])
-        kept = logits[-1][0] > 0
+            np.greater(logits[0][1:, 0], np.float32(TOKEN_LOGIT - offsets.tokens), out=self._tokens[index, 1:])
+        choices = logits[-1][0]
         if arch.adapts_heads(index):
-            self._heads[index] = kept[: arch.heads]
+            np.greater(choices[: arch.heads], np.float32(-offsets.heads), out=self._heads[index])
         if arch.adapts_sublayers(index):
-            self._sublayers[index] = kept[-2:]
+            np.greater(choices[-2:], np.float32(-offsets.sublayers), out=self._sublayers[index])
 
     def _run_sublayers(self, index: int, block: BlockEngines, x: Buffer, attention: bool, mlp: bool) -> Buffer:
         """Runs the kept sub-layers on the kept tokens of x, and returns x with their rows changed."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from adavit.architecture import Architecture
 from adavit.errors import InputError
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
+from adavit.runtime.budget import TRAINED, Budgets, Offsets, resolve
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.dispatcher import Dispatcher, Observer
 from adavit.runtime.images import ImageLike
@@ -69,6 +70,7 @@ def load(
     threads: int | None = None,
     provider: str | None = None,
     parallel: str = "operators",
+    budget: float | None = None,
 ) -> Runtime:
     """Loads a bundle that `adavit-export` made.
 
@@ -80,11 +82,13 @@ def load(
         provider: ONNX Runtime's execution provider; by default the CPU's.
         parallel: "operators" shares the threads inside every engine, for the lowest latency of one image;
             "samples" gives each thread an image, for the highest throughput of batches.
+        budget: share of the dense MACs that requests without one of their own get; by default what the trained
+            policy takes.
 
     Raises:
         BundleError: the bundle is missing, damaged or of another version.
         BackendError: the backend is unknown, not installed, or refuses an engine.
-        InputError: `threads` is not a positive number.
+        InputError: `threads` is not a positive number, or `budget` beyond the bundle's operating points.
 
     Example:
         >>> import adavit, numpy as np
@@ -99,7 +103,8 @@ def load(
         raise InputError(f"parallel is {parallel!r}: choose 'operators' or 'samples'")
     options = Options(threads, provider, parallel)
     opened = Bundle.open(bundle)
-    return Runtime(opened, create_backend(backend, opened, options), options)
+    offsets = resolve(budget, opened.budgets, opened.path)
+    return Runtime(opened, create_backend(backend, opened, options), options, offsets)
 
 
 class Runtime:
@@ -109,12 +114,14 @@ class Runtime:
         bundle: the bundle's description.
         backend: what runs its engines.
         options: threads, what they share, and the provider, as asked for.
+        offsets: of the decision logits, where a request names no budget.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, options: Options) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, options: Options, offsets: Offsets = TRAINED) -> None:
         self.bundle = bundle
         self.backend = backend
         self.options = options
+        self.offsets = offsets
         self._dispatcher = Dispatcher(bundle, backend, options.workers)
         self._dense: Engine | None = None
         self._dense_lock = threading.Lock()
@@ -129,22 +136,39 @@ class Runtime:
         """Class names, by index."""
         return self.bundle.labels
 
-    def run(self, images: Float, policy: Policy | None = None, observe: Observer | None = None) -> Result:
+    @property
+    def budgets(self) -> Budgets | None:
+        """The bundle's operating points, or None."""
+        return self.bundle.budgets
+
+    def run(
+        self,
+        images: Float,
+        policy: Policy | None = None,
+        observe: Observer | None = None,
+        budget: float | Offsets | None = None,
+    ) -> Result:
         """Runs images, computing only what their policies keep.
 
         Args:
             images: float32 [B, 3, S, S], normalised (`predict` does that for pictures).
             policy: a recorded policy for exactly these images, followed instead of deciding.
             observe: called with what every engine computes; for verification.
+            budget: mean share of the dense MACs to run at, of this request alone, or offsets of the decision
+                logits; by default what `load` was given.
 
         Raises:
-            InputError: images or policy do not fit the model.
+            InputError: images or policy do not fit the model, the budget is beyond the bundle's operating points,
+                or both a policy and a budget are given.
             BackendError: an engine failed.
         """
         images = self._checked(images)
         if policy is not None:
             policy.check(self.architecture, len(images))
-        return Result(*self._dispatcher.run(images, policy, observe))
+            if budget is not None:
+                raise InputError("a recorded policy leaves nothing to a budget; give one of them")
+        offsets = self.offsets if budget is None else resolve(budget, self.budgets, self.bundle.path)
+        return Result(*self._dispatcher.run(images, offsets, policy, observe))
 
     def run_dense(self, images: Float) -> Float:
         """Logits [B, C] of the dense twin: the same weights with every policy on, as one graph.
@@ -165,13 +189,16 @@ class Runtime:
         """A path, PIL image or uint8 array as the model wants it: float32 [3, S, S]."""
         return self.bundle.preprocessor(image)
 
-    def predict(self, images: Sequence[ImageLike] | ImageLike, top: int = 5) -> list[Prediction]:
+    def predict(
+        self, images: Sequence[ImageLike] | ImageLike, top: int = 5, budget: float | None = None
+    ) -> list[Prediction]:
         """Labels and probabilities of pictures, in order.
 
         Args:
             images: paths, PIL images or uint8 arrays [H, W] or [H, W, 3]. One that cannot be read gets a
                 Prediction with `error`; the others are done.
             top: how many classes for each.
+            budget: as of `run`.
         """
         if isinstance(images, str | Path | np.ndarray) or hasattr(images, "convert"):
             images = [images]  # type: ignore[list-item]
@@ -185,7 +212,7 @@ class Runtime:
             except InputError as error:
                 predictions[position] = Prediction(error=str(error))
         if pixels:
-            result = self.run(np.stack(list(pixels.values())))
+            result = self.run(np.stack(list(pixels.values())), budget=budget)
             for row, position in enumerate(pixels):
                 predictions[position] = self.prediction(result, row, top)
         return [prediction for prediction in predictions if prediction is not None]

@@ -1,0 +1,150 @@
+"""Operating points of one checkpoint: offsets on the decision logits, and the MACs they were measured to take."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from adavit.errors import InputError
+
+__all__ = ["TRAINED", "Budgets", "Offsets", "OperatingPoint", "resolve"]
+
+MAX_OFFSET = 1000.0
+MAX_POINTS = 1000
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """What is added to the decision logits of each kind, of every image and block, before their thresholds.
+
+    The same as thresholds that are lower by as much: a larger offset keeps whatever a smaller one keeps at the
+    same logits. Zeros are the trained policy.
+    """
+
+    tokens: float = 0.0
+    heads: float = 0.0
+    sublayers: float = 0.0
+
+    def __post_init__(self) -> None:
+        for kind, value in asdict(self).items():
+            if type(value) not in (int, float) or not abs(value) <= MAX_OFFSET:
+                raise ValueError(f"the offset of {kind} is {value!r}: expected a number up to {MAX_OFFSET:g}")
+
+    def toward(self, other: Offsets, share: float) -> Offsets:
+        """The offsets on the straight line to `other`: these at share 0, the others at 1."""
+        pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
+        return Offsets(*((1 - share) * a + share * b for a, b in pairs))
+
+
+TRAINED = Offsets()
+"""Of the policy as it was trained."""
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """One way to run a bundle.
+
+    Attributes:
+        budget: share of the dense MACs that asks for it, in (0, 1].
+        offsets: what to run with.
+        measured: what it was measured to do on the calibration images: `macs` (mean share of the dense MACs),
+            `agreement` with the trained policy's classes, `usage`, and `accuracy` where they had labels.
+    """
+
+    budget: float
+    offsets: Offsets
+    measured: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """A bundle's operating points.
+
+    Attributes:
+        points: by ascending budget; the trained policy is one of them.
+        calibration: what they were measured on.
+    """
+
+    points: tuple[OperatingPoint, ...]
+    calibration: Mapping[str, Any]
+
+    @property
+    def trained(self) -> OperatingPoint:
+        """The policy as it was trained, which runs where no budget is asked for."""
+        return next(point for point in self.points if point.offsets == TRAINED)
+
+    def offsets(self, budget: Any) -> Offsets:
+        """The offsets for a budget, on a straight line between those of its neighbours.
+
+        Args:
+            budget: share of the dense MACs.
+
+        Raises:
+            InputError: it is no number, or beyond the stored points.
+        """
+        ends = f"{self.points[0].budget:.4g} to {self.points[-1].budget:.4g}"
+        if not isinstance(budget, Real) or isinstance(budget, bool):
+            raise InputError(f"budget is {budget!r}: expected a share of the dense MACs from {ends}")
+        asked = float(budget)
+        if not self.points[0].budget <= asked <= self.points[-1].budget:
+            raise InputError(f"budget {asked:g} is out of range: this bundle's go from {ends} of the dense MACs")
+        above = bisect_left(self.points, asked, key=lambda point: point.budget)
+        high = self.points[above]
+        if high.budget == asked:
+            return high.offsets
+        low = self.points[above - 1]
+        return low.offsets.toward(high.offsets, (asked - low.budget) / (high.budget - low.budget))
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Budgets:
+        """Reads what `to_dict` wrote, which may have been altered.
+
+        Raises:
+            ValueError: something is missing, of another type or out of bounds.
+        """
+        found = values["points"]
+        if not isinstance(found, list) or not 2 <= len(found) <= MAX_POINTS:
+            raise ValueError(f"budgets are not a list of 2 to {MAX_POINTS} points")
+        points = tuple(OperatingPoint(p["budget"], Offsets(**p["offsets"]), dict(p["measured"])) for p in found)
+        last = 0.0
+        for point in points:
+            if type(point.budget) not in (int, float) or not last < point.budget <= 1:
+                raise ValueError(f"budget {point.budget!r} is no share of the dense MACs, or out of order")
+            last = point.budget
+        if sum(point.offsets == TRAINED for point in points) != 1:
+            raise ValueError("not exactly one of the operating points is the trained policy")
+        return cls(points, dict(values["calibration"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "points": [{**asdict(point), "measured": dict(point.measured)} for point in self.points],
+            "calibration": dict(self.calibration),
+        }
+
+
+def resolve(budget: Any, budgets: Budgets | None, bundle: Path) -> Offsets:
+    """The offsets that a request asks for.
+
+    Args:
+        budget: a share of the dense MACs, offsets themselves, or None for the trained policy.
+        budgets: the bundle's operating points, if it has any.
+        bundle: its folder.
+
+    Raises:
+        InputError: the budget is no number or beyond the operating points, or there are none.
+    """
+    if budget is None:
+        return TRAINED
+    if isinstance(budget, Offsets):
+        return budget
+    if budgets is None:
+        raise InputError(
+            f"{bundle}: has no operating points; add them with adavit-export {bundle} --budgets 0.3,0.5 "
+            "--calibration-images FOLDER"
+        )
+    return budgets.offsets(budget)
