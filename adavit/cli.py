@@ -84,6 +84,8 @@ def export(
 )
 @click.option("--record-policy", type=PATH, metavar="FILE", help="Write what every image used (npz).")
 @click.option("--replay-policy", type=PATH, metavar="FILE", help="Follow a recorded policy instead of deciding.")
+@click.option("--budget", type=float, metavar="SHARE", help="Mean share of the dense MACs to run at, such as 0.4.")
+@click.option("--latency-ms", type=click.FloatRange(0, min_open=True), help="Run at the budget that takes this long.")
 @click.option("--dense/--no-dense", default=None, help="Alternate with the dense twin.  [default: where it is there]")
 @click.option(
     "--profile",
@@ -105,6 +107,8 @@ def run(bundle: Path | None, json_file: str | None, **options: Any) -> None:
 
     if options["iterations"] and options["seconds"]:
         raise click.UsageError("give --iterations or --seconds, not both")
+    if sum(options[key] is not None for key in ("budget", "latency_ms", "replay_policy")) > 1:
+        raise click.UsageError("give one of --budget, --latency-ms and --replay-policy")
     if options["profile"] and Path(options["profile"]).is_dir():
         raise click.UsageError(f"--profile {options['profile']} is a folder; a BUNDLE goes before --profile")
     with console.Progress() as progress:

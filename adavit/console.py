@@ -167,6 +167,9 @@ def run_lines(report: dict[str, Any]) -> list[str]:
         f"({macs['executed_mean'] / macs['dense']:.1%})",
         f"usage       tokens {used['tokens']:.1%}, heads {used['heads']:.1%}, sub-layers {used['sublayers']:.1%}",
     ]
+    if found := report["budget"]:
+        offsets = ", ".join(f"{kind} {value:+.2f}" for kind, value in found["offsets"].items())
+        lines.append(f"budget      {found['macs']:.1%} of the dense MACs asked for; offsets of logits: {offsets}")
     if report["speedup"] is not None:
         lines.append(
             f"speedup     {report['speedup']:.2f}x of an ideal {report['ideal_speedup']:.2f}x: "

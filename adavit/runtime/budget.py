@@ -11,7 +11,7 @@ from typing import Any
 
 from adavit.errors import InputError
 
-__all__ = ["TRAINED", "Budgets", "Offsets", "OperatingPoint", "resolve"]
+__all__ = ["TRAINED", "Budgets", "Offsets", "OperatingPoint", "present", "resolve"]
 
 MAX_OFFSET = 1000.0
 MAX_POINTS = 1000
@@ -127,6 +127,16 @@ class Budgets:
         }
 
 
+def present(budgets: Budgets | None, bundle: Path) -> Budgets:
+    """The operating points of a bundle folder; raises InputError where it has none."""
+    if budgets is None:
+        raise InputError(
+            f"{bundle}: has no operating points; add them with adavit-export {bundle} --budgets 0.3,0.5 "
+            "--calibration-images FOLDER"
+        )
+    return budgets
+
+
 def resolve(budget: Any, budgets: Budgets | None, bundle: Path) -> Offsets:
     """The offsets that a request asks for.
 
@@ -142,9 +152,4 @@ def resolve(budget: Any, budgets: Budgets | None, bundle: Path) -> Offsets:
         return TRAINED
     if isinstance(budget, Offsets):
         return budget
-    if budgets is None:
-        raise InputError(
-            f"{bundle}: has no operating points; add them with adavit-export {bundle} --budgets 0.3,0.5 "
-            "--calibration-images FOLDER"
-        )
-    return budgets.offsets(budget)
+    return present(budgets, bundle).offsets(budget)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from adavit.errors import InputError
 from adavit.runtime.benchmark import Images, Plan, Progress, measure, summarise
+from adavit.runtime.budget import present
 from adavit.runtime.images import ImageFile, find_images
+from adavit.runtime.latency import budget_for_latency
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result, Runtime, load
 from adavit.runtime.waterfall import profile
@@ -25,6 +27,8 @@ SHOWN = 20
 HELD = 256 << 20
 """Bytes of preprocessed images kept for the measurement."""
 RANDOM_IMAGES = 8
+TIMED_IMAGES = 64
+"""Images that operating points are timed on, to find the one for a latency."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class RunOptions:
     parallel: str | None = None
     record_policy: Path | None = None
     replay_policy: Path | None = None
+    budget: float | None = None
+    latency_ms: float | None = None
     dense: bool | None = None
     top: int = 1
     profile: str | None = None
@@ -82,14 +88,18 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     """
     folder = path or demo_bundle()
     parallel = options.parallel or ("operators" if options.batch == 1 else "samples")
-    runtime = load(folder, options.backend, options.threads, options.provider, parallel)
+    runtime = load(folder, options.backend, options.threads, options.provider, parallel, options.budget)
     profiles = options.profile is not None
     if (options.dense or profiles) and "dense" not in runtime.bundle.engines:
         without = "--profile" if profiles else "--dense"
         raise InputError(f"{folder}: exported without its dense twin; export with --with-dense or leave out {without}")
     replayed = Policy.load(options.replay_policy) if options.replay_policy else None
     given = options.images or (() if path else (demo_bundle().parent / "images",))
-    seen = _evaluate(runtime, find_images(given, runtime.labels), options, replayed, progress)
+    files = find_images(given, runtime.labels)
+    budget = options.budget
+    if options.latency_ms is not None:
+        budget = _meet_latency(runtime, files, options, options.latency_ms, progress)
+    seen = _evaluate(runtime, files, options, replayed, progress)
     if given and not seen.images:
         raise InputError(f"none of the {len(seen.skipped)} images can be read; first: {seen.skipped[0]}")
     if not given:
@@ -115,6 +125,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     trace = Path(options.profile) if options.profile else None
     return {
         **summarise(runtime, plan, measured, float(np.concatenate(seen.macs).mean()), used.usage()),
+        "budget": None if budget is None else {"macs": budget, "offsets": asdict(runtime.offsets)},
         "images": seen.images,
         "input": "images" if given else "random",
         "accuracy": seen.accuracy(),
@@ -122,6 +133,19 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         "skipped": seen.skipped,
         "profile": profile(runtime, held, plan, policy, trace, progress) if profiles else None,
     }
+
+
+def _meet_latency(
+    runtime: Runtime, files: list[ImageFile], options: RunOptions, milliseconds: float, progress: Progress
+) -> float:
+    """Sets the runtime to the operating point that takes so long on some of the images, and returns its budget."""
+    budgets = present(runtime.budgets, runtime.bundle.path)
+    some = files[:: max(1, len(files) // TIMED_IMAGES)]
+    batches = [pixels for _, pixels in _readable(runtime, some, len(some), Evaluation())]
+    images = batches[0] if batches else _random_images(runtime)
+    budget = budget_for_latency(runtime, budgets, images, options.batch, milliseconds, progress)
+    runtime.offsets = budgets.offsets(budget)
+    return budget
 
 
 def _evaluate(

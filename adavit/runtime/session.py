@@ -114,7 +114,7 @@ class Runtime:
         bundle: the bundle's description.
         backend: what runs its engines.
         options: threads, what they share, and the provider, as asked for.
-        offsets: of the decision logits, where a request names no budget.
+        offsets: of the decision logits, where a request names no budget; may be replaced at any time.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, options: Options, offsets: Offsets = TRAINED) -> None:

@@ -64,7 +64,7 @@ def profile(
         BundleError: the bundle was exported without its dense twin, whose speed is the ideal.
     """
     profiler = Profiler(runtime.bundle, runtime.backend)
-    timed = Runtime(runtime.bundle, profiler, runtime.options)
+    timed = Runtime(runtime.bundle, profiler, runtime.options, runtime.offsets)
     timed.run_dense(images[: plan.batch])
     feed = batches(images, plan.batch, policy)
     for _ in range(max(plan.warmup, -(-len(images) // plan.batch))):  # every set of heads has been seen once

@@ -1,0 +1,133 @@
+"""`adavit-run --budget` and `--latency-ms`, end to end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import assert_same_policy, invoke, picture, read_config, refusal, tiny, write_config
+
+import adavit
+from adavit.cli import run
+from adavit.runtime import Policy, latency
+from adavit.runtime.budget import Budgets
+
+SHORT = ("--iterations", 2, "--warmup", 1, "--threads", 1, "--json", "-")
+
+
+def point(budget: float, offset: float) -> dict[str, Any]:
+    offsets = dict.fromkeys(("tokens", "heads", "sublayers"), offset)
+    return {"budget": budget, "offsets": offsets, "measured": {"macs": budget}}
+
+
+@pytest.fixture
+def dialled(bundle: Path) -> Path:
+    """A bundle with operating points from nothing to everything."""
+    points = [point(0.1, -1000.0), point(0.5, 0.0), point(1.0, 1000.0)]
+    write_config(bundle, {**read_config(bundle), "budgets": {"points": points, "calibration": {}}})
+    return bundle
+
+
+@pytest.fixture(autouse=True)
+def _briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "SECONDS", 0.05)
+
+
+def report(*arguments: object) -> dict[str, Any]:
+    done = invoke(run, *arguments, *SHORT)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_a_budget(dialled: Path, labelled: Path, tmp_path: Path) -> None:
+    recorded = tmp_path / "policy.npz"
+    values = report(dialled, "--images", labelled, "--budget", 0.3, "--record-policy", recorded)
+    assert values["budget"] == {"macs": 0.3, "offsets": {"tokens": -500.0, "heads": -500.0, "sublayers": -500.0}}
+    assert_same_policy(Policy.load(recorded)[:1], drops_all())
+    values = report(dialled, "--images", labelled, "--budget", "1", "--profile")  # a profile is of the budget too
+    assert values["macs"]["executed_mean"] == values["macs"]["dense"]
+    assert values["profile"] is not None
+    assert report(dialled, "--images", labelled)["budget"] is None
+
+
+def drops_all() -> Policy:
+    policy = Policy.dense(tiny(), 1)
+    policy.tokens[..., 1:] = policy.heads[:, 1:] = policy.sublayers[:, 1:] = False
+    return policy
+
+
+def test_the_budget_is_shown(dialled: Path) -> None:
+    shown = invoke(run, dialled, *SHORT[:-2], "--budget", "0.75").stdout
+    assert "budget      75.0% of the dense MACs asked for" in shown
+    assert "tokens +500.00, heads +500.00" in shown
+
+
+def slow(taken: list[float]) -> Any:
+    """Stands for the clock: what the timed points take."""
+    return lambda *_: np.array(taken)
+
+
+@pytest.mark.parametrize(
+    ("asked", "budget"), [(2, 0.1), (3, 0.3), (4, 0.5), (7, 1.0)], ids=["least", "between", "a point", "most"]
+)
+def test_a_latency(asked: float, budget: float, dialled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "_medians", slow([2.0, 4.0, 7.0]))
+    values = report(dialled, "--latency-ms", asked)
+    assert values["budget"]["macs"] == pytest.approx(budget)
+    macs = adavit.load(dialled, threads=1, budget=values["budget"]["macs"]).offsets
+    assert values["budget"]["offsets"]["tokens"] == macs.tokens
+
+
+def test_a_latency_out_of_range(dialled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "_medians", slow([2.0, 1.5, 7.0]))  # the second is noise
+    for asked in (1.9, 7.1):
+        message = refusal(invoke(run, dialled, *SHORT, "--latency-ms", asked, "--batch", 2))
+        assert f"a latency of {asked:g} ms is out of range: with batch 2 and 1 threads" in message
+        assert "take 2.00 to 7.00 ms on this machine" in message
+
+
+def test_a_latency_is_timed_here(dialled: Path, labelled: Path) -> None:
+    """Whatever this machine does: between the slowest and the fastest point there is a budget."""
+    message = refusal(invoke(run, dialled, *SHORT, "--images", labelled, "--latency-ms", 1e9))
+    fastest, slowest = (float(word) for word in message.split("take ")[1].split(" ms")[0].split(" to "))
+    assert 0 < fastest <= slowest
+    done = invoke(run, dialled, *SHORT, "--images", labelled, "--latency-ms", (fastest + slowest) / 2)
+    if done.exit_code == 0:  # a second timing may differ from the first
+        assert 0.1 <= json.loads(done.stdout)["budget"]["macs"] <= 1.0
+
+
+def test_few_of_many_points_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [point(0.01 * n, float(n - 50)) for n in range(1, 101)]
+    budgets = Budgets.from_dict({"points": points, "calibration": {}})
+    found = [chosen.budget for chosen in latency._spread(budgets.points)]
+    assert len(found) == latency.TIMED
+    assert (found[0], found[-1]) == (0.01, 1.0)
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "0.4", "--latency-ms", "9"], "give one of --budget, --latency-ms and --replay-policy"),
+        (["--budget", "0.4", "--replay-policy", "x.npz"], "give one of --budget, --latency-ms and --replay-policy"),
+        (["--budget", "much"], "'much' is not a valid float"),
+        (["--latency-ms", "0"], "0.0 is not in the range"),
+        (["--latency-ms", "-3"], "-3.0 is not in the range"),
+    ],
+)
+def test_usage(arguments: list[str], message: str, dialled: Path) -> None:
+    assert message.lower() in refusal(invoke(run, dialled, *arguments), code=2).lower()
+
+
+def test_budgets_that_cannot_be_had(dialled: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    for arguments, message in (
+        ([dialled, "--budget", "0.05"], "budget 0.05 is out of range: this bundle's go from 0.1 to 1 of the dense"),
+        ([dialled, "--budget", "40"], "budget 40 is out of range"),
+        ([dialled, "--budget", "nan"], "budget nan is out of range"),
+        ([dialled, "--latency-ms", "nan"], "a latency of nan ms is out of range"),
+        ([tiny_bundle, "--budget", "0.4"], "has no operating points; add them with adavit-export"),
+        ([tiny_bundle, "--latency-ms", "4", "--images", tmp_path], "has no operating points"),
+    ):
+        assert message in refusal(invoke(run, *arguments, *SHORT))
