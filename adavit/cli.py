@@ -9,13 +9,14 @@ import click
 
 from adavit import console
 from adavit.runtime.backend import names as backend_names
+from adavit.tensorrt.options import BuildOptions, build_options
 from adavit.version import __version__
 
 PATH = click.Path(path_type=Path)
 
 
 @click.command(cls=console.Command, name="adavit-export")
-@click.argument("source", metavar="CHECKPOINT", type=PATH, required=False)
+@click.argument("source", metavar="CHECKPOINT|BUNDLE", type=PATH, required=False)
 @click.option("--output", "-o", type=PATH, help="Folder to write the bundle to.")
 @click.option("--with-dense/--no-dense", default=None, help="Add the dense twin, the baseline of every benchmark.")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
@@ -28,6 +29,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--check", type=PATH, metavar="BUNDLE", help="Verify an existing bundle instead of exporting.")
 @click.option("--against", type=PATH, metavar="CHECKPOINT", help="The checkpoint that --check compares with.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads of the verification.")
+@build_options
 @click.option("--json", "json_file", metavar="FILE|-", help="Write a report as JSON; - is standard output.")
 @click.version_option(__version__)
 def export(
@@ -42,23 +44,43 @@ def export(
     """Turn a trained AdaViT into a bundle of engines, and prove that it computes the same.
 
     CHECKPOINT is a released training checkpoint, a state dict or a safetensors file; `demo` is the small
-    Fashion-MNIST model that comes with this package.
+    Fashion-MNIST model that comes with this package. To a BUNDLE, --target adds TensorRT engines.
     """
-    from adavit.export import ExportOptions, check_bundle, export_bundle
-
+    build = BuildOptions.taken_from(options)
     with console.Progress() as progress:
-        if check is not None:
-            if against is None or source is not None or output is not None:
-                raise click.UsageError("--check BUNDLE takes --against CHECKPOINT and neither CHECKPOINT nor --output")
-            report = check_bundle(check, against, options["heads"], threads, progress)
-        elif source is None or output is None:
-            raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")
+        if source is not None and (source / "config.json").is_file() and build.target:
+            from adavit.tensorrt.build import add_engines
+
+            if output is not None or check is not None:
+                raise click.UsageError("to add engines to a BUNDLE, leave out --output and --check")
+            report = {"bundle": str(source), "engine_sets": add_engines(source, build, progress)}
         else:
-            report = export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
+            report = _export(source, output, check, against, threads, {**options, "build": build}, progress)
     console.write_json(report, json_file)
     if json_file != "-":
         for line in console.export_lines(report):
             click.echo(line)
+
+
+def _export(
+    source: Path | None,
+    output: Path | None,
+    check: Path | None,
+    against: Path | None,
+    threads: int | None,
+    options: dict[str, Any],
+    progress: console.Progress,
+) -> dict[str, Any]:
+    """Exports a checkpoint, or checks a bundle."""
+    from adavit.export import ExportOptions, check_bundle, export_bundle
+
+    if check is not None:
+        if against is None or source is not None or output is not None:
+            raise click.UsageError("--check BUNDLE takes --against CHECKPOINT and neither CHECKPOINT nor --output")
+        return check_bundle(check, against, options["heads"], threads, progress)
+    if source is None or output is None:
+        raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")
+    return export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
 
 
 @click.command(cls=console.Command, name="adavit-run")

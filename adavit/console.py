@@ -139,6 +139,9 @@ def export_lines(report: dict[str, Any]) -> list[str]:
             f"verified    {found['images']} images: {found['decisions']} decisions identical, "
             f"largest logit difference {found['max_logit_difference']:.1e}"
         )
+    for key, built in report.get("engine_sets", {}).items():
+        size = sum(engine["bytes"] for engine in built["engines"].values())
+        lines.append(f"built       {key}: {len(built['engines'])} engines, {size / 1e6:.1f} MB, {built['seconds']:.1f} s")
     if "seconds" in report:
         lines.append(f"took        {report['seconds']:.1f} s")
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from adavit.model import AdaViT, load_checkpoint, read_metadata, resize
 from adavit.runtime.evaluate import demo_bundle
 from adavit.runtime.images import Preprocessor
 from adavit.runtime.session import load
+from adavit.tensorrt.build import add_engines
+from adavit.tensorrt.options import BuildOptions
 
 __all__ = ["ExportOptions", "check_bundle", "export_bundle"]
 
@@ -41,6 +43,7 @@ class ExportOptions:
     verify: bool = True
     force: bool = False
     threads: int | None = None
+    build: BuildOptions = field(default_factory=BuildOptions)
 
 
 def export_bundle(source: Path, output: Path, options: ExportOptions, progress: Progress) -> dict[str, Any]:
@@ -87,6 +90,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
             progress,
         )
         verified = verify(model, load(folder, threads=options.threads), progress) if options.verify else None
+        engine_sets = add_engines(folder, options.build, progress)
     return {
         "bundle": str(output),
         "engines": len(config["engines"]),
@@ -95,6 +99,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "architecture": config["architecture"],
         "macs": config["macs"],
         "verified": verified,
+        "engine_sets": engine_sets,
         "seconds": time.perf_counter() - start,
     }
 

@@ -10,6 +10,7 @@ import onnx
 from adavit.architecture import Architecture
 from adavit.export import blocks, gather
 from adavit.export.graph import Graph
+from adavit.export.rows import row_graphs
 from adavit.export.stem import add_stem
 from adavit.export.weights import Weights
 
@@ -27,7 +28,7 @@ def make_engines(
 def engine_count(arch: Architecture, with_dense: bool) -> int:
     """How many engines `make_engines` yields."""
     gathering = sum(4 for block in range(arch.depth) if arch.adapts_heads(block))
-    return 2 + 3 * arch.depth + gathering + arch.head_policy + with_dense
+    return 4 + 3 * arch.depth + gathering + 2 * arch.head_policy + with_dense
 
 
 def _graphs(arch: Architecture, weights: Weights, opset: int, with_dense: bool) -> Iterator[Graph]:
@@ -44,6 +45,7 @@ def _graphs(arch: Architecture, weights: Weights, opset: int, with_dense: bool) 
     if arch.head_policy:
         yield blocks.empty_graph(arch, weights, opset)
     yield _head(arch, weights, opset)
+    yield from row_graphs(arch, opset)
     if with_dense:
         yield _dense(arch, weights, opset)
 

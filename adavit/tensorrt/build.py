@@ -1,0 +1,131 @@
+"""Adds sets of TensorRT engines to a bundle."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from adavit.errors import BackendError, BundleError
+from adavit.files import folder_beside, write_beside
+from adavit.runtime.bundle import Bundle
+from adavit.runtime.engine_sets import engine_sets, this_platform
+from adavit.statistics import Statistics
+from adavit.tensorrt import worker
+from adavit.tensorrt.options import BuildOptions
+from adavit.tensorrt.profiles import profiles_of
+
+__all__ = ["add_engines"]
+
+Progress = Callable[[str, float], None]
+
+FOLDER = "tensorrt"
+
+
+def add_engines(folder: Path, options: BuildOptions, progress: Progress) -> dict[str, Any]:
+    """Builds every engine of the bundle `folder` for each target, and adds them to it.
+
+    A set appears in `config.json` when all its engines are there; until then nothing in the bundle changes.
+
+    Returns:
+        For each set's key, the report of its engines: layers, precisions, profiles, size and time.
+
+    Raises:
+        InputError: a target cannot do what the options ask for.
+        BundleError: the bundle is damaged.
+        BackendError: TensorRT is not installed, or refuses an engine.
+    """
+    options.check()
+    return dict(_add_set(folder, flavour, options, progress) for flavour in options.target)
+
+
+def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progress) -> tuple[str, dict[str, Any]]:
+    began = time.perf_counter()
+    bundle = Bundle.open(folder)
+    with _pool(flavour, bundle, options) as pool:
+        try:
+            builder = pool.submit(worker.describe).result()
+            key = "-".join((flavour, builder.version, this_platform(), *(f"sm{c}" for c in builder.compute_capabilities)))
+            place = _free_place(bundle, key)
+            place.parent.mkdir(exist_ok=True)
+            with folder_beside(place) as output:
+                engines = _build_all(pool, bundle, options, output, f"building {flavour}", progress)
+                report = {"seconds": time.perf_counter() - began, "engines": engines}
+                (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        except BrokenProcessPool:
+            raise BackendError(
+                f"the {flavour} builder died; if memory ran out, build with fewer --jobs"
+            ) from None
+    entry = {
+        "flavour": flavour,
+        "version": builder.version,
+        "platform": this_platform(),
+        "compute_capabilities": list(builder.compute_capabilities),
+        "hardware_compatible": options.hardware_compatible,
+        "version_compatible": options.version_compatible,
+        "stripped": options.strip_weights,
+        "max_batch": options.max_batch,
+        "engines": {
+            name: {"file": f"{FOLDER}/{place.name}/{name}.engine", **{k: made[k] for k in ("bytes", "sha256", "source")}}
+            for name, made in engines.items()
+        },
+    }
+    _describe(folder, key, entry)
+    return key, report
+
+
+def _pool(flavour: str, bundle: Bundle, options: BuildOptions) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(options.jobs, context, worker.start, (flavour, bundle.path, options))
+
+
+def _build_all(
+    pool: ProcessPoolExecutor, bundle: Bundle, options: BuildOptions, output: Path, stage: str, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Builds all engines into a folder; returns their reports by name, in the bundle's order."""
+    try:
+        given = bundle.config.get("statistics")
+        statistics = None if given is None else Statistics.from_dict(given, bundle.architecture.depth)
+        jobs = [
+            worker.Job(name, profiles_of(spec, bundle.architecture, statistics, options.max_batch), output / f"{name}.engine")
+            for name, spec in bundle.engines.items()
+        ]
+    except ValueError as error:
+        raise BundleError(f"{bundle.path}: {error}; export again") from None
+    # The large ones first, so that no worker is left with one at the end.
+    jobs.sort(key=lambda job: -bundle.engines[job.name].bytes)
+    running = {pool.submit(worker.build, job): job.name for job in jobs}
+    made = {}
+    try:
+        for done, future in enumerate(as_completed(running), 1):
+            made[running[future]] = future.result()
+            progress(stage, done / len(running))
+    finally:
+        for future in running:
+            future.cancel()
+    return {name: made[name] for name in bundle.engines}
+
+
+def _free_place(bundle: Bundle, key: str) -> Path:
+    """Where to put a set: under its key, or beside a set of that key, which stays until the new one is described."""
+    taken = {Path(e.file).parent.name for s in engine_sets(bundle) for e in s.engines.values()}
+    return bundle.path / FOLDER / (key if key not in taken else f"{key}-again")
+
+
+def _describe(folder: Path, key: str, entry: dict[str, Any]) -> None:
+    """Puts a set into `config.json`, then removes the folder of the set it replaces."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    replaced = config.setdefault("engine_sets", {}).get(key)
+    config["engine_sets"][key] = entry
+    with write_beside(path) as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())
+    if replaced:
+        for old in {Path(engine["file"]).parent.name for engine in replaced["engines"].values()}:
+            shutil.rmtree(folder / FOLDER / old, ignore_errors=True)

@@ -1,0 +1,247 @@
+"""Builds one engine after the other in a process of its own: Polygraphy is for one flavour in a process.
+
+What TensorRT and its libraries print goes to a file, from which a refusal quotes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from adavit.errors import BackendError
+from adavit.files import sha256
+from adavit.runtime.backends.cuda import Cuda
+from adavit.runtime.bundle import Bundle, EngineSpec
+from adavit.tensorrt.options import BuildOptions
+from adavit.tensorrt.profiles import Profile
+
+__all__ = ["Builder", "Job", "build", "describe", "start"]
+
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
+"""TensorRT's names of types, and ours."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An engine to build.
+
+    Attributes:
+        name: of the engine in the bundle.
+        profiles: its optimisation profiles.
+        output: where to write it.
+    """
+
+    name: str
+    profiles: list[Profile]
+    output: Path
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What builds here.
+
+    Attributes:
+        version: of TensorRT.
+        compute_capabilities: what the engines will be for.
+    """
+
+    version: str
+    compute_capabilities: tuple[int, ...]
+
+
+class _Worker:
+    """The state of a worker process."""
+
+    def __init__(self, flavour: str, bundle: Path, options: BuildOptions) -> None:
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(flavour == "tensorrt-rtx"))
+        self.flavour = flavour
+        self.options = options
+        self.log = tempfile.TemporaryFile("w+b", buffering=0)
+        for stream in (1, 2):
+            os.dup2(self.log.fileno(), stream)
+        self.trt, self.loaders, self.refused = _import(flavour)
+        self.timing_cache = str(options.timing_cache) if options.timing_cache else None
+        self.bundle = Bundle.open(bundle)
+
+    def logged(self) -> str:
+        """What was printed since the last call."""
+        end = self.log.tell()
+        self.log.seek(0)
+        text = self.log.read(end).decode(errors="replace")
+        self.log.seek(0)
+        self.log.truncate()
+        return text
+
+    def compute_capabilities(self) -> tuple[int, ...]:
+        """What the options ask for, else all that the builder knows (RTX) or this machine's GPU."""
+        if self.flavour == "tensorrt":
+            return (Cuda().compute_capability(),)
+        known = _known_capabilities(self.trt)
+        if unknown := set(self.options.compute_capability) - set(known):
+            raise BackendError(
+                f"TensorRT-RTX {self.trt.__version__} does not build for compute capability {min(unknown)}; "
+                f"it does for {', '.join(map(str, known))}"
+            )
+        return self.options.compute_capability or tuple(value for value in known if value >= 80)
+
+    def set_capabilities(self, _: Any, __: Any, config: Any) -> None:
+        """Puts the compute capabilities into a builder's configuration, where the flavour has them there."""
+        if self.flavour == "tensorrt-rtx":
+            chosen = self.compute_capabilities()
+            config.num_compute_capabilities = len(chosen)
+            for index, value in enumerate(chosen):
+                config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{value}"), index)
+
+
+_task: tuple[str, Path, BuildOptions]
+
+
+def start(*task: Any) -> None:
+    """Makes this process a worker; what can fail is left to the first call, whose errors reach the parent."""
+    global _task
+    _task = task  # type: ignore[assignment]
+
+
+@cache
+def _worker() -> _Worker:
+    return _Worker(*_task)
+
+
+def describe() -> Builder:
+    """What this worker builds with and for; raises BackendError where it cannot do what the options ask."""
+    worker = _worker()
+    return Builder(worker.trt.__version__, worker.compute_capabilities())
+
+
+def build(job: Job) -> dict[str, Any]:
+    """Builds an engine, writes it, and reports on it.
+
+    Raises:
+        BackendError: TensorRT refuses; the message names the operator, the node and the engine.
+    """
+    began = time.perf_counter()
+    worker = _worker()
+    spec, trt, loaders = worker.bundle.engines[job.name], worker.trt, worker.loaders
+    data = worker.bundle.read(job.name)
+    worker.logged()
+    typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") or None  # 11 knows no other networks
+    try:
+        parts = loaders.NetworkFromOnnxBytes(data, strongly_typed=typed)()
+    except worker.refused as error:
+        raise _refusal(job.name, _parser_error(trt, data, typed) or f"it ({error})") from None
+    _check_tensors(spec, parts[1])
+    layers = [{"name": layer.name, "type": layer.type.name, "precision": _precision(layer)} for layer in parts[1]]
+    config = _config(worker, job.profiles)
+    try:
+        blob = bytes(loaders.EngineBytesFromNetwork(parts, config, worker.timing_cache)())
+    except worker.refused as error:
+        raise _refusal(job.name, _build_error(layers, worker.logged()) or f"it ({error})") from None
+    job.output.write_bytes(blob)
+    return {
+        "bytes": len(blob),
+        "sha256": sha256(blob),
+        "source": spec.sha256,
+        "seconds": time.perf_counter() - began,
+        "precisions": dict(Counter(layer["precision"] for layer in layers)),
+        "profiles": job.profiles,
+        "layers": layers,
+    }
+
+
+def _import(flavour: str) -> tuple[Any, Any, type[Exception]]:
+    """TensorRT, Polygraphy's loaders, and what these raise where TensorRT refuses."""
+    try:
+        if flavour == "tensorrt-rtx":
+            import tensorrt_rtx as trt
+        else:
+            import tensorrt as trt
+        from polygraphy.backend import trt as loaders
+        from polygraphy.exception import PolygraphyException
+        from polygraphy.logger import G_LOGGER
+    except (ImportError, OSError) as error:
+        raise BackendError(
+            f"building {flavour} engines needs packages that are missing here ({error}); run: "
+            f"pip install 'adavit[{flavour}]'"
+        ) from None
+    G_LOGGER.module_severity = G_LOGGER.ERROR
+    return trt, loaders, PolygraphyException
+
+
+def _known_capabilities(trt: Any) -> list[int]:
+    names = trt.ComputeCapability.__members__
+    return sorted(int(name[2:]) for name in names if name.startswith("SM"))
+
+
+def _config(worker: _Worker, profiles: list[Profile]) -> Any:
+    """Polygraphy's loader of the builder's configuration."""
+    trt, loaders, options = worker.trt, worker.loaders, worker.options
+    made = []
+    for profile in profiles:
+        made.append(loaders.Profile())
+        for name, (least, tuned, most) in profile.items():
+            made[-1].add(name, least, tuned, most)
+    config = loaders.CreateConfig(
+        profiles=made,
+        memory_pool_limits={trt.MemoryPoolType.WORKSPACE: options.workspace << 20} if options.workspace else None,
+        builder_optimization_level=options.builder_optimization_level,
+        strip_plan=options.strip_weights,
+        version_compatible=options.version_compatible,
+        exclude_lean_runtime=options.version_compatible,
+        hardware_compatibility_level=trt.HardwareCompatibilityLevel.AMPERE_PLUS if options.hardware_compatible else None,
+        load_timing_cache=worker.timing_cache,
+    )
+    return loaders.PostprocessConfig(config, worker.set_capabilities)
+
+
+def _check_tensors(spec: EngineSpec, network: Any) -> None:
+    """Compares the network's inputs and outputs with the bundle's description."""
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    for wanted, found in ((spec.inputs, inputs), (spec.outputs, outputs)):
+        theirs = {t.name: (DTYPES.get(t.dtype.name, t.dtype.name), tuple(t.shape)) for t in found}
+        ours = {t.name: (t.dtype, tuple(-1 if isinstance(size, str) else size for size in t.shape)) for t in wanted}
+        if {name: (t, len(s)) for name, (t, s) in ours.items()} != {n: (t, len(s)) for n, (t, s) in theirs.items()}:
+            raise BackendError(f"engine {spec.name}: TensorRT reads {theirs} where config.json says {ours}; export again")
+
+
+def _precision(layer: Any) -> str:
+    """The type of what a layer computes."""
+    types = {layer.get_output(i).dtype.name for i in range(layer.num_outputs)}
+    return "+".join(sorted(DTYPES.get(name, name.lower()) for name in types))
+
+
+def _refusal(engine: str, why: str) -> BackendError:
+    return BackendError(f"engine {engine}: TensorRT refuses {' '.join(why.split())[:500]}")
+
+
+def _parser_error(trt: Any, data: bytes, typed: bool | None) -> str | None:
+    """Operator and node that the parser stumbles over, read by parsing once more: Polygraphy only prints them."""
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    builder = trt.Builder(logger)
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if typed else 0
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, logger)
+    parser.parse(data)
+    if not parser.num_errors:
+        return None
+    error = parser.get_error(0)
+    return f"operator {error.node_operator()}, node {error.node_name()!r} ({error.code().name}: {error.desc()})"
+
+
+def _build_error(layers: list[dict[str, Any]], log: str) -> str | None:
+    """The first of the builder's messages, with the layer and node it speaks of."""
+    message = next((line.removeprefix("[E] ") for line in log.splitlines() if line.startswith("[E]")), None)
+    if message is None:
+        return None
+    named = [layer for layer in layers if re.search(rf"(?<![\w.]){re.escape(layer['name'])}", message)]
+    if not named:
+        return f"it ({message})"
+    layer = max(named, key=lambda found: len(found["name"]))
+    return f"operator {layer['type']}, node {layer['name']!r} ({message})"
