@@ -1,0 +1,209 @@
+"""Real builds with TensorRT-RTX, whose builder needs no GPU."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from cases import GOLDEN, export, invoke, quiet, random_model, read_config, refusal, rewrite_engine, tiny, write_config
+from onnx import helper
+
+from adavit.architecture import Architecture
+from adavit.cli import export as export_command
+from adavit.errors import BackendError, BundleError, InputError
+from adavit.export import ExportOptions, export_bundle
+from adavit.files import sha256
+from adavit.runtime.bundle import Bundle
+from adavit.runtime.engine_sets import engine_sets
+from adavit.tensorrt.build import add_engines
+from adavit.tensorrt.options import BuildOptions
+
+pytest.importorskip("tensorrt_rtx", reason="pip install 'adavit[tensorrt-rtx]' to build engines")
+pytest.importorskip("polygraphy", reason="pip install 'adavit[tensorrt-rtx]' to build engines")
+
+RTX = BuildOptions(target=("tensorrt-rtx",), jobs=2)
+DEIT_SMALL = Architecture(
+    stem="patch", image_size=224, patch_size=16, width=384, depth=12, heads=6, hidden=1536, classes=1000, keep=1,
+    qkv_bias=True, token_policy=True, head_policy=True, sublayer_policy=True,
+)  # fmt: skip
+
+
+def assert_complete(bundle: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """A set of every engine, of the reported and described sizes and hashes, its shapes within its profiles."""
+    (built,) = engine_sets(Bundle.open(bundle))
+    (made,) = report.values()
+    engines = read_config(bundle)["engines"]
+    assert set(built.engines) == set(made["engines"]) == set(engines)
+    for name, stored in built.engines.items():
+        data = (bundle / stored.file).read_bytes()
+        found = made["engines"][name]
+        assert (stored.bytes, stored.sha256) == (len(data), sha256(data)) == (found["bytes"], found["sha256"])
+        assert stored.source == engines[name]["sha256"]
+        assert found["layers"] and found["seconds"] > 0
+        assert sum(found["precisions"].values()) == len(found["layers"])
+        for profile in found["profiles"]:
+            assert set(profile) == {tensor["name"] for tensor in engines[name]["inputs"]}
+            for least, tuned, most in profile.values():
+                assert all(a <= b <= c for a, b, c in zip(least, tuned, most, strict=True))
+    assert json.loads((bundle / built.engines["stem"].file).with_name("report.json").read_text()).keys() == made.keys()
+    return made["engines"]
+
+
+def computing(engines: dict[str, Any]) -> set[str]:
+    """The types that engines compute with, whole numbers and truth values left out."""
+    found = {precision for engine in engines.values() for precision in engine["precisions"]}
+    return found - {"int64", "int32", "bool"}
+
+
+def test_every_engine_of_the_demo(tmp_path: Path) -> None:
+    bundle = tmp_path / "demo"
+    report = export_bundle(Path("demo"), bundle, ExportOptions(verify=False, build=RTX), quiet)
+    engines = assert_complete(bundle, report["engine_sets"])
+    assert "dense" in engines
+    assert computing(engines) == {"float32"}
+    assert {engine.file for engine in engine_sets(Bundle.open(bundle))[0].engines.values()} == {
+        str(path.relative_to(bundle)) for path in bundle.glob("tensorrt/*/*.engine")
+    }
+
+
+def test_every_engine_of_a_full_size_model(tmp_path: Path) -> None:
+    bundle = export(random_model(DEIT_SMALL), tmp_path, verify=False, with_dense=True)
+    assert computing(assert_complete(bundle, add_engines(bundle, RTX, quiet))) == {"float32"}
+
+
+def test_every_engine_of_a_t2t_model(tmp_path: Path) -> None:
+    bundle = export(GOLDEN / "t2t_small.safetensors", tmp_path, verify=False, with_dense=True)
+    assert computing(assert_complete(bundle, add_engines(bundle, RTX, quiet))) == {"float32"}
+
+
+def test_sets_lie_side_by_side_and_one_of_the_same_key_is_replaced(bundle: Path) -> None:
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.name.endswith((".onnx", ".txt"))}
+    for capability in ("86", "120", "86"):
+        done = invoke(export_command, bundle, "--target", "tensorrt-rtx", "--compute-capability", capability)
+        assert done.exit_code == 0, done.output
+    found = engine_sets(Bundle.open(bundle))
+    assert [built.compute_capabilities for built in found] == [(86,), (120,)]
+    kept = {str(Path(engine.file).parent) for built in found for engine in built.engines.values()}
+    assert kept == {str(path.relative_to(bundle)) for path in (bundle / "tensorrt").iterdir()}
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_profiles_follow_the_statistics(bundle: Path) -> None:
+    config = read_config(bundle)
+    depth, tokens = config["architecture"]["depth"], 17
+    config["statistics"] = {
+        "tokens": [{"2": 40, str(tokens): 60}] * depth,
+        "heads": [{"1": 9, "3": 1}] * depth,
+        "batch": {"4": 25},
+    }
+    write_config(bundle, config)
+    (report,) = add_engines(bundle, RTX, quiet).values()
+    shapes = [profile["x"] for profile in report["engines"]["blocks.1.mlp"]["profiles"]]
+    assert [[least[0], tuned[0], most[0]] for least, tuned, most in shapes] == [[1, 2, 2], [3, tokens, tokens]]
+    assert report["engines"]["stem"]["profiles"][0]["images"][1][0] == 4
+    config["statistics"]["tokens"].pop()
+    write_config(bundle, config)
+    with pytest.raises(BundleError, match="statistics are of"):
+        add_engines(bundle, RTX, quiet)
+
+
+def odd(kind: str) -> Callable[[bytes], bytes]:
+    """An engine whose output goes through an operator of this kind first."""
+
+    def change(data: bytes) -> bytes:
+        model = onnx.load_from_string(data)
+        last = next(node for node in model.graph.node if "y" in node.output)
+        last.output[:] = ["before"]
+        model.graph.node.append(helper.make_node(kind, ["before"], ["y"], name="the_odd_one"))
+        return model.SerializeToString()
+
+    return change
+
+
+def test_a_refused_graph_is_reported_with_operator_node_and_engine(bundle: Path) -> None:
+    name = "blocks.1.mlp"
+    rewrite_engine(bundle, name, odd("Det")((bundle / f"onnx/{name}.onnx").read_bytes()))
+    before = sorted(bundle.rglob("*"))
+    message = refusal(invoke(export_command, bundle, "--target", "tensorrt-rtx"))
+    assert "engine blocks.1.mlp: TensorRT refuses operator Det, node 'the_odd_one'" in message
+    assert [path for path in sorted(bundle.rglob("*")) if path.name != "tensorrt"] == before
+    assert not engine_sets(Bundle.open(bundle))
+
+
+def test_what_the_builder_refuses_is_reported_likewise(bundle: Path) -> None:
+    message = refusal(invoke(export_command, bundle, "--target", "tensorrt-rtx", "--compute-capability", "75"))
+    assert "TensorRT refuses operator MATRIX_MULTIPLY, node 'matmul_" in message
+    assert "Turing" in message
+    assert not engine_sets(Bundle.open(bundle))
+
+
+def test_an_engine_that_is_not_what_the_bundle_says(bundle: Path) -> None:
+    config = read_config(bundle)
+    config["engines"]["head"]["inputs"][0]["dtype"] = "float16"
+    write_config(bundle, config)
+    with pytest.raises(BackendError, match="engine head: TensorRT reads .*float32.* where config.json says .*float16"):
+        add_engines(bundle, RTX, quiet)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--target", "tensorrt-rtx", "--hardware-compatible"], "tensorrt-rtx has no --hardware-compatible"),
+        (["--target", "tensorrt-rtx", "--version-compatible"], "tensorrt-rtx has no --version-compatible"),
+        (["--target", "tensorrt-rtx", "--timing-cache", "cache"], "tensorrt-rtx has no --timing-cache"),
+        (["--target", "tensorrt", "--compute-capability", "86"], "tensorrt has no --compute-capability"),
+        (["--target", "tensorrt-rtx", "--target", "tensorrt-rtx"], "is there twice"),
+        (["--target", "tensorrt-rtx", "--compute-capability", "86;89"], "no list of compute capabilities"),
+        (["--target", "tensorrt-rtx", "--output", "x"], "leave out --output"),
+        (["--workspace", "64"], "add --target"),
+    ],
+)
+def test_mistakes_in_the_command(tiny_bundle: Path, arguments: list[str], why: str) -> None:
+    assert why in refusal(invoke(export_command, tiny_bundle, *arguments), 2)
+
+
+def test_a_compute_capability_that_the_builder_does_not_know(tiny_bundle: Path) -> None:
+    options = BuildOptions(target=("tensorrt-rtx",), compute_capability=(99,))
+    with pytest.raises(BackendError, match=r"does not build for compute capability 99; it does for 75, 80, 86"):
+        add_engines(tiny_bundle, options, quiet)
+    with pytest.raises(InputError, match="no --timing-cache"):
+        add_engines(tiny_bundle, BuildOptions(target=("tensorrt-rtx",), timing_cache=Path("x")), quiet)
+
+
+def test_the_builder_takes_its_options(bundle: Path) -> None:
+    done = invoke(
+        export_command, bundle, "--target", "tensorrt-rtx", "--workspace", "64", "--builder-optimization-level", "1",
+        "--compute-capability", "8.6,sm_89", "--max-batch", "4", "--jobs", "2", "--json", "-",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    ((key, report),) = json.loads(done.stdout)["engine_sets"].items()
+    assert key.endswith("-sm86-sm89")
+    assert report["engines"]["stem"]["profiles"][0]["images"][2][0] == 4
+
+
+def test_an_altered_graph_is_not_built(bundle: Path) -> None:
+    path = bundle / "onnx/head.onnx"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match="altered"):
+        add_engines(bundle, RTX, quiet)
+
+
+def test_a_build_that_was_killed_leaves_nothing_that_matters(bundle: Path) -> None:
+    (key,) = add_engines(bundle, RTX, quiet)
+    folder = bundle / "tensorrt" / key
+    shutil.copytree(folder, folder.with_name(f".{key}-again.999999999.tmp"))  # killed while it was building
+    shutil.copytree(folder, folder.with_name(f"{key}-again"))  # killed before it was described
+    assert_complete(bundle, add_engines(bundle, RTX, quiet))
+    assert [path.name for path in (bundle / "tensorrt").iterdir()] == [f"{key}-again"]
+    assert_complete(bundle, add_engines(bundle, RTX, quiet))
+    assert [path.name for path in (bundle / "tensorrt").iterdir()] == [key]
+
+
+def test_models_with_fewer_policies(tmp_path: Path) -> None:
+    bundle = export(random_model(tiny(head_policy=False, depth=2)), tmp_path, verify=False)
+    assert "rows.add" not in assert_complete(bundle, add_engines(bundle, RTX, quiet))
