@@ -141,7 +141,8 @@ def export_lines(report: dict[str, Any]) -> list[str]:
         )
     for key, built in report.get("engine_sets", {}).items():
         size = sum(engine["bytes"] for engine in built["engines"].values())
-        lines.append(f"built       {key}: {len(built['engines'])} engines, {size / 1e6:.1f} MB, {built['seconds']:.1f} s")
+        count, seconds = len(built["engines"]), built["seconds"]
+        lines.append(f"built       {key}: {count} engines, {size / 1e6:.1f} MB, {seconds:.1f} s")
     if "seconds" in report:
         lines.append(f"took        {report['seconds']:.1f} s")
     return lines

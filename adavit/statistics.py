@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from adavit.runtime.policy import Policy
 
 __all__ = ["Statistics"]
@@ -33,11 +36,13 @@ class Statistics:
     @classmethod
     def of(cls, policy: Policy, batch: Histogram | None = None) -> Statistics:
         """The histograms of what some images kept; without `batch`, as if they came one by one."""
-        runs = policy.sublayers.any(2)
 
-        def histograms(masks: Any) -> tuple[Histogram, ...]:
+        def histograms(masks: npt.NDArray[np.bool_]) -> tuple[Histogram, ...]:
             counts = masks.sum(2)
-            return tuple(dict(Counter(counts[runs[:, i], i].tolist())) for i in range(runs.shape[1]))
+            return tuple(
+                dict(Counter(counts[policy.sublayers[:, block].any(1), block].tolist()))
+                for block in range(counts.shape[1])
+            )
 
         return cls(histograms(policy.tokens), histograms(policy.heads), batch or {1: len(policy)})
 

@@ -51,7 +51,8 @@ def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progre
     with _pool(flavour, bundle, options) as pool:
         try:
             builder = pool.submit(worker.describe).result()
-            key = "-".join((flavour, builder.version, this_platform(), *(f"sm{c}" for c in builder.compute_capabilities)))
+            capabilities = (f"sm{value}" for value in builder.compute_capabilities)
+            key = "-".join((flavour, builder.version, this_platform(), *capabilities))
             place = _free_place(bundle, key)
             place.parent.mkdir(exist_ok=True)
             with folder_beside(place) as output:
@@ -59,9 +60,7 @@ def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progre
                 report = {"seconds": time.perf_counter() - began, "engines": engines}
                 (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         except BrokenProcessPool:
-            raise BackendError(
-                f"the {flavour} builder died; if memory ran out, build with fewer --jobs"
-            ) from None
+            raise BackendError(f"the {flavour} builder died; if memory ran out, build with fewer --jobs") from None
     entry = {
         "flavour": flavour,
         "version": builder.version,
@@ -72,7 +71,10 @@ def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progre
         "stripped": options.strip_weights,
         "max_batch": options.max_batch,
         "engines": {
-            name: {"file": f"{FOLDER}/{place.name}/{name}.engine", **{k: made[k] for k in ("bytes", "sha256", "source")}}
+            name: {
+                "file": f"{FOLDER}/{place.name}/{name}.engine",
+                **{key: made[key] for key in ("bytes", "sha256", "source")},
+            }
             for name, made in engines.items()
         },
     }
@@ -91,9 +93,10 @@ def _build_all(
     """Builds all engines into a folder; returns their reports by name, in the bundle's order."""
     try:
         given = bundle.config.get("statistics")
-        statistics = None if given is None else Statistics.from_dict(given, bundle.architecture.depth)
+        arch, most = bundle.architecture, options.max_batch
+        statistics = None if given is None else Statistics.from_dict(given, arch.depth)
         jobs = [
-            worker.Job(name, profiles_of(spec, bundle.architecture, statistics, options.max_batch), output / f"{name}.engine")
+            worker.Job(name, profiles_of(spec, arch, statistics, most), output / f"{name}.engine")
             for name, spec in bundle.engines.items()
         ]
     except ValueError as error:

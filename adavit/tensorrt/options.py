@@ -62,7 +62,7 @@ class BuildOptions:
         """Raises InputError where a flavour cannot do what is asked, or no target is there to do it for."""
         if not self.target:
             if self != BuildOptions():
-                raise InputError("these options are for building TensorRT engines; add --target tensorrt or tensorrt-rtx")
+                raise InputError("options for building TensorRT engines without a --target; add one")
             return
         if len(set(self.target)) < len(self.target):
             raise InputError("a --target is there twice")

@@ -35,9 +35,7 @@ Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """For each input, the least shape, the one to tune for, and the largest."""
 
 
-def profiles_of(
-    engine: EngineSpec, arch: Architecture, statistics: Statistics | None, max_batch: int
-) -> list[Profile]:
+def profiles_of(engine: EngineSpec, arch: Architecture, statistics: Statistics | None, max_batch: int) -> list[Profile]:
     """The profiles of an engine: one, or where the sizes that statistics tell are far apart, several.
 
     Without statistics, engines are tuned for one image, every token and half of the heads.
@@ -125,12 +123,12 @@ def split(sizes: Histogram, most: int, profiles: int) -> list[Range]:
 
 
 def _median(part: list[tuple[int, int]]) -> int:
-    half = sum(count for _, count in part) / 2
+    below, total = 0, sum(count for _, count in part)
     for size, count in part:
-        half -= count
-        if half <= 0:
-            break
-    return size
+        below += count
+        if 2 * below >= total:
+            return size
+    raise ValueError("no sizes")
 
 
 def _distance(part: list[tuple[int, int]]) -> float:

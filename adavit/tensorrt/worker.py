@@ -24,7 +24,7 @@ from adavit.tensorrt.profiles import Profile
 
 __all__ = ["Builder", "Job", "build", "describe", "start"]
 
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "BOOL": "bool"}
 """TensorRT's names of types, and ours."""
 
 
@@ -63,7 +63,7 @@ class _Worker:
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(flavour == "tensorrt-rtx"))
         self.flavour = flavour
         self.options = options
-        self.log = tempfile.TemporaryFile("w+b", buffering=0)
+        self.log = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115  (as long as the process)
         for stream in (1, 2):
             os.dup2(self.log.fileno(), stream)
         self.trt, self.loaders, self.refused = _import(flavour)
@@ -106,7 +106,7 @@ _task: tuple[str, Path, BuildOptions]
 def start(*task: Any) -> None:
     """Makes this process a worker; what can fail is left to the first call, whose errors reach the parent."""
     global _task
-    _task = task  # type: ignore[assignment]
+    _task = task
 
 
 @cache
@@ -187,6 +187,7 @@ def _config(worker: _Worker, profiles: list[Profile]) -> Any:
         made.append(loaders.Profile())
         for name, (least, tuned, most) in profile.items():
             made[-1].add(name, least, tuned, most)
+    level = trt.HardwareCompatibilityLevel.AMPERE_PLUS if options.hardware_compatible else None
     config = loaders.CreateConfig(
         profiles=made,
         memory_pool_limits={trt.MemoryPoolType.WORKSPACE: options.workspace << 20} if options.workspace else None,
@@ -194,21 +195,21 @@ def _config(worker: _Worker, profiles: list[Profile]) -> Any:
         strip_plan=options.strip_weights,
         version_compatible=options.version_compatible,
         exclude_lean_runtime=options.version_compatible,
-        hardware_compatibility_level=trt.HardwareCompatibilityLevel.AMPERE_PLUS if options.hardware_compatible else None,
+        hardware_compatibility_level=level,
         load_timing_cache=worker.timing_cache,
     )
     return loaders.PostprocessConfig(config, worker.set_capabilities)
 
 
 def _check_tensors(spec: EngineSpec, network: Any) -> None:
-    """Compares the network's inputs and outputs with the bundle's description."""
+    """Compares the network's inputs and outputs with the bundle's description; a size that varies is -1."""
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     for wanted, found in ((spec.inputs, inputs), (spec.outputs, outputs)):
-        theirs = {t.name: (DTYPES.get(t.dtype.name, t.dtype.name), tuple(t.shape)) for t in found}
-        ours = {t.name: (t.dtype, tuple(-1 if isinstance(size, str) else size for size in t.shape)) for t in wanted}
-        if {name: (t, len(s)) for name, (t, s) in ours.items()} != {n: (t, len(s)) for n, (t, s) in theirs.items()}:
-            raise BackendError(f"engine {spec.name}: TensorRT reads {theirs} where config.json says {ours}; export again")
+        ours = {t.name: (t.dtype, [-1 if isinstance(size, str) else size for size in t.shape]) for t in wanted}
+        theirs = {t.name: (DTYPES.get(t.dtype.name, t.dtype.name), list(t.shape)) for t in found}
+        if ours != theirs:
+            raise BackendError(f"engine {spec.name}: TensorRT reads {theirs}, config.json says {ours}; export again")
 
 
 def _precision(layer: Any) -> str:

@@ -144,7 +144,7 @@ def test_an_engine_that_is_not_what_the_bundle_says(bundle: Path) -> None:
     config = read_config(bundle)
     config["engines"]["head"]["inputs"][0]["dtype"] = "float16"
     write_config(bundle, config)
-    with pytest.raises(BackendError, match="engine head: TensorRT reads .*float32.* where config.json says .*float16"):
+    with pytest.raises(BackendError, match=r"engine head: TensorRT reads .*float32.* config.json says .*float16"):
         add_engines(bundle, RTX, quiet)
 
 
@@ -158,7 +158,7 @@ def test_an_engine_that_is_not_what_the_bundle_says(bundle: Path) -> None:
         (["--target", "tensorrt-rtx", "--target", "tensorrt-rtx"], "is there twice"),
         (["--target", "tensorrt-rtx", "--compute-capability", "86;89"], "no list of compute capabilities"),
         (["--target", "tensorrt-rtx", "--output", "x"], "leave out --output"),
-        (["--workspace", "64"], "add --target"),
+        (["--workspace", "64"], "without a --target"),
     ],
 )
 def test_mistakes_in_the_command(tiny_bundle: Path, arguments: list[str], why: str) -> None:

@@ -97,7 +97,8 @@ def test_statistics_of_a_policy_count_the_images_that_run_a_block_and_survive_js
 
 
 @pytest.mark.parametrize(
-    "damaged", [None, {}, {"tokens": [], "heads": [], "batch": {}}, {"tokens": 3}, {"batch": {"1": "x"}}, {"batch": {"a": 1}}]
+    "damaged",
+    [None, {}, {"tokens": [], "heads": [], "batch": {}}, {"tokens": 3}, {"batch": {"1": "x"}}, {"batch": {"a": 1}}],
 )
 def test_damaged_statistics_are_refused(damaged: object) -> None:
     good = Statistics.of(random_policy(ARCH, 3, 0)).to_dict()

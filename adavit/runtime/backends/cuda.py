@@ -24,7 +24,7 @@ class Cuda:
             from cuda.bindings import runtime
         except (ImportError, OSError) as error:
             raise BackendError(
-                f"cuda-python is not installed ({error}); run: pip install 'adavit[tensorrt]' (or 'adavit[tensorrt-rtx]')"
+                f"cuda-python is not installed ({error}); run: pip install 'adavit[tensorrt-rtx]' (or [tensorrt])"
             ) from None
         self.runtime: Any = runtime
         try:
