@@ -24,7 +24,15 @@ from adavit.tensorrt.profiles import Profile
 
 __all__ = ["Builder", "Job", "build", "describe", "start"]
 
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "BOOL": "bool"}
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "INT8": "int8",
+    "BOOL": "bool",
+}
 """TensorRT's names of types, and ours."""
 
 

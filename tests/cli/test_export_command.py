@@ -27,7 +27,8 @@ def test_export_and_check(checkpoint: Path, tmp_path: Path) -> None:
     assert f"bundle      {bundle}" in done.stdout
     assert "decisions identical" in done.stdout
     values = json.loads(report.read_text())
-    assert {"bundle", "engines", "bytes", "opset", "architecture", "macs", "verified", "seconds"} == set(values)
+    expected = {"bundle", "engines", "bytes", "opset", "architecture", "macs", "verified", "engine_sets", "seconds"}
+    assert set(values) == expected
     assert values["architecture"] == tiny().to_dict()
     done = invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1, "--json", "-")
     assert (done.exit_code, done.stderr) == (0, "")

@@ -43,6 +43,8 @@ def test_a_bundle_is_what_its_checkpoint_is(wide: tuple[Path, Path]) -> None:
 def test_every_altered_engine_is_named(wide: tuple[Path, Path], tmp_path: Path) -> None:
     bundle, checkpoint = wide
     for name in read_config(bundle)["engines"]:
+        if name.startswith("rows."):  # has no weights, and in host memory rows are moved without it
+            continue
         altered = shutil.copytree(bundle, tmp_path / name)
         alter(altered, name)
         message = fault(altered, checkpoint)
