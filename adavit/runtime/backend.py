@@ -116,7 +116,10 @@ class Backend(Protocol):
         ...
 
 
-_BACKENDS = {"onnxruntime": "adavit.runtime.backends.onnxruntime:OnnxRuntimeBackend"}
+_BACKENDS = {
+    "onnxruntime": "adavit.runtime.backends.onnxruntime:OnnxRuntimeBackend",
+    "openvino": "adavit.runtime.backends.openvino:OpenVinoBackend",
+}
 """Name to the class that implements it, imported when it is asked for."""
 
 
