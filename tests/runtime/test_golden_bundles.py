@@ -21,9 +21,13 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def loaded(name: str, golden_bundles: Bundles) -> Runtime:
-    return adavit.load(golden_bundles(name), threads=1)
+BACKENDS = [("onnxruntime", None), ("openvino", "fp32")]
+
+
+@pytest.fixture(scope="module", params=BACKENDS, ids=lambda backend: backend[0])
+def loaded(name: str, request: pytest.FixtureRequest, golden_bundles: Bundles) -> Runtime:
+    backend, provider = request.param
+    return adavit.load(golden_bundles(name), backend=backend, provider=provider, threads=1)
 
 
 def test_decisions_logits_and_macs(name: str, loaded: Runtime) -> None:
@@ -72,12 +76,14 @@ def test_the_dense_twin_keeps_everything(name: str, loaded: Runtime) -> None:
     assert set(replayed.macs.tolist()) == {dense_macs(loaded.architecture)}
 
 
+@pytest.mark.parametrize(("backend", "provider"), BACKENDS)
 @pytest.mark.parametrize("parallel", ["operators", "samples"])
 def test_both_ways_to_share_threads_in_a_process_that_has_its_pool(
-    parallel: str, name: str, golden_bundles: Bundles
+    parallel: str, backend: str, provider: str | None, name: str, golden_bundles: Bundles
 ) -> None:
     images, logits, policy = golden(name)
-    result = adavit.load(golden_bundles(name), threads=2, parallel=parallel).run(images)
+    loaded = adavit.load(golden_bundles(name), backend=backend, provider=provider, threads=2, parallel=parallel)
+    result = loaded.run(images)
     assert_same_policy(result.policy, policy)
     np.testing.assert_allclose(result.logits, logits, atol=1e-4, rtol=0)
 

@@ -62,6 +62,8 @@ class OpenVinoBackend(HostMoves):
             "INFERENCE_PRECISION_HINT": "f32" if decides else PRECISIONS[self._precision],
             "ENABLE_CPU_PINNING": False,
         }
+        if any("K" in tensor.shape for tensor in spec.inputs):
+            properties["SNIPPETS_MODE"] = "DISABLE"  # fused attention stays wrong for all counts once it has seen K = 1
         try:
             compiled = self._core.compile_model(self._core.read_model(data), "CPU", properties)
         except RuntimeError as error:

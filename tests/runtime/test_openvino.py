@@ -1,0 +1,142 @@
+"""OpenVINO beside ONNX Runtime: the same numbers, from any thread, decisions in float32."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import (
+    WIDE,
+    assert_same_policy,
+    forced,
+    golden,
+    invoke,
+    python,
+    random_images,
+    random_model,
+    random_policy,
+    rewrite_engine,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import adavit
+from adavit.cli import run
+from adavit.errors import BackendError
+from adavit.runtime import Runtime
+from adavit.runtime.backend import Options
+from adavit.runtime.backends.openvino import OpenVinoBackend
+from adavit.runtime.bundle import Bundle
+
+
+@pytest.fixture(scope="module")
+def loaded(wide: tuple[Path, Path]) -> Runtime:
+    return adavit.load(wide[0], backend="openvino", provider="fp32", threads=1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), batch=st.integers(1, 3))
+def test_any_policy(seed: int, batch: int, loaded: Runtime) -> None:
+    images, policy = random_images(WIDE, batch, seed=seed), random_policy(WIDE, batch, seed)
+    wanted = forced(random_model(WIDE), images, policy)
+    np.testing.assert_allclose(loaded.run(images, policy=policy).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_first_image_of_its_class_token_alone_spoils_no_later_one(golden_bundles: Callable[[str], Path]) -> None:
+    images, logits, policy = golden("deit_sparse")
+    fresh = adavit.load(golden_bundles("deit_sparse"), backend="openvino", provider="fp32", threads=1)
+    least = adavit.Policy.dense(fresh.architecture, 1)
+    least.tokens[..., 1:] = False
+    fresh.run(images[:1], policy=least)
+    np.testing.assert_allclose(fresh.run(images, policy=policy).logits, logits, atol=1e-4, rtol=0)
+    dense = adavit.Policy.dense(fresh.architecture, len(images))
+    np.testing.assert_allclose(fresh.run(images, policy=dense).logits, fresh.run_dense(images), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("parallel", ["operators", "samples"])
+def test_many_threads(parallel: str, golden_bundles: Callable[[str], Path]) -> None:
+    images, logits, policy = golden("deit_sparse")
+    loaded = adavit.load(golden_bundles("deit_sparse"), "openvino", 2, "fp32", parallel)
+    rows = [np.random.default_rng(seed).permutation(len(images)) for seed in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda chosen: loaded.run(images[chosen]), rows))
+    for chosen, result in zip(rows, found, strict=True):
+        assert_same_policy(result.policy, policy[chosen])
+        np.testing.assert_allclose(result.logits, logits[chosen], atol=1e-4, rtol=0)
+
+
+class AbleCore:
+    """A core that says its CPU computes in bf16, and notes what it is asked to compile."""
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+        self.asked: dict[str, str] = {}
+
+    def get_property(self, device: str, name: str) -> list[str]:
+        return ["FP32", "BF16"]
+
+    def read_model(self, data: bytes) -> Any:
+        return self.core.read_model(data)
+
+    def compile_model(self, model: Any, device: str, properties: dict[str, Any]) -> Any:
+        self.asked[model.friendly_name] = properties["INFERENCE_PRECISION_HINT"]
+        return self.core.compile_model(model, device, {**properties, "INFERENCE_PRECISION_HINT": "f32"})
+
+
+@pytest.mark.parametrize(("provider", "wanted"), [(None, "bf16"), ("bf16", "bf16"), ("fp32", "f32")])
+def test_decisions_stay_in_float32_where_the_rest_is_bf16(
+    provider: str | None, wanted: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino
+
+    core = AbleCore(openvino.Core())
+    monkeypatch.setattr(openvino, "Core", lambda: core)
+    loaded = adavit.load(tiny_bundle, backend="openvino", provider=provider, threads=1)
+    assert set(core.asked) == set(loaded.bundle.engines) - {"dense"}
+    for name, precision in core.asked.items():
+        assert precision == ("f32" if name.endswith(".decide") else wanted), name
+    assert loaded.backend.versions()["precision"] == ("fp32" if wanted == "f32" else "bf16")
+
+
+def test_precisions_that_are_not_there(tiny_bundle: Path) -> None:
+    with pytest.raises(BackendError, match="no precision 'int7' here; choose fp32 or bf16"):
+        adavit.load(tiny_bundle, backend="openvino", provider="int7", threads=1)
+    backend = OpenVinoBackend(Bundle.open(tiny_bundle), Options(1, "fp32"))
+    if "BF16" not in backend._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(BackendError, match=r"does not compute in bf16 .* choose fp32"):
+            adavit.load(tiny_bundle, backend="openvino", provider="bf16", threads=1)
+
+
+def test_an_engine_it_refuses(bundle: Path) -> None:
+    rewrite_engine(bundle, "head", b"not a model")
+    with pytest.raises(BackendError, match="OpenVINO refuses engine head: "):
+        adavit.load(bundle, backend="openvino", threads=1)
+
+
+MISSING = """
+import sys
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "openvino":
+            raise ImportError("No module named 'openvino'", name=name)
+sys.meta_path.insert(0, Refused())
+from adavit.cli import run
+run(prog_name="adavit-run")
+"""
+
+
+def test_not_installed(tiny_bundle: Path) -> None:
+    done = python(MISSING, tiny_bundle, "--backend", "openvino")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert "OpenVINO does not import" in done.stderr
+    assert "pip install 'adavit[openvino]'" in done.stderr
+
+
+def test_the_command(tiny_bundle: Path, labelled: Path) -> None:
+    short = ("--images", labelled, "--iterations", 2, "--threads", 2, "--backend", "openvino")
+    done = invoke(run, tiny_bundle, *short, "--batch", 2, "--profile")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "on openvino" in done.stdout
