@@ -99,6 +99,7 @@ def _export(
     help="What runs the engines.",
 )
 @click.option("--provider", help="ONNX Runtime's execution provider.  [default: CPUExecutionProvider]")
+@click.option("--cuda-graphs", is_flag=True, help="TensorRT: make CUDA graphs of what runs again.")
 @click.option(
     "--parallel",
     type=click.Choice(["operators", "samples"]),

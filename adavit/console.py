@@ -161,6 +161,9 @@ def run_lines(report: dict[str, Any]) -> list[str]:
         if more := report["images"] - len(report["predictions"]):
             lines[-1:] = [f"... and {more} more", ""]
     lines += _latency_lines(report)
+    if device := report["device"]:
+        enqueue, gpu, sync = (device[f"{kind}_ms"] for kind in ("enqueue", "gpu", "sync"))
+        lines.append(f"of p50      {enqueue:.2f} enqueuing, {gpu:.2f} on the GPU, {sync:.2f} waiting for it")
     used = report["usage"]
     macs = report["macs"]
     lines += [

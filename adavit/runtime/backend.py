@@ -28,11 +28,13 @@ class Options:
         provider: the backend's own name of what executes, such as ONNX Runtime's CPUExecutionProvider.
         parallel: "operators" to share the threads inside every engine, for the lowest latency of one image;
             "samples" to run an image on each thread, for the highest throughput of batches.
+        cuda_graphs: whether engines that run again with the same shapes become CUDA graphs (TensorRT).
     """
 
     threads: int
     provider: str | None = None
     parallel: str = "operators"
+    cuda_graphs: bool = False
 
     @property
     def workers(self) -> int:
@@ -111,6 +113,13 @@ class Backend(Protocol):
         """
         ...
 
+    def timings(self) -> dict[str, float]:
+        """Milliseconds since the last call, by what took them; empty where the host does the work.
+
+        On a device: "enqueue_ms" on the host, "gpu_ms" on the device by its events, "sync_ms" waiting for it.
+        """
+        ...
+
     def versions(self) -> dict[str, str]:
         """What executes, by name and version, for reports."""
         ...
@@ -119,6 +128,8 @@ class Backend(Protocol):
 _BACKENDS = {
     "onnxruntime": "adavit.runtime.backends.onnxruntime:OnnxRuntimeBackend",
     "openvino": "adavit.runtime.backends.openvino:OpenVinoBackend",
+    "tensorrt": "adavit.runtime.backends.tensorrt:TensorRtBackend",
+    "tensorrt-rtx": "adavit.runtime.backends.tensorrt:TensorRtRtxBackend",
 }
 """Name to the class that implements it, imported when it is asked for."""
 
@@ -136,6 +147,8 @@ def create_backend(name: str, bundle: Bundle, options: Options) -> Backend:
     """
     if name not in _BACKENDS:
         raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(names())}")
+    if options.cuda_graphs and not name.startswith("tensorrt"):
+        raise BackendError(f"{name} has no CUDA graphs; they are for the backends tensorrt and tensorrt-rtx")
     module, attribute = _BACKENDS[name].split(":")
     factory: Callable[[Bundle, Options], Backend] = getattr(import_module(module), attribute)
     return factory(bundle, options)

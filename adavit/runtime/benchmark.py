@@ -51,6 +51,8 @@ class Measurement:
 
     adaptive_ms: list[float] = field(default_factory=list)
     dense_ms: list[float] = field(default_factory=list)
+    device_ms: dict[str, list[float]] = field(default_factory=dict)
+    """Of the adaptive runs, by what took them on a device; see `Backend.timings`."""
 
 
 def measure(
@@ -76,7 +78,10 @@ def measure(
             runtime.run_dense(chosen)
     for _ in repeat(plan, len(images), "measuring", progress):
         chosen, recorded = next(turns)
+        runtime.backend.timings()
         result.adaptive_ms.append(_timed(lambda: runtime.run(chosen, policy=recorded)))  # noqa: B023
+        for kind, milliseconds in runtime.backend.timings().items():
+            result.device_ms.setdefault(kind, []).append(milliseconds)
         if plan.dense:
             result.dense_ms.append(_timed(lambda: runtime.run_dense(chosen)))  # noqa: B023
     return result
@@ -142,6 +147,7 @@ def summarise(
         "iterations": len(measured.adaptive_ms),
         "latency_ms": adaptive,
         "throughput": 1e3 * plan.batch / adaptive["mean"],
+        "device": {kind: float(np.median(values)) for kind, values in measured.device_ms.items()} or None,
         "macs": {"executed_mean": executed, "dense": dense},
         "usage": usage,
         "ideal_speedup": dense / executed,

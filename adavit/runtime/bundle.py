@@ -7,7 +7,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from adavit.architecture import Architecture
 from adavit.errors import BundleError
@@ -30,6 +30,19 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+class Stored(Protocol):
+    """A file of a bundle: its path inside, with forward slashes, its size and its hash."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def sha256(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -120,18 +133,25 @@ class Bundle:
         if name not in self.engines:
             hint = "; export with --with-dense" if name == "dense" else "; export again"
             raise BundleError(f"{self.path}: has no engine {name!r}{hint}")
-        spec = self.engines[name]
+        return self.read_stored(self.engines[name])
+
+    def read_stored(self, stored: Stored) -> bytes:
+        """The bytes of a file that the bundle describes, hashed before they are returned.
+
+        Raises:
+            BundleError: the file is not the one that is described.
+        """
         try:
-            data = self._locate(spec).read_bytes()
+            data = self._locate(stored).read_bytes()
         except OSError as error:
-            raise BundleError(f"{self.path}/{spec.file}: cannot be read ({error.strerror})") from None
-        if len(data) != spec.bytes or sha256(data) != spec.sha256:
+            raise BundleError(f"{self.path}/{stored.file}: cannot be read ({error.strerror})") from None
+        if len(data) != stored.bytes or sha256(data) != stored.sha256:
             raise BundleError(
-                f"{self.path}/{spec.file}: altered since export (SHA-256 differs); copy the bundle or export again"
+                f"{self.path}/{stored.file}: altered since export (SHA-256 differs); copy the bundle or export again"
             )
         return data
 
-    def _locate(self, engine: EngineSpec) -> Path:
+    def _locate(self, engine: Stored) -> Path:
         """The engine's file, after checks of its path, kind and size."""
         file = PurePosixPath(engine.file)
         if file.is_absolute() or ".." in file.parts or "\\" in engine.file or ":" in engine.file or not file.parts:

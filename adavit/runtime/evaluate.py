@@ -44,6 +44,7 @@ class RunOptions:
     backend: str = "onnxruntime"
     provider: str | None = None
     parallel: str | None = None
+    cuda_graphs: bool = False
     record_policy: Path | None = None
     replay_policy: Path | None = None
     budget: float | None = None
@@ -88,7 +89,9 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     """
     folder = path or demo_bundle()
     parallel = options.parallel or ("operators" if options.batch == 1 else "samples")
-    runtime = load(folder, options.backend, options.threads, options.provider, parallel, options.budget)
+    runtime = load(
+        folder, options.backend, options.threads, options.provider, parallel, options.budget, options.cuda_graphs
+    )
     profiles = options.profile is not None
     if (options.dense or profiles) and "dense" not in runtime.bundle.engines:
         without = "--profile" if profiles else "--dense"

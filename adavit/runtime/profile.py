@@ -109,6 +109,10 @@ class Profiler:
                 engine.run(rows, rows)
         return (events[-1].end - events[0].end) / (COSTED - 1)
 
+    def timings(self) -> dict[str, float]:
+        """See `Backend.timings`."""
+        return self._backend.timings()
+
     def versions(self) -> dict[str, str]:
         """See `Backend.versions`."""
         return self._backend.versions()

@@ -71,6 +71,7 @@ def load(
     provider: str | None = None,
     parallel: str = "operators",
     budget: float | None = None,
+    cuda_graphs: bool = False,
 ) -> Runtime:
     """Loads a bundle that `adavit-export` made.
 
@@ -84,6 +85,7 @@ def load(
             "samples" gives each thread an image, for the highest throughput of batches.
         budget: share of the dense MACs that requests without one of their own get; by default what the trained
             policy takes.
+        cuda_graphs: for TensorRT, make CUDA graphs of what runs again with the same shapes.
 
     Raises:
         BundleError: the bundle is missing, damaged or of another version.
@@ -101,7 +103,7 @@ def load(
         raise InputError(f"threads is {threads!r}: expected a whole number from 1 to 1024")
     if parallel not in ("operators", "samples"):
         raise InputError(f"parallel is {parallel!r}: choose 'operators' or 'samples'")
-    options = Options(threads, provider, parallel)
+    options = Options(threads, provider, parallel, cuda_graphs)
     opened = Bundle.open(bundle)
     offsets = resolve(budget, opened.budgets, opened.path)
     return Runtime(opened, create_backend(backend, opened, options), options, offsets)

@@ -9,6 +9,17 @@ from adavit.errors import BackendError
 __all__ = ["Cuda"]
 
 
+def import_runtime() -> Any:
+    """NVIDIA's bindings of the CUDA runtime."""
+    try:
+        from cuda.bindings import runtime
+    except (ImportError, OSError) as error:
+        raise BackendError(
+            f"cuda-python is not installed ({error}); run: pip install 'adavit[tensorrt-rtx]' (or [tensorrt])"
+        ) from None
+    return runtime
+
+
 class Cuda:
     """Calls of the CUDA runtime, whose failures are BackendErrors.
 
@@ -20,13 +31,7 @@ class Cuda:
     """
 
     def __init__(self) -> None:
-        try:
-            from cuda.bindings import runtime
-        except (ImportError, OSError) as error:
-            raise BackendError(
-                f"cuda-python is not installed ({error}); run: pip install 'adavit[tensorrt-rtx]' (or [tensorrt])"
-            ) from None
-        self.runtime: Any = runtime
+        self.runtime = import_runtime()
         try:
             count = self.call("cudaGetDeviceCount")
         except BackendError as error:

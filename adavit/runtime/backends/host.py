@@ -33,6 +33,10 @@ class HostMoves:
         """See `Backend.add`."""
         np.add(source.array[:count], vectors.array[index], out=into.array[:count])
 
+    def timings(self) -> dict[str, float]:
+        """See `Backend.timings`: there is nothing to tell."""
+        return {}
+
     def fetch(self, *buffers: HostBuffer) -> tuple[npt.NDArray[Any], ...]:
         """See `Backend.fetch`."""
         return tuple(buffer.array for buffer in buffers)

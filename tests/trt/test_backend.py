@@ -1,0 +1,242 @@
+"""The TensorRT backend on a double that puts work off as a GPU does, and computes with ONNX Runtime."""
+
+import gc
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import assert_same_policy, invoke, random_images, random_policy, read_config, refusal, write_config
+from double import CAPABILITY, VERSION, Gpu, add_double_engines, cuda_double, trt_double
+
+import adavit
+from adavit.cli import run as run_command
+from adavit.errors import BackendError, BundleError
+from adavit.runtime import Runtime
+from adavit.runtime.backends import cuda, tensorrt
+
+TENSORRT = dict(backend="tensorrt", threads=2)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    device = Gpu()
+    monkeypatch.setattr(cuda, "import_runtime", lambda: cuda_double(device))
+    monkeypatch.setattr(tensorrt, "import_tensorrt", lambda flavour: trt_double(device))
+    yield device
+    gc.collect()
+
+
+@pytest.fixture
+def built(bundle: Path) -> Path:
+    return add_double_engines(bundle)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("parallel", ["operators", "samples"])
+def test_the_same_results_as_in_onnx_runtime(
+    built: Path, runtime: Runtime, gpu: Gpu, parallel: str, graphs: bool
+) -> None:
+    images = random_images(runtime.architecture, 4)
+    on_gpu = adavit.load(built, **TENSORRT, parallel=parallel, cuda_graphs=graphs)
+    wanted, dense = runtime.run(images), runtime.run_dense(images)
+    for _ in range(4):
+        found = on_gpu.run(images)
+        assert_same_policy(found.policy, wanted.policy)
+        np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-4)
+        np.testing.assert_array_equal(found.macs, wanted.macs)
+        np.testing.assert_allclose(on_gpu.run_dense(images), dense, atol=1e-4)
+    assert ("launch" in gpu.names()) == graphs
+
+
+def test_any_policy_is_replayed(built: Path, runtime: Runtime, gpu: Gpu) -> None:
+    on_gpu = adavit.load(built, **TENSORRT)
+    for seed in range(6):
+        images, policy = random_images(runtime.architecture, 3, seed), random_policy(runtime.architecture, 3, seed)
+        np.testing.assert_allclose(on_gpu.run(images, policy).logits, runtime.run(images, policy).logits, atol=1e-4)
+
+
+def test_from_many_threads(built: Path, runtime: Runtime, gpu: Gpu) -> None:
+    on_gpu = adavit.load(built, **TENSORRT, parallel="samples")
+    batches = [random_images(runtime.architecture, 2, seed) for seed in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(on_gpu.run, batches))
+    for result, images in zip(found, batches, strict=True):
+        np.testing.assert_allclose(result.logits, runtime.run(images).logits, atol=1e-4)
+
+
+def test_results_stay_when_other_images_are_run(built: Path, runtime: Runtime, gpu: Gpu) -> None:
+    on_gpu = adavit.load(built, **TENSORRT)
+    first, second = (random_images(runtime.architecture, 2, seed) for seed in (1, 2))
+    kept = on_gpu.run(first).logits
+    copy = kept.copy()
+    on_gpu.run(second)
+    del on_gpu
+    gc.collect()
+    np.testing.assert_array_equal(kept, copy)
+
+
+def test_bits_come_back_once_a_block_and_logits_once(built: Path, runtime: Runtime, gpu: Gpu) -> None:
+    on_gpu = adavit.load(built, **TENSORRT)
+    images = random_images(runtime.architecture, 2)
+    on_gpu.run(images)
+    gpu.calls.clear()
+    result = on_gpu.run(images)
+    to_host = [size for call, (kind, size) in ((c, d) for c, d in gpu.calls if c == "copy") if kind == 2]
+    arch = runtime.architecture
+    tokens, choices, logits = 4 * arch.tokens, 4 * (arch.heads + 2), 4 * 2 * arch.classes
+    assert sorted(to_host) == sorted(2 * [tokens] + 2 * (arch.depth - 1) * [tokens, choices] + [logits])
+    # One wait for each image's block, one for the logits; others are for uploads that were done before.
+    waits = [i for i, (call, _) in enumerate(gpu.calls) if call == "synchronise"]
+    fetches = [i for i in waits if gpu.calls[i - 1][0] == "copy" and gpu.calls[i - 1][1][0] == 2]
+    assert len(fetches) == 2 * arch.depth + 1
+    assert result.macs.shape == (2,)
+
+
+def test_every_run_is_prepared_before_it_is_enqueued(built: Path, runtime: Runtime, gpu: Gpu) -> None:
+    arch = runtime.architecture
+    on_gpu = adavit.load(built, **TENSORRT)
+    few = random_policy(arch, 1, 0)
+    few.tokens[:] = np.arange(arch.tokens) < 3
+    few.heads[:] = few.sublayers[:] = True
+    images = random_images(arch, 1)
+    on_gpu.run(images, few)
+    used = [detail for call, detail in gpu.calls if call == "profile" and detail[0] == "blocks.1.mlp"]
+    few.tokens[:] = True
+    on_gpu.run(images, few)
+    both = [detail for call, detail in gpu.calls if call == "profile" and detail[0] == "blocks.1.mlp"]
+    assert (used, both) == ([("blocks.1.mlp", 0)], [("blocks.1.mlp", 0), ("blocks.1.mlp", 1)])
+    gpu.calls.clear()
+    on_gpu.run(images, few)
+    mine = [call for call, detail in gpu.calls if (detail and detail[0] == "blocks.1.mlp") or detail == "blocks.1.mlp"]
+    assert mine == ["address"] * 3 + ["run"]  # neither profile nor shapes are set again
+
+
+def test_everything_is_freed_once_in_the_right_order(built: Path, runtime: Runtime, gpu: Gpu) -> None:
+    on_gpu = adavit.load(built, **TENSORRT, cuda_graphs=True, parallel="samples")
+    for _ in range(4):
+        on_gpu.run(random_images(runtime.architecture, 3))
+        on_gpu.run_dense(random_images(runtime.architecture, 3))
+    assert gpu.alive["exec"] and gpu.alive["context"] and gpu.alive["engine"]
+    del on_gpu
+    gc.collect()
+    assert not gpu.memory
+    assert set(gpu.alive.values()) == {0}
+    order = gpu.names("graph freed", "context freed", "engine freed", "stream freed")
+    last = {name: len(order) - 1 - order[::-1].index(name) for name in set(order)}
+    assert last["graph freed"] < last["engine freed"] < last["stream freed"] == len(order) - 1
+
+
+def test_contexts_of_threads_that_ended_are_freed(built: Path, runtime: Runtime, gpu: Gpu) -> None:
+    on_gpu = adavit.load(built, **TENSORRT)
+    images = random_images(runtime.architecture, 1)
+    most = 0
+    for _ in range(5):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(on_gpu.run, images).result()
+        most = max(most, gpu.alive["context"])
+    assert most <= 2 * gpu.alive["engine"]
+
+
+@pytest.mark.parametrize("refused", ["engine", "context", "shape", "run"])
+def test_what_tensorrt_refuses_is_an_error(built: Path, runtime: Runtime, gpu: Gpu, refused: str) -> None:
+    gpu.refuse.add(refused)
+    with pytest.raises(BackendError) as caught:
+        adavit.load(built, **TENSORRT).run(random_images(runtime.architecture, 1))
+    assert "engine stem" in str(caught.value) or "empty" in str(caught.value)
+    if refused == "engine":
+        assert "the magic tag is another" in str(caught.value)
+        assert "adavit-export" in str(caught.value)
+
+
+def test_more_images_than_the_engines_are_for(built: Path, runtime: Runtime, gpu: Gpu) -> None:
+    on_gpu = adavit.load(built, **TENSORRT)
+    with pytest.raises(BackendError, match=r"stem: images is \[9, .* built for up to \[8, .*--max-batch"):
+        on_gpu.run(random_images(runtime.architecture, 9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"version": "10.1.0"}, "tensorrt 10.1.0"),
+        ({"platform": "win32_amd64"}, "on win32_amd64"),
+        ({"compute_capabilities": [86, 89]}, "compute capability 86, 89"),
+        ({"flavour": "tensorrt-rtx"}, "no tensorrt"),
+    ],
+)
+def test_engines_of_another_machine(bundle: Path, gpu: Gpu, changes: dict[str, object], named: str) -> None:
+    add_double_engines(bundle, **changes)
+    with pytest.raises(BackendError) as caught:
+        adavit.load(bundle, **TENSORRT)
+    message = str(caught.value)
+    assert named in message
+    assert f"this machine is tensorrt {VERSION} on " in message
+    assert f"compute capability {CAPABILITY}" in message
+    assert message.endswith(f"run: adavit-export {bundle} --target tensorrt")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hardware_compatible": True, "compute_capabilities": [80]},
+        {"compute_capabilities": [80, CAPABILITY]},
+    ],
+)
+def test_engines_that_fit(bundle: Path, gpu: Gpu, changes: dict[str, object]) -> None:
+    assert adavit.load(add_double_engines(bundle, **changes), **TENSORRT).backend.versions()["engine_set"] == "double"
+
+
+def test_altered_engines_are_not_deserialised(built: Path, gpu: Gpu) -> None:
+    path = built / "tensorrt/double/stem.engine"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"stem\.engine: altered"):
+        adavit.load(built, **TENSORRT)
+    assert gpu.alive["engine"] == 0
+
+
+def test_engines_of_another_graph(built: Path, gpu: Gpu) -> None:
+    config = read_config(built)
+    config["engine_sets"]["double"]["engines"]["stem"]["source"] = "0" * 64
+    write_config(built, config)
+    with pytest.raises(BackendError, match="stem was built from another graph"):
+        adavit.load(built, **TENSORRT)
+    del config["engine_sets"]["double"]["engines"]["stem"]
+    write_config(built, config)
+    with pytest.raises(BundleError, match="double has no engine 'stem'"):
+        adavit.load(built, **TENSORRT)
+    config["engine_sets"]["double"].pop("platform")
+    write_config(built, config)
+    with pytest.raises(BundleError, match="engine_sets are damaged"):
+        adavit.load(built, **TENSORRT)
+
+
+def test_the_command_tells_enqueuing_from_the_gpu_from_waiting(built: Path, gpu: Gpu) -> None:
+    arguments = [built, "--backend", "tensorrt", "--iterations", 3, "--warmup", 1, "--threads", 1, "--cuda-graphs"]
+    done = invoke(run_command, *arguments, "--json", "-")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert set(report["device"]) == {"enqueue_ms", "gpu_ms", "sync_ms"}
+    blocks = read_config(built)["architecture"]["depth"]
+    assert report["device"]["gpu_ms"] == pytest.approx(0.25 * (blocks + 1))
+    done = invoke(run_command, *arguments)
+    assert "enqueuing" in done.stdout and "waiting for it" in done.stdout
+
+
+def test_without_a_gpu_or_bindings_there_is_one_line(built: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.refuse.add("device")
+    message = refusal(invoke(run_command, built, "--backend", "tensorrt"))
+    assert "no NVIDIA GPU can be used here: cudaGetDeviceCount failed: a reason (CUDA error 100)" in message
+    monkeypatch.undo()
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    assert "pip install 'adavit[tensorrt]'" in refusal(invoke(run_command, built, "--backend", "tensorrt"))
+
+
+def test_what_the_backend_has_not(built: Path, gpu: Gpu) -> None:
+    with pytest.raises(BackendError, match="tensorrt has no providers"):
+        adavit.load(built, **TENSORRT, provider="CUDAExecutionProvider")
+    with pytest.raises(BackendError, match="onnxruntime has no CUDA graphs"):
+        adavit.load(built, cuda_graphs=True)
