@@ -16,6 +16,7 @@ class Watched:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
+        self.backend = runtime.backend
         self.calls: list[tuple[str, np.ndarray, Policy | None]] = []
 
     def run(self, images: np.ndarray, policy: Policy | None = None) -> Any:

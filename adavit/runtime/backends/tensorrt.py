@@ -11,14 +11,12 @@ from collections import deque
 from importlib import import_module
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from adavit.errors import BackendError, BundleError
-from adavit.runtime.backend import Index, Options
+from adavit.runtime.backend import Options
 from adavit.runtime.backends.cuda import Cuda
-from adavit.runtime.backends.device import ALIGNMENT, Block, Device, size_of
-from adavit.runtime.backends.tensorrt_engine import Rows, TensorRtEngine
+from adavit.runtime.backends.device import Device
+from adavit.runtime.backends.device_moves import DeviceMoves
+from adavit.runtime.backends.tensorrt_engine import TensorRtEngine
 from adavit.runtime.bundle import Bundle, EngineSpec
 from adavit.runtime.engine_sets import FLAVOURS, Machine, find_engine_set, this_platform
 
@@ -27,7 +25,7 @@ __all__ = ["TensorRtBackend", "TensorRtRtxBackend"]
 log = logging.getLogger(__name__)
 
 
-class TensorRtBackend:
+class TensorRtBackend(DeviceMoves):
     """Runs a set of a bundle's TensorRT engines.
 
     Args:
@@ -52,11 +50,9 @@ class TensorRtBackend:
         self._messages = Messages()
         self._logger = _logger(trt, self._messages)
         self._runtime = self._make_runtime()
-        self._device = device = Device(cuda)
         self._engines: list[TensorRtEngine] = []
-        self._moves: dict[str, TensorRtEngine] = {}
-        self._temporaries: dict[tuple[Any, ...], DeviceBuffer] = {}
-        self._close = weakref.finalize(self, _close, device, self._engines)
+        super().__init__(Device(cuda))
+        weakref.finalize(self, _close, self._device, self._engines)
 
     def load(self, name: str, alone: bool = False) -> TensorRtEngine:
         """See `Backend.load`: the bytes that are hashed are the bytes that are deserialised."""
@@ -75,48 +71,6 @@ class TensorRtBackend:
         self._engines.append(loaded)
         return loaded
 
-    def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> DeviceBuffer:
-        """See `Backend.buffer`."""
-        return DeviceBuffer(self._device, shape, dtype)
-
-    def gather(self, source: DeviceBuffer, kept: Index, into: DeviceBuffer, at: int = 0) -> None:
-        """See `Backend.gather`."""
-        with self._device.lock:
-            target = into.span(at, len(kept))
-            if len(kept) == 1:
-                self._copy(source.span(int(kept[0]), 1), target)
-            elif target.address % ALIGNMENT:
-                rows = self._temporary("gathered", source.shape, source.dtype).rows(len(kept))
-                self._move("gather", [source.rows(len(source)), kept], rows)
-                self._copy(rows, target)
-            else:
-                self._move("gather", [source.rows(len(source)), kept], target)
-
-    def scatter(self, rows: DeviceBuffer, kept: Index, into: DeviceBuffer) -> None:
-        """See `Backend.scatter`. TensorRT does not promise to work in place, so the result is copied back."""
-        with self._device.lock:
-            scattered = self._temporary("scattered", into.shape, into.dtype).rows(len(into))
-            whole = into.rows(len(into))
-            self._move("scatter", [whole, rows.rows(len(kept)), kept], scattered)
-            self._copy(scattered, whole)
-
-    def add(self, source: DeviceBuffer, count: int, vectors: DeviceBuffer, index: int, into: DeviceBuffer) -> None:
-        """See `Backend.add`."""
-        inputs = [source.rows(count), vectors.rows(len(vectors)), np.asarray([index], np.int64)]
-        self._move("add", inputs, into.rows(count))
-
-    def fetch(self, *buffers: DeviceBuffer) -> tuple[npt.NDArray[Any], ...]:
-        """See `Backend.fetch`; bfloat16 comes as float32."""
-        blocks = self._device.fetch([(buffer.address, buffer.nbytes) for buffer in buffers])
-        return tuple(
-            _decoded(block.as_array(buffer.shape, buffer.dtype), buffer.dtype)
-            for block, buffer in zip(blocks, buffers, strict=True)
-        )
-
-    def timings(self) -> dict[str, float]:
-        """See `Backend.timings`."""
-        return self._device.timings()
-
     def versions(self) -> dict[str, str]:
         """TensorRT's version, the GPU's compute capability, and the set of engines in use."""
         return {
@@ -124,23 +78,6 @@ class TensorRtBackend:
             "compute_capability": str(self._machine.compute_capability),
             "engine_set": self._set.key,
         }
-
-    def _move(self, name: str, inputs: list[Any], output: Rows) -> None:
-        engine = self._moves.get(name)
-        if engine is None:
-            engine = self._moves[name] = self.load(f"rows.{name}")
-        engine.run(inputs, [output])
-
-    def _copy(self, source: Rows, target: Rows) -> None:
-        self._device.begin()
-        self._device.copy(target.address, source.address, size_of(source.shape, source.dtype), "DeviceToDevice")
-
-    def _temporary(self, use: str, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
-        """A buffer for what is on its way, one for all threads: what is enqueued later overwrites it later."""
-        key = use, shape, dtype
-        if key not in self._temporaries:
-            self._temporaries[key] = self.buffer(shape, dtype)
-        return self._temporaries[key]
 
     def _make_runtime(self) -> Any:
         """TensorRT's runtime; the lean one where the engines are of an older version."""
@@ -172,51 +109,6 @@ class TensorRtRtxBackend(TensorRtBackend):
     name = "tensorrt-rtx"
 
 
-class DeviceBuffer:
-    """Memory on the GPU.
-
-    Attributes:
-        address: of its first byte.
-        shape, dtype: of what it holds.
-        nbytes: its size.
-    """
-
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: str, block: Block | None = None) -> None:
-        self._device = device
-        self._block = block or device.memory.take(size_of(shape, dtype))
-        self.address = self._block.address
-        self.shape, self.dtype = shape, dtype
-        self.nbytes = size_of(shape, dtype)
-        self._rows: dict[int, Rows] = {}
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def rows(self, count: int) -> Rows:
-        """See `Buffer.rows`."""
-        found = self._rows.get(count)
-        if found is None:
-            found = self._rows[count] = self.span(0, count)
-        return found
-
-    def span(self, start: int, count: int) -> Rows:
-        """`count` rows from one on."""
-        stride = self.nbytes // self.shape[0]
-        return Rows(self._block, self.address + start * stride, (count, *self.shape[1:]), self.dtype)
-
-    def part(self, position: int) -> DeviceBuffer:
-        """See `Buffer.part`; a copy where TensorRT would not take the element's address."""
-        rows = self.span(position, 1)
-        if rows.address % ALIGNMENT:
-            part = DeviceBuffer(self._device, self.shape[1:], self.dtype)
-            with self._device.lock:
-                self._device.copy(part.address, rows.address, part.nbytes, "DeviceToDevice")
-        else:
-            part = DeviceBuffer(self._device, self.shape[1:], self.dtype, self._block)
-            part.address = rows.address
-        return part
-
-
 def _close(device: Device, engines: list[TensorRtEngine]) -> None:
     """Frees engines and contexts, then what they ran on."""
     with device.lock:
@@ -225,11 +117,6 @@ def _close(device: Device, engines: list[TensorRtEngine]) -> None:
             engine.close()
         engines.clear()
         device.close()
-
-
-def _decoded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """What numpy can compute with: a bfloat16 is the upper half of a float32."""
-    return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else values
 
 
 def import_tensorrt(flavour: str) -> Any:

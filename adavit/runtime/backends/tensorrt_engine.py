@@ -6,16 +6,14 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from adavit.errors import BackendError
-from adavit.runtime.backends.device import ALIGNMENT, Block, Device, size_of
+from adavit.runtime.backends.device import Block, Device
+from adavit.runtime.backends.device_moves import Uploads
 from adavit.runtime.bundle import EngineSpec
 
-__all__ = ["Rows", "TensorRtEngine"]
+__all__ = ["TensorRtEngine"]
 
 Shape = tuple[int, ...]
 
@@ -25,22 +23,6 @@ GRAPHS = 32
 """CUDA graphs of an execution context."""
 COUNTED = 4096
 """Different runs of an execution context that are counted."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A tensor on the device: rows of a buffer.
-
-    Attributes:
-        block: whose memory it is.
-        address: of its first byte.
-        shape, dtype: of the tensor.
-    """
-
-    block: Block
-    address: int
-    shape: Shape
-    dtype: str
 
 
 class TensorRtEngine:
@@ -125,21 +107,14 @@ class Context:
         self._scratch: Block | None = None
         self._profile: int | None = None
         self._shapes: dict[str, Shape] = {}
-        self._uploaded: dict[str, Rows] = {}
+        self._uploads = Uploads(self._device)
         self._runs: Counter[tuple[Any, ...]] = Counter()
         self._graphs: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
     def enqueue(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Enqueues a run of the engine, the uploads of host arrays first."""
         spec = self._engine.spec
-        device_inputs = [self._on_device(t, value) for t, value in zip(spec.inputs, inputs, strict=True)]
-        tensors = list(zip((*spec.inputs, *spec.outputs), (*device_inputs, *outputs), strict=True))
-        for tensor, rows in tensors:
-            if rows.dtype != tensor.dtype or len(rows.shape) != len(tensor.shape) or rows.address % ALIGNMENT:
-                raise BackendError(
-                    f"engine {spec.name}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, "
-                    f"not {rows.dtype} {list(rows.shape)} at {rows.address:#x}"
-                )
+        tensors = self._uploads.tensors(spec, inputs, outputs)
         self._device.begin()
         shapes = {tensor.name: rows.shape for tensor, rows in tensors[: len(spec.inputs)]}
         addresses = {tensor.name: rows.address for tensor, rows in tensors}
@@ -164,18 +139,6 @@ class Context:
             self._cuda.call("cudaGraphExecDestroy", graph)
         self._graphs.clear()
         self._context = None
-
-    def _on_device(self, tensor: Any, value: Any) -> Rows:
-        """A tensor as it is, or a host array's copy on the device, at the same place in every run."""
-        if isinstance(value, Rows):
-            return value
-        array = np.ascontiguousarray(value, tensor.dtype)
-        kept = self._uploaded.get(tensor.name)
-        size = size_of(array.shape, tensor.dtype)
-        block = self._device.memory.take(size) if kept is None or kept.block.size < size else kept.block
-        rows = self._uploaded[tensor.name] = Rows(block, block.address, array.shape, tensor.dtype)
-        self._device.upload(array, rows.address)
-        return rows
 
     def _enqueue(self, shapes: dict[str, Shape], addresses: dict[str, int]) -> None:
         scratch = self._device.scratch
