@@ -93,10 +93,10 @@ def _export(
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all this process may use]")
 @click.option(
     "--backend",
-    type=click.Choice(backend_names()),
+    type=click.Choice([*backend_names(), "auto"]),
     default="onnxruntime",
     show_default=True,
-    help="What runs the engines.",
+    help="What runs the engines; auto measures what is installed, once, and takes the fastest.",
 )
 @click.option("--provider", help="ONNX Runtime's execution provider.  [default: CPUExecutionProvider]")
 @click.option("--cuda-graphs", is_flag=True, help="TensorRT: make CUDA graphs of what runs again.")

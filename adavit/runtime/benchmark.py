@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.macs import dense_macs
+from adavit.runtime.cache import cpu_name
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
 from adavit.version import __version__
@@ -171,14 +172,6 @@ def versions(runtime: Runtime) -> dict[str, str]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         **runtime.backend.versions(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"

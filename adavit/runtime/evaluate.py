@@ -128,6 +128,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     trace = Path(options.profile) if options.profile else None
     return {
         **summarise(runtime, plan, measured, float(np.concatenate(seen.macs).mean()), used.usage()),
+        "choice": {**asdict(runtime.choice), "reason": str(runtime.choice)} if runtime.choice else None,
         "budget": None if budget is None else {"macs": budget, "offsets": asdict(runtime.offsets)},
         "images": seen.images,
         "input": "images" if given else "random",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from adavit.errors import InputError
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
 from adavit.runtime.budget import TRAINED, Budgets, Offsets, resolve
 from adavit.runtime.bundle import Bundle
+from adavit.runtime.choose import Choice, choose
 from adavit.runtime.dispatcher import Dispatcher, Observer
 from adavit.runtime.images import ImageLike
 from adavit.runtime.policy import Policy
@@ -24,6 +25,7 @@ from adavit.runtime.policy import Policy
 __all__ = ["Prediction", "Result", "Runtime", "load"]
 
 Float = npt.NDArray[np.float32]
+TRIED_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def load(
 
     Args:
         bundle: the folder.
-        backend: what runs the engines; `adavit.runtime.backend.names()` lists them.
+        backend: what runs the engines; `adavit.runtime.backend.names()` lists them. "auto" takes the fastest that
+            is installed, measured on this machine in some seconds once, and kept in the user's cache folder.
         threads: CPU threads, by default as many as this process may use. ONNX Runtime keeps one pool for the
             whole process: the first runtime decides its size.
         provider: ONNX Runtime's execution provider; by default the CPU's.
@@ -90,7 +93,8 @@ def load(
     Raises:
         BundleError: the bundle is missing, damaged or of another version.
         BackendError: the backend is unknown, not installed, or refuses an engine.
-        InputError: `threads` is not a positive number, or `budget` beyond the bundle's operating points.
+        InputError: `threads` is not a positive number, a provider is given with "auto", or `budget` is beyond the
+            bundle's operating points.
 
     Example:
         >>> import adavit, numpy as np
@@ -106,7 +110,25 @@ def load(
     options = Options(threads, provider, parallel, cuda_graphs)
     opened = Bundle.open(bundle)
     offsets = resolve(budget, opened.budgets, opened.path)
-    return Runtime(opened, create_backend(backend, opened, options), options, offsets)
+    choice = None
+    if backend == "auto":
+        if provider is not None:
+            raise InputError(f"provider is {provider!r}: it belongs to one backend; name that instead of 'auto'")
+        choice = choose(opened, options, lambda name: _trial(opened, name, options))
+        backend = choice.backend
+    return Runtime(opened, create_backend(backend, opened, options), options, offsets, choice)
+
+
+def _trial(bundle: Bundle, backend: str, options: Options) -> tuple[Callable[[], object], int]:
+    """A run to compare backends by: a few random images, one by one or, where samples run in parallel, at once.
+
+    Returns it with its number of images.
+    """
+    runtime = Runtime(bundle, create_backend(backend, bundle, options), options)
+    side, count = bundle.architecture.image_size, max(TRIED_IMAGES, options.workers)
+    images = np.random.default_rng(0).standard_normal((count, 3, side, side), dtype=np.float32)
+    batches = np.array_split(images, 1 if options.parallel == "samples" else count)
+    return lambda: [runtime.run(batch) for batch in batches], count
 
 
 class Runtime:
@@ -117,13 +139,22 @@ class Runtime:
         backend: what runs its engines.
         options: threads, what they share, and the provider, as asked for.
         offsets: of the decision logits, where a request names no budget; may be replaced at any time.
+        choice: why this backend, where it was chosen by "auto".
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, options: Options, offsets: Offsets = TRAINED) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        options: Options,
+        offsets: Offsets = TRAINED,
+        choice: Choice | None = None,
+    ) -> None:
         self.bundle = bundle
         self.backend = backend
         self.options = options
         self.offsets = offsets
+        self.choice = choice
         self._dispatcher = Dispatcher(bundle, backend, options.workers)
         self._dense: Engine | None = None
         self._dense_lock = threading.Lock()

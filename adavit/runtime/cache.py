@@ -1,0 +1,95 @@
+"""What was measured on this machine, kept in the user's cache folder: $XDG_CACHE_HOME/adavit or ~/.cache/adavit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from adavit.files import sha256, write_beside
+from adavit.runtime.backend import Options
+from adavit.runtime.bundle import Bundle
+from adavit.version import __version__
+
+__all__ = ["cpu_name", "facts", "kept_at", "recall", "remember"]
+
+log = logging.getLogger(__name__)
+
+EXECUTORS = ("onnxruntime", "openvino", "tensorrt")
+"""How the names of the packages begin whose versions a measurement depends on."""
+MAX_FILE = 1 << 20
+
+
+def cpu_name() -> str:
+    """The CPU's name, for people and to tell machines apart."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def facts(bundle: Bundle, options: Options) -> dict[str, Any]:
+    """Everything that a measurement depends on: bundle, machine, versions, threads."""
+    installed = ((found.metadata["Name"] or "").lower() for found in metadata.distributions())
+    return {
+        "adavit": __version__,
+        "bundle": sha256(json.dumps(bundle.config, sort_keys=True).encode()),
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "threads": options.threads,
+        "parallel": options.parallel,
+        "provider": options.provider,
+        "versions": {name: metadata.version(name) for name in sorted(set(installed)) if name.startswith(EXECUTORS)},
+    }
+
+
+def kept_at(kind: str, known: Mapping[str, Any]) -> Path | None:
+    """Where a measurement of some kind belongs, which depends on these facts; None where there is no home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return folder / "adavit" / f"{kind}-{sha256(json.dumps(known, sort_keys=True).encode())[:16]}.json"
+
+
+def recall(kind: str, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `remember` kept under the same facts; None where there is nothing of use."""
+    path = kept_at(kind, known)
+    try:
+        if path is None or path.stat().st_size > MAX_FILE:
+            return None
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s is of no use (%s); measuring again", path, error)
+        return None
+    if not isinstance(value, dict) or value.get("facts") != known or not isinstance(value.get("measured"), dict):
+        log.warning("%s holds something else; measuring again", path)
+        return None
+    found: dict[str, Any] = value["measured"]
+    return found
+
+
+def remember(kind: str, known: Mapping[str, Any], measured: Mapping[str, Any]) -> Path | None:
+    """Keeps a measurement under the facts it depends on; returns where, or None where that is not possible."""
+    path = kept_at(kind, known)
+    if path is None:
+        log.warning("there is no home folder; what was measured is not kept")
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_beside(path) as file:
+            file.write((json.dumps({"facts": known, "measured": measured}, indent=2) + "\n").encode())
+    except OSError as error:
+        log.warning("%s cannot be written (%s); what was measured is not kept", path, error.strerror)
+        return None
+    return path

@@ -1,0 +1,196 @@
+"""backend="auto": the fastest that is installed, measured once, and never a reason to fail."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import assert_same_policy, invoke, random_images, refusal, tiny
+
+import adavit
+from adavit.cli import run
+from adavit.errors import BackendError, InputError
+from adavit.runtime import backend as backends
+from adavit.runtime import choose as choosing
+from adavit.runtime.backend import Options
+from adavit.runtime.bundle import Bundle
+from adavit.runtime.cache import facts, kept_at, recall, remember
+from adavit.runtime.choose import Choice, choose
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, and measurements that take no time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(choosing, "SECONDS", 0.0)
+    return tmp_path / "cache" / "adavit"
+
+
+@pytest.fixture
+def opened(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle)
+
+
+class Stage:
+    """Backends that take as long as they are told, and note who was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **milliseconds: float | None) -> None:
+        self.asked: list[str] = []
+        self.milliseconds = milliseconds
+        self.now = 0.0
+        monkeypatch.setattr(choosing, "names", lambda: sorted(milliseconds))
+        monkeypatch.setattr(choosing, "perf_counter", lambda: self.now)
+
+    def prepare(self, name: str) -> Any:
+        self.asked.append(name)
+        time = self.milliseconds[name]
+        if time is None:
+            raise BackendError(f"{name} is not installed")
+
+        def run() -> None:
+            self.now += time / 1e3
+
+        return run, 2
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(cache.iterdir()) if cache.exists() else []
+
+
+def test_the_fastest_is_taken_and_kept(opened: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, slow=8.0, fast=4.0, absent=None)
+    first = choose(opened, Options(1), stage.prepare)
+    assert (first.backend, first.cached) == ("fast", False)
+    assert first.milliseconds == pytest.approx({"fast": 2.0, "slow": 4.0})
+    assert first.skipped == {"absent": "absent is not installed"}
+    assert [str(path) for path in files(cache)] == [first.path]
+    assert "fast, the fastest here: fast 2.00 ms an image, slow 4.00 ms an image (measured now, kept in" in str(first)
+    asked = list(stage.asked)
+    again = choose(opened, Options(1), stage.prepare)
+    assert (again.backend, again.cached, again.path) == ("fast", True, first.path)
+    assert again.milliseconds == first.milliseconds
+    assert stage.asked == asked
+    assert "measured before" in str(again)
+
+
+def test_none_at_all(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match="no backend runs this bundle: a is not installed; b is not installed"):
+        choose(opened, Options(1), Stage(monkeypatch, a=None, b=None).prepare)
+
+
+def test_what_a_choice_depends_on(opened: Bundle, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, a=1.0)
+    choose(opened, Options(1), stage.prepare)
+    for options in (Options(2), Options(1, parallel="samples")):
+        assert not choose(opened, options, stage.prepare).cached
+        assert choose(opened, options, stage.prepare).cached
+    config = json.loads((bundle / "config.json").read_text())
+    (bundle / "config.json").write_text(json.dumps({**config, "name": "another"}))
+    assert not choose(Bundle.open(bundle), Options(1), stage.prepare).cached
+    versions = facts(opened, Options(1))["versions"]
+    assert {"onnxruntime", "openvino"} <= set(versions)
+    monkeypatch.setattr("adavit.runtime.cache.EXECUTORS", ("onnxruntime",))
+    assert not choose(opened, Options(1), stage.prepare).cached
+
+
+def damage(path: Path) -> Iterator[str]:
+    kept = json.loads(path.read_text())
+    yield ""
+    yield "{"
+    yield "[]"
+    yield "[" * 100_000
+    yield json.dumps({**kept, "facts": {}})
+    yield json.dumps({**kept, "measured": []})
+    yield json.dumps({**kept, "measured": {}})
+    yield json.dumps({**kept, "measured": {**kept["measured"], "milliseconds": {}}})
+    yield json.dumps({**kept, "measured": {**kept["measured"], "milliseconds": {"a": "soon"}}})
+    yield json.dumps({**kept, "measured": {**kept["measured"], "backend": "b"}})
+    yield json.dumps({**kept, "measured": {"backend": "gone", "milliseconds": {"gone": 1}, "skipped": {}}})
+
+
+def test_a_damaged_file_is_measured_again(
+    opened: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(monkeypatch, a=1.0, b=2.0)
+    choose(opened, Options(1), stage.prepare)
+    (path,) = files(cache)
+    for text in damage(path):
+        path.write_text(text)
+        caplog.clear()
+        again = choose(opened, Options(1), stage.prepare)
+        assert (again.backend, again.cached) == ("a", False), text[:80]
+        assert "measuring again" in caplog.text
+        assert choose(opened, Options(1), stage.prepare).cached
+
+
+def test_a_cache_that_cannot_be_written(
+    opened: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+    found = choose(opened, Options(1), Stage(monkeypatch, a=1.0).prepare)
+    assert (found.backend, found.cached, found.path) == ("a", False, None)
+    assert "is not kept" in caplog.text
+    assert "not kept" in str(found)
+
+
+def test_no_home(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/paths/do/not/count")
+    monkeypatch.setattr(Path, "home", homeless)
+    known = facts(opened, Options(1))
+    assert kept_at("backend", known) is recall("backend", known) is remember("backend", known, {}) is None
+
+
+def test_loading(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        loaded = adavit.load(tiny_bundle, backend="auto", threads=1)
+    assert loaded.choice is not None
+    assert loaded.backend.name == loaded.choice.backend
+    assert {"onnxruntime", "openvino"} <= set(loaded.choice.milliseconds)
+    assert f"backend {loaded.backend.name}, the fastest here: " in caplog.text
+    again = adavit.load(tiny_bundle, backend="auto", threads=1)
+    assert again.choice is not None
+    assert again.choice.cached
+    images = random_images(tiny(), 2)
+    named = adavit.load(tiny_bundle, backend=loaded.backend.name, threads=1)
+    assert named.choice is None
+    assert_same_policy(loaded.run(images).policy, named.run(images).policy)
+    np.testing.assert_array_equal(loaded.run(images).logits, named.run(images).logits)
+
+
+def test_without_openvino(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def importing(module: str) -> Any:
+        if "openvino" in module:
+            raise BackendError("OpenVINO does not import; run: pip install 'adavit[openvino]'")
+        return real(module)
+
+    real = backends.import_module
+    monkeypatch.setattr(backends, "import_module", importing)
+    choice = adavit.load(tiny_bundle, backend="auto", threads=1).choice
+    assert isinstance(choice, Choice)
+    assert choice.backend == "onnxruntime"
+    assert "pip install 'adavit[openvino]'" in choice.skipped["openvino"]
+
+
+def test_the_command(tiny_bundle: Path, tmp_path: Path) -> None:
+    short = (tiny_bundle, "--backend", "auto", "--iterations", 1, "--threads", 1)
+    for when in ("now", "before"):
+        done = invoke(run, *short, "--json", tmp_path / "report.json")
+        assert (done.exit_code, done.stderr) == (0, "")
+        assert "the fastest here: " in done.stdout
+        assert f"(measured {when}, kept in " in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["backend"] == report["choice"]["backend"]
+    assert report["choice"]["cached"]
+    assert report["choice"]["milliseconds"][report["backend"]] == min(report["choice"]["milliseconds"].values())
+
+
+def test_a_provider_belongs_to_one_backend(tiny_bundle: Path) -> None:
+    with pytest.raises(InputError, match="name that instead of 'auto'"):
+        adavit.load(tiny_bundle, backend="auto", provider="fp32")
+    assert "name that instead" in refusal(invoke(run, tiny_bundle, "--backend", "auto", "--provider", "fp32"))
