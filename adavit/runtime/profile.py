@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
+from statistics import median
 from threading import get_ident
 from time import perf_counter_ns
 from typing import Any, NamedTuple
@@ -107,7 +109,7 @@ class Profiler:
         with self.recording() as events:
             for _ in range(COSTED):
                 engine.run(rows, rows)
-        return (events[-1].end - events[0].end) / (COSTED - 1)
+        return median(later.end - earlier.end for earlier, later in pairwise(events))
 
     def timings(self) -> dict[str, float]:
         """See `Backend.timings`."""
