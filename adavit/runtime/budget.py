@@ -107,8 +107,8 @@ class Budgets:
             ValueError: something is missing, of another type or out of bounds.
         """
         found = values["points"]
-        if not isinstance(found, list) or not 2 <= len(found) <= MAX_POINTS:
-            raise ValueError(f"budgets are not a list of 2 to {MAX_POINTS} points")
+        if not isinstance(found, list) or not 1 <= len(found) <= MAX_POINTS:
+            raise ValueError(f"budgets are not a list of 1 to {MAX_POINTS} points")
         points = tuple(OperatingPoint(p["budget"], Offsets(**p["offsets"]), dict(p["measured"])) for p in found)
         last = 0.0
         for point in points:

@@ -1,0 +1,145 @@
+"""Operating points of a bundle: offsets that meet budgets on calibration images with the least loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from adavit.calibration.trial import Outcome, Trial
+from adavit.calibration.walk import Way, walk
+from adavit.errors import InputError
+from adavit.files import write_beside
+from adavit.runtime.budget import MAX_OFFSET, TRAINED, Budgets, Offsets, OperatingPoint
+from adavit.runtime.session import load
+
+__all__ = ["BudgetOptions", "add_budgets"]
+
+CLOSE = 0.003
+"""How far the MACs of an operating point may be from its budget, relative to it, on the calibration images."""
+FAR = 0.02
+"""How far they may be at most, where nothing closer is found."""
+TRIES = 6
+APART = 0.02
+"""Budgets further apart than this have another point between them, so that interpolation stays close."""
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """Budgets asked for, and the images to meet them on; see `adavit-export --help`."""
+
+    budgets: tuple[float, ...] = ()
+    calibration_images: tuple[Path, ...] = ()
+
+    @classmethod
+    def taken_from(cls, options: dict[str, Any]) -> BudgetOptions:
+        """Takes its options out of a command's."""
+        return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
+
+    def check(self) -> None:
+        """Raises InputError where the options do not make sense."""
+        for budget in self.budgets:
+            if not 0 < budget <= 1:
+                raise InputError(f"--budgets: {budget:g} is no share of the dense MACs; give numbers such as 0.3,0.5")
+        if len(set(self.budgets)) != len(self.budgets):
+            raise InputError("--budgets: a budget is given twice")
+        if self.budgets and not self.calibration_images:
+            raise InputError("--budgets needs --calibration-images")
+
+
+def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progress: Progress) -> dict[str, Any] | None:
+    """Calibrates operating points and writes them into the bundle's `config.json`, in place of those it had.
+
+    Args:
+        bundle: the folder.
+        options: budgets and images; without budgets nothing is done.
+        threads: CPU threads.
+        progress: told the stage and the share done.
+
+    Returns:
+        What was written, with the images that could not be read as `skipped`, or None.
+
+    Raises:
+        InputError: the images or budgets are not usable, or a budget is out of the policies' reach.
+        BundleError: the bundle is not usable.
+    """
+    options.check()
+    if not options.budgets:
+        return None
+    runtime = load(bundle, threads=threads, parallel="samples")
+    trial, skipped = Trial.of_files(runtime, options.calibration_images, progress)
+    budgets = calibrate(trial, options.budgets)
+    config = {**runtime.bundle.config, "budgets": budgets.to_dict()}
+    with write_beside(bundle / "config.json") as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())
+    return {**budgets.to_dict(), "skipped": skipped}
+
+
+def calibrate(trial: Trial, asked: Sequence[float]) -> Budgets:
+    """Operating points for the budgets asked for, the trained policy, and some between them.
+
+    Raises:
+        InputError: a budget is out of the policies' reach.
+    """
+    least, most = (trial.run(Offsets(*(3 * [end])), 1).macs for end in (-MAX_OFFSET, MAX_OFFSET))
+    for budget in asked:
+        if not least <= budget <= most:
+            raise InputError(
+                f"a budget of {budget:g} is out of reach: this model's policies can set the MACs from {least:.3f} to "
+                f"{most:.3f} of the dense ones"
+            )
+    trained = trial.trained.macs
+    way = walk(trial, min(asked) * (1 - CLOSE), min(1.0, max(asked) * (1 + CLOSE)))
+    points = [_meet(trial, way, budget) for budget in sorted(asked)]
+    if all(point.offsets != TRAINED for point in points):
+        points.append(OperatingPoint(round(trained, 6), TRAINED, trial.trained.to_dict()))
+        points.sort(key=lambda point: point.budget)
+    pairs = pairwise([point.budget for point in points])
+    middles = [_between(trial, way, low, high) for low, high in pairs if high - low > APART]
+    points += [middle for middle in middles if middle is not None]
+    points.sort(key=lambda point: point.budget)
+    return Budgets(tuple(points), {"images": len(trial), "labelled": trial.labels is not None})
+
+
+def _meet(trial: Trial, way: Way, budget: float) -> OperatingPoint:
+    """The point on the way whose MACs are the budget's, on all images.
+
+    Raises:
+        InputError: none comes near it.
+    """
+    if abs(trial.trained.macs - budget) <= CLOSE * budget:
+        return OperatingPoint(budget, TRAINED, trial.trained.to_dict())
+    first, last = 0.0, way.last
+    aim = budget
+    found: dict[float, tuple[Offsets, Outcome]] = {}
+    for _ in range(TRIES):
+        position = way.at(aim)
+        if not first < position < last:
+            position = (first + last) / 2 if found else position
+        offsets = way.offsets(position)
+        outcome = trial.run(offsets)
+        missing = budget - outcome.macs
+        found[abs(missing)] = offsets, outcome
+        if abs(missing) <= CLOSE * budget:
+            break
+        first, last = (position, last) if missing > 0 else (first, position)
+        aim = way.macs(position) + missing
+    offsets, outcome = found[min(found)]
+    if min(found) > FAR * budget:
+        raise InputError(
+            f"a budget of {budget:g} cannot be met: the nearest found is {outcome.macs:.4f}; give another or more images"
+        )
+    return OperatingPoint(budget, offsets, outcome.to_dict())
+
+
+def _between(trial: Trial, way: Way, low: float, high: float) -> OperatingPoint | None:
+    """A point about half-way between two budgets, at the MACs it takes; None where these are not between them."""
+    offsets = way.offsets(way.at((low + high) / 2))
+    outcome = trial.run(offsets)
+    budget = round(outcome.macs, 6)
+    return OperatingPoint(budget, offsets, outcome.to_dict()) if low < budget < high else None
