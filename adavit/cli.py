@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from adavit import console
+from adavit.calibration.budget_options import BudgetOptions, budget_options
 from adavit.runtime.backend import names as backend_names
 from adavit.tensorrt.options import BuildOptions, build_options
 from adavit.version import __version__
@@ -29,6 +30,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--check", type=PATH, metavar="BUNDLE", help="Verify an existing bundle instead of exporting.")
 @click.option("--against", type=PATH, metavar="CHECKPOINT", help="The checkpoint that --check compares with.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads of the verification.")
+@budget_options
 @build_options
 @click.option("--json", "json_file", metavar="FILE|-", help="Write a report as JSON; - is standard output.")
 @click.version_option(__version__)
@@ -44,22 +46,33 @@ def export(
     """Turn a trained AdaViT into a bundle of engines, and prove that it computes the same.
 
     CHECKPOINT is a released training checkpoint, a state dict or a safetensors file; `demo` is the small
-    Fashion-MNIST model that comes with this package. To a BUNDLE, --target adds TensorRT engines.
+    Fashion-MNIST model that comes with this package. To a BUNDLE, --target adds TensorRT engines and
+    --budgets operating points.
     """
-    build = BuildOptions.taken_from(options)
+    build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
     with console.Progress() as progress:
-        if source is not None and (source / "config.json").is_file() and build.target:
-            from adavit.tensorrt.build import add_engines
-
+        if source is not None and (source / "config.json").is_file() and (build.target or budgets.budgets):
             if output is not None or check is not None:
-                raise click.UsageError("to add engines to a BUNDLE, leave out --output and --check")
-            report = {"bundle": str(source), "engine_sets": add_engines(source, build, progress)}
+                raise click.UsageError("to add to a BUNDLE, leave out --output and --check")
+            report = _add(source, build, budgets, threads, progress)
         else:
-            report = _export(source, output, check, against, threads, {**options, "build": build}, progress)
+            options |= {"build": build, "budgets": budgets}
+            report = _export(source, output, check, against, threads, options, progress)
     console.write_json(report, json_file)
     if json_file != "-":
         for line in console.export_lines(report):
             click.echo(line)
+
+
+def _add(
+    bundle: Path, build: BuildOptions, budgets: BudgetOptions, threads: int | None, progress: console.Progress
+) -> dict[str, Any]:
+    """Adds to a bundle what is asked for."""
+    from adavit.calibration.budgets import add_budgets
+    from adavit.tensorrt.build import add_engines
+
+    added = add_budgets(bundle, budgets, threads, progress)
+    return {"bundle": str(bundle), "budgets": added, "engine_sets": add_engines(bundle, build, progress)}
 
 
 def _export(

@@ -139,6 +139,8 @@ def export_lines(report: dict[str, Any]) -> list[str]:
             f"verified    {found['images']} images: {found['decisions']} decisions identical, "
             f"largest logit difference {found['max_logit_difference']:.1e}"
         )
+    if found := report.get("budgets"):
+        lines += _budget_lines(found)
     for key, built in report.get("engine_sets", {}).items():
         size = sum(engine["bytes"] for engine in built["engines"].values())
         count, seconds = len(built["engines"]), built["seconds"]
@@ -146,6 +148,20 @@ def export_lines(report: dict[str, Any]) -> list[str]:
     if "seconds" in report:
         lines.append(f"took        {report['seconds']:.1f} s")
     return lines
+
+
+def _budget_lines(report: dict[str, Any]) -> list[str]:
+    right = "accuracy" if report["calibration"]["labelled"] else "agreement"
+    rows: list[tuple[str, ...]] = [("budget", "MACs", right, "tokens", "heads", "sub-layers")]
+    for point in report["points"]:
+        measured = point["measured"]
+        usage = [f"{measured['usage'][kind]:.0%}" for kind in ("tokens", "heads", "sublayers")]
+        trained = "" if any(point["offsets"].values()) else " (trained)"
+        rows.append((f"{point['budget']:.4g}{trained}", f"{measured['macs']:.1%}", f"{measured[right]:.2%}", *usage))
+    images = f"on {report['calibration']['images']} images"
+    if report["skipped"]:
+        images += f"; {len(report['skipped'])} could not be read, first: {report['skipped'][0]}"
+    return ["", *table(rows), images]
 
 
 def run_lines(report: dict[str, Any]) -> list[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from adavit.calibration.budget_options import BudgetOptions
 from adavit.calibration.trial import Outcome, Trial
 from adavit.calibration.walk import Way, walk
 from adavit.errors import InputError
@@ -16,7 +16,7 @@ from adavit.files import write_beside
 from adavit.runtime.budget import MAX_OFFSET, TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.runtime.session import load
 
-__all__ = ["BudgetOptions", "add_budgets"]
+__all__ = ["add_budgets"]
 
 CLOSE = 0.003
 """How far the MACs of an operating point may be from its budget, relative to it, on the calibration images."""
@@ -27,29 +27,6 @@ APART = 0.02
 """Budgets further apart than this have another point between them, so that interpolation stays close."""
 
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class BudgetOptions:
-    """Budgets asked for, and the images to meet them on; see `adavit-export --help`."""
-
-    budgets: tuple[float, ...] = ()
-    calibration_images: tuple[Path, ...] = ()
-
-    @classmethod
-    def taken_from(cls, options: dict[str, Any]) -> BudgetOptions:
-        """Takes its options out of a command's."""
-        return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
-
-    def check(self) -> None:
-        """Raises InputError where the options do not make sense."""
-        for budget in self.budgets:
-            if not 0 < budget <= 1:
-                raise InputError(f"--budgets: {budget:g} is no share of the dense MACs; give numbers such as 0.3,0.5")
-        if len(set(self.budgets)) != len(self.budgets):
-            raise InputError("--budgets: a budget is given twice")
-        if self.budgets and not self.calibration_images:
-            raise InputError("--budgets needs --calibration-images")
 
 
 def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progress: Progress) -> dict[str, Any] | None:
@@ -132,7 +109,8 @@ def _meet(trial: Trial, way: Way, budget: float) -> OperatingPoint:
     offsets, outcome = found[min(found)]
     if min(found) > FAR * budget:
         raise InputError(
-            f"a budget of {budget:g} cannot be met: the nearest found is {outcome.macs:.4f}; give another or more images"
+            f"a budget of {budget:g} cannot be met: the nearest found is {outcome.macs:.4f}; "
+            "give another, or more images"
         )
     return OperatingPoint(budget, offsets, outcome.to_dict())
 

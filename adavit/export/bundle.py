@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adavit.calibration.budget_options import BudgetOptions
+from adavit.calibration.budgets import add_budgets
 from adavit.errors import BundleError, InputError, VerificationError
 from adavit.export.engines import engine_count, make_engines
 from adavit.export.graph import OPSETS
@@ -44,6 +46,7 @@ class ExportOptions:
     force: bool = False
     threads: int | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
+    budgets: BudgetOptions = field(default_factory=BudgetOptions)
 
 
 def export_bundle(source: Path, output: Path, options: ExportOptions, progress: Progress) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     _check_output(output, options.force)
     if options.opset not in OPSETS:
         raise InputError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
+    options.budgets.check()
     demo = str(source) == "demo" and not source.exists()
     if demo:
         source = DEMO / "checkpoint.safetensors"
@@ -90,6 +94,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
             progress,
         )
         verified = verify(model, load(folder, threads=options.threads), progress) if options.verify else None
+        budgets = add_budgets(folder, options.budgets, options.threads, progress)
         engine_sets = add_engines(folder, options.build, progress)
     return {
         "bundle": str(output),
@@ -99,6 +104,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "architecture": config["architecture"],
         "macs": config["macs"],
         "verified": verified,
+        "budgets": budgets,
         "engine_sets": engine_sets,
         "seconds": time.perf_counter() - start,
     }

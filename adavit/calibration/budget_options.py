@@ -1,0 +1,67 @@
+"""What `adavit-export` is asked for in budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from adavit.errors import InputError
+
+__all__ = ["BudgetOptions", "budget_options"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """Budgets asked for, and the images to meet them on; see `adavit-export --help`."""
+
+    budgets: tuple[float, ...] = ()
+    calibration_images: tuple[Path, ...] = ()
+
+    @classmethod
+    def taken_from(cls, options: dict[str, Any]) -> BudgetOptions:
+        """Takes its options out of a command's."""
+        return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
+
+    def check(self) -> None:
+        """Raises InputError where the options do not make sense."""
+        for budget in self.budgets:
+            if not 0 < budget <= 1:
+                raise InputError(f"--budgets: {budget:g} is no share of the dense MACs; give numbers such as 0.3,0.5")
+        if len(set(self.budgets)) != len(self.budgets):
+            raise InputError("--budgets: a budget is given twice")
+        if self.budgets and not self.calibration_images:
+            raise InputError("--budgets needs --calibration-images")
+
+
+def budget_options(command: Function) -> Function:
+    """Adds the options to a command."""
+    for option in (
+        click.option(
+            "--calibration-images",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            help="Image file or folder to calibrate on; class-named folders give labels.",
+        ),
+        click.option(
+            "--budgets",
+            callback=_shares,
+            metavar="SHARES",
+            help="Operating points to add, as shares of the dense MACs, such as 0.3,0.5.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _shares(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...]:
+    """The numbers of a list with commas."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text is not None else ()
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of shares such as 0.3,0.5") from None
