@@ -1,4 +1,4 @@
-"""`adavit-run --budget` and `--latency-ms`, end to end."""
+"""`adavit-export --budgets`, `adavit-run --budget` and `--latency-ms`, end to end."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from cases import assert_same_policy, invoke, picture, read_config, refusal, tiny, write_config
 
 import adavit
-from adavit.cli import run
+from adavit.cli import export, run
 from adavit.runtime import Policy, latency
 from adavit.runtime.budget import Budgets
 
@@ -131,3 +131,51 @@ def test_budgets_that_cannot_be_had(dialled: Path, tiny_bundle: Path, tmp_path: 
         ([tiny_bundle, "--latency-ms", "4", "--images", tmp_path], "has no operating points"),
     ):
         assert message in refusal(invoke(run, *arguments, *SHORT))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 pictures in a folder of one of the labels."""
+    folder = tmp_path_factory.mktemp("photos") / "cat"
+    folder.mkdir()
+    for seed in range(16):
+        picture(seed).save(folder / f"{seed}.png")
+    return folder.parent
+
+
+def test_exporting_with_budgets(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    """The trained policy of a random model and images takes a budget of its own, which an export finds out."""
+    target = tmp_path / "bundle"
+    arguments = (checkpoint, "--output", target, "--threads", 1, "--calibration-images", photos)
+    done = invoke(export, *arguments, "--budgets", "0.99,1", "--json", "-")
+    assert done.exit_code == 0, done.output
+    points = json.loads(done.stdout)["budgets"]["points"]
+    assert {0.99, 1.0} < {point["budget"] for point in points}
+    assert points == read_config(target)["budgets"]["points"]
+    trained = next(point for point in points if not any(point["offsets"].values()))
+    values = report(target, "--images", photos, "--budget", trained["budget"])
+    assert values["macs"] == report(target, "--images", photos)["macs"]
+    assert trained["measured"]["macs"] == pytest.approx(values["macs"]["executed_mean"] / values["macs"]["dense"])
+    shown = invoke(export, target, "--budgets", "1", "--calibration-images", photos, "--threads", 1).stdout
+    assert "(trained)" in shown  # and the points of before are replaced
+    assert 0.99 not in {point["budget"] for point in read_config(target)["budgets"]["points"]}
+
+
+def test_exports_whose_budgets_are_refused(checkpoint: Path, bundle: Path, photos: Path, tmp_path: Path) -> None:
+    target = tmp_path / "new"
+    before = read_config(bundle)
+    for arguments, code, message in (
+        (["--budgets", "some"], 2, "'some' is no list of shares such as 0.3,0.5"),
+        (["--budgets", "0.3,"], 2, "is no list of shares"),
+        (["--budgets", "0.3"], 1, "--budgets needs --calibration-images"),
+        (["--budgets", "30", "--calibration-images", photos], 1, "30 is no share of the dense MACs"),
+        (["--budgets", "0.0001", "--calibration-images", photos], 1, "out of reach"),
+        (["--budgets", "0.5", "--calibration-images", tmp_path / "no"], 1, "no such image or folder"),
+    ):
+        assert message in refusal(invoke(export, checkpoint, "--output", target, "--no-verify", *arguments), code)
+        assert message in refusal(invoke(export, bundle, *arguments), code)
+        assert not target.exists()
+    given = ("--budgets", "0.5", "--calibration-images", photos, "--output", target)
+    assert "leave out --output and --check" in refusal(invoke(export, bundle, *given), code=2)
+    assert read_config(bundle) == before
+    assert not target.exists()

@@ -1,0 +1,260 @@
+"""The search for operating points: on a landscape that is known, and on a model."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import export, picture, quiet, random_images, random_model, read_config, tiny, write_config
+
+import adavit
+from adavit.calibration import budgets as calibration
+from adavit.calibration.budget_options import BudgetOptions
+from adavit.calibration.budgets import add_budgets, calibrate
+from adavit.calibration.trial import Outcome, Trial
+from adavit.calibration.walk import STEP, walk
+from adavit.errors import InputError
+from adavit.runtime import Runtime
+from adavit.runtime.budget import TRAINED, Budgets, Offsets
+
+KINDS = ("tokens", "heads", "sublayers")
+
+
+class Landscape:
+    """Stands for images: MACs and score are smooth functions of the offsets, on any scale of logits.
+
+    Args:
+        scales: of each kind's logits.
+        worth: score that each kind loses while the share it keeps falls to zero.
+    """
+
+    labels = None
+
+    def __init__(self, scales: dict[str, float], worth: dict[str, float]) -> None:
+        self.scales, self.worth = scales, worth
+        self.runtime: Any = type("Known", (), {"architecture": tiny()})
+        self.tried = 0
+        self.trained = self.run(TRAINED)
+
+    def kept(self, offsets: Offsets) -> dict[str, float]:
+        return {kind: float(1 / (1 + np.exp(-getattr(offsets, kind) / self.scales[kind]))) for kind in KINDS}
+
+    def run(self, offsets: Offsets, count: int | None = None) -> Outcome:
+        self.tried += 1
+        with np.errstate(over="ignore"):
+            kept = self.kept(offsets)
+        macs = 0.1 + 0.9 * (sum(kept.values()) / 3)
+        score = 1 - sum(self.worth[kind] * (1 - kept[kind]) ** 2 for kind in KINDS)
+        return Outcome(macs, score, score, None, kept)
+
+    search = run
+
+    def __len__(self) -> int:
+        return 100
+
+
+SCALES = [dict.fromkeys(KINDS, 1.0), {"tokens": 0.05, "heads": 1.0, "sublayers": 30.0}]
+
+
+@pytest.mark.parametrize("scales", SCALES, ids=["alike", "different"])
+@pytest.mark.parametrize("dear", KINDS)
+def test_budgets_are_met_where_it_costs_least(dear: str, scales: dict[str, float]) -> None:
+    land = Landscape(scales, {kind: 10.0 if kind == dear else 1.0 for kind in KINDS})
+    found = calibrate(land, [0.25, 0.4, 0.7, 0.9])  # type: ignore[arg-type]
+    for budget in (0.25, 0.4, 0.7, 0.9):
+        point = next(point for point in found.points if point.budget == budget)
+        assert point.measured["macs"] == pytest.approx(budget, rel=calibration.CLOSE)
+        kept = land.kept(point.offsets)
+        assert kept[dear] == max(kept.values())
+        # No worse than the same offset for all kinds, in units of their scales, at as many MACs.
+        level = (budget - 0.1) / 0.9
+        assert point.measured["agreement"] >= 1 - 12 * (1 - level) ** 2 - 0.02
+    assert land.tried < 150
+
+
+def test_the_trained_policy_is_a_point_and_points_ascend() -> None:
+    land = Landscape(SCALES[0], dict.fromkeys(KINDS, 1.0))
+    found = calibrate(land, [0.8, 0.3])  # type: ignore[arg-type]
+    assert found.trained.budget == pytest.approx(0.55)
+    assert found.trained.measured["macs"] == land.trained.macs
+    asked = [point.budget for point in found.points]
+    assert asked == sorted(set(asked))
+    assert {0.3, 0.8} < set(asked)
+    assert len(found.points) == 5  # one more between each two, for interpolation
+    assert Budgets.from_dict(found.to_dict()) == found
+    for budget in np.linspace(0.3, 0.8, 21):
+        assert land.run(found.offsets(budget)).macs == pytest.approx(budget, rel=0.03)
+
+
+def test_every_kind_keeps_more_at_a_larger_budget() -> None:
+    land = Landscape(SCALES[1], {"tokens": 3.0, "heads": 1.0, "sublayers": 2.0})
+    points = calibrate(land, [0.2, 0.4, 0.6, 0.9]).points  # type: ignore[arg-type]
+    for kind in KINDS:
+        offsets = [getattr(point.offsets, kind) for point in points]
+        assert offsets == sorted(offsets)
+
+
+def test_a_budget_of_the_trained_policy_is_the_trained_policy() -> None:
+    land = Landscape(SCALES[0], dict.fromkeys(KINDS, 1.0))
+    (point,) = calibrate(land, [0.551]).points  # type: ignore[arg-type]
+    assert (point.budget, point.offsets) == (0.551, TRAINED)
+
+
+def test_steps_are_about_a_step_and_ends_are_reached() -> None:
+    land = Landscape(SCALES[1], dict.fromkeys(KINDS, 1.0))
+    macs = np.array([stop.outcome.macs for stop in walk(land, 0.11, 0.99).stops])  # type: ignore[arg-type]
+    steps = np.diff(macs)
+    assert (steps > 0).all()
+    assert steps.max() <= 1.7 * STEP
+    assert macs[0] < 0.12
+    assert macs[-1] > 0.98
+    assert land.tried < 150
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.0999])
+def test_a_budget_out_of_reach(budget: float) -> None:
+    land = Landscape(SCALES[0], dict.fromkeys(KINDS, 1.0))
+    with pytest.raises(InputError, match=r"out of reach: this model's policies can set the MACs from 0\.100 to 1\.000"):
+        calibrate(land, [budget])  # type: ignore[arg-type]
+
+
+def trial(runtime: Runtime, count: int = 48, labels: bool = True) -> Trial:
+    known = np.random.default_rng(0).integers(0, 5, count) if labels else None
+    return Trial(runtime, random_images(tiny(), count), known, quiet)
+
+
+def test_what_a_trial_counts(runtime: Runtime) -> None:
+    images, offsets = random_images(tiny(), 48), Offsets(-0.5, 0.3, 1.0)
+    tried = trial(runtime)
+    assert tried.labels is not None
+    trained, result = runtime.run(images), runtime.run(images, budget=offsets)
+    found = tried.run(offsets)
+    dense = adavit.Policy.dense(tiny(), 1)
+    assert found.macs == pytest.approx(result.macs.mean() / runtime.run(images[:1], policy=dense).macs[0])
+    assert found.accuracy == (result.logits.argmax(1) == tried.labels).mean()
+    assert found.agreement == (result.logits.argmax(1) == trained.logits.argmax(1)).mean()
+    assert found.usage == pytest.approx(result.policy.usage())
+    assert tried.trained.agreement == 1
+    assert trial(runtime, labels=False).run(offsets).accuracy is None
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_model_meets_its_budgets(labels: bool, runtime: Runtime) -> None:
+    tried = trial(runtime, labels=labels)
+    least, trained = tried.run(Offsets(-99, -99, -99)).macs, tried.trained.macs
+    asked = [0.5 * least + 0.5 * trained, 0.6 * trained + 0.4]
+    found = calibrate(tried, asked)
+    for point in found.points:
+        assert point.measured["macs"] == pytest.approx(point.budget, rel=calibration.FAR)
+        assert tried.run(point.offsets).macs == point.measured["macs"]
+        assert ("accuracy" in point.measured) == labels
+    assert {point.budget for point in found.points} >= set(asked)
+
+
+@pytest.mark.parametrize("missing", ["token_policy", "head_policy", "sublayer_policy"])
+def test_models_that_lack_a_policy(missing: str, tmp_path: Path) -> None:
+    runtime = adavit.load(export(random_model(tiny(**{missing: False})), tmp_path), threads=1)
+    tried = trial(runtime)
+    budget = 0.5 * tried.trained.macs + 0.5 * tried.run(Offsets(*[9.0] * 3)).macs
+    points = calibrate(tried, [budget]).points
+    assert points[-1].measured["macs"] == pytest.approx(budget, rel=calibration.FAR)
+    kind = {"token_policy": "tokens", "head_policy": "heads", "sublayer_policy": "sublayers"}[missing]
+    assert all(getattr(point.offsets, kind) == 0 for point in points)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures in folders that carry labels of the tiny bundle."""
+    folder = tmp_path_factory.mktemp("photos")
+    for seed in range(24):
+        path = folder / ("bee", "dog", "elk")[seed % 3] / f"{seed}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture(seed).save(path)
+    return folder
+
+
+def middle(bundle: Path, photos: Path) -> float:
+    """A budget below the trained policy's that the pictures can meet."""
+    runtime = adavit.load(bundle, threads=1)
+    tried, _ = Trial.of_files(runtime, (photos,), quiet)
+    return round(0.4 * tried.run(Offsets(-99, -99, -99)).macs + 0.6 * tried.trained.macs, 3)
+
+
+def test_points_are_written_into_the_bundle(bundle: Path, photos: Path) -> None:
+    budget = middle(bundle, photos)
+    before = read_config(bundle)
+    files = sorted(path.relative_to(bundle) for path in bundle.rglob("*"))
+    found = add_budgets(bundle, BudgetOptions((budget,), (photos,)), 1, quiet)
+    assert found is not None
+    after = read_config(bundle)
+    assert {**after["budgets"], "skipped": []} == found
+    assert {key: value for key, value in after.items() if key != "budgets"} == before
+    assert files == sorted(path.relative_to(bundle) for path in bundle.rglob("*"))
+    assert after["budgets"]["calibration"] == {"images": 24, "labelled": True}
+    runtime = adavit.load(bundle, threads=1, budget=budget)
+    pixels = np.stack([runtime.preprocess(path) for path in sorted(photos.rglob("*.png"))])
+    dense = runtime.bundle.config["macs"]["dense"]
+    assert runtime.run(pixels).macs.mean() / dense == pytest.approx(budget, rel=calibration.FAR)
+    again = add_budgets(bundle, BudgetOptions((budget,), (photos,)), 1, quiet)
+    assert again == found  # the same images give the same points
+
+
+def test_unlabelled_and_unreadable_images(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for position, path in enumerate(sorted(photos.rglob("*.png"))):
+        shutil.copy(path, folder / f"{position}.png")
+    (folder / "empty.png").touch()
+    found = add_budgets(bundle, BudgetOptions((middle(bundle, photos),), (folder,)), 1, quiet)
+    assert found is not None
+    assert found["calibration"] == {"images": 24, "labelled": False}
+    assert [message.split(": ")[0] for message in found["skipped"]] == [str(folder / "empty.png")]
+    assert all("accuracy" not in point["measured"] for point in found["points"])
+
+
+def test_no_budgets_change_nothing(bundle: Path) -> None:
+    before = (bundle / "config.json").read_bytes()
+    assert add_budgets(bundle, BudgetOptions(), 1, quiet) is None
+    assert (bundle / "config.json").read_bytes() == before
+
+
+def test_what_fails_leaves_the_bundle_as_it_was(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    write_config(bundle, read_config(bundle))
+    before = (bundle / "config.json").read_bytes()
+    few = tmp_path / "few"
+    few.mkdir()
+    picture().save(few / "a.png")
+    (few / "b.png").touch()
+    (tmp_path / "none").mkdir()
+    for options, message in (
+        (BudgetOptions((0.3,), (tmp_path / "nowhere",)), "no such image or folder"),
+        (BudgetOptions((0.3,), (tmp_path / "none",)), "holds no image file"),
+        (BudgetOptions((0.3,), (few,)), "budgets need at least 16 images, 1 can be read; first unreadable"),
+        (BudgetOptions((0.3,)), "--budgets needs --calibration-images"),
+        (BudgetOptions((40.0,), (photos,)), "40 is no share of the dense MACs"),
+        (BudgetOptions((0.0,), (photos,)), "0 is no share of the dense MACs"),
+        (BudgetOptions((float("nan"),), (photos,)), "nan is no share of the dense MACs"),
+        (BudgetOptions((0.3, 0.3), (photos,)), "a budget is given twice"),
+        (BudgetOptions((0.001,), (photos,)), "a budget of 0.001 is out of reach"),
+    ):
+        with pytest.raises(InputError) as caught:
+            add_budgets(bundle, options, 1, quiet)
+        assert message in str(caught.value)
+        assert (bundle / "config.json").read_bytes() == before
+    assert sorted(path.name for path in bundle.iterdir() if path.name.startswith(".")) == []
+
+
+def test_many_images_are_drawn_from_all_of_them(
+    runtime: Runtime, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adavit.calibration import trial as module
+
+    monkeypatch.setattr(module, "MOST_IMAGES", 18)
+    drawn, _ = Trial.of_files(runtime, (photos,), quiet)
+    again, _ = Trial.of_files(runtime, (photos,), quiet)
+    assert len(drawn) == 18
+    assert drawn.labels is not None
+    assert again.labels is not None
+    assert set(drawn.labels) == {1, 3, 4}
+    np.testing.assert_array_equal(drawn.labels, again.labels)
