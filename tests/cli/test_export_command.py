@@ -27,7 +27,9 @@ def test_export_and_check(checkpoint: Path, tmp_path: Path) -> None:
     assert f"bundle      {bundle}" in done.stdout
     assert "decisions identical" in done.stdout
     values = json.loads(report.read_text())
-    expected = {"bundle", "engines", "bytes", "opset", "architecture", "macs", "verified", "engine_sets", "seconds"}
+    expected = {
+        "bundle", "engines", "bytes", "opset", "architecture", "macs", "verified", "budgets", "engine_sets", "seconds",
+    }  # fmt: skip
     assert set(values) == expected
     assert values["architecture"] == tiny().to_dict()
     done = invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1, "--json", "-")
