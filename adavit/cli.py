@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from adavit import console
-from adavit.calibration.budget_options import BudgetOptions, budget_options
+from adavit.budget_options import BudgetOptions, budget_options
 from adavit.runtime.backend import names as backend_names
 from adavit.tensorrt.options import BuildOptions, build_options
 from adavit.version import __version__

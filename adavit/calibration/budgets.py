@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from adavit.calibration.budget_options import BudgetOptions
+from adavit.budget_options import BudgetOptions
 from adavit.calibration.trial import Outcome, Trial
 from adavit.calibration.walk import Way, walk
 from adavit.errors import InputError

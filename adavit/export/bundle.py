@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adavit.calibration.budget_options import BudgetOptions
+from adavit.budget_options import BudgetOptions
 from adavit.calibration.budgets import add_budgets
 from adavit.errors import BundleError, InputError, VerificationError
 from adavit.export.engines import engine_count, make_engines

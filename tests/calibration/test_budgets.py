@@ -9,8 +9,8 @@ import pytest
 from cases import export, picture, quiet, random_images, random_model, read_config, tiny, write_config
 
 import adavit
+from adavit.budget_options import BudgetOptions
 from adavit.calibration import budgets as calibration
-from adavit.calibration.budget_options import BudgetOptions
 from adavit.calibration.budgets import add_budgets, calibrate
 from adavit.calibration.trial import Outcome, Trial
 from adavit.calibration.walk import STEP, walk
