@@ -1,1 +1,1 @@
-"""Calibration: the numbers a bundle runs with. Bundles are float32 so far, with the trained thresholds."""
+"""Calibration: the numbers a bundle runs with. Operating points, from images."""
