@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
 from adavit import console
 from adavit.budget_options import BudgetOptions, budget_options
+from adavit.console_precision import calibration_lines, compare_lines
+from adavit.precision_options import CalibrationOptions, calibration_options
 from adavit.runtime.backend import names as backend_names
 from adavit.tensorrt.options import BuildOptions, build_options
 from adavit.version import __version__
@@ -31,6 +33,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--against", type=PATH, metavar="CHECKPOINT", help="The checkpoint that --check compares with.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads of the verification.")
 @budget_options
+@calibration_options
 @build_options
 @click.option("--json", "json_file", metavar="FILE|-", help="Write a report as JSON; - is standard output.")
 @click.version_option(__version__)
@@ -49,6 +52,7 @@ def export(
     Fashion-MNIST model that comes with this package. To a BUNDLE, --target adds TensorRT engines and
     --budgets operating points.
     """
+    calibration = CalibrationOptions.taken_from(options)
     build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
     with console.Progress() as progress:
         if source is not None and (source / "config.json").is_file() and (build.target or budgets.budgets):
@@ -56,11 +60,14 @@ def export(
                 raise click.UsageError("to add to a BUNDLE, leave out --output and --check")
             report = _add(source, build, budgets, threads, progress)
         else:
-            options |= {"build": build, "budgets": budgets}
+            options |= {"build": build, "budgets": budgets, "calibration": calibration}
             report = _export(source, output, check, against, threads, options, progress)
     console.write_json(report, json_file)
     if json_file != "-":
-        for line in console.export_lines(report):
+        lines = console.export_lines(report)
+        if calibrated := cast(dict[str, Any], report.get("calibration")):
+            lines += calibration_lines(calibrated)
+        for line in lines:
             click.echo(line)
 
 
@@ -131,9 +138,12 @@ def _export(
     help="Show where the time goes; FILE becomes a trace that Perfetto opens.",
 )
 @click.option("--top", type=click.IntRange(1, 100), default=1, show_default=True, help="Classes shown per image.")
+@click.option(
+    "--compare", type=(PATH, PATH), metavar="A B", help="Instead: how far bundle B's decisions and classes are A's."
+)
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the numbers as JSON; - is standard output.")
 @click.version_option(__version__)
-def run(bundle: Path | None, json_file: str | None, **options: Any) -> None:
+def run(bundle: Path | None, compare: tuple[Path, Path] | None, json_file: str | None, **options: Any) -> None:
     """Run a BUNDLE on images, and measure it against its dense twin.
 
     Without BUNDLE, the demo that comes with this package runs on its own images. Without --images, a bundle
@@ -148,10 +158,25 @@ def run(bundle: Path | None, json_file: str | None, **options: Any) -> None:
     if options["profile"] and Path(options["profile"]).is_dir():
         raise click.UsageError(f"--profile {options['profile']} is a folder; a BUNDLE goes before --profile")
     with console.Progress() as progress:
-        report = run_bundle(bundle, RunOptions(**options), progress)
+        if compare is not None:
+            report, lines = _compare(bundle, compare, options, progress), compare_lines
+        else:
+            report, lines = run_bundle(bundle, RunOptions(**options), progress), console.run_lines
     for skipped in report["skipped"]:
         click.echo(f"adavit-run: skipped {skipped}", err=True)
     console.write_json(report, json_file)
     if json_file != "-":
-        for line in console.run_lines(report):
+        for line in lines(report):
             click.echo(line)
+
+
+def _compare(
+    bundle: Path | None, compare: tuple[Path, Path], options: dict[str, Any], progress: console.Progress
+) -> dict[str, Any]:
+    """Compares two bundles on images."""
+    from adavit.runtime.compare import compare_bundles
+
+    if bundle is not None or not options["images"]:
+        raise click.UsageError("--compare A B takes --images and no other BUNDLE")
+    images, backend, threads, provider = (options[key] for key in ("images", "backend", "threads", "provider"))
+    return compare_bundles(*compare, images, backend, threads, provider, progress)

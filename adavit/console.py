@@ -24,6 +24,7 @@ MODULES = {  # An optional package that is missing, and the extra that brings it
     "safetensors": "export",
     "onnxruntime": "cpu",
     "matplotlib": "train",
+    "modelopt": "int8",
 }
 
 

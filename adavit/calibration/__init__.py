@@ -1,1 +1,1 @@
-"""Calibration: the numbers a bundle runs with. Operating points, from images."""
+"""Calibration: the numbers a bundle runs with. Precisions and operating points, from images."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from adavit.export.weights import Weights
 from adavit.export.write import write_bundle
 from adavit.files import folder_beside
 from adavit.model import AdaViT, load_checkpoint, read_metadata, resize
+from adavit.precision_options import CalibrationOptions
 from adavit.runtime.evaluate import demo_bundle
 from adavit.runtime.images import Preprocessor
 from adavit.runtime.session import load
@@ -45,6 +47,7 @@ class ExportOptions:
     verify: bool = True
     force: bool = False
     threads: int | None = None
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     build: BuildOptions = field(default_factory=BuildOptions)
     budgets: BudgetOptions = field(default_factory=BudgetOptions)
 
@@ -69,6 +72,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     if options.opset not in OPSETS:
         raise InputError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     options.budgets.check()
+    options.calibration.check(options.opset)
     demo = str(source) == "demo" and not source.exists()
     if demo:
         source = DEMO / "checkpoint.safetensors"
@@ -81,10 +85,14 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "name": "adavit-demo" if demo else source.stem,
         "opset": options.opset,
         "checkpoint": {"file": source.name, "sha256": _hash(source)},
+        "precision": "fp32",
     }
+    calibrated = None
     with folder_beside(output) as folder:
+        exported = folder if options.calibration.precision == "fp32" else folder / ".fp32"
+        exported.mkdir(exist_ok=True)
         config = write_bundle(
-            folder,
+            exported,
             make_engines(model.arch, Weights.of(model), options.opset, with_dense),
             engine_count(model.arch, with_dense),
             model.arch,
@@ -93,7 +101,15 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
             about,
             progress,
         )
-        verified = verify(model, load(folder, threads=options.threads), progress) if options.verify else None
+        verified = verify(model, load(exported, threads=options.threads), progress) if options.verify else None
+        if exported != folder:
+            from adavit.calibration.calibrate import calibrate_bundle
+
+            cache = output.with_name(f"{output.name}.calibration.npz")
+            config, calibrated = calibrate_bundle(
+                exported, folder, options.calibration, cache, options.threads, progress
+            )
+            shutil.rmtree(exported)
         budgets = add_budgets(folder, options.budgets, options.threads, progress)
         engine_sets = add_engines(folder, options.build, progress)
     return {
@@ -101,6 +117,8 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "engines": len(config["engines"]),
         "bytes": sum(engine["bytes"] for engine in config["engines"].values()),
         "opset": options.opset,
+        "precision": config["precision"],
+        "calibration": calibrated,
         "architecture": config["architecture"],
         "macs": config["macs"],
         "verified": verified,
@@ -116,6 +134,8 @@ def check_bundle(
     """Verifies an existing bundle against a checkpoint; raises VerificationError where they differ."""
     start = time.perf_counter()
     runtime = load(bundle, threads=threads)
+    if (precision := runtime.bundle.config.get("precision")) not in ("fp32", "float32"):
+        raise InputError(f"{bundle} is {precision}: compare it with its fp32 bundle, by adavit-run --compare")
     model = resize(load_checkpoint(checkpoint, heads), runtime.architecture.image_size)
     if model.arch != runtime.architecture:
         ours, theirs = runtime.architecture.to_dict(), model.arch.to_dict()

@@ -16,7 +16,12 @@ OPSETS = range(17, 24)
 """Opsets that can be asked for: LayerNormalization came with 17; 23 is the newest every backend here reads."""
 
 _IR_VERSION = 10  # Read by ONNX Runtime 1.20, TensorRT 10 and OpenVINO 2025 onwards.
-TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int8": TensorProto.INT8,
+    "int64": TensorProto.INT64,
+}
 """ONNX's numbers of the types that engines take and give."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def write_bundle(
     preprocessor: Preprocessor,
     about: dict[str, Any],
     progress: Callable[[str, float], None],
+    precisions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes every file of a bundle into an empty `folder` and returns `config.json`'s content.
 
@@ -44,20 +45,21 @@ def write_bundle(
         arch: the model's shapes.
         labels: one per class.
         preprocessor: what images go through.
-        about: name, opset and checkpoint of the export, put into `config.json`.
+        about: name, opset, checkpoint and precision of the export, put into `config.json`.
         progress: told the stage and the share done.
+        precisions: of engines that are not fp32.
     """
     (folder / "onnx").mkdir()
     described = {}
     for done, (name, model) in enumerate(engines, 1):
         described[name] = _write_engine(folder, name, model)
+        described[name]["precision"] = (precisions or {}).get(name, "fp32")
         progress(f"exporting {name}", done / count)
     config = {
         "schema_version": SCHEMA_VERSION,
         **about,
         "architecture": arch.to_dict(),
         "macs": {"dense": dense_macs(arch), "outside_blocks": outside_macs(arch)},
-        "precision": "float32",
         "engines": described,
         "made_by": {
             "adavit": __version__,

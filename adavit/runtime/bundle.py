@@ -20,7 +20,7 @@ __all__ = ["SCHEMA_VERSION", "Bundle", "EngineSpec", "TensorSpec"]
 SCHEMA_VERSION = 1
 MAX_TEXT = 16 << 20
 MAX_ENGINE = (2 << 30) - 1  # A protobuf message cannot be larger.
-DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool")
 
 
 @dataclass(frozen=True)

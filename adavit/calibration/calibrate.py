@@ -1,0 +1,149 @@
+"""From an fp32 bundle and images to a bundle of another precision."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from adavit.calibration.cache import Origin, load_ranges, save_ranges
+from adavit.calibration.convert import MIN_SAMPLES, Assignment, assign, converted, engine_precision
+from adavit.calibration.ranges import Ranges, measure_ranges
+from adavit.calibration.recording import Recorder
+from adavit.errors import InputError
+from adavit.export.write import write_bundle
+from adavit.precision_options import CalibrationOptions
+from adavit.runtime.bundle import Bundle
+from adavit.runtime.images import find_images
+from adavit.runtime.session import Runtime, load
+
+__all__ = ["calibrate_bundle"]
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, float], None]
+
+
+def calibrate_bundle(
+    source: Path,
+    folder: Path,
+    options: CalibrationOptions,
+    cache: Path,
+    threads: int | None,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Writes the fp32 bundle `source` in the precision asked for into the empty `folder`.
+
+    Args:
+        source: the fp32 bundle.
+        folder: where to write.
+        options: precision and what to calibrate on.
+        cache: ranges to reuse or to write, where the options name no file.
+        threads: CPU threads.
+        progress: told the stage and the share done.
+
+    Returns:
+        `config.json`'s content, and the report of the calibration.
+
+    Raises:
+        InputError: the images or the cache are not usable.
+    """
+    runtime = load(source, "onnxruntime", threads)
+    bundle = runtime.bundle
+    cache = options.calibration_cache or cache
+    ranges, report = _ranges(runtime, options, cache, progress)
+    assigned = assign(bundle, ranges, options.precision)
+    config = write_converted(bundle, folder, ranges, assigned, options, progress)
+    report["method"] = options.method if options.precision == "int8" else None
+    report["engines"] = {
+        name: {
+            "samples": found.samples,
+            "tokens": found.tokens,
+            "precision": engine_precision(name, assigned, options.decision_precision),
+        }
+        for name, found in sorted(ranges.seen.items())
+    }
+    report["kept_higher"] = {
+        name: {"precision": found.precision, "reason": found.reason} for name, found in assigned.items() if found.reason
+    }
+    return config, report
+
+
+def write_converted(
+    bundle: Bundle,
+    folder: Path,
+    ranges: Ranges,
+    assigned: dict[str, Assignment],
+    options: CalibrationOptions,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Writes a bundle whose units have the precisions assigned to them; returns `config.json`'s content."""
+    engines = converted(bundle, ranges, assigned, options.method, options.decision_precision)
+    about = {key: bundle.config[key] for key in ("name", "opset", "checkpoint")}
+    about |= {"precision": options.precision, "statistics": ranges.statistics}
+    precisions = {name: engine_precision(name, assigned, options.decision_precision) for name in bundle.engines}
+    return write_bundle(
+        folder,
+        engines,
+        len(bundle.engines),
+        bundle.architecture,
+        bundle.labels,
+        bundle.preprocessor,
+        about,
+        progress,
+        precisions,
+    )
+
+
+def _ranges(
+    runtime: Runtime, options: CalibrationOptions, cache: Path, progress: Progress
+) -> tuple[Ranges, dict[str, Any]]:
+    """Ranges from the cache where they are of this model and these images, else measured, and cached."""
+    bundle = runtime.bundle
+    files = find_images(options.calibration_images, bundle.labels)
+    origin: Origin = {"model": _model_hash(bundle), "samples": options.samples, "seed": options.seed}
+    origin["images"] = _hash_files([file.path for file in files])
+    report: dict[str, Any] = {"cache": str(cache), "reused": False, "skipped": []}
+    if cache.exists() or not files:
+        ranges, of = load_ranges(cache)
+        if of.get("model") != origin["model"]:
+            raise InputError(
+                f"{cache}: calibrated for another model, or other export options; delete it, or name another file "
+                "with --calibration-cache"
+            )
+        if not files or of == origin:
+            return ranges, report | {"reused": True, "images": ranges.images}
+        log.warning("%s: of other images or settings; calibrating again", cache)
+    recorder = Recorder(runtime, options.samples, options.seed)
+    for done, file in enumerate(files, 1):
+        try:
+            pixels = runtime.preprocess(file.path)
+        except InputError as error:
+            report["skipped"].append(str(error))
+        else:
+            recorder.run(pixels)
+        progress("running calibration images", done / len(files))
+    if recorder.images < MIN_SAMPLES:
+        first = f"; first unreadable: {report['skipped'][0]}" if report["skipped"] else ""
+        raise InputError(f"calibration needs at least {MIN_SAMPLES} images, {recorder.images} can be read{first}")
+    ranges = measure_ranges(bundle, recorder, progress)
+    save_ranges(cache, ranges, origin)
+    return ranges, report | {"images": ranges.images}
+
+
+def _model_hash(bundle: Bundle) -> str:
+    names = sorted(bundle.engines)
+    return hashlib.sha256("".join(bundle.engines[name].sha256 for name in names).encode()).hexdigest()
+
+
+def _hash_files(paths: list[Path]) -> str:
+    """One hash of the content of files, in order; those that cannot be read count as empty."""
+    total = hashlib.sha256()
+    for path in paths:
+        try:
+            total.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError:
+            total.update(hashlib.sha256().digest())
+    return total.hexdigest()

@@ -1,0 +1,218 @@
+"""Decision parity: how far a bundle's decisions and classes are another's on the same images.
+
+A flipped decision changes what the rest of the model sees, so a second run follows the first bundle's policy: what
+differs then is numeric drift alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.architecture import TOKEN_LOGIT
+from adavit.errors import InputError
+from adavit.runtime.images import find_images
+from adavit.runtime.policy import Policy
+from adavit.runtime.session import Result, Runtime, load
+
+__all__ = ["KINDS", "Parity", "compare_bundles"]
+
+Float = npt.NDArray[np.float32]
+Progress = Callable[[str, float], None]
+
+KINDS = ("tokens", "heads", "sublayers")
+EDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+"""Distances of a logit from its threshold at which margins are counted."""
+BATCH = 8
+
+
+class Watched:
+    """A runtime that also tells the margins of its decisions: logits less their thresholds.
+
+    Args:
+        runtime: what runs.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        specs, backend = runtime.bundle.engines, runtime.backend
+        names = [f"blocks.{block}.decide" for block in range(runtime.architecture.depth)]
+        self._engines = [backend.load(name) for name in names]
+        self._outputs = [
+            {
+                tensor.name: (backend.buffer(shape := tuple(map(int, tensor.shape)), tensor.dtype), shape[0])
+                for tensor in specs[name].outputs
+            }
+            for name in names
+        ]
+
+    def run(self, images: Float, policy: Policy | None = None) -> tuple[Result, list[list[dict[str, Float]]]]:
+        """Runs images [B, 3, S, S]; returns the result and, by image and block, the margins [n] of each kind."""
+        states: list[list[tuple[str, Float]]] = [[] for _ in images]
+        result = self.runtime.run(images, policy, lambda at, engine, x: states[at].append((engine, x.copy())))
+        depth = self.runtime.architecture.depth
+        return result, [[self._margins(block, x) for block, x in enumerate(_inputs(seen, depth))] for seen in states]
+
+    def _margins(self, block: int, x: Float) -> dict[str, Float]:
+        arch, outputs = self.runtime.architecture, self._outputs[block]
+        self._engines[block].run([x], [buffer.rows(count) for buffer, count in outputs.values()])
+        fetched = self.runtime.backend.fetch(*(buffer for buffer, _ in outputs.values()))
+        logits = dict(zip(outputs, fetched, strict=True))
+        found = {}
+        if "tokens" in logits:
+            found["tokens"] = logits["tokens"][1:, 0] - np.float32(TOKEN_LOGIT)
+        if arch.adapts_heads(block):
+            found["heads"] = logits["choices"][0, : arch.heads].copy()
+        if arch.adapts_sublayers(block):
+            found["sublayers"] = logits["choices"][0, -2:].copy()
+        return found
+
+
+def _inputs(states: Sequence[tuple[str, Float]], depth: int) -> Iterator[Float]:
+    """What each block was given, from what every engine of an image made, in order."""
+    made_in = [int(engine.split(".")[1]) if "." in engine else depth for engine, _ in states]
+    made_in[0] = -1  # the stem; depth is the head
+    for block in range(depth):
+        yield states[max(at for at, made in enumerate(made_in) if made < block)][1]
+
+
+class Parity:
+    """Compares runs of two bundles on the same images, batch by batch.
+
+    Args:
+        first: the reference, such as the fp32 bundle.
+        second: what is compared with it.
+
+    Raises:
+        InputError: the two are not of one model.
+    """
+
+    def __init__(self, first: Runtime, second: Runtime) -> None:
+        self.arch = first.architecture
+        if second.architecture != self.arch or second.labels != first.labels:
+            raise InputError(f"{first.bundle.path} and {second.bundle.path} are bundles of different models")
+        self._first, self._second = Watched(first), Watched(second)
+        self.images = 0
+        self._same_policies = 0
+        self._labelled = 0
+        self._correct = {"first": 0, "second": 0, "replayed": 0}
+        self._agree = {"free": 0, "replayed": 0}
+        self._logit_error = {"free": 0.0, "replayed": 0.0}
+        shape = len(KINDS), self.arch.depth
+        self._decided = np.zeros(shape, np.int64)
+        self._flipped = {mode: np.zeros(shape, np.int64) for mode in ("free", "replayed")}
+        self._margins = np.zeros((len(KINDS), len(EDGES) + 1), np.int64)
+        self._flip_margin = np.zeros(len(KINDS))
+        self._drift = np.zeros((len(KINDS), 2))  # sum of squares, and the largest
+
+    def add(self, images: Float, labels: Sequence[int | None]) -> None:
+        """Runs images [B, 3, S, S] through both, and the second again under the first's policy."""
+        wanted, margins = self._first.run(images)
+        free = self._second.runtime.run(images)
+        replayed, drifted = self._second.run(images, wanted.policy)
+        self.images += len(images)
+        different = [getattr(wanted.policy, kind) != getattr(free.policy, kind) for kind in KINDS]
+        self._same_policies += int((~np.concatenate([mask.any(2) for mask in different], 1).any(1)).sum())
+        for row, mask in enumerate(different):
+            self._flipped["free"][row] += mask.sum((0, 2))
+        for before, after in zip(margins, drifted, strict=True):
+            for block in range(self.arch.depth):
+                for kind, margin in before[block].items():
+                    self._add_margins(KINDS.index(kind), block, margin, after[block][kind])
+        self._add_classes(wanted.logits, free.logits, replayed.logits, labels)
+
+    def _add_margins(self, kind: int, block: int, before: Float, after: Float) -> None:
+        distance, drift = np.abs(before), np.abs(after - before)
+        flipped = (before > 0) != (after > 0)
+        self._decided[kind, block] += before.size
+        self._flipped["replayed"][kind, block] += int(flipped.sum())
+        self._margins[kind] += np.bincount(np.searchsorted(EDGES, distance), minlength=len(EDGES) + 1)
+        self._flip_margin[kind] = max(self._flip_margin[kind], distance[flipped].max(initial=0))
+        self._drift[kind] = self._drift[kind, 0] + np.square(drift).sum(), max(self._drift[kind, 1], drift.max())
+
+    def _add_classes(self, wanted: Float, free: Float, replayed: Float, labels: Sequence[int | None]) -> None:
+        for mode, logits in (("free", free), ("replayed", replayed)):
+            self._agree[mode] += int((logits.argmax(1) == wanted.argmax(1)).sum())
+            self._logit_error[mode] += float(np.abs(logits - wanted).max(1).sum())
+        for row, label in enumerate(labels):
+            if label is not None:
+                self._labelled += 1
+                for name, logits in (("first", wanted), ("second", free), ("replayed", replayed)):
+                    self._correct[name] += int(logits[row].argmax() == label)
+
+    def report(self) -> dict[str, Any]:
+        """The numbers, under the keys of `adavit-run --compare --json`."""
+        accuracy = {name: count / self._labelled for name, count in self._correct.items()} if self._labelled else None
+        kinds = {}
+        for row, kind in enumerate(KINDS):
+            if decided := int(self._decided[row].sum()):
+                below = np.cumsum(self._margins[row])[:-1] / decided
+                kinds[kind] = {
+                    "decisions": decided,
+                    "margins_below": {str(edge): float(share) for edge, share in zip(EDGES, below, strict=True)},
+                    "largest_flipped_margin": float(self._flip_margin[row]),
+                    "logit_drift_rms": float(np.sqrt(self._drift[row, 0] / decided)),
+                    "logit_drift_max": float(self._drift[row, 1]),
+                }
+        return {
+            "images": self.images,
+            "free": self._mode("free") | {"identical_policies": self._same_policies / self.images},
+            "replayed": self._mode("replayed"),
+            "decisions": kinds,
+            "accuracy": accuracy,
+            "labelled": self._labelled,
+        }
+
+    def _mode(self, mode: str) -> dict[str, Any]:
+        flipped = self._flipped[mode]
+        shares = np.divide(flipped, self._decided, out=np.zeros(flipped.shape), where=self._decided > 0)
+        taken = self._decided.sum(1)
+        return {
+            "flipped": float(flipped.sum() / max(1, taken.sum())),
+            "flipped_by_kind": {
+                kind: float(flipped[row].sum() / taken[row]) for row, kind in enumerate(KINDS) if taken[row]
+            },
+            "flipped_by_block": {kind: shares[row].tolist() for row, kind in enumerate(KINDS) if taken[row]},
+            "top1_agreement": self._agree[mode] / self.images,
+            "mean_logit_difference": self._logit_error[mode] / self.images,
+        }
+
+
+def compare_bundles(
+    first: Path,
+    second: Path,
+    images: Iterable[Path],
+    backend: str,
+    threads: int | None,
+    provider: str | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Compares two bundles of one model on image files; returns the report that `adavit-run --json` writes.
+
+    Raises:
+        AdaViTError: a bundle, the backend or the images are not usable.
+    """
+    runtimes = [load(path, backend, threads, provider, parallel="samples") for path in (first, second)]
+    parity = Parity(*runtimes)
+    files = find_images(images, runtimes[0].labels)
+    skipped: list[str] = []
+    pixels: list[Float] = []
+    labels: list[int | None] = []
+    for done, file in enumerate(files, 1):
+        try:
+            pixels.append(runtimes[0].preprocess(file.path))
+            labels.append(file.label)
+        except InputError as error:
+            skipped.append(str(error))
+        if pixels and (len(pixels) == BATCH or done == len(files)):
+            parity.add(np.stack(pixels), labels)
+            pixels, labels = [], []
+        progress("comparing", done / len(files))
+    if not parity.images:
+        raise InputError(f"none of the {len(skipped)} images can be read; first: {skipped[0]}")
+    names = [f"{runtime.bundle.path} ({runtime.bundle.config.get('precision')})" for runtime in runtimes]
+    return {"first": names[0], "second": names[1], "backend": backend, **parity.report(), "skipped": skipped}

@@ -1,0 +1,144 @@
+"""Bundles in fp16 and int8: what they hold, that every backend takes them, and that they compute nearly the same."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from cases import WIDE, python, quiet, random_images, read_config
+from onnx import TensorProto, numpy_helper
+
+import adavit
+from adavit.runtime.bundle import Bundle
+from adavit.tensorrt.build import add_engines
+from adavit.tensorrt.options import BuildOptions
+
+Calibrated = Callable[[str], tuple[Path, dict]]
+SIZES = {"K": 5, "h": 2, "c": 2 * WIDE.head_width, "B": 2}
+TYPES = {"float32": np.float32, "float16": np.float16}
+
+precisions = pytest.mark.parametrize("precision", ["fp16", "int8"])
+
+
+def graphs(bundle: Path) -> dict[str, onnx.ModelProto]:
+    return {name: onnx.load(bundle / engine["file"]) for name, engine in read_config(bundle)["engines"].items()}
+
+
+def inputs(engine: dict) -> dict[str, np.ndarray]:
+    """Any input an engine may be given."""
+    source = np.random.default_rng(0)
+    found = {}
+    for tensor in engine["inputs"]:
+        shape = [SIZES.get(size, size) for size in tensor["shape"]]
+        if tensor["dtype"] == "int64":
+            found[tensor["name"]] = np.array([1, 4])
+        else:
+            found[tensor["name"]] = (source.standard_normal(shape) * 0.3).astype(TYPES[tensor["dtype"]])
+    return found
+
+
+@precisions
+def test_decisions_and_classes_stay_close(calibrated: Calibrated, precision: str) -> None:
+    images = random_images(WIDE, 16, seed=9)
+    wanted = adavit.load(calibrated("fp32")[0], threads=1).run(images)
+    found = adavit.load(calibrated(precision)[0], threads=1).run(images, policy=wanted.policy)
+    allowed = {"fp16": 0.01, "int8": 0.35}[precision]
+    assert np.abs(found.logits - wanted.logits).max() < allowed * np.abs(wanted.logits).max()
+    own = adavit.load(calibrated(precision)[0], threads=1).run(images).policy
+    same = np.mean([(getattr(own, kind) == getattr(wanted.policy, kind)).mean() for kind in ("tokens", "heads")])
+    assert same > {"fp16": 0.999, "int8": 0.97}[precision]
+
+
+@precisions
+def test_the_bundle_is_smaller_and_says_what_it_is(calibrated: Calibrated, precision: str) -> None:
+    bundle, report = calibrated(precision)
+    config = read_config(bundle)
+    size, full = (sum(e["bytes"] for e in read_config(b)["engines"].values()) for b in (bundle, calibrated("fp32")[0]))
+    assert size < {"fp16": 0.65, "int8": 0.55}[precision] * full  # tiny engines are half descriptions
+    assert config["precision"] == report["precision"] == precision
+    assert sum(config["statistics"]["batch"].values()) == 32
+    kinds = {name: engine["precision"] for name, engine in config["engines"].items()}
+    assert all(kinds[name] == "fp32" for name in kinds if name in ("stem", "head", "empty") or "decide" in name)
+    converted = {name for name in kinds if name.startswith("blocks.") and "decide" not in name}
+    converted -= {name for name in converted if "attention_gather" in name and precision == "int8"}
+    assert {kinds[name] for name in converted} == {precision}
+    assert report["calibration"]["engines"]["blocks.0.attention"]["samples"] == 32
+
+
+def test_sums_normalisations_and_softmax_stay_in_fp32(calibrated: Calibrated) -> None:
+    for name, model in graphs(calibrated("fp16")[0]).items():
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+        kinds = {
+            v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input, *inferred.output)
+        }
+        kinds |= {value.name: value.data_type for value in inferred.initializer}
+        for node in inferred.node:
+            if node.op_type in ("LayerNormalization", "Softmax"):
+                assert {kinds[value] for value in (*node.input, *node.output)} == {TensorProto.FLOAT}, name
+            if node.op_type == "MatMul" and name.startswith("blocks.") and "decide" not in name:
+                assert {kinds[value] for value in node.input} == {TensorProto.FLOAT16}, name
+            if node.output[0] == "y" and node.op_type == "Add":
+                assert {kinds[value] for value in node.input} == {TensorProto.FLOAT}, name
+
+
+def test_linear_layers_take_codes_of_seven_bits(calibrated: Calibrated) -> None:
+    for name, model in graphs(calibrated("int8")[0]).items():
+        makers = {node.output[0]: node.op_type for node in model.graph.node}
+        codes = [
+            numpy_helper.to_array(v) for v in model.graph.initializer if v.data_type == TensorProto.INT8 and v.dims
+        ]
+        largest = max((int(np.abs(code.astype(int)).max()) for code in codes), default=0)
+        assert largest in (0, 64), name
+        weighted = [
+            n for n in model.graph.node if n.op_type == "MatMul" and makers.get(n.input[1]) == "DequantizeLinear"
+        ]
+        expected = {"attention": 4, "mlp": 2, "mlp_gather": 1, "dense": 6 * WIDE.depth}
+        assert len(weighted) == expected.get(name.rsplit(".", 1)[-1], 0), name
+        assert all(makers[node.input[0]] == "DequantizeLinear" for node in weighted), name
+        assert {opset.domain for opset in model.opset_import} == {""}
+
+
+@precisions
+def test_openvino_computes_the_same(calibrated: Calibrated, precision: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    ort = pytest.importorskip("onnxruntime")
+    bundle, core = Bundle.open(calibrated(precision)[0]), openvino.Core()
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    adavit.load(bundle.path, threads=1)  # sets the pool that the sessions here use
+    for name, engine in read_config(bundle.path)["engines"].items():
+        if engine["precision"] == "fp32":
+            continue
+        data, given = bundle.read(name), inputs(engine)
+        wanted = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]).run(None, given)
+        model = core.compile_model(core.read_model(data), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        found = model(list(given.values()))
+        for position, value in enumerate(wanted):
+            scale = max(1.0, float(np.abs(value.astype(np.float32)).max()))
+            difference = np.abs(found[position].astype(np.float32) - value.astype(np.float32)).max()
+            assert difference < {"fp16": 0.01, "int8": 0.02}[precision] * scale, name
+
+
+@precisions
+def test_tensorrt_builds_every_engine(calibrated: Calibrated, precision: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    bundle = shutil.copytree(calibrated(precision)[0], tmp_path / "bundle")
+    built = add_engines(bundle, BuildOptions(target=("tensorrt-rtx",), compute_capability=(89,)), quiet)
+    (engines,) = built.values()
+    assert set(engines["engines"]) == set(read_config(bundle)["engines"])
+
+
+def test_the_same_seed_gives_the_same_bytes(calibrated: Calibrated, busy: Path, pictures: Path, tmp_path: Path) -> None:
+    code = "import sys\nfrom adavit.cli import export\nexport(sys.argv[1:], standalone_mode=False)"
+    done = python(
+        code, busy, "--output", tmp_path / "again", "--with-dense", "--no-verify", "--threads", 1,
+        "--precision", "int8", "--calibration-images", pictures,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again, before = (read_config(bundle)["engines"] for bundle in (tmp_path / "again", calibrated("int8")[0]))
+    assert {name: engine["sha256"] for name, engine in again.items()} == {
+        name: engine["sha256"] for name, engine in before.items()
+    }
+    assert (tmp_path / "again.calibration.npz").is_file()
