@@ -59,7 +59,7 @@ def dense(**options: Any) -> None:
 @click.option("--sublayer-weight", type=WEIGHT, default=2.0, show_default=True, help="Of the sub-layer usage loss.")
 @click.option("--temperature", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True,
               help="Of the Gumbel-sigmoid.")  # fmt: skip
-@click.option("--anneal", type=WEIGHT, default=0.5, show_default=True,
+@click.option("--anneal", type=WEIGHT, default=0.3, show_default=True,
               help="Share of the run in which the noise falls to 0; 0 keeps it.")  # fmt: skip
 @click.option("--floor", type=SHARE, default=0.0, show_default=True, help="Least usage of a head or sub-layer.")
 @click.option("--floor-weight", type=WEIGHT, default=0.0, show_default=True, help="Of that floor.")
@@ -70,7 +70,7 @@ def dense(**options: Any) -> None:
 @click.option("--hidden-weight", type=WEIGHT, default=0.0, show_default=True, help="Of the teacher's hidden states.")
 @click.option("--distillation-temperature", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
               help="Of the soft labels.")  # fmt: skip
-@click.option("--policy-rate", type=WEIGHT, default=1.0, show_default=True,
+@click.option("--policy-rate", type=WEIGHT, default=10.0, show_default=True,
               help="Learning rate of the decision layers over that of the rest.")  # fmt: skip
 def adapt(**options: Any) -> None:
     """Train policies jointly with a backbone that starts dense, the dense model teaching."""

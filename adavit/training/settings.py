@@ -32,7 +32,7 @@ class PolicySettings:
     targets: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, PUBLISHED_TARGET))
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 2.0))
     temperature: float = 5.0
-    anneal: float = 0.5
+    anneal: float = 0.3
     floor: float = 0.0
     floor_weight: float = 0.0
     entropy_weight: float = 0.0
@@ -41,7 +41,7 @@ class PolicySettings:
     attention_weight: float = 0.0
     hidden_weight: float = 0.0
     distillation_temperature: float = 1.0
-    learning_rate_scale: float = 1.0
+    learning_rate_scale: float = 10.0
 
     @property
     def distils(self) -> bool:
