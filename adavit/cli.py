@@ -10,6 +10,7 @@ import click
 from adavit import console
 from adavit.budget_options import BudgetOptions, budget_options
 from adavit.console_precision import calibration_lines, compare_lines
+from adavit.console_tune import tune_lines
 from adavit.precision_options import CalibrationOptions, calibration_options
 from adavit.runtime.backend import names as backend_names
 from adavit.tensorrt.options import BuildOptions, build_options
@@ -137,13 +138,16 @@ def _export(
     metavar="[FILE]",
     help="Show where the time goes; FILE becomes a trace that Perfetto opens.",
 )
+@click.option("--tune", is_flag=True, help="Instead: measure engines and policies, and keep the plan that is fastest.")
 @click.option("--top", type=click.IntRange(1, 100), default=1, show_default=True, help="Classes shown per image.")
 @click.option(
     "--compare", type=(PATH, PATH), metavar="A B", help="Instead: how far bundle B's decisions and classes are A's."
 )
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the numbers as JSON; - is standard output.")
 @click.version_option(__version__)
-def run(bundle: Path | None, compare: tuple[Path, Path] | None, json_file: str | None, **options: Any) -> None:
+def run(
+    bundle: Path | None, tune: bool, compare: tuple[Path, Path] | None, json_file: str | None, **options: Any
+) -> None:
     """Run a BUNDLE on images, and measure it against its dense twin.
 
     Without BUNDLE, the demo that comes with this package runs on its own images. Without --images, a bundle
@@ -160,9 +164,11 @@ def run(bundle: Path | None, compare: tuple[Path, Path] | None, json_file: str |
     with console.Progress() as progress:
         if compare is not None:
             report, lines = _compare(bundle, compare, options, progress), compare_lines
+        elif tune:
+            report, lines = _tune(bundle, options, progress), tune_lines
         else:
             report, lines = run_bundle(bundle, RunOptions(**options), progress), console.run_lines
-    for skipped in report["skipped"]:
+    for skipped in report.get("skipped", ()):
         click.echo(f"adavit-run: skipped {skipped}", err=True)
     console.write_json(report, json_file)
     if json_file != "-":
@@ -180,3 +186,13 @@ def _compare(
         raise click.UsageError("--compare A B takes --images and no other BUNDLE")
     images, backend, threads, provider = (options[key] for key in ("images", "backend", "threads", "provider"))
     return compare_bundles(*compare, images, backend, threads, provider, progress)
+
+
+def _tune(bundle: Path | None, options: dict[str, Any], progress: console.Progress) -> dict[str, Any]:
+    """Tunes a bundle on this machine."""
+    from adavit.runtime.evaluate import RunOptions, tune_bundle
+
+    unused = ("images", "iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile")
+    if given := [f"--{name.replace('_', '-')}" for name in unused if options[name] not in (None, ())]:
+        raise click.UsageError(f"--tune measures by itself, without {given[0]}")
+    return tune_bundle(bundle, RunOptions(**options), progress)

@@ -188,6 +188,7 @@ def run_lines(report: dict[str, Any]) -> list[str]:
         f"model       {report['model']} on {report['backend']}, batch {report['batch']}, {report['threads']} threads, "
         f"{report['iterations']} runs",
         *([f"backend     {report['choice']['reason']}"] if report["choice"] else []),
+        *([f"plan        tuned on this machine: {report['plan']}"] if report["plan"] else []),
         f"MACs        {macs['executed_mean'] / 1e9:.3f} G of {macs['dense'] / 1e9:.3f} G dense "
         f"({macs['executed_mean'] / macs['dense']:.1%})",
         f"usage       tokens {used['tokens']:.1%}, heads {used['heads']:.1%}, sub-layers {used['sublayers']:.1%}",

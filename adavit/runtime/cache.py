@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from adavit.runtime.backend import Options
 from adavit.runtime.bundle import Bundle
 from adavit.version import __version__
 
-__all__ = ["cpu_name", "facts", "kept_at", "recall", "remember"]
+__all__ = ["cpu_name", "facts", "kept_any", "kept_at", "recall", "remember"]
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def cpu_name() -> str:
 
 
 def facts(bundle: Bundle, options: Options) -> dict[str, Any]:
-    """Everything that a measurement depends on: bundle, machine, versions, threads."""
+    """Everything that a measurement depends on: bundle, machine, versions, threads and other options."""
     installed = ((found.metadata["Name"] or "").lower() for found in metadata.distributions())
     return {
         "adavit": __version__,
@@ -43,21 +44,30 @@ def facts(bundle: Bundle, options: Options) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
-        "threads": options.threads,
-        "parallel": options.parallel,
-        "provider": options.provider,
+        "options": asdict(options),
         "versions": {name: metadata.version(name) for name in sorted(set(installed)) if name.startswith(EXECUTORS)},
     }
 
 
-def kept_at(kind: str, known: Mapping[str, Any]) -> Path | None:
-    """Where a measurement of some kind belongs, which depends on these facts; None where there is no home."""
+def _folder() -> Path | None:
+    """The cache folder; None where there is no home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "adavit"
     except RuntimeError:
         return None
-    return folder / "adavit" / f"{kind}-{sha256(json.dumps(known, sort_keys=True).encode())[:16]}.json"
+
+
+def kept_any(kind: str) -> bool:
+    """Whether there is any measurement of a kind: cheaper to ask than for one that fits."""
+    folder = _folder()
+    return folder is not None and any(folder.glob(f"{kind}-*.json"))
+
+
+def kept_at(kind: str, known: Mapping[str, Any]) -> Path | None:
+    """Where a measurement of some kind belongs, which depends on these facts; None where there is no home."""
+    folder = _folder()
+    return folder and folder / f"{kind}-{sha256(json.dumps(known, sort_keys=True).encode())[:16]}.json"
 
 
 def recall(kind: str, known: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from adavit.runtime.budget import Offsets
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.engines import BlockEngines, Engines
 from adavit.runtime.heads import HeadWeights
-from adavit.runtime.plan import gathers_attention, gathers_mlp
+from adavit.runtime.plan import EnginePlan
 from adavit.runtime.policy import Policy
 
 __all__ = ["Dispatcher", "Observer"]
@@ -76,21 +76,18 @@ class Dispatcher:
         bundle: what to run.
         backend: loads and runs engines.
         workers: images of a batch that run at once.
+        plan: which engines gather weights; may be replaced at any time.
 
     Attributes:
         arch: the model's shapes; backend, engines, head_weights: what runs it.
-        gathers: for a number of kept tokens and one of kept heads, whether attention and MLP gather weights.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, workers: int) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, workers: int, plan: EnginePlan) -> None:
         self.arch = bundle.architecture
         self.engines = Engines(bundle, backend)
         self.head_weights = HeadWeights(bundle, backend, self.engines.blocks, KEPT_WEIGHTS)
         self.backend = backend
-        counts, heads = range(self.arch.tokens + 1), range(self.arch.heads + 1)
-        self.gathers = [
-            [(gathers_attention(self.arch, k, h), gathers_mlp(self.arch, k, h)) for h in heads] for k in counts
-        ]
+        self.plan = plan
         self._pool = ThreadPoolExecutor(workers, "adavit") if workers > 1 else None
         self._scratch: list[Scratch] = []
 
@@ -230,7 +227,7 @@ class ImageRun:
             return "attention"
         inputs, outputs = [x.rows(count), normed.rows(count)], [out.rows(count)]
         if block.attention_gather is not None:
-            if self._dispatcher.gathers[count][len(heads)][0]:
+            if self._dispatcher.plan.gathers[count][len(heads)][0]:
                 weights = self._dispatcher.head_weights.attention(index, heads)
                 block.attention_gather.run([*inputs, *weights], outputs)
                 return "attention_gather"
@@ -246,7 +243,7 @@ class ImageRun:
             return "mlp"
         inputs, outputs = [x.rows(count)], [out.rows(count)]
         if block.mlp_gather is not None:
-            if self._dispatcher.gathers[count][len(heads)][1]:
+            if self._dispatcher.plan.gathers[count][len(heads)][1]:
                 weights = self._dispatcher.head_weights.mlp(index, heads)
                 block.mlp_gather.run([*inputs, heads, *weights], outputs)
                 return "mlp_gather"

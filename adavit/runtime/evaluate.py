@@ -18,9 +18,10 @@ from adavit.runtime.images import ImageFile, find_images
 from adavit.runtime.latency import budget_for_latency
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result, Runtime, load
+from adavit.runtime.tune import tune
 from adavit.runtime.waterfall import profile
 
-__all__ = ["RunOptions", "demo_bundle", "run_bundle"]
+__all__ = ["RunOptions", "demo_bundle", "run_bundle", "tune_bundle"]
 
 SHOWN = 20
 """Images whose predictions are listed."""
@@ -88,10 +89,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         AdaViTError: the bundle, the backend or the images are not usable.
     """
     folder = path or demo_bundle()
-    parallel = options.parallel or ("operators" if options.batch == 1 else "samples")
-    runtime = load(
-        folder, options.backend, options.threads, options.provider, parallel, options.budget, options.cuda_graphs
-    )
+    runtime = _load(folder, options)
     profiles = options.profile is not None
     if (options.dense or profiles) and "dense" not in runtime.bundle.engines:
         without = "--profile" if profiles else "--dense"
@@ -129,6 +127,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     return {
         **summarise(runtime, plan, measured, float(np.concatenate(seen.macs).mean()), used.usage()),
         "choice": {**asdict(runtime.choice), "reason": str(runtime.choice)} if runtime.choice else None,
+        "plan": runtime.dispatcher.plan.origin,
         "budget": None if budget is None else {"macs": budget, "offsets": asdict(runtime.offsets)},
         "images": seen.images,
         "input": "images" if given else "random",
@@ -137,6 +136,21 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         "skipped": seen.skipped,
         "profile": profile(runtime, held, plan, policy, trace, progress) if profiles else None,
     }
+
+
+def _load(folder: Path, options: RunOptions) -> Runtime:
+    parallel = options.parallel or ("operators" if options.batch == 1 else "samples")
+    how = options.backend, options.threads, options.provider, parallel, options.budget, options.cuda_graphs
+    return load(folder, *how)
+
+
+def tune_bundle(path: Path | None, options: RunOptions, progress: Progress) -> dict[str, Any]:
+    """Tunes a bundle on this machine; returns the report that `adavit-run --tune --json` writes.
+
+    Raises:
+        AdaViTError: the bundle or the backend is not usable.
+    """
+    return tune(_load(path or demo_bundle(), options), progress)
 
 
 def _meet_latency(

@@ -44,6 +44,10 @@ class HeadWeights:
         self._lock = threading.Lock()
         self._random = random.Random(0)
 
+    def without_budget(self) -> HeadWeights:
+        """Weights that are gathered every time, as those of new sets of heads are."""
+        return HeadWeights(self._bundle, self._backend, self._blocks, 0)
+
     def attention(self, block: int, heads: Index) -> list[Any]:
         """Rows of what a block's attention needs of these heads, as `attention_weights` makes it."""
         return self._get(block, "attention_weights", heads)

@@ -21,6 +21,7 @@ from adavit.runtime.choose import Choice, choose
 from adavit.runtime.dispatcher import Dispatcher, Observer
 from adavit.runtime.images import ImageLike
 from adavit.runtime.policy import Policy
+from adavit.runtime.tune import recalled_plan
 
 __all__ = ["Prediction", "Result", "Runtime", "load"]
 
@@ -140,6 +141,7 @@ class Runtime:
         options: threads, what they share, and the provider, as asked for.
         offsets: of the decision logits, where a request names no budget; may be replaced at any time.
         choice: why this backend, where it was chosen by "auto".
+        dispatcher: runs the engines by a plan, which `adavit-run --tune` measures.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class Runtime:
         self.options = options
         self.offsets = offsets
         self.choice = choice
-        self._dispatcher = Dispatcher(bundle, backend, options.workers)
+        self.dispatcher = Dispatcher(bundle, backend, options.workers, recalled_plan(bundle, options, backend.name))
         self._dense: Engine | None = None
         self._dense_lock = threading.Lock()
 
@@ -201,7 +203,7 @@ class Runtime:
             if budget is not None:
                 raise InputError("a recorded policy leaves nothing to a budget; give one of them")
         offsets = self.offsets if budget is None else resolve(budget, self.budgets, self.bundle.path)
-        return Result(*self._dispatcher.run(images, offsets, policy, observe))
+        return Result(*self.dispatcher.run(images, offsets, policy, observe))
 
     def run_dense(self, images: Float) -> Float:
         """Logits [B, C] of the dense twin: the same weights with every policy on, as one graph.

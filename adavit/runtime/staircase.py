@@ -1,0 +1,130 @@
+"""How long a sub-layer's engines take on this machine, by numbers of tokens and heads, and the plan that follows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from time import perf_counter
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.architecture import Architecture
+from adavit.errors import InputError
+from adavit.runtime.backend import Engine
+from adavit.runtime.dispatcher import Dispatcher, Scratch
+from adavit.runtime.plan import SUBLAYERS, EnginePlan
+
+__all__ = ["Staircase", "measure_staircase"]
+
+STEPS = 9
+"""Numbers of tokens that are measured, from one to all."""
+ROUNDS = 7
+NEW = 0.25
+"""Share of the sets of heads whose weights are not kept from before."""
+
+Run = Callable[[], object]
+Key = tuple[str, int, int]
+"""What is run ("attention", "attention_gather", "attention_weights", likewise for "mlp"), tokens, heads."""
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """Milliseconds of engines, medians of some rounds.
+
+    Attributes:
+        tokens: numbers of kept tokens.
+        masked: by sub-layer, with all heads, for each number of tokens.
+        gathered: by sub-layer and heads less one, for each number of tokens.
+        weights: by sub-layer and heads less one, of gathering the heads' weights.
+    """
+
+    tokens: list[int]
+    masked: dict[str, list[float]]
+    gathered: dict[str, list[list[float]]]
+    weights: dict[str, list[float]]
+
+    def plan(self, arch: Architecture) -> EnginePlan:
+        """Gathers where that is faster, times between those measured taken as straight lines."""
+        counts = np.arange(arch.tokens + 1)
+
+        def times(measured: list[float]) -> npt.NDArray[np.float64]:
+            return np.interp(counts, self.tokens, measured)
+
+        faster = {
+            kind: [
+                times(self.gathered[kind][heads]) + NEW * self.weights[kind][heads] < times(self.masked[kind])
+                for heads in range(arch.heads)
+            ]
+            for kind in SUBLAYERS
+        }
+        return EnginePlan.where(arch, lambda kind, k, h: h > 0 and bool(faster[kind][h - 1][k]))
+
+
+def measure_staircase(dispatcher: Dispatcher, progress: Callable[[str, float], None]) -> Staircase:
+    """Measures the engines of one block: those of the others have the same shapes.
+
+    Raises:
+        InputError: no block decides on heads, so that there is nothing to choose from.
+    """
+    arch = dispatcher.arch
+    block = next((index for index in reversed(range(arch.depth)) if arch.adapts_heads(index)), None)
+    if block is None:
+        raise InputError("the model decides on no heads, so that there are no engines to choose between")
+    runs = _runs(dispatcher, block)
+    times: dict[Key, list[float]] = defaultdict(list)
+    for done in range(-1, ROUNDS):  # the first round is not counted
+        for key, run in runs.items():
+            start = perf_counter()
+            run()
+            if done >= 0:
+                times[key].append((perf_counter() - start) * 1e3)
+        progress("measuring engines", (done + 2) / (ROUNDS + 1))
+    found = {key: median(taken) for key, taken in times.items()}
+    tokens, heads = _counts(arch), range(1, arch.heads + 1)
+    return Staircase(
+        tokens,
+        {kind: [found[kind, k, 0] for k in tokens] for kind in SUBLAYERS},
+        {kind: [[found[f"{kind}_gather", k, h] for k in tokens] for h in heads] for kind in SUBLAYERS},
+        {kind: [found[f"{kind}_weights", 0, h] for h in heads] for kind in SUBLAYERS},
+    )
+
+
+def _counts(arch: Architecture) -> list[int]:
+    return sorted({int(count) for count in np.linspace(1, arch.tokens, STEPS)})
+
+
+def _runs(dispatcher: Dispatcher, index: int) -> dict[Key, Run]:
+    """Every run to be timed, of one block's engines on an image of noise."""
+    arch, backend = dispatcher.arch, dispatcher.backend
+    block, scratch = dispatcher.engines.blocks[index], Scratch(arch, backend)
+    x, out = backend.buffer((1, arch.tokens, arch.width)), scratch.first
+    image = np.random.default_rng(0).standard_normal((1, 3, arch.image_size, arch.image_size), dtype=np.float32)
+    dispatcher.engines.stem.run([image], [x.rows(1)])
+    x = x.part(0)
+    block.decide.run([x.rows(arch.tokens)], scratch.decide[index])
+    channels = np.ones(arch.width, np.float32)
+    unkept = dispatcher.head_weights.without_budget()
+
+    def run(engine: Engine, inputs: list[Any], count: int) -> None:
+        engine.run(inputs, [out.rows(count)])
+        backend.fetch(out)
+
+    runs: dict[Key, Run] = {}
+    for heads in (np.arange(count) for count in range(1, arch.heads + 1)):
+        runs["attention_weights", 0, len(heads)] = partial(unkept.attention, index, heads)
+        runs["mlp_weights", 0, len(heads)] = partial(unkept.mlp, index, heads)
+    for k in _counts(arch):
+        rows, normed = x.rows(k), scratch.normed.rows(k)
+        runs["attention", k, 0] = partial(run, block.attention, [rows, normed, channels], k)
+        runs["mlp", k, 0] = partial(run, block.mlp, [rows, channels], k)
+        for heads in (np.arange(count) for count in range(1, arch.heads + 1)):
+            weights = dispatcher.head_weights.attention(index, heads), dispatcher.head_weights.mlp(index, heads)
+            attention, mlp = cast(Engine, block.attention_gather), cast(Engine, block.mlp_gather)
+            runs["attention_gather", k, len(heads)] = partial(run, attention, [rows, normed, *weights[0]], k)
+            runs["mlp_gather", k, len(heads)] = partial(run, mlp, [rows, heads, *weights[1]], k)
+    return runs

@@ -1,0 +1,140 @@
+"""What policies gain on this machine, and the plan that runs a bundle fastest, kept for the runtimes to come."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adavit.architecture import Architecture
+from adavit.macs import dense_macs
+from adavit.runtime.backend import Options
+from adavit.runtime.bundle import Bundle
+from adavit.runtime.cache import facts, kept_any, kept_at, recall, remember
+from adavit.runtime.plan import EnginePlan, ruled
+from adavit.runtime.policy import Policy
+from adavit.runtime.staircase import measure_staircase
+
+if TYPE_CHECKING:
+    from adavit.runtime.session import Runtime
+
+__all__ = ["recalled_plan", "tune"]
+
+log = logging.getLogger(__name__)
+
+KIND = "plan"
+ROUNDS = 9
+IMAGES = 4
+
+Progress = Callable[[str, float], None]
+
+
+def recalled_plan(bundle: Bundle, options: Options, backend: str) -> EnginePlan:
+    """The plan that `tune` kept for this bundle, backend and machine, or the rule that needs none."""
+    arch = bundle.architecture
+    if not kept_any(KIND):
+        return ruled(arch)
+    known = {**facts(bundle, options), "backend": backend}
+    found = recall(KIND, known)
+    if found is None:
+        return ruled(arch)
+    try:
+        return EnginePlan.from_dict(found.get("gathers"), arch, str(kept_at(KIND, known)))
+    except ValueError as error:
+        log.warning("%s holds no plan (%s); tune again", kept_at(KIND, known), error)
+        return ruled(arch)
+
+
+def tune(runtime: Runtime, progress: Progress) -> dict[str, Any]:
+    """Measures engines and policies, and keeps the faster one of the rule's plan and the measured one.
+
+    Args:
+        runtime: what to tune; it uses the plan afterwards.
+        progress: told the stage and the share done.
+
+    Returns:
+        The numbers under the keys of `adavit-run --tune --json`.
+
+    Raises:
+        InputError: the model decides on no heads, so that there is nothing to plan.
+    """
+    arch, dispatcher = runtime.architecture, runtime.dispatcher
+    staircase = measure_staircase(dispatcher, progress)
+    plans = {"rule": ruled(arch), "measured": staircase.plan(arch)}
+    shape = IMAGES, 3, arch.image_size, arch.image_size
+    images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+    def run_under(plan: EnginePlan) -> None:
+        dispatcher.plan = plan
+        for position in range(IMAGES):
+            runtime.run(images[position : position + 1])
+
+    compared = _interleaved(
+        {name: partial(run_under, plan) for name, plan in plans.items()}, "comparing plans", progress
+    )
+    taken = min(compared, key=compared.__getitem__)
+    known = {**facts(runtime.bundle, runtime.options), "backend": runtime.backend.name}
+    path = remember(KIND, known, {"taken": taken, "gathers": plans[taken].to_dict(), "staircase": asdict(staircase)})
+    dispatcher.plan = EnginePlan(plans[taken].gathers, None if path is None else str(path))
+    return {
+        "model": runtime.bundle.name,
+        "backend": runtime.backend.name,
+        "threads": runtime.options.threads,
+        "parallel": runtime.options.parallel,
+        "staircase": asdict(staircase),
+        "gains": _gains(runtime, images[:1], progress),
+        "plans_ms": {name: time / IMAGES for name, time in compared.items()},
+        "taken": taken,
+        "gathers": plans[taken].to_dict(),
+        "plan": dispatcher.plan.origin,
+    }
+
+
+def _gains(runtime: Runtime, image: np.ndarray[Any, Any], progress: Progress) -> list[dict[str, Any]]:
+    """What dropping half of one kind gains, against dropping nothing."""
+    arch = runtime.architecture
+    policies = _halved(arch)
+    times = _interleaved(
+        {kind: partial(runtime.run, image, kept) for kind, kept in policies.items()}, "policies", progress
+    )
+    gains = []
+    for kind, policy in policies.items():
+        macs = int(runtime.run(image, policy).macs[0])
+        speedup, ideal = times["nothing"] / times[kind], dense_macs(arch) / macs
+        gains.append(
+            {"dropped": kind, "ms": times[kind], "macs": macs / dense_macs(arch), "speedup": speedup, "ideal": ideal}
+        )
+    return gains
+
+
+def _halved(arch: Architecture) -> dict[str, Policy]:
+    """Policies of one image: one that drops nothing, and for every kind one that drops half of it, and of no other."""
+    source = np.random.default_rng(0)
+    policies = {kind: Policy.dense(arch, 1) for kind in ("nothing", "tokens", "heads", "sublayers")}
+    for block in range(arch.depth):
+        if arch.token_policy:
+            policies["tokens"].tokens[0, block, 1 + source.permutation(arch.patches)[: arch.patches // 2]] = False
+        if arch.adapts_heads(block):
+            policies["heads"].heads[0, block, source.permutation(arch.heads)[: arch.heads // 2]] = False
+        if arch.adapts_sublayers(block):
+            policies["sublayers"].sublayers[0, block, block % 2] = False
+    return policies
+
+
+def _interleaved(runs: Mapping[str, Callable[[], object]], stage: str, progress: Progress) -> dict[str, float]:
+    """Median milliseconds of runs that take turns; the first turn of each is not counted."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for done in range(ROUNDS + 1):
+        for name, run in runs.items():
+            start = perf_counter()
+            run()
+            times[name].append((perf_counter() - start) * 1e3)
+        progress(stage, (done + 1) / (ROUNDS + 1))
+    return {name: median(taken[1:]) for name, taken in times.items()}

@@ -1,0 +1,183 @@
+"""Plans change which engine runs, and never what is computed; tuning measures one and keeps it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import (
+    WIDE,
+    assert_same_policy,
+    export,
+    forced,
+    invoke,
+    quiet,
+    random_images,
+    random_model,
+    random_policy,
+    refusal,
+    tiny,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import adavit
+from adavit.cli import run
+from adavit.errors import InputError
+from adavit.runtime import Runtime, tune
+from adavit.runtime.plan import EnginePlan, ruled
+from adavit.runtime.profile import Profiler
+from adavit.runtime.staircase import Staircase
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "adavit"
+
+
+def random_plan(seed: int) -> EnginePlan:
+    """Any choice of engines for any counts; without a head, there is none."""
+    source = np.random.default_rng(seed)
+    return EnginePlan.where(WIDE, lambda kind, k, h: h > 0 and bool(source.random() < 0.5))
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def planned(request: pytest.FixtureRequest, wide: tuple[Path, Path]) -> Runtime:
+    provider = "fp32" if request.param == "openvino" else None
+    return adavit.load(wide[0], backend=request.param, provider=provider, threads=1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_any_plan_computes_the_same(seed: int, planned: Runtime) -> None:
+    planned.dispatcher.plan = random_plan(seed)
+    images, policy = random_images(WIDE, 2, seed=seed), random_policy(WIDE, 2, seed)
+    wanted = forced(random_model(WIDE), images, policy)
+    np.testing.assert_allclose(planned.run(images, policy=policy).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_plan_is_followed(wide: tuple[Path, Path]) -> None:
+    loaded = adavit.load(wide[0], threads=1)
+    profiler = Profiler(loaded.bundle, loaded.backend)
+    timed = Runtime(loaded.bundle, profiler, loaded.options)
+    policy = adavit.Policy.dense(WIDE, 1)
+    policy.heads[:, 1:, 0] = False
+    for kinds in ((), ("attention",), ("mlp",), ("attention", "mlp")):
+        timed.dispatcher.plan = EnginePlan.where(WIDE, lambda kind, k, h: kind in kinds and h > 0)  # noqa: B023
+        with profiler.recording() as calls:
+            timed.run(random_images(WIDE, 1), policy)
+        ran = {call.name.split(".")[-1] for call in calls if call.name.startswith("blocks.1.")}
+        assert {kind for kind in ("attention", "mlp") if f"{kind}_gather" in ran} == set(kinds)
+
+
+def test_plans_survive_being_written() -> None:
+    plan = random_plan(1)
+    again = EnginePlan.from_dict(json.loads(json.dumps(plan.to_dict())), WIDE, "a file")
+    assert (again.gathers, again.origin) == (plan.gathers, "a file")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: None,
+        lambda plan: [],
+        lambda plan: {"attention": plan["attention"]},
+        lambda plan: {**plan, "mlp": "01"},
+        lambda plan: {**plan, "mlp": plan["mlp"][1:]},
+        lambda plan: {**plan, "mlp": [*plan["mlp"][1:], "0"]},
+        lambda plan: {**plan, "mlp": [*plan["mlp"][1:], 0]},
+        lambda plan: {**plan, "mlp": [row.replace("0", "2") for row in plan["mlp"]]},
+    ],
+)
+def test_what_is_no_plan(change: Any) -> None:
+    plan = random_plan(2).to_dict()
+    with pytest.raises(ValueError, match=r"has no row|has other rows"):
+        EnginePlan.from_dict(change(plan), WIDE, "a file")
+
+
+def test_the_faster_engine_is_planned() -> None:
+    arch = tiny()  # 17 tokens, 3 heads
+    stairs = Staircase(
+        tokens=[1, 9, 17],
+        masked={"attention": [1.0, 5.0, 9.0], "mlp": [3.0, 3.0, 3.0]},
+        gathered={"attention": [[2.0] * 3, [4.5] * 3, [9.0] * 3], "mlp": [[2.7] * 3, [3.0] * 3, [9.0] * 3]},
+        weights={"attention": [4.0, 0.0, 0.0], "mlp": [0.4, 0.0, 0.0]},
+    )
+    plan = stairs.plan(arch)
+    for k in range(1, arch.tokens + 1):
+        masked = 1 + (k - 1) / 2
+        assert [row[0] for row in plan.gathers[k]] == [False, masked > 3, masked > 4.5, False], k
+        assert [row[1] for row in plan.gathers[k]] == [False, True, False, False]
+
+
+def test_tuning(wide: tuple[Path, Path], cache: Path, planned: Runtime) -> None:
+    name = planned.backend.name
+    loaded = Runtime(planned.bundle, planned.backend, planned.options)
+    assert loaded.dispatcher.plan == ruled(WIDE)
+    images = random_images(WIDE, 3)
+    before = loaded.run(images)
+    report = tune.tune(loaded, quiet)
+    (path,) = cache.iterdir()
+    assert (report["plan"], report["backend"]) == (str(path), name)
+    assert set(report["plans_ms"]) == {"rule", "measured"}
+    assert report["plans_ms"][report["taken"]] == min(report["plans_ms"].values())
+    assert [gain["dropped"] for gain in report["gains"]] == ["nothing", "tokens", "heads", "sublayers"]
+    assert report["gains"][0]["macs"] == report["gains"][0]["speedup"] == 1
+    assert all(gain["ms"] > 0 and gain["ideal"] > 1 for gain in report["gains"][1:])
+    stairs = report["staircase"]
+    assert stairs["tokens"][0] == 1
+    assert stairs["tokens"][-1] == WIDE.tokens
+    for kind in ("attention", "mlp"):
+        assert len(stairs["gathered"][kind]) == len(stairs["weights"][kind]) == WIDE.heads
+        assert min(stairs["masked"][kind]) > 0
+    again = Runtime(planned.bundle, planned.backend, planned.options)
+    assert again.dispatcher.plan.origin == str(path)
+    assert again.dispatcher.plan.to_dict() == report["gathers"]
+    after = again.run(images)
+    assert_same_policy(after.policy, before.policy)
+    np.testing.assert_allclose(after.logits, before.logits, atol=1e-4, rtol=0)
+
+
+def test_a_damaged_plan_is_not_followed(wide: tuple[Path, Path], cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tune.tune(adavit.load(wide[0], threads=1), quiet)
+    (path,) = cache.iterdir()
+    kept = json.loads(path.read_text())
+    for damage in ("{", json.dumps({**kept, "measured": {"gathers": {"attention": []}}})):
+        path.write_text(damage)
+        caplog.clear()
+        assert adavit.load(wide[0], threads=1).dispatcher.plan == ruled(WIDE)
+        assert str(path) in caplog.text
+    path.write_text(json.dumps(kept))
+    assert adavit.load(wide[0], threads=1).dispatcher.plan.origin == str(path)
+    assert adavit.load(wide[0], threads=2).dispatcher.plan.origin is None
+
+
+def test_where_nothing_can_be_kept(wide: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+    loaded = adavit.load(wide[0], threads=1)
+    report = tune.tune(loaded, quiet)
+    assert report["plan"] is None
+    assert loaded.dispatcher.plan.to_dict() == report["gathers"]
+
+
+def test_no_heads_to_decide_on(tmp_path: Path) -> None:
+    loaded = adavit.load(export(random_model(tiny(head_policy=False)), tmp_path), threads=1)
+    with pytest.raises(InputError, match="no engines to choose between"):
+        tune.tune(loaded, quiet)
+
+
+def test_the_command(wide: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle, threads = wide[0], ("--threads", 1)
+    done = invoke(run, "--tune", bundle, *threads, "--json", tmp_path / "tuned.json")
+    assert (done.exit_code, done.stderr) == (0, "")
+    for part in ("attention, ms", "MLP, ms", "3 gathered", "145 tokens", "new set of heads", "sublayers", "is taken"):
+        assert part in done.stdout
+    report = json.loads((tmp_path / "tuned.json").read_text())
+    ran = invoke(run, bundle, *threads, "--iterations", 1, "--json", tmp_path / "ran.json")
+    assert f"tuned on this machine: {report['plan']}" in ran.stdout
+    assert json.loads((tmp_path / "ran.json").read_text())["plan"] == report["plan"]
+    message = refusal(invoke(run, "--tune", bundle, "--images", tmp_path), code=2)
+    assert "--tune measures by itself, without --images" in message
