@@ -193,10 +193,13 @@ def compare_bundles(
 ) -> dict[str, Any]:
     """Compares two bundles of one model on image files; returns the report that `adavit-run --json` writes.
 
+    The first runs in ONNX Runtime on the CPU, the second as asked for: a bundle compared with itself tells what a
+    backend changes.
+
     Raises:
         AdaViTError: a bundle, the backend or the images are not usable.
     """
-    runtimes = [load(path, backend, threads, provider, parallel="samples") for path in (first, second)]
+    runtimes = load(first, "onnxruntime", threads, None, "samples"), load(second, backend, threads, provider, "samples")
     parity = Parity(*runtimes)
     files = find_images(images, runtimes[0].labels)
     skipped: list[str] = []
@@ -214,5 +217,11 @@ def compare_bundles(
         progress("comparing", done / len(files))
     if not parity.images:
         raise InputError(f"none of the {len(skipped)} images can be read; first: {skipped[0]}")
-    names = [f"{runtime.bundle.path} ({runtime.bundle.config.get('precision')})" for runtime in runtimes]
-    return {"first": names[0], "second": names[1], "backend": backend, **parity.report(), "skipped": skipped}
+    names = [f"{r.bundle.path} ({r.bundle.config.get('precision')}, {r.backend.name})" for r in runtimes]
+    return {
+        "first": names[0],
+        "second": names[1],
+        "backend": runtimes[1].backend.name,
+        **parity.report(),
+        "skipped": skipped,
+    }

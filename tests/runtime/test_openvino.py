@@ -1,5 +1,6 @@
 """OpenVINO beside ONNX Runtime: the same numbers, from any thread, decisions in float32."""
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,3 +141,16 @@ def test_the_command(tiny_bundle: Path, labelled: Path) -> None:
     done = invoke(run, tiny_bundle, *short, "--batch", 2, "--profile")
     assert (done.exit_code, done.stderr) == (0, "")
     assert "on openvino" in done.stdout
+
+
+def test_decision_agreement_and_logit_error_against_onnx_runtime(
+    tiny_bundle: Path, labelled: Path, tmp_path: Path
+) -> None:
+    arguments = ("--compare", tiny_bundle, tiny_bundle, "--images", labelled, "--backend", "openvino", "--threads", 1)
+    done = invoke(run, *arguments, "--provider", "fp32", "--json", tmp_path / "report.json")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "(fp32, onnxruntime)" in done.stdout
+    assert "(fp32, openvino)" in done.stdout
+    free = json.loads((tmp_path / "report.json").read_text())["free"]
+    assert (free["flipped"], free["identical_policies"], free["top1_agreement"]) == (0, 1, 1)
+    assert 0 < free["mean_logit_difference"] < 1e-4
