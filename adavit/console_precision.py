@@ -21,6 +21,13 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
         for name, engine in report["engines"].items()
     ]
     lines += ["", *table(rows), ""]
+    if "sensitivity" in report:
+        rows = [("sub-layer alone in int8", "drop, points", "agreement", "logit error")]
+        rows += [
+            (name, f"{loss['drop']:.2f}", f"{loss['agreement']:.1%}", f"{loss['logit_error']:.2g}")
+            for name, loss in report["sensitivity"].items()
+        ]
+        lines += [*table(rows), "", f"drop        {report['loss']['drop']:.2f} points on the calibration images"]
     lines += [
         f"warning     {name} stays in {kept['precision']}: {kept['reason']}"
         for name, kept in report["kept_higher"].items()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from adavit.calibration.cache import Origin, load_ranges, save_ranges
 from adavit.calibration.convert import MIN_SAMPLES, Assignment, assign, converted, engine_precision
+from adavit.calibration.mixed import Measure, Search, read_images
 from adavit.calibration.ranges import Ranges, measure_ranges
 from adavit.calibration.recording import Recorder
 from adavit.errors import InputError
@@ -54,9 +56,11 @@ def calibrate_bundle(
     bundle = runtime.bundle
     cache = options.calibration_cache or cache
     ranges, report = _ranges(runtime, options, cache, progress)
-    assigned = assign(bundle, ranges, options.precision)
+    assigned = assign(bundle, ranges, "int8" if options.precision == "mixed" else options.precision)
+    if options.precision == "mixed":
+        assigned = _search(runtime, folder, ranges, options, report, progress)
     config = write_converted(bundle, folder, ranges, assigned, options, progress)
-    report["method"] = options.method if options.precision == "int8" else None
+    report["method"] = None if options.precision == "fp16" else options.method
     report["engines"] = {
         name: {
             "samples": found.samples,
@@ -69,6 +73,32 @@ def calibrate_bundle(
         name: {"precision": found.precision, "reason": found.reason} for name, found in assigned.items() if found.reason
     }
     return config, report
+
+
+def _search(
+    runtime: Runtime,
+    folder: Path,
+    ranges: Ranges,
+    options: CalibrationOptions,
+    report: dict[str, Any],
+    progress: Progress,
+) -> dict[str, Assignment]:
+    """The assignment of mixed precision; its sensitivity table goes into the report."""
+    bundles, assigned = {"fp32": runtime.bundle}, {}
+    for precision in ("fp16", "int8"):
+        assigned = assign(runtime.bundle, ranges, precision)
+        part = folder / f".{precision}"
+        part.mkdir()
+        write_converted(runtime.bundle, part, ranges, assigned, options, progress)
+        bundles[precision] = Bundle.open(part)
+    images, labels = read_images(find_images(options.calibration_images, runtime.labels), runtime.preprocess)
+    measure = Measure(bundles, runtime.options, options.decision_precision, images, labels)
+    search = Search(measure, assigned, options.max_drop, progress)
+    found = search.run()
+    report |= search.report()
+    for precision in ("fp16", "int8"):
+        shutil.rmtree(folder / f".{precision}")
+    return found
 
 
 def write_converted(
