@@ -126,12 +126,12 @@ class Backend(Protocol):
 
 
 _BACKENDS = {
-    "onnxruntime": "adavit.runtime.backends.onnxruntime:OnnxRuntimeBackend",
+    "onnxruntime": "adavit.runtime.backends.onnxruntime_gpu:create",
     "openvino": "adavit.runtime.backends.openvino:OpenVinoBackend",
     "tensorrt": "adavit.runtime.backends.tensorrt:TensorRtBackend",
     "tensorrt-rtx": "adavit.runtime.backends.tensorrt:TensorRtRtxBackend",
 }
-"""Name to the class that implements it, imported when it is asked for."""
+"""Name to what makes it, imported when it is asked for."""
 
 
 def names() -> list[str]:

@@ -11,6 +11,8 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -173,9 +175,13 @@ class Device:
         if self._first is None:
             self._first = self._recorded()
 
-    def enqueued(self, seconds: float) -> None:
-        """Counts time that went into enqueuing."""
-        self._times["enqueue_ms"] += seconds * 1e3
+    @contextmanager
+    def enqueuing(self) -> Iterator[None]:
+        """Counts the time of a block as enqueuing."""
+        self.begin()
+        start = time.perf_counter()
+        yield
+        self._times["enqueue_ms"] += (time.perf_counter() - start) * 1e3
 
     def timings(self) -> dict[str, float]:
         """Milliseconds since the last call: enqueuing, on the GPU between the first kernel and a fetch, waiting."""

@@ -135,7 +135,7 @@ class OnnxRuntimeBackend(HostMoves):
         try:
             session = self._ort.InferenceSession(data, options, providers=[self._provider], enable_fallback=0)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime refuses engine {spec.name}: {_one_line(error)}") from None
+            raise BackendError(f"ONNX Runtime refuses engine {spec.name}: {one_line(error)}") from None
         if session.get_providers()[0] != self._provider:
             raise BackendError(
                 f"engine {spec.name} would run on {session.get_providers()[0]}, not on {self._provider} as asked; "
@@ -201,8 +201,9 @@ class OnnxRuntimeEngine:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise BackendError(f"engine {self._name} failed: {_one_line(error)}") from error
+            raise BackendError(f"engine {self._name} failed: {one_line(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an exception of ONNX Runtime says, without line breaks and not too long."""
     return " ".join(str(error).split())[:400]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,10 +63,8 @@ class TensorRtEngine:
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`; what it enqueues is done when something that depends on it is fetched."""
-        with self.device.lock:
-            start = time.perf_counter()
+        with self.device.lock, self.device.enqueuing():
             self._context().enqueue(inputs, outputs)
-            self.device.enqueued(time.perf_counter() - start)
 
     def new_context(self) -> Any:
         """An execution context without device memory of its own; raises BackendError where TensorRT makes none."""
@@ -115,7 +112,6 @@ class Context:
         """Enqueues a run of the engine, the uploads of host arrays first."""
         spec = self._engine.spec
         tensors = self._uploads.tensors(spec, inputs, outputs)
-        self._device.begin()
         shapes = {tensor.name: rows.shape for tensor, rows in tensors[: len(spec.inputs)]}
         addresses = {tensor.name: rows.address for tensor, rows in tensors}
         if not self._engine.graphs:

@@ -25,7 +25,7 @@ from adavit.runtime.bundle import Bundle
 from adavit.runtime.engine_sets import this_platform
 from adavit.tensorrt.profiles import profiles_of
 
-VERSION, CAPABILITY = "10.3.0", 87
+VERSION, CAPABILITY, STREAM = "10.3.0", 87, 5
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
@@ -174,7 +174,7 @@ def cuda_double(gpu: Gpu) -> Any:
 
         def cudaStreamCreateWithFlags(self, flags):
             gpu.alive["stream"] += 1
-            return ok, "stream"
+            return ok, STREAM
 
         def cudaStreamDestroy(self, stream):
             assert not gpu.queue and gpu.alive["event"] == 0, "the stream goes last"
@@ -336,7 +336,7 @@ def trt_double(gpu: Gpu) -> Any:
 
         def execute_async_v3(self, stream_handle):
             about, shapes, addresses = self.about, dict(self.shapes), dict(self.addresses)
-            assert stream_handle == "stream" and self.profile is not None
+            assert stream_handle == STREAM and self.profile is not None
             assert set(shapes) == set(about.inputs), "every input has a shape"
             assert set(addresses) == {*about.inputs, *about.outputs}, "every tensor has an address"
             assert self.scratch[1] >= about.scratch, "the scratch memory is large enough"
