@@ -10,14 +10,15 @@ import onnx
 import pytest
 from cases import GOLDEN, export, invoke, quiet, random_model, read_config, refusal, rewrite_engine, tiny, write_config
 from onnx import helper
+from precisions import Convert, converted, to_fp16, to_int8
 
 from adavit.architecture import Architecture
 from adavit.cli import export as export_command
 from adavit.errors import BackendError, BundleError, InputError
-from adavit.export import ExportOptions, export_bundle
 from adavit.files import sha256
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.engine_sets import engine_sets
+from adavit.runtime.evaluate import demo_bundle
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
 
@@ -58,25 +59,46 @@ def computing(engines: dict[str, Any]) -> set[str]:
     return found - {"int64", "int32", "bool"}
 
 
-def test_every_engine_of_the_demo(tmp_path: Path) -> None:
-    bundle = tmp_path / "demo"
-    report = export_bundle(Path("demo"), bundle, ExportOptions(verify=False, build=RTX), quiet)
-    engines = assert_complete(bundle, report["engine_sets"])
+PRECISIONS: dict[str, tuple[Convert | None, set[str]]] = {
+    "fp32": (None, {"float32"}),
+    "fp16": (to_fp16, {"float16"}),  # no island of another type
+    "int8": (to_int8, {"float32", "int8"}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo's bundle, and those of a full-size DeiT and a small T2T-ViT, with their dense twins."""
+    full_size = export(random_model(DEIT_SMALL), tmp_path_factory.mktemp("deit"), verify=False, with_dense=True)
+    t2t = export(GOLDEN / "t2t_small.safetensors", tmp_path_factory.mktemp("t2t"), verify=False, with_dense=True)
+    return {"demo": demo_bundle(), "full_size": full_size, "t2t": t2t}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model", ["demo", "full_size", "t2t"])
+def test_every_engine_is_built(models: dict[str, Path], model: str, precision: str, tmp_path: Path) -> None:
+    bundle = shutil.copytree(models[model], tmp_path / "bundle", ignore=shutil.ignore_patterns("tensorrt"))
+    convert, types = PRECISIONS[precision]
+    if convert:
+        converted(bundle, convert)
+    engines = assert_complete(bundle, add_engines(bundle, RTX, quiet))
     assert "dense" in engines
-    assert computing(engines) == {"float32"}
+    assert computing(engines) == types
     assert {engine.file for engine in engine_sets(Bundle.open(bundle))[0].engines.values()} == {
         str(path.relative_to(bundle)) for path in bundle.glob("tensorrt/*/*.engine")
     }
+    if precision == "int8":  # in products with constant weights alone
+        assert "int8" not in engines["blocks.1.attention_weights"]["precisions"]
+        assert engines["blocks.1.attention"]["precisions"]["int8"] == 8
+        assert engines["dense"]["precisions"]["int8"] > 8
 
 
-def test_every_engine_of_a_full_size_model(tmp_path: Path) -> None:
-    bundle = export(random_model(DEIT_SMALL), tmp_path, verify=False, with_dense=True)
-    assert computing(assert_complete(bundle, add_engines(bundle, RTX, quiet))) == {"float32"}
-
-
-def test_every_engine_of_a_t2t_model(tmp_path: Path) -> None:
-    bundle = export(GOLDEN / "t2t_small.safetensors", tmp_path, verify=False, with_dense=True)
-    assert computing(assert_complete(bundle, add_engines(bundle, RTX, quiet))) == {"float32"}
+def test_engines_are_built_with_the_export(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    done = invoke(export_command, checkpoint, "--output", bundle, "--no-verify", "--target", "tensorrt-rtx")
+    assert done.exit_code == 0, done.output
+    assert len(engine_sets(Bundle.open(bundle))[0].engines) == len(read_config(bundle)["engines"])
+    assert "built       tensorrt-rtx-" in done.stdout
 
 
 def test_sets_lie_side_by_side_and_one_of_the_same_key_is_replaced(bundle: Path) -> None:
