@@ -14,13 +14,25 @@ Convert = Callable[[onnx.ModelProto], None]
 
 
 def to_fp16(model: onnx.ModelProto) -> None:
-    """Everything in half precision, inputs and outputs too."""
-    for weight in model.graph.initializer:
+    """Everything in half precision but what goes in and out, which is cast."""
+    graph = model.graph
+    for weight in graph.initializer:
         if weight.data_type == TensorProto.FLOAT:
             weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), weight.name))
-    for value in (*model.graph.input, *model.graph.output):
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    inputs, outputs = (
+        {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
+        for values in (graph.input, graph.output)
+    )
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [f"{name}.half" if name in inputs | outputs else name for name in names]
+    casts = [(name, f"{name}.half", TensorProto.FLOAT16) for name in sorted(inputs)]
+    casts += [(f"{name}.half", name, TensorProto.FLOAT) for name in sorted(outputs)]
+    nodes = [helper.make_node("Cast", [x], [y], name=f"cast.{y}", to=kind) for x, y, kind in casts]
+    made = [*nodes[: len(inputs)], *graph.node, *nodes[len(inputs) :]]
+    made = [onnx.NodeProto.FromString(node.SerializeToString()) for node in made]
+    del graph.node[:]
+    graph.node.extend(made)
 
 
 def to_int8(model: onnx.ModelProto) -> None:
@@ -55,17 +67,13 @@ def to_int8(model: onnx.ModelProto) -> None:
 
 
 def converted(bundle: Path, convert: Convert) -> Path:
-    """Changes every engine of a bundle, and what the bundle says of it."""
+    """Changes every engine of a bundle, inputs and outputs aside."""
     config = read_config(bundle)
-    kinds = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT64: "int64"}
     for spec in config["engines"].values():
         model = onnx.load(bundle / spec["file"])
         convert(model)
         data = model.SerializeToString()
         (bundle / spec["file"]).write_bytes(data)
         spec.update(bytes=len(data), sha256=sha256(data))
-        for key, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
-            for tensor, value in zip(spec[key], values, strict=True):
-                tensor["dtype"] = kinds[value.type.tensor_type.elem_type]
     write_config(bundle, config)
     return bundle
