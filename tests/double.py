@@ -108,7 +108,7 @@ class Gpu:
         """That these bytes are within one allocation of a kind."""
         assert any(
             start <= address and address + size <= start + length and kind == found
-            for start, (found, _, length) in self.memory.items()
+            for start, (found, _, length) in list(self.memory.items())
         ), f"{size} bytes at {address:#x} are no {kind} memory"
 
 

@@ -32,6 +32,18 @@ DEIT_SMALL = Architecture(
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of few engines."""
+    return export(random_model(tiny(head_policy=False, depth=2)), tmp_path_factory.mktemp("few"), verify=False)
+
+
+@pytest.fixture
+def bundle(few: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(few, tmp_path / "bundle")
+
+
 def assert_complete(bundle: Path, report: dict[str, Any]) -> dict[str, Any]:
     """A set of every engine, of the reported and described sizes and hashes, its shapes within its profiles."""
     (built,) = engine_sets(Bundle.open(bundle))
@@ -227,8 +239,3 @@ def test_a_build_that_was_killed_leaves_nothing_that_matters(bundle: Path) -> No
     assert [path.name for path in (bundle / "tensorrt").iterdir()] == [f"{key}-again"]
     assert_complete(bundle, add_engines(bundle, RTX, quiet))
     assert [path.name for path in (bundle / "tensorrt").iterdir()] == [key]
-
-
-def test_models_with_fewer_policies(tmp_path: Path) -> None:
-    bundle = export(random_model(tiny(head_policy=False, depth=2)), tmp_path, verify=False)
-    assert "rows.add" not in assert_complete(bundle, add_engines(bundle, RTX, quiet))

@@ -161,13 +161,16 @@ class Device:
                 self.copy(block.address, address, size, "DeviceToHost")
             first, last = self._first, self._recorded()
             self._first = None
-        start = time.perf_counter()
-        self.cuda.call("cudaEventSynchronize", last)
-        waited = (time.perf_counter() - start) * 1e3
+        try:
+            start = time.perf_counter()
+            self.cuda.call("cudaEventSynchronize", last)
+            waited, busy = time.perf_counter() - start, self.cuda.call("cudaEventElapsedTime", first, last)
+        finally:
+            with self.lock:
+                self._events += [first, last]
         with self.lock:
-            self._times["sync_ms"] += waited
-            self._times["gpu_ms"] += float(self.cuda.call("cudaEventElapsedTime", first, last))
-            self._events += [first, last]
+            self._times["sync_ms"] += waited * 1e3
+            self._times["gpu_ms"] += float(busy)
         return fetched
 
     def begin(self) -> None:
