@@ -27,7 +27,7 @@ class CalibrationOptions:
     calibration_images: tuple[Path, ...] = ()
     calibration_cache: Path | None = None
     samples: int = 64
-    method: str = "entropy"
+    method: str = "max"
     decision_precision: str = "fp32"
     max_drop: float = 0.3
     seed: int = 0
@@ -76,7 +76,7 @@ def calibration_options(command: Function) -> Function:
                 help="Inputs kept for each engine, chosen at random of all the images'.",
             ),
             click.option(
-                "--method", type=click.Choice(METHODS), default="entropy", show_default=True, help="Of int8's ranges."
+                "--method", type=click.Choice(METHODS), default="max", show_default=True, help="Of int8's ranges."
             ),
             click.option(
                 "--decision-precision",

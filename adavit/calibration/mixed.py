@@ -138,7 +138,7 @@ class Search:
         for done, unit in enumerate(units, 1):
             losses[unit] = measure.loss(self._with(other for other in units if other != unit), SENSITIVITY_IMAGES)
             progress("measuring sensitivity", done / len(units))
-        order = sorted(losses, key=lambda unit: (losses[unit].drop, losses[unit].logit_error), reverse=True)
+        order = sorted(losses, key=lambda unit: (max(0.0, losses[unit].drop), losses[unit].logit_error), reverse=True)
         self.sensitivity = {unit: losses[unit] for unit in order}
         self.loss = Loss(0.0, 1.0, 0.0)
 

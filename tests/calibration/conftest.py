@@ -7,8 +7,6 @@ from cases import WIDE, picture, quiet, random_model, save
 from adavit.export import ExportOptions, export_bundle
 from adavit.precision_options import CalibrationOptions
 
-pytest.importorskip("modelopt", reason="needs the extra int8")
-
 
 @pytest.fixture(scope="session")
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,6 +15,8 @@ from adavit.runtime.bundle import Bundle
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
 
+pytest.importorskip("modelopt", reason="pip install 'adavit[int8]' to convert engines")
+
 Calibrated = Callable[[str], tuple[Path, dict]]
 SIZES = {"K": 5, "h": 2, "c": 2 * WIDE.head_width, "B": 2}
 TYPES = {"float32": np.float32, "float16": np.float16}

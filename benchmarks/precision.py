@@ -1,0 +1,90 @@
+"""Decision parity and accuracy of every precision, and of naive calibration, on labelled images.
+
+    python benchmarks/precision.py CHECKPOINT --calibration photos/ --images test/ --output results/
+
+CHECKPOINT is a file or `demo`. Naive calibration gives every engine all tokens of all images, whatever the policy.
+Writes the bundles and `precision.json`, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adavit.calibration.calibrate import write_converted
+from adavit.calibration.convert import assign
+from adavit.calibration.ranges import Ranges, measure_ranges
+from adavit.calibration.recording import Recorder
+from adavit.console import Progress, table
+from adavit.export import ExportOptions, export_bundle
+from adavit.files import folder_beside
+from adavit.precision_options import METHODS, CalibrationOptions
+from adavit.runtime.compare import compare_bundles
+from adavit.runtime.images import find_images
+from adavit.runtime.session import Runtime, load
+
+
+def measured(runtime: Runtime, images: Path, naive: bool, progress: Progress) -> Ranges:
+    recorder = Recorder(runtime, capacity=64, naive=naive)
+    files = find_images([images], runtime.labels)
+    for done, file in enumerate(files, 1):
+        recorder.run(runtime.preprocess(file.path))
+        progress("running calibration images", done / len(files))
+    return measure_ranges(runtime.bundle, recorder, progress)
+
+
+def make(arguments: argparse.Namespace, progress: Progress) -> dict[str, Path]:
+    """The bundles by name, the fp32 one first."""
+    output = arguments.output
+    bundles = {"fp32": output / "fp32"}
+    export_bundle(Path(arguments.checkpoint), bundles["fp32"], ExportOptions(with_dense=True, force=True), progress)
+    runtime = load(bundles["fp32"])
+    ranges = {naive: measured(runtime, arguments.calibration, naive, progress) for naive in (False, True)}
+    kinds = [("fp16", "max", False), *(("int8", method, naive) for naive in (False, True) for method in METHODS)]
+    for precision, method, naive in kinds:
+        name = precision if precision == "fp16" else f"{precision}-{method}{'-naive' if naive else ''}"
+        options = replace(CalibrationOptions(), precision=precision, method=method)
+        with folder_beside(output / name) as folder:
+            assigned = assign(runtime.bundle, ranges[naive], precision)
+            write_converted(runtime.bundle, folder, ranges[naive], assigned, options, progress)
+        bundles[name] = output / name
+    return bundles
+
+
+def row(name: str, report: dict[str, Any], share: float) -> tuple[str, ...]:
+    free, accuracy = report["free"], report["accuracy"]
+    drop = "" if accuracy is None else f"{100 * (accuracy['first'] - accuracy['second']):.2f}"
+    shares = (f"{value:.3%}" for value in (free["flipped"], report["replayed"]["flipped"]))
+    return (name, f"{share:.3f}", drop, *shares, f"{free['identical_policies']:.1%}", f"{free['top1_agreement']:.2%}")
+
+
+def size(bundle: Path) -> int:
+    return sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    for name in ("calibration", "images", "output"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    rows: list[tuple[str, ...]] = [
+        ("bundle", "bytes / fp32", "drop, points", "flipped", "replayed", "same policy", "agreement")
+    ]
+    reports = {}
+    with Progress() as progress:
+        bundles = make(arguments, progress)
+        first = bundles.pop("fp32")
+        for name, bundle in bundles.items():
+            reports[name] = compare_bundles(first, bundle, [arguments.images], "onnxruntime", None, None, progress)
+            rows.append(row(name, reports[name], size(bundle) / size(first)))
+    (arguments.output / "precision.json").write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()
