@@ -1,12 +1,13 @@
 """Reproduces the README's table and plot: python benchmarks/run.py --output results
 
-Every row is one `adavit-run` in a process of its own, adaptive and dense alternating; the masked PyTorch model
-and a random policy of the same usage are measured beside it.
+Every row is one `adavit-run` in a process of its own, adaptive and dense alternating in the same backend; the masked
+PyTorch model and a random policy of the same usage are measured beside the first backend's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -61,13 +62,15 @@ def benchmark(name: str, profile: str, folder: Path, arguments: argparse.Namespa
     torch.save(random_model(name, profile, arguments.seed).state_dict(), checkpoint)
     export_bundle(checkpoint, bundle, ExportOptions(with_dense=True), lambda *_: None)
     rows = []
-    for batch in arguments.batches:
-        report = measure(bundle, batch, arguments.threads, arguments.seconds, "--record-policy", str(recorded))
+    for backend, batch in itertools.product(arguments.backends, arguments.batches):
+        how = "--backend", backend, "--record-policy", str(recorded)
+        report = measure(bundle, batch, arguments.threads, arguments.seconds, *how)
         report["masked_pytorch_ms"] = report["random_policy_ms"] = None
-        if batch == 1:
+        if batch == 1 and backend == arguments.backends[0]:
             report["masked_pytorch_ms"] = masked_milliseconds(name, profile, arguments.seed, arguments.threads)
             shuffled(Policy.load(recorded), arguments.seed).save(recorded)
-            replay = measure(bundle, 1, arguments.threads, arguments.seconds, "--replay-policy", str(recorded))
+            replayed = "--backend", backend, "--replay-policy", str(recorded)
+            replay = measure(bundle, 1, arguments.threads, arguments.seconds, *replayed)
             report["random_policy_ms"] = replay["latency_ms"]["p50"]
         rows.append({**report, "model": name, "profile": profile})
         print(line(rows[-1]), flush=True)
@@ -79,6 +82,7 @@ def line(row: dict[str, Any]) -> str:
     share = row["macs"]["executed_mean"] / row["macs"]["dense"]
     cells = [
         f"{row['model']} {row['profile']}",
+        row["backend"],
         str(row["batch"]),
         f"{share:.0%}",
         f"{row['dense']['latency_ms']['p50']:.1f}",
@@ -103,10 +107,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for number, (name, profile) in enumerate(BIASES):
         for row in (row for row in rows if (row["model"], row["profile"]) == (name, profile)):
             at = row["macs"]["executed_mean"] / row["macs"]["dense"], 1 / row["speedup"]
-            label = f"{name}, {profile}" if row["batch"] == rows[0]["batch"] else None
-            axes.plot(*at, markers.get(row["batch"], "d"), color=f"C{number}", label=label)
+            first = row["backend"] == rows[0]["backend"]
+            label = f"{name}, {profile}" if first and row["batch"] == rows[0]["batch"] else None
+            filled = {} if first else {"markerfacecolor": "none"}
+            axes.plot(*at, markers.get(row["batch"], "d"), color=f"C{number}", label=label, **filled)
             axes.annotate(str(row["batch"]), at, (5, -3), textcoords="offset points", fontsize="x-small")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="executed MACs / dense MACs (numbers: batch)")
+    axes.set_title("filled: " + ", hollow: ".join(dict.fromkeys(row["backend"] for row in rows)), fontsize="medium")
     axes.set_ylabel("latency / latency of the dense twin")
     axes.legend(loc="upper left", fontsize="small")
     figure.savefig(path, dpi=150)
@@ -119,6 +126,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--backends", nargs="+", default=["onnxruntime", "openvino"])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
