@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,26 +50,42 @@ class OpenVinoBackend(HostMoves):
             raise BackendError(f"OpenVINO has no precision {self._precision!r} here; choose fp32 or bf16")
         if self._precision == "bf16" and not able:
             raise BackendError("this CPU does not compute in bf16 (AMX, AVX512-BF16); choose fp32")
+        pool = ThreadPoolExecutor(options.threads, "adavit-compile")
+        blocks = (name for name in bundle.engines if name.startswith("blocks."))
+        self._compiling = {name: pool.submit(self._compile, name, options.workers) for name in blocks}
+        pool.shutdown(wait=False)
 
     def load(self, name: str, alone: bool = False) -> Engine:
-        """Compiles an engine; see `Backend.load`."""
+        """An engine, those of blocks compiled in parallel from the start and once; see `Backend.load`."""
+        try:
+            if compiling := self._compiling.get(name):
+                compiled = compiling.result()
+            else:
+                compiled = self._compile(name, 1 if alone else self._options.workers)
+        except BaseException:
+            for compiling in self._compiling.values():
+                compiling.cancel()
+            raise
+        return OpenVinoEngine(compiled, self._bundle.engines[name])
+
+    def _compile(self, name: str, streams: int) -> Any:
+        """The compiled model of an engine, for so many threads that run it at once."""
         data = self._bundle.read(name)
         spec = self._bundle.engines[name]
         decides = any(tensor.name in DECISIONS for tensor in spec.outputs)
         properties = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self._options.threads,
-            "NUM_STREAMS": 1 if alone else self._options.workers,
+            "NUM_STREAMS": streams,
             "INFERENCE_PRECISION_HINT": "f32" if decides else PRECISIONS[self._precision],
             "ENABLE_CPU_PINNING": False,
         }
         if any("K" in tensor.shape for tensor in spec.inputs):
             properties["SNIPPETS_MODE"] = "DISABLE"  # fused attention stays wrong for all counts once it has seen K = 1
         try:
-            compiled = self._core.compile_model(self._core.read_model(data), "CPU", properties)
+            return self._core.compile_model(self._core.read_model(data), "CPU", properties)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO refuses engine {name}: {_one_line(error)}") from None
-        return OpenVinoEngine(compiled, spec)
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> OpenVinoBuffer:
         """See `Backend.buffer`."""
