@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=Path(adavit.__file__).parent / "demo" / "bundle")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--budgets", default="0.3,0.35,0.4,0.5,0.6,0.7")
-    parser.add_argument("--calibration-images", type=int, default=1024)
+    parser.add_argument("--calibration-images", type=int, default=2048)
     parser.add_argument("--test-images", type=int, default=1000)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from adavit.runtime.session import Runtime
 
 __all__ = ["Outcome", "Trial"]
 
-MOST_IMAGES = 1024
+MOST_IMAGES = 2048
 MOST_BYTES = 512 << 20
 """Of preprocessed images."""
 FEWEST_IMAGES = 16
