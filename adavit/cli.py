@@ -119,7 +119,9 @@ def _export(
     show_default=True,
     help="What runs the engines; auto measures what is installed, once, and takes the fastest.",
 )
-@click.option("--provider", help="ONNX Runtime's execution provider.  [default: CPUExecutionProvider]")
+@click.option(
+    "--provider", help="ONNX Runtime's execution provider [default: CPUExecutionProvider], or OpenVINO's fp32 or bf16."
+)
 @click.option("--cuda-graphs", is_flag=True, help="TensorRT: make CUDA graphs of what runs again.")
 @click.option(
     "--parallel",

@@ -84,7 +84,7 @@ def load(
             is installed, measured on this machine in some seconds once, and kept in the user's cache folder.
         threads: CPU threads, by default as many as this process may use. ONNX Runtime keeps one pool for the
             whole process: the first runtime decides its size.
-        provider: ONNX Runtime's execution provider; by default the CPU's.
+        provider: ONNX Runtime's execution provider, by default the CPU's; for OpenVINO the precision, "fp32" or "bf16".
         parallel: "operators" shares the threads inside every engine, for the lowest latency of one image;
             "samples" gives each thread an image, for the highest throughput of batches.
         budget: share of the dense MACs that requests without one of their own get; by default what the trained
