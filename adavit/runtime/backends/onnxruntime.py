@@ -21,6 +21,9 @@ __all__ = ["OnnxRuntimeBackend"]
 
 log = logging.getLogger(__name__)
 
+HIDING_INT8 = ["MatMulAddFusion", "CommonSubexpressionElimination"]
+"""What rearranges quantised products before ONNX Runtime sees that they are: they would run in float32."""
+
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
 
@@ -123,6 +126,10 @@ class OnnxRuntimeBackend(HostMoves):
                 self._shares_pool = True
         return self._engine(spec, data, None)
 
+    def _unwanted(self, spec: EngineSpec) -> list[str] | None:
+        """The optimizers that an engine is better off without."""
+        return HIDING_INT8 if self._bundle.config["engines"][spec.name].get("precision") == "int8" else None
+
     def _engine(self, spec: EngineSpec, data: bytes, threads: int | None) -> OnnxRuntimeEngine:
         """An engine with a pool of its own of some `threads`, or on the process's pool."""
         options = self._ort.SessionOptions()
@@ -133,7 +140,9 @@ class OnnxRuntimeBackend(HostMoves):
             options.intra_op_num_threads = threads
             options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            session = self._ort.InferenceSession(data, options, providers=[self._provider], enable_fallback=0)
+            session = self._ort.InferenceSession(
+                data, options, providers=[self._provider], enable_fallback=0, disabled_optimizers=self._unwanted(spec)
+            )
         except Exception as error:
             raise BackendError(f"ONNX Runtime refuses engine {spec.name}: {one_line(error)}") from None
         if session.get_providers()[0] != self._provider:
