@@ -8,14 +8,27 @@ from typing import Any
 
 import onnx
 import pytest
-from cases import GOLDEN, export, invoke, quiet, random_model, read_config, refusal, rewrite_engine, tiny, write_config
+from cases import (
+    export,
+    invoke,
+    picture,
+    quiet,
+    random_model,
+    read_config,
+    refusal,
+    rewrite_engine,
+    save,
+    tiny,
+    write_config,
+)
 from onnx import helper
-from precisions import Convert, converted, to_fp16, to_int8
 
 from adavit.architecture import Architecture
 from adavit.cli import export as export_command
 from adavit.errors import BackendError, BundleError, InputError
+from adavit.export import ExportOptions, export_bundle
 from adavit.files import sha256
+from adavit.precision_options import CalibrationOptions
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.engine_sets import engine_sets
 from adavit.runtime.evaluate import demo_bundle
@@ -26,6 +39,7 @@ pytest.importorskip("tensorrt_rtx", reason="pip install 'adavit[tensorrt-rtx]' t
 pytest.importorskip("polygraphy", reason="pip install 'adavit[tensorrt-rtx]' to build engines")
 
 RTX = BuildOptions(target=("tensorrt-rtx",), jobs=2)
+DIGITS = ("fp32", "fp16", "int8")
 DEIT_SMALL = Architecture(
     stem="patch", image_size=224, patch_size=16, width=384, depth=12, heads=6, hidden=1536, classes=1000, keep=1,
     qkv_bias=True, token_policy=True, head_policy=True, sublayer_policy=True,
@@ -71,41 +85,59 @@ def computing(engines: dict[str, Any]) -> set[str]:
     return found - {"int64", "int32", "bool"}
 
 
-PRECISIONS: dict[str, tuple[Convert | None, set[str]]] = {
-    "fp32": (None, {"float32"}),
-    "fp16": (to_fp16, {"float16", "float32"}),
-    "int8": (to_int8, {"float32", "int8"}),
-}
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The demo's bundle, and those of a full-size DeiT and a small T2T-ViT, with their dense twins."""
-    full_size = export(random_model(DEIT_SMALL), tmp_path_factory.mktemp("deit"), verify=False, with_dense=True)
-    t2t = export(GOLDEN / "t2t_small.safetensors", tmp_path_factory.mktemp("t2t"), verify=False, with_dense=True)
-    return {"demo": demo_bundle(), "full_size": full_size, "t2t": t2t}
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Bundles of the demo and of a full-size DeiT in any precision, with their dense twins."""
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "pictures").mkdir()
+    for seed in range(18):
+        picture(seed).save(folder / f"pictures/{seed}.png")
+    checkpoint = save(random_model(DEIT_SMALL, sublayers=9.0), folder / "deit.safetensors")
+    sources = {
+        "demo": (Path("demo"), demo_bundle().with_name("images")),
+        "full_size": (checkpoint, folder / "pictures"),
+    }
+
+    def bundle(model: str, precision: str) -> Path:
+        source, pictures = sources[model]
+        calibration = CalibrationOptions()
+        if precision != "fp32":
+            pytest.importorskip("modelopt", reason="needs the extra int8")
+            cache = folder / f"{model}.npz"
+            calibration = CalibrationOptions(precision, (pictures,), cache, samples=16, method="max")
+        options = ExportOptions(with_dense=True, verify=False, threads=2, calibration=calibration)
+        export_bundle(source, folder / f"{model}-{precision}", options, quiet)
+        return folder / f"{model}-{precision}"
+
+    return bundle
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model", ["demo", "full_size", "t2t"])
-def test_every_engine_is_built(models: dict[str, Path], model: str, precision: str, tmp_path: Path) -> None:
-    bundle = shutil.copytree(models[model], tmp_path / "bundle", ignore=shutil.ignore_patterns("tensorrt"))
-    convert, types = PRECISIONS[precision]
-    if convert:
-        converted(bundle, convert)
+@pytest.mark.parametrize("precision", DIGITS)
+@pytest.mark.parametrize("model", ["demo", "full_size"])
+def test_every_engine_is_built(exported: Callable[[str, str], Path], model: str, precision: str) -> None:
+    bundle = exported(model, precision)
     engines = assert_complete(bundle, add_engines(bundle, RTX, quiet))
-    assert "dense" in engines
-    assert computing(engines) == types
     assert {engine.file for engine in engine_sets(Bundle.open(bundle))[0].engines.values()} == {
         str(path.relative_to(bundle)) for path in bundle.glob("tensorrt/*/*.engine")
     }
-    if precision == "fp16":  # nothing is computed in float32
-        layers = [layer for engine in engines.values() for layer in engine["layers"]]
-        assert {layer["type"] for layer in layers if layer["precision"] == "float32"} == {"CAST"}
-    if precision == "int8":  # in products with constant weights alone
-        assert "int8" not in engines["blocks.1.attention_weights"]["precisions"]
-        assert engines["blocks.1.attention"]["precisions"]["int8"] == 8
-        assert engines["dense"]["precisions"]["int8"] > 8
+    described = read_config(bundle)["engines"]
+    found = {kind: {name for name, spec in described.items() if spec["precision"] == kind} for kind in DIGITS}
+    assert "dense" in engines
+    assert found[precision] >= {"blocks.1.attention", "blocks.1.mlp"}
+    for name in found["fp32"]:
+        assert computing({name: engines[name]}) <= {"float32"}
+    for name in found["fp16"] - {"dense"}:  # sums, normalisation and softmax stay in float32, nothing that multiplies
+        layers = {layer["type"]: layer["precision"] for layer in engines[name]["layers"] if "MUL" in layer["type"]}
+        assert computing({name: engines[name]}) <= {"float16", "float32"}
+        assert set(layers.values()) <= {"float16"}, name
+    for name in found["int8"]:
+        assert computing({name: engines[name]}) <= {"int8", "float16", "float32"}
+        assert name.endswith("_weights") or engines[name]["precisions"]["int8"] >= 1, name
+
+
+def test_every_engine_of_a_t2t_model(golden_bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle = shutil.copytree(golden_bundles("t2t_small"), tmp_path / "bundle")
+    assert computing(assert_complete(bundle, add_engines(bundle, RTX, quiet))) == {"float32"}
 
 
 def test_engines_are_built_with_the_export(checkpoint: Path, tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import GOLDEN_FILES, assert_same_policy, golden, quiet, random_images, random_policy
-from precisions import Convert, converted, to_fp16, to_int8
+from cases import GOLDEN, GOLDEN_FILES, assert_same_policy, export, golden, quiet, random_images, random_policy
 
 import adavit
 from adavit.errors import BackendError
+from adavit.precision_options import CalibrationOptions
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.benchmark import Plan, latency, measure
@@ -39,17 +39,21 @@ def flavour(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def build(flavour: str, golden_bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Build:
     """Bundles with engines for this GPU, by name and precision, each built once."""
-    made: dict[tuple[str, Convert | None], Path] = {}
+    made: dict[tuple[str, str], Path] = {}
 
-    def bundle(name: str, convert: Convert | None = None) -> Path:
-        if (name, convert) not in made:
-            source = demo_bundle() if name == "demo" else golden_bundles(name)
-            copy = shutil.copytree(source, tmp_path_factory.mktemp(name) / "bundle")
-            if convert:
-                converted(copy, convert)
-            add_engines(copy, BuildOptions(target=(flavour,), jobs=4), quiet)
-            made[name, convert] = copy
-        return made[name, convert]
+    def bundle(name: str, precision: str = "fp32") -> Path:
+        if (name, precision) not in made:
+            folder = tmp_path_factory.mktemp(name)
+            if precision == "fp32":
+                source = demo_bundle() if name == "demo" else golden_bundles(name)
+                shutil.copytree(source, folder / "bundle")
+            else:
+                pytest.importorskip("modelopt", reason="needs the extra int8")
+                calibration = CalibrationOptions(precision, (demo_bundle().with_name("images"),))
+                export(GOLDEN / GOLDEN_FILES[name], folder, verify=False, calibration=calibration)
+            add_engines(folder / "bundle", BuildOptions(target=(flavour,), jobs=4), quiet)
+            made[name, precision] = folder / "bundle"
+        return made[name, precision]
 
     return bundle
 
@@ -65,14 +69,13 @@ def test_golden_vectors(build: Build, flavour: str, name: str, graphs: bool) -> 
         np.testing.assert_allclose(found.logits, logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("convert", [to_fp16, to_int8])
-def test_other_precisions_under_the_same_policy(build: Build, flavour: str, convert: Convert) -> None:
-    """Products in these types lose digits; int8's scales here are not calibrated, so only fp16's are compared."""
-    images, logits, policy = golden("deit_small")
-    found = adavit.load(build("deit_small", convert), flavour).run(images, policy)
-    assert np.isfinite(found.logits).all()
-    if convert is to_fp16:
-        np.testing.assert_allclose(found.logits, logits, atol=0.05 * np.abs(logits).max())
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_other_precisions_compute_what_onnx_runtime_does(build: Build, flavour: str, precision: str) -> None:
+    images, _, policy = golden("deit_small")
+    bundle = build("deit_small", precision)
+    wanted = adavit.load(bundle, threads=2).run(images, policy).logits
+    found = adavit.load(bundle, flavour).run(images, policy).logits
+    np.testing.assert_allclose(found, wanted, atol=0.05 * np.abs(wanted).max())
 
 
 def test_any_policy_is_replayed(build: Build, flavour: str) -> None:
