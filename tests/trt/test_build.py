@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +272,12 @@ def test_a_build_that_was_killed_leaves_nothing_that_matters(bundle: Path) -> No
     assert [path.name for path in (bundle / "tensorrt").iterdir()] == [f"{key}-again"]
     assert_complete(bundle, add_engines(bundle, RTX, quiet))
     assert [path.name for path in (bundle / "tensorrt").iterdir()] == [key]
+
+
+def test_tensorrt_that_is_not_installed_is_one_line(bundle: Path) -> None:
+    if find_spec("tensorrt"):
+        pytest.skip("tensorrt is installed")
+    message = refusal(invoke(export_command, bundle, "--target", "tensorrt"))
+    assert "building tensorrt engines needs packages that are missing here" in message
+    assert "pip install 'adavit[tensorrt]'" in message
+    assert not list(bundle.glob("tensorrt/*"))
