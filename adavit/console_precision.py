@@ -15,6 +15,8 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
     """The summary of a calibration; starved sub-layers are named."""
     how = f", {report['method']} ranges" if report["method"] else ""
     lines = [f"calibrated  on {report['images']} images{how}" + (" (cached)" if report["reused"] else "")]
+    if skipped := report["skipped"]:
+        lines[0] += f"; {len(skipped)} could not be read, first: {skipped[0]}"
     rows: list[tuple[str, ...]] = [("engine", "samples", "tokens", "precision")]
     rows += [
         (name, str(engine["samples"]), str(engine["tokens"]), engine["precision"])

@@ -104,6 +104,19 @@ def test_images_that_do_not_do(busy: Path, pictures: Path, tmp_path: Path) -> No
     assert "aardvark" in refused(tmp_path, busy, *arguments, "--calibration-images", strange)
 
 
+def test_unreadable_images_are_left_out_and_named(busy: Path, pictures: Path, tmp_path: Path) -> None:
+    some = shutil.copytree(pictures, tmp_path / "some")
+    (some / "broken.png").write_bytes(b"no picture")
+    done = invoke(
+        command, busy, "-o", tmp_path / "fp16", "--no-verify", "--threads", 1, "--precision", "fp16",
+        "--calibration-images", some,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "calibrated  on 32 images" in done.stdout
+    assert "1 could not be read, first:" in done.stdout and "broken.png" in done.stdout
+    assert "blocks.1.attention" in done.stdout
+
+
 def test_options_that_do_not_fit(busy: Path, pictures: Path, tmp_path: Path) -> None:
     images = ("--calibration-images", pictures)
     assert "--opset 19" in refused(tmp_path, busy, "--precision", "fp16", "--opset", 17, *images)
