@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import WIDE, export, invoke, picture, quiet, random_model, read_config, refusal, shell
+from cases import WIDE, export, invoke, picture, quiet, random_images, random_model, read_config, refusal, shell
 
+import adavit
 from adavit.calibration.cache import load_ranges
 from adavit.calibration.convert import Assignment
 from adavit.calibration.mixed import Loss, Search
@@ -45,6 +46,19 @@ def test_a_cache_serves_other_precisions_and_methods(calibrated: Calibrated, bus
         for bundle in (tmp_path / "other", calibrated("int8")[0])
     ]
     assert hashes[0] != hashes[1]
+
+
+def test_decisions_may_take_fp16(calibrated: Calibrated, busy: Path, tmp_path: Path) -> None:
+    calibrated("int8")
+    calibration = CalibrationOptions("fp16", (), cache_of(calibrated), decision_precision="fp16")
+    options = ExportOptions(with_dense=True, verify=False, threads=1, calibration=calibration)
+    export_bundle(busy, tmp_path / "bundle", options, quiet)
+    engines = read_config(tmp_path / "bundle")["engines"]
+    assert {engine["precision"] for name, engine in engines.items() if name.endswith("decide")} == {"fp16"}
+    images = random_images(WIDE, 4)
+    bundles = tmp_path / "bundle", calibrated("fp32")[0]
+    policies = [adavit.load(bundle, threads=1).run(images).policy for bundle in bundles]
+    assert (policies[0].tokens == policies[1].tokens).mean() > 0.99
 
 
 def test_what_a_cache_holds(calibrated: Calibrated) -> None:
