@@ -88,7 +88,7 @@ def computing(engines: dict[str, Any]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Bundles of the demo and of a full-size DeiT in any precision; the large dense twin, which takes long, in fp32."""
+    """Bundles of the demo and of a full-size DeiT in any precision."""
     folder = tmp_path_factory.mktemp("exported")
     (folder / "pictures").mkdir()
     for seed in range(18):
@@ -106,8 +106,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
             pytest.importorskip("modelopt", reason="needs the extra int8")
             cache = folder / f"{model}.npz"
             calibration = CalibrationOptions(precision, (pictures,), cache, samples=16, method="max")
-        dense = model == "demo" or precision == "fp32"
-        options = ExportOptions(with_dense=dense, verify=False, threads=2, calibration=calibration)
+        options = ExportOptions(with_dense=True, verify=False, threads=2, calibration=calibration)
         export_bundle(source, folder / f"{model}-{precision}", options, quiet)
         return folder / f"{model}-{precision}"
 
@@ -124,7 +123,7 @@ def test_every_engine_is_built(exported: Callable[[str, str], Path], model: str,
     }
     described = read_config(bundle)["engines"]
     found = {kind: {name for name, spec in described.items() if spec["precision"] == kind} for kind in DIGITS}
-    assert ("dense" in engines) == (model == "demo" or precision == "fp32")
+    assert "dense" in engines
     assert found[precision] >= {"blocks.1.attention", "blocks.1.mlp"}
     for name in found["fp32"]:
         assert computing({name: engines[name]}) <= {"float32"}
