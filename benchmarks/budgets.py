@@ -25,6 +25,7 @@ from adavit.macs import dense_macs
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.budget import Offsets
 from adavit.training.idx import read_idx
+from adavit.training.report import RandomPolicy
 
 EXPORT = [sys.executable, "-c", "from adavit.cli import export; export(prog_name='adavit-export')"]
 BATCH = 100
@@ -89,16 +90,7 @@ class Held:
 
     def by_chance(self, like: Policy) -> Row:
         """Decisions by chance, as many of every kind in every block."""
-        source, arch = np.random.default_rng(0), self.runtime.architecture
-        masks = {}
-        for kind in ("tokens", "heads", "sublayers"):
-            mask = getattr(like, kind)
-            skipped = int(kind == "tokens")  # the class token
-            shares = mask[..., skipped:].mean((0, 2))[:, None]
-            masks[kind] = np.ones_like(mask)
-            masks[kind][..., skipped:] = source.random(mask[..., skipped:].shape) < shares
-        policy = Policy(**masks)
-        policy.check(arch, len(like))
+        policy = RandomPolicy(like, self.runtime.architecture, 0).policy(len(like))
         return self.run(policy=policy)[0]
 
 

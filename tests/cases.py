@@ -181,6 +181,13 @@ def picture(seed: int = 0, size: tuple[int, int] = (40, 50)) -> Image.Image:
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
+def pictures_in(folder: Path, count: int) -> Path:
+    """The folder, with so many pictures in it."""
+    for seed in range(count):
+        picture(seed).save(folder / f"{seed:02d}.png")
+    return folder
+
+
 def python(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs a script in an interpreter of its own."""
     command = [sys.executable, "-c", code, *map(str, arguments)]

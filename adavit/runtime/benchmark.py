@@ -16,6 +16,7 @@ from adavit.macs import dense_macs
 from adavit.runtime.cache import cpu_name
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
+from adavit.runtime.timing import time_run
 from adavit.version import __version__
 
 __all__ = ["Measurement", "Plan", "batches", "measure", "repeat"]
@@ -80,11 +81,11 @@ def measure(
     for _ in repeat(plan, len(images), "measuring", progress):
         chosen, recorded = next(turns)
         runtime.backend.timings()
-        result.adaptive_ms.append(_timed(lambda: runtime.run(chosen, policy=recorded)))  # noqa: B023
+        result.adaptive_ms.append(time_run(lambda: runtime.run(chosen, policy=recorded)))  # noqa: B023
         for kind, milliseconds in runtime.backend.timings().items():
             result.device_ms.setdefault(kind, []).append(milliseconds)
         if plan.dense:
-            result.dense_ms.append(_timed(lambda: runtime.run_dense(chosen)))  # noqa: B023
+            result.dense_ms.append(time_run(lambda: runtime.run_dense(chosen)))  # noqa: B023
     return result
 
 
@@ -111,12 +112,6 @@ def batches(images: Images, batch: int, policy: Policy | None) -> Iterator[tuple
         index = np.arange(position, position + batch) % len(images)
         position = int(index[-1] + 1) % len(images)
         yield np.ascontiguousarray(images[index]), None if policy is None else policy[index]
-
-
-def _timed(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    action()
-    return (time.perf_counter() - start) * 1e3
 
 
 def latency(milliseconds: Sequence[float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from adavit.errors import InputError
 from adavit.runtime.benchmark import Images, batches
 from adavit.runtime.budget import Budgets, OperatingPoint
 from adavit.runtime.session import Runtime
+from adavit.runtime.timing import time_run
 
 __all__ = ["budget_for_latency"]
 
@@ -66,12 +68,7 @@ def _medians(
     share = 0.0
     while share < 1 or len(rows) <= ROUNDS:
         chosen, _ = next(feed)
-        row = []
-        for point in points:
-            begin = time.perf_counter()
-            runtime.run(chosen, budget=point.offsets)
-            row.append((time.perf_counter() - begin) * 1e3)
-        rows.append(row)
+        rows.append([time_run(partial(runtime.run, chosen, budget=point.offsets)) for point in points])
         share = (time.perf_counter() - start) / SECONDS
         progress("timing operating points", min(share, 1.0))
     return np.median(rows[1:], axis=0)  # the first is the warm-up

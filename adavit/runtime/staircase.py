@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
-from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +15,7 @@ from adavit.errors import InputError
 from adavit.runtime.backend import Engine
 from adavit.runtime.dispatcher import Dispatcher, Scratch
 from adavit.runtime.plan import SUBLAYERS, EnginePlan
+from adavit.runtime.timing import median_times
 
 __all__ = ["Staircase", "measure_staircase"]
 
@@ -75,16 +73,7 @@ def measure_staircase(dispatcher: Dispatcher, progress: Callable[[str, float], N
     block = next((index for index in reversed(range(arch.depth)) if arch.adapts_heads(index)), None)
     if block is None:
         raise InputError("the model decides on no heads, so that there are no engines to choose between")
-    runs = _runs(dispatcher, block)
-    times: dict[Key, list[float]] = defaultdict(list)
-    for done in range(-1, ROUNDS):  # the first round is not counted
-        for key, run in runs.items():
-            start = perf_counter()
-            run()
-            if done >= 0:
-                times[key].append((perf_counter() - start) * 1e3)
-        progress("measuring engines", (done + 2) / (ROUNDS + 1))
-    found = {key: median(taken) for key, taken in times.items()}
+    found = median_times(_runs(dispatcher, block), ROUNDS, "measuring engines", progress)
     tokens, heads = _counts(arch), range(1, arch.heads + 1)
     return Staircase(
         tokens,

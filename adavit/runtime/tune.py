@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from statistics import median
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +18,7 @@ from adavit.runtime.cache import facts, kept_any, kept_at, recall, remember
 from adavit.runtime.plan import EnginePlan, ruled
 from adavit.runtime.policy import Policy
 from adavit.runtime.staircase import measure_staircase
+from adavit.runtime.timing import median_times
 
 if TYPE_CHECKING:
     from adavit.runtime.session import Runtime
@@ -76,8 +74,8 @@ def tune(runtime: Runtime, progress: Progress) -> dict[str, Any]:
         for position in range(IMAGES):
             runtime.run(images[position : position + 1])
 
-    compared = _interleaved(
-        {name: partial(run_under, plan) for name, plan in plans.items()}, "comparing plans", progress
+    compared = median_times(
+        {name: partial(run_under, plan) for name, plan in plans.items()}, ROUNDS, "comparing plans", progress
     )
     taken = min(compared, key=compared.__getitem__)
     known = {**facts(runtime.bundle, runtime.options), "backend": runtime.backend.name}
@@ -101,8 +99,8 @@ def _gains(runtime: Runtime, image: np.ndarray[Any, Any], progress: Progress) ->
     """What dropping half of one kind gains, against dropping nothing."""
     arch = runtime.architecture
     policies = _halved(arch)
-    times = _interleaved(
-        {kind: partial(runtime.run, image, kept) for kind, kept in policies.items()}, "policies", progress
+    times = median_times(
+        {kind: partial(runtime.run, image, kept) for kind, kept in policies.items()}, ROUNDS, "policies", progress
     )
     gains = []
     for kind, policy in policies.items():
@@ -126,15 +124,3 @@ def _halved(arch: Architecture) -> dict[str, Policy]:
         if arch.adapts_sublayers(block):
             policies["sublayers"].sublayers[0, block, block % 2] = False
     return policies
-
-
-def _interleaved(runs: Mapping[str, Callable[[], object]], stage: str, progress: Progress) -> dict[str, float]:
-    """Median milliseconds of runs that take turns; the first turn of each is not counted."""
-    times: dict[str, list[float]] = defaultdict(list)
-    for done in range(ROUNDS + 1):
-        for name, run in runs.items():
-            start = perf_counter()
-            run()
-            times[name].append((perf_counter() - start) * 1e3)
-        progress(stage, (done + 1) / (ROUNDS + 1))
-    return {name: median(taken[1:]) for name, taken in times.items()}

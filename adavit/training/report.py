@@ -22,7 +22,7 @@ PARTS = 5
 class RandomPolicy:
     """Keeps tokens, heads and sub-layers by chance, each block as many of each kind as `like` does on average."""
 
-    def __init__(self, like: Predictions, arch: Architecture, seed: int) -> None:
+    def __init__(self, like: Predictions | Policy, arch: Architecture, seed: int) -> None:
         self._random = np.random.default_rng(seed)
         self._arch = arch
         self._means = like.tokens[..., 1:].mean((0, 2)), like.heads.mean((0, 2)), like.sublayers.mean((0, 2))

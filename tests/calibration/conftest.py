@@ -2,7 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cases import WIDE, picture, quiet, random_model, save
+from cases import WIDE, pictures_in, quiet, random_model, save
 
 from adavit.export import ExportOptions, export_bundle
 from adavit.precision_options import CalibrationOptions
@@ -17,10 +17,7 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty-two pictures to calibrate on."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for seed in range(32):
-        picture(seed).save(folder / f"{seed:02d}.png")
-    return folder
+    return pictures_in(tmp_path_factory.mktemp("pictures"), 32)
 
 
 @pytest.fixture(scope="session")

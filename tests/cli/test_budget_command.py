@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import assert_same_policy, invoke, picture, read_config, refusal, tiny, write_config
+from cases import assert_same_policy, invoke, picture, pictures_in, read_config, refusal, tiny, write_config
 
 import adavit
 from adavit.cli import export, run
@@ -136,10 +136,7 @@ def test_budgets_that_cannot_be_had(dialled: Path, tiny_bundle: Path, tmp_path: 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 pictures."""
-    folder = tmp_path_factory.mktemp("photos")
-    for seed in range(16):
-        picture(seed).save(folder / f"{seed}.png")
-    return folder
+    return pictures_in(tmp_path_factory.mktemp("photos"), 16)
 
 
 def test_exporting_with_budgets(checkpoint: Path, photos: Path, tmp_path: Path) -> None:

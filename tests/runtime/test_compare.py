@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from cases import WIDE, export, invoke, picture, random_model, refusal, rewrite_engine
+from cases import WIDE, export, invoke, pictures_in, random_model, refusal, rewrite_engine
 from onnx import numpy_helper
 
 import adavit
@@ -16,10 +16,7 @@ from adavit.cli import run
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for seed in range(10):
-        picture(seed).save(folder / f"{seed}.png")
-    return folder
+    return pictures_in(tmp_path_factory.mktemp("photos"), 10)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from cases import (
     export,
     invoke,
-    picture,
+    pictures_in,
     quiet,
     random_model,
     read_config,
@@ -90,22 +90,20 @@ def computing(engines: dict[str, Any]) -> set[str]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """Bundles of the demo and of a full-size DeiT in any precision."""
     folder = tmp_path_factory.mktemp("exported")
-    (folder / "pictures").mkdir()
-    for seed in range(18):
-        picture(seed).save(folder / f"pictures/{seed}.png")
+    pictures = pictures_in(tmp_path_factory.mktemp("pictures"), 18)
     checkpoint = save(random_model(DEIT_SMALL, sublayers=9.0), folder / "deit.safetensors")
     sources = {
         "demo": (Path("demo"), demo_bundle().with_name("images")),
-        "full_size": (checkpoint, folder / "pictures"),
+        "full_size": (checkpoint, pictures),
     }
 
     def bundle(model: str, precision: str) -> Path:
-        source, pictures = sources[model]
+        source, images = sources[model]
         calibration = CalibrationOptions()
         if precision != "fp32":
             pytest.importorskip("modelopt", reason="needs the extra int8")
             cache = folder / f"{model}.npz"
-            calibration = CalibrationOptions(precision, (pictures,), cache, samples=16, method="max")
+            calibration = CalibrationOptions(precision, (images,), cache, samples=16, method="max")
         options = ExportOptions(with_dense=True, verify=False, threads=2, calibration=calibration)
         export_bundle(source, folder / f"{model}-{precision}", options, quiet)
         return folder / f"{model}-{precision}"

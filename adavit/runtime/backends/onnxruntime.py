@@ -81,6 +81,15 @@ def share_pool(ort: ModuleType, threads: int) -> None:
             )
 
 
+def require_provider(session: Any, spec: EngineSpec, provider: str) -> None:
+    """Raises BackendError where an engine's session would run on another provider than the one asked for."""
+    if session.get_providers()[0] != provider:
+        raise BackendError(
+            f"engine {spec.name} would run on {session.get_providers()[0]}, not on {provider} as asked; "
+            "see ONNX Runtime's log for what that provider lacks"
+        )
+
+
 class OnnxRuntimeBackend(HostMoves):
     """Runs engines in ONNX Runtime on numpy arrays.
 
@@ -145,11 +154,7 @@ class OnnxRuntimeBackend(HostMoves):
             )
         except Exception as error:
             raise BackendError(f"ONNX Runtime refuses engine {spec.name}: {one_line(error)}") from None
-        if session.get_providers()[0] != self._provider:
-            raise BackendError(
-                f"engine {spec.name} would run on {session.get_providers()[0]}, not on {self._provider} as asked; "
-                "see ONNX Runtime's log for what that provider lacks"
-            )
+        require_provider(session, spec, self._provider)
         return OnnxRuntimeEngine(self._ort, session, spec)
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> OnnxRuntimeBuffer:

@@ -14,7 +14,13 @@ from adavit.runtime.backend import Backend, Options
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.backends.device import Device
 from adavit.runtime.backends.device_moves import DeviceMoves, Uploads
-from adavit.runtime.backends.onnxruntime import OnnxRuntimeBackend, import_onnxruntime, one_line, share_pool
+from adavit.runtime.backends.onnxruntime import (
+    OnnxRuntimeBackend,
+    import_onnxruntime,
+    one_line,
+    require_provider,
+    share_pool,
+)
 from adavit.runtime.bundle import Bundle, EngineSpec
 
 __all__ = ["PROVIDERS", "OnnxRuntimeGpuBackend", "create"]
@@ -80,11 +86,7 @@ class OnnxRuntimeGpuBackend(DeviceMoves):
                 session = self._ort.InferenceSession(data, options, providers=providers, enable_fallback=0)
         except Exception as error:
             raise BackendError(f"ONNX Runtime refuses engine {spec.name}: {one_line(error)}") from None
-        if session.get_providers()[0] != self._provider:
-            raise BackendError(
-                f"engine {spec.name} would run on {session.get_providers()[0]}, not on {self._provider} as asked; "
-                "see ONNX Runtime's log for what that provider lacks"
-            )
+        require_provider(session, spec, self._provider)
         return OnnxRuntimeGpuEngine(self._ort, self._device, session, spec, on_stream)
 
     def versions(self) -> dict[str, str]:
