@@ -101,6 +101,11 @@ class Architecture:
         """Layer-normalisation epsilon of the model family: T2T-ViT 1e-5, DeiT 1e-6."""
         return 1e-5 if self.stem == "t2t" else 1e-6
 
+    @property
+    def adapts(self) -> bool:
+        """Whether there is any policy."""
+        return self.token_policy or self.head_policy or self.sublayer_policy
+
     def adapts_heads(self, block: int) -> bool:
         """Whether `block` has a head policy."""
         return self.head_policy and block >= self.keep

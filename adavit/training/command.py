@@ -8,11 +8,10 @@ import click
 
 import adavit
 from adavit import console
-from adavit.training.options import PATH, POSITIVE, SHARE, data_options, run_options
+from adavit.training.options import AMOUNT, PATH, POSITIVE, SHARE, data_options, run_options, teacher_options
 
 __all__ = ["main"]
 
-WEIGHT = click.FloatRange(min=0)
 KINDS = ("tokens", "heads", "sublayers")
 
 
@@ -36,6 +35,7 @@ def main() -> None:
 @click.option("--width", type=POSITIVE, help="Token width.  [default: that of --from, or 192]")
 @click.option("--depth", type=POSITIVE, help="Blocks.  [default: that of --from, or 8]")
 @click.option("--hidden", type=POSITIVE, help="Hidden width of the MLP.  [default: that of --from, or 3 x width]")
+@teacher_options
 def dense(**options: Any) -> None:
     """Train a dense backbone, from scratch or from other weights."""
     from adavit.training import runs
@@ -46,7 +46,7 @@ def dense(**options: Any) -> None:
 @main.command()
 @run_options
 @click.option("--from", "source", type=PATH, required=True, help="Dense weights: the start, and the teacher.")
-@click.option("--teacher", type=PATH, help="Dense weights to distil from, where they are not those of --from.")
+@teacher_options
 @click.option("--heads", type=POSITIVE, help="Attention heads, where the weights do not tell.")
 @click.option("--patch-size", type=POSITIVE, help="Pixels per patch side.  [default: that of --from]")
 @click.option("--policies", default=",".join(KINDS), show_default=True, help="Which policies to train.")
@@ -54,23 +54,20 @@ def dense(**options: Any) -> None:
 @click.option("--token-target", type=SHARE, help="Mean usage of tokens.  [default: by --budget, or 0.5]")
 @click.option("--head-target", type=SHARE, help="Mean usage of heads.  [default: by --budget, or 0.5]")
 @click.option("--sublayer-target", type=SHARE, help="Mean usage of sub-layers.  [default: by --budget, or 0.5]")
-@click.option("--token-weight", type=WEIGHT, default=2.0, show_default=True, help="Of the token usage loss.")
-@click.option("--head-weight", type=WEIGHT, default=2.0, show_default=True, help="Of the head usage loss.")
-@click.option("--sublayer-weight", type=WEIGHT, default=2.0, show_default=True, help="Of the sub-layer usage loss.")
+@click.option("--token-weight", type=AMOUNT, default=2.0, show_default=True, help="Of the token usage loss.")
+@click.option("--head-weight", type=AMOUNT, default=2.0, show_default=True, help="Of the head usage loss.")
+@click.option("--sublayer-weight", type=AMOUNT, default=2.0, show_default=True, help="Of the sub-layer usage loss.")
 @click.option("--temperature", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True,
               help="Of the Gumbel-sigmoid.")  # fmt: skip
-@click.option("--anneal", type=WEIGHT, default=0.3, show_default=True,
+@click.option("--anneal", type=AMOUNT, default=0.3, show_default=True,
               help="Share of the run in which the noise falls to 0; 0 keeps it.")  # fmt: skip
 @click.option("--floor", type=SHARE, default=0.0, show_default=True, help="Least usage of a head or sub-layer.")
-@click.option("--floor-weight", type=WEIGHT, default=0.0, show_default=True, help="Of that floor.")
-@click.option("--entropy-weight", type=WEIGHT, default=0.0, show_default=True, help="Of the decisions' entropy.")
-@click.option("--diversity-weight", type=WEIGHT, default=0.0, show_default=True, help="Of the diversity term.")
-@click.option("--logit-weight", type=WEIGHT, default=1.0, show_default=True, help="Of the teacher's soft labels.")
-@click.option("--attention-weight", type=WEIGHT, default=0.0, show_default=True, help="Of the teacher's attention.")
-@click.option("--hidden-weight", type=WEIGHT, default=0.0, show_default=True, help="Of the teacher's hidden states.")
-@click.option("--distillation-temperature", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
-              help="Of the soft labels.")  # fmt: skip
-@click.option("--policy-rate", type=WEIGHT, default=10.0, show_default=True,
+@click.option("--floor-weight", type=AMOUNT, default=0.0, show_default=True, help="Of that floor.")
+@click.option("--entropy-weight", type=AMOUNT, default=0.0, show_default=True, help="Of the decisions' entropy.")
+@click.option("--diversity-weight", type=AMOUNT, default=0.0, show_default=True, help="Of the diversity term.")
+@click.option("--attention-weight", type=AMOUNT, default=0.0, show_default=True, help="Of the teacher's attention.")
+@click.option("--hidden-weight", type=AMOUNT, default=0.0, show_default=True, help="Of the teacher's hidden states.")
+@click.option("--policy-rate", type=AMOUNT, default=10.0, show_default=True,
               help="Learning rate of the decision layers over that of the rest.")  # fmt: skip
 def adapt(**options: Any) -> None:
     """Train policies jointly with a backbone that starts dense, the dense model teaching."""

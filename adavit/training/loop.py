@@ -27,7 +27,8 @@ from adavit.training.losses import classification
 from adavit.training.optimise import build_optimiser, learning_rate, set_learning_rate, update_average
 from adavit.training.predict import predict
 from adavit.training.recorder import Recording, record
-from adavit.training.settings import Settings, describe_change
+from adavit.training.settings import PolicySettings, Settings, describe_change
+from adavit.training.teacher import Teacher
 from adavit.training.usage import measure_usage
 
 __all__ = ["Intervals", "Trainer"]
@@ -59,11 +60,11 @@ class Trainer:
         settings: of the run.
         world: this process.
         folder: where checkpoint and log go.
-        teacher: dense model to distil from, for a run with policies.
+        teacher: model to distil from.
     """
 
     def __init__(
-        self, model: AdaViT, settings: Settings, world: World, folder: Path, teacher: AdaViT | None = None
+        self, model: AdaViT, settings: Settings, world: World, folder: Path, teacher: Teacher | None = None
     ) -> None:
         self.model = model.to(world.device).train()
         self.average = copy.deepcopy(self.model).eval()
@@ -103,7 +104,7 @@ class Trainer:
         policy = self.settings.policy
         with ExitStack() as stack:
             heard = None
-            if policy and self.teacher and max(policy.attention_weight, policy.hidden_weight) > 0:
+            if policy and policy.listens and isinstance(self.teacher, AdaViT):
                 heard = stack.enter_context(record(self.model)), stack.enter_context(record(self.teacher))
             parallel = self.world.size > 1
             yield DistributedDataParallel(self.model) if parallel else self.model, heard
@@ -137,20 +138,20 @@ class Trainer:
         targets: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         policy = self.settings.policy
-        if policy is None:
-            return {"classification": classification(forward(images, decide=None).logits, targets)}, {}
-        scale = noise_scale(self.step, self.settings.steps, policy.anneal)
-        seed = self.settings.seed * NOISE_STREAM + self.step
-        output = forward(images, decide=GumbelDecide(policy.temperature, scale, seed, self.world))
+        output = forward(images, decide=self._noisy_decide(policy) if policy else None)
         usage = measure_usage(output.policies)
         terms = {"classification": classification(output.logits, targets)}
-        terms |= objective.usage_terms(output, usage, policy)
-        if self.teacher is not None and policy.distils:
+        if policy:
+            terms |= objective.usage_terms(output, usage, policy)
+        if self.teacher is not None:
             with torch.no_grad():
                 taught = self.teacher(images, decide=None)
-            pair = heard or (Recording(), Recording())
-            terms |= objective.distillation_terms(output, taught, pair, self.model.arch.heads, policy)
+            terms |= objective.distillation_terms(output, taught, heard, self.model.arch.heads, self.settings)
         return terms, {f"training_{kind}": float(mean.detach()) for kind, mean in usage.items()}
+
+    def _noisy_decide(self, policy: PolicySettings) -> GumbelDecide:
+        scale = noise_scale(self.step, self.settings.steps, policy.anneal)
+        return GumbelDecide(policy.temperature, scale, self.settings.seed * NOISE_STREAM + self.step, self.world)
 
     def _require_finite(self, total: Tensor, terms: dict[str, Tensor]) -> None:
         if not torch.isfinite(total):

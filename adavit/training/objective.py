@@ -8,7 +8,7 @@ from adavit.model.adavit import BlockLogits, Output
 from adavit.model.policy import BlockPolicy
 from adavit.training import losses
 from adavit.training.recorder import Recording
-from adavit.training.settings import PolicySettings
+from adavit.training.settings import PolicySettings, Settings
 from adavit.training.usage import Usage
 
 __all__ = ["distillation_terms", "usage_terms"]
@@ -32,23 +32,25 @@ def usage_terms(output: Output, usage: Usage, settings: PolicySettings) -> Terms
 
 
 def distillation_terms(
-    student: Output, teacher: Output, heard: tuple[Recording, Recording], heads: int, settings: PolicySettings
+    student: Output, teacher: Output, heard: tuple[Recording, Recording] | None, heads: int, settings: Settings
 ) -> Terms:
     """Soft labels, class-token attention of the kept heads, class-token states of the kept sub-layers.
 
     Args:
         student: its output.
         teacher: its output for the same images.
-        heard: recordings of both forwards.
+        heard: recordings of both forwards, where more than logits is compared.
         heads: of every block.
         settings: the weights.
     """
     terms: Terms = {}
-    blocks = range(len(student.policies))
     if settings.logit_weight > 0:
         loss = losses.logit_distillation(student.logits, teacher.logits, settings.distillation_temperature)
         terms["distil_logits"] = settings.logit_weight * loss
-    if settings.attention_weight > 0:
+    policy, blocks = settings.policy, range(len(student.policies))
+    if heard is None or policy is None:
+        return terms
+    if policy.attention_weight > 0:
         per_block = [
             losses.attention_distillation(
                 heard[0].attention(i, heads, student.policies[i]),
@@ -57,8 +59,8 @@ def distillation_terms(
             )
             for i in blocks
         ]
-        terms["distil_attention"] = settings.attention_weight * _mean(per_block)
-    if settings.hidden_weight > 0:
+        terms["distil_attention"] = policy.attention_weight * _mean(per_block)
+    if policy.hidden_weight > 0:
         per_sublayer = [
             losses.hidden_distillation(
                 heard[0].states[2 * i + s], heard[1].states[2 * i + s], _kept(student.policies[i], s)
@@ -66,7 +68,7 @@ def distillation_terms(
             for i in blocks
             for s in (0, 1)
         ]
-        terms["distil_hidden"] = settings.hidden_weight * _mean(per_sublayer)
+        terms["distil_hidden"] = policy.hidden_weight * _mean(per_sublayer)
     return terms
 
 

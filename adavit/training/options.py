@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-__all__ = ["PATH", "POSITIVE", "SHARE", "data_options", "run_options"]
+__all__ = ["AMOUNT", "PATH", "POSITIVE", "SHARE", "data_options", "run_options", "teacher_options"]
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
 SHARE = click.FloatRange(0, 1)
-RATE = click.FloatRange(min=0)
+AMOUNT = click.FloatRange(min=0)
 
 Decorated = Callable[..., Any]
 
@@ -34,13 +34,13 @@ RUN = (
                  help="Passes over the training images."),
     click.option("--steps", type=POSITIVE, help="Optimiser steps, instead of --epochs."),
     click.option("--batch", type=POSITIVE, default=128, show_default=True, help="Images a step, over all processes."),
-    click.option("--learning-rate", type=RATE, default=1e-3, show_default=True, help="After the warm-up."),
+    click.option("--learning-rate", type=AMOUNT, default=1e-3, show_default=True, help="After the warm-up."),
     click.option("--warmup", type=click.IntRange(min=0), default=100, show_default=True, help="Steps of warm-up."),
     click.option("--final", type=SHARE, default=0.01, show_default=True, help="Last learning rate over the first."),
-    click.option("--weight-decay", type=RATE, default=0.05, show_default=True, help="Of matrices."),
-    click.option("--clip", type=RATE, default=1.0, show_default=True, help="Bound on the norm of the gradient."),
+    click.option("--weight-decay", type=AMOUNT, default=0.05, show_default=True, help="Of matrices."),
+    click.option("--clip", type=AMOUNT, default=1.0, show_default=True, help="Bound on the norm of the gradient."),
     click.option("--smoothing", type=SHARE, default=0.1, show_default=True, help="Label smoothing."),
-    click.option("--mixup", type=RATE, default=0.0, show_default=True, help="Alpha of mixup; 0 for none."),
+    click.option("--mixup", type=AMOUNT, default=0.0, show_default=True, help="Alpha of mixup; 0 for none."),
     click.option("--augment", type=click.Choice(["none", "shift", "crop"]),
                  help="Augmentation.  [default: shift up to 64 pixels, else crop]"),
     click.option("--mirror/--no-mirror", default=True, show_default=True, help="Mirror half of the images."),
@@ -57,6 +57,15 @@ RUN = (
 )  # fmt: skip
 
 
+TEACHER = (
+    click.option("--teacher", type=PATH, help="Model to distil from: dense weights, or a classifier as .onnx.  "
+                 "[default of adapt: --from]"),
+    click.option("--logit-weight", type=AMOUNT, default=1.0, show_default=True, help="Of the teacher's soft labels."),
+    click.option("--distillation-temperature", type=click.FloatRange(0, min_open=True), default=1.0,
+                 show_default=True, help="Of the soft labels."),
+)  # fmt: skip
+
+
 def data_options(command: Decorated) -> Decorated:
     """Adds the options about data."""
     return _add(DATA, command)
@@ -65,6 +74,11 @@ def data_options(command: Decorated) -> Decorated:
 def run_options(command: Decorated) -> Decorated:
     """Adds the options about data and about a training run."""
     return _add(DATA + RUN, command)
+
+
+def teacher_options(command: Decorated) -> Decorated:
+    """Adds the options about whom to learn from."""
+    return _add(TEACHER, command)
 
 
 def _add(options: tuple[Callable[[Decorated], Decorated], ...], command: Decorated) -> Decorated:

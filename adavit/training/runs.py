@@ -25,6 +25,7 @@ from adavit.training.plot import plot_evaluation, plot_log
 from adavit.training.predict import Predictions, predict, predict_bundle
 from adavit.training.report import RandomPolicy, evaluation_report
 from adavit.training.settings import PUBLISHED_TARGET, PolicySettings, Settings
+from adavit.training.teacher import OnnxTeacher, Teacher, check_teacher, open_teacher
 
 __all__ = ["evaluate", "report_lines", "train_adaptive", "train_dense"]
 
@@ -33,12 +34,12 @@ Options = dict[str, Any]
 OPTION_NAMES = {"tokens": "token", "heads": "head", "sublayers": "sublayer"}
 SHAPES = ("stem", "image_size", "patch_size", "width", "depth", "heads", "hidden")
 RUN_OPTIONS = (
-    "batch", "clip", "ema", "final", "learning_rate", "mirror", "mixup", "precision", "seed", "smoothing", "warmup",
-    "weight_decay",
+    "batch", "clip", "distillation_temperature", "ema", "final", "learning_rate", "mirror", "mixup", "precision",
+    "seed", "smoothing", "warmup", "weight_decay",
 )  # fmt: skip
 POLICY_OPTIONS = (
-    "anneal", "attention_weight", "distillation_temperature", "diversity_weight", "entropy_weight", "floor",
-    "floor_weight", "hidden_weight", "logit_weight", "temperature",
+    "anneal", "attention_weight", "diversity_weight", "entropy_weight", "floor", "floor_weight", "hidden_weight",
+    "temperature",
 )  # fmt: skip
 WEIGHTS = "weights.safetensors"
 
@@ -51,8 +52,9 @@ def train_dense(options: Options) -> None:
         source = load_checkpoint(options["source"], options["heads"]) if options["source"] else None
         arch = start.dense_shapes(source.arch if source else None, given, len(train.classes))
         model = start.fit(source, arch, options["seed"]) if source else start.new_model(arch, options["seed"])
-        settings = _settings(options, arch, len(train.labels), None)
-        _run(Trainer(model, settings, world, options["output"]), train, test, options)
+        teacher = open_teacher(options["teacher"], arch) if options["teacher"] else None
+        settings = _settings(options, arch, len(train.labels), None, teacher)
+        _run(Trainer(model, settings, world, options["output"], teacher), train, test, options)
 
 
 def train_adaptive(options: Options) -> None:
@@ -63,9 +65,9 @@ def train_adaptive(options: Options) -> None:
         kinds = _kinds(options["policies"])
         arch = start.adaptive_shapes(source.arch, kinds, len(train.classes), options["patch_size"])
         policy = _policy_settings(options, arch, kinds)
-        settings = _settings(options, arch, len(train.labels), policy)
+        teacher = _teacher(options, source, arch, policy)
+        settings = _settings(options, arch, len(train.labels), policy, teacher)
         model = start.fit(source, arch, options["seed"])
-        teacher = _teacher(options, source, arch) if policy.distils else None
         _run(Trainer(model, settings, world, options["output"], teacher), train, test, options)
 
 
@@ -94,7 +96,7 @@ def evaluate(options: Options) -> Options:
         return run(model), _shapes(model)
 
     found, dense, baseline = run(model), other("dense"), other("baseline")
-    chance = run(model, RandomPolicy(found, arch, options["seed"])) if options["random"] and _adapts(arch) else None
+    chance = run(model, RandomPolicy(found, arch, options["seed"])) if options["random"] and arch.adapts else None
     report = evaluation_report(found, arch, test.classes, dense[0] if dense else None, chance, baseline)
     if options["plot"]:
         plot_evaluation(report, options["plot"])
@@ -179,18 +181,17 @@ def _class_names(path: Path | None) -> list[str] | None:
     return [line.strip() for line in path.read_text().splitlines() if line.strip()] if path else None
 
 
-def _teacher(options: Options, source: AdaViT, arch: Architecture) -> AdaViT:
-    """The dense model to learn from, at the input of the student."""
-    teacher = load_checkpoint(options["teacher"], arch.heads) if options["teacher"] else source
-    if _adapts(teacher.arch):
-        raise TrainingError("the teacher has policies; give a dense model with --teacher")
-    if (teacher.arch.classes, teacher.arch.image_size) != (arch.classes, arch.image_size):
-        raise TrainingError("the teacher has other classes or another image size; train `dense` on this data first")
+def _teacher(options: Options, source: AdaViT, arch: Architecture, policy: PolicySettings) -> Teacher | None:
+    """The model to learn from, if anything is to be learnt: --teacher, or the weights to start from."""
+    if options["logit_weight"] == 0 and not policy.listens:
+        return None
+    if not options["teacher"]:
+        check_teacher(source, arch)
+        return source
+    teacher = open_teacher(options["teacher"], arch)
+    if policy.listens and isinstance(teacher, OnnxTeacher):
+        raise TrainingError("an ONNX teacher gives logits alone; leave --attention-weight and --hidden-weight at 0")
     return teacher
-
-
-def _adapts(arch: Architecture) -> bool:
-    return arch.token_policy or arch.head_policy or arch.sublayer_policy
 
 
 def _kinds(text: str) -> tuple[str, ...]:
@@ -217,12 +218,15 @@ def _policy_settings(options: Options, arch: Architecture, kinds: tuple[str, ...
     )
 
 
-def _settings(options: Options, arch: Architecture, images: int, policy: PolicySettings | None) -> Settings:
+def _settings(
+    options: Options, arch: Architecture, images: int, policy: PolicySettings | None, teacher: Teacher | None
+) -> Settings:
     small = usual_crop(arch.image_size) == 1
     return Settings(
         steps=options["steps"] or max(1, round(options["epochs"] * (images // options["batch"]))),
         augment=options["augment"] or ("shift" if small else "crop"),
         crop=options["crop"] or usual_crop(arch.image_size),
+        logit_weight=options["logit_weight"] if teacher else 0.0,
         policy=policy,
         **{name: options[name] for name in RUN_OPTIONS},
     )

@@ -24,8 +24,7 @@ class PolicySettings:
         anneal: fraction of the run after which decisions are without noise, as at inference; 0 never.
         floor: least usage of every head and sub-layer, weighted by floor_weight.
         entropy_weight, diversity_weight: of those terms.
-        logit_weight, attention_weight, hidden_weight: of distillation from the dense teacher.
-        distillation_temperature: tau of the soft labels.
+        attention_weight, hidden_weight: of distillation from the inside of a dense teacher.
         learning_rate_scale: of the decision layers, relative to the rest.
     """
 
@@ -37,16 +36,14 @@ class PolicySettings:
     floor_weight: float = 0.0
     entropy_weight: float = 0.0
     diversity_weight: float = 0.0
-    logit_weight: float = 1.0
     attention_weight: float = 0.0
     hidden_weight: float = 0.0
-    distillation_temperature: float = 1.0
     learning_rate_scale: float = 10.0
 
     @property
-    def distils(self) -> bool:
-        """Whether there is anything to learn from a teacher."""
-        return max(self.logit_weight, self.attention_weight, self.hidden_weight) > 0
+    def listens(self) -> bool:
+        """Whether it learns from the inside of a teacher, not from its logits alone."""
+        return max(self.attention_weight, self.hidden_weight) > 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,7 @@ class Settings:
         smoothing: of labels; mixup: alpha of the Beta distribution, 0 for none.
         ema: decay of the weights' moving average; precision: "fp32" or "bf16" (autocast).
         augment, mirror, crop: see `augment.Augment`.
+        logit_weight: of the teacher's soft labels, of temperature `distillation_temperature`; 0 without a teacher.
         policy: None for a dense model.
     """
 
@@ -78,7 +76,14 @@ class Settings:
     augment: str = "shift"
     mirror: bool = True
     crop: float = 1.0
+    logit_weight: float = 0.0
+    distillation_temperature: float = 1.0
     policy: PolicySettings | None = None
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is anything to learn from a teacher."""
+        return self.logit_weight > 0 or (self.policy is not None and self.policy.listens)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""

@@ -19,7 +19,9 @@ from adavit.training.settings import PolicySettings, Settings
 ALONE = World(0, 1, torch.device("cpu"))
 POLICY = PolicySettings(attention_weight=0.1, hidden_weight=0.1, floor=0.1, floor_weight=0.1, entropy_weight=0.01,
                         diversity_weight=0.1)  # fmt: skip
-SETTINGS = Settings(steps=12, batch=8, learning_rate=3e-3, warmup=3, mixup=0.3, ema=0.9, policy=POLICY)
+SETTINGS = Settings(
+    steps=12, batch=8, learning_rate=3e-3, warmup=3, mixup=0.3, ema=0.9, logit_weight=1.0, policy=POLICY
+)
 
 
 def trainer(folder: Path, settings: Settings = SETTINGS, **changes: object) -> Trainer:
@@ -121,7 +123,15 @@ def test_200_steps_reach_the_targets(tmp_path: Path, kinds: tuple[str, ...]) -> 
     targets = dict(zip(("tokens", "heads", "sublayers"), (0.5, 0.6, 0.7), strict=True))
     policy = PolicySettings(targets={kind: targets[kind] for kind in kinds}, weights=dict.fromkeys(kinds, 2.0))
     settings = Settings(
-        steps=200, batch=32, learning_rate=2e-3, final=0.02, warmup=10, ema=0.98, mirror=False, policy=policy
+        steps=200,
+        batch=32,
+        learning_rate=2e-3,
+        final=0.02,
+        warmup=10,
+        ema=0.98,
+        mirror=False,
+        logit_weight=1.0,
+        policy=policy,
     )
     names = {"tokens": "token_policy", "heads": "head_policy", "sublayers": "sublayer_policy"}
     arch = tiny(depth=4, **{name: kind in kinds for kind, name in names.items()})

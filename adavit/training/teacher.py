@@ -1,0 +1,84 @@
+"""Whom a run learns from: a dense model of this package, or any classifier as an ONNX graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adavit.architecture import Architecture
+from adavit.model import AdaViT, load_checkpoint
+from adavit.model import policy as P
+from adavit.model.adavit import Output
+from adavit.runtime.backends.onnxruntime import import_onnxruntime
+from adavit.training.errors import TrainingError
+
+__all__ = ["OnnxTeacher", "Teacher", "check_teacher", "open_teacher"]
+
+
+class OnnxTeacher(nn.Module):
+    """A classifier in ONNX Runtime on the CPU: images [B, 3, S, S], normalised as in training, to logits [B, C].
+
+    Args:
+        path: a graph with one float32 input of those images and the logits as its first output.
+
+    Raises:
+        TrainingError: it is not such a graph.
+        BackendError: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        ort = import_onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        if not path.is_file():
+            raise TrainingError(f"{path}: no such file")
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise TrainingError(f"{path}: not a model that ONNX Runtime can load ({error})") from None
+        self._path, inputs = path, self._session.get_inputs()
+        if len(inputs) != 1 or inputs[0].type != "tensor(float)":
+            raise TrainingError(f"{path}: a teacher takes one float32 input, images [B, 3, S, S]")
+        self._input, self._output = inputs[0].name, self._session.get_outputs()[0].name
+
+    def forward(self, images: Tensor, decide: P.Decide | None = None) -> Output:
+        """The logits alone; a graph tells neither attention nor states."""
+        try:
+            (logits,) = self._session.run([self._output], {self._input: images.cpu().numpy()})
+        except Exception as error:  # as above
+            raise TrainingError(f"{self._path}: cannot run on images {list(images.shape)} ({error})") from None
+        return Output(torch.from_numpy(logits).to(images.device), [], [], [])
+
+
+Teacher = AdaViT | OnnxTeacher
+
+
+def open_teacher(path: Path, arch: Architecture) -> Teacher:
+    """The teacher of a file, for a student of shapes `arch`: an ONNX graph by its suffix, else a checkpoint.
+
+    Raises:
+        TrainingError: it cannot be read, or cannot teach that student.
+    """
+    teacher = OnnxTeacher(path) if path.suffix == ".onnx" else load_checkpoint(path, arch.heads)
+    check_teacher(teacher, arch)
+    return teacher
+
+
+def check_teacher(teacher: Teacher, arch: Architecture) -> None:
+    """Refuses a teacher that cannot teach a student of shapes `arch`.
+
+    Raises:
+        TrainingError: it has policies, other classes, or another image size.
+    """
+    if isinstance(teacher, OnnxTeacher):
+        found = teacher(torch.zeros(1, 3, arch.image_size, arch.image_size)).logits.shape
+        if tuple(found) != (1, arch.classes):
+            raise TrainingError(f"the teacher gives {list(found)} for one image; expected [1, {arch.classes}] logits")
+        return
+    if teacher.arch.adapts:
+        raise TrainingError("the teacher has policies; give a dense model with --teacher")
+    if (teacher.arch.classes, teacher.arch.image_size) != (arch.classes, arch.image_size):
+        raise TrainingError("the teacher has other classes or another image size; train `dense` on this data first")
