@@ -9,7 +9,15 @@ __all__ = [
     "CheckpointError",
     "InputError",
     "VerificationError",
+    "one_line",
 ]
+
+LONGEST_MESSAGE = 400
+
+
+def one_line(error: Exception) -> str:
+    """What another library's exception says, without line breaks and not too long."""
+    return " ".join(str(error).split())[:LONGEST_MESSAGE]
 
 
 class AdaViTError(Exception):

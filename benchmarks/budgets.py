@@ -1,8 +1,9 @@
 """Accuracy against MACs of one checkpoint: python benchmarks/budgets.py --output results
 
-Calibrates operating points of a copy of the demo's bundle on training images of Fashion-MNIST, with `adavit-export`,
-and runs them on test images, beside two ways of spending as many MACs: the same offset for every kind of decision, and
-policies by chance that keep as many tokens, heads and sub-layers in every block. Writes budgets.json and budgets.png.
+Runs the operating points of the demo's bundle on test images of Fashion-MNIST, beside two ways of spending as many
+MACs: the same offset for every kind of decision, and policies by chance that keep as many tokens, heads and sub-layers
+in every block. With --calibrate, the points are first found on training images, with `adavit-export`, in the bundle
+OUTPUT/bundle. Writes budgets.json and budgets.png.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,13 @@ def pictures(data: Path, part: str, count: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def calibrate(bundle: Path, budgets: str, data: Path, count: int, folder: Path) -> Path:
-    """A copy of the bundle with operating points, from training images."""
+    """A copy of the bundle in a folder, with operating points from training images."""
     names = (bundle / "labels.txt").read_text().splitlines()
     for position, (image, label) in enumerate(zip(*pictures(data, "train", count), strict=True)):
         path = folder / "images" / names[label] / f"{position}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    copy = shutil.copytree(bundle, folder / "bundle")
+    copy = shutil.copytree(bundle, folder / "bundle", dirs_exist_ok=True)
     options = ["--budgets", budgets, "--calibration-images", str(folder / "images")]
     subprocess.run([*EXPORT, str(copy), *options], check=True)
     return copy
@@ -125,32 +125,32 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=Path(adavit.__file__).parent / "demo" / "bundle")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--budgets", default="0.3,0.35,0.4,0.5,0.6,0.7")
+    parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--calibration-images", type=int, default=2048)
-    parser.add_argument("--test-images", type=int, default=1000)
+    parser.add_argument("--test-images", type=int, default=10_000)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name:
-        bundle = calibrate(
-            arguments.bundle, arguments.budgets, arguments.data, arguments.calibration_images, Path(name)
-        )
-        runtime = adavit.load(bundle, parallel="samples")
-        assert runtime.budgets is not None
-        held = Held(runtime, arguments.data, arguments.test_images)
-        asked = sorted(float(share) for share in arguments.budgets.split(","))
-        report: dict[str, Any] = {"images": arguments.test_images, "points": runtime.budgets.to_dict()}
-        report["trained"] = held.run()[0]
-        report |= {"calibrated": [], "uniform": [], "random": []}
-        print(f"{'budget':>7} {'MACs':>7} {'top-1':>7} {'uniform':>15} {'random':>15}")
-        for budget in asked:
-            row, used = held.run(budget=budget)
-            others = held.uniform(row["macs"]), held.by_chance(used)
-            for kind, found in zip(("calibrated", "uniform", "random"), (row, *others), strict=True):
-                report[kind].append({"budget": budget, **found})
-            beside = [f"{r['accuracy']:.2%} at {r['macs']:.3f}" for r in others]
-            print(
-                f"{budget:7.3f} {row['macs']:7.4f} {row['accuracy']:7.2%} {beside[0]:>15} {beside[1]:>15}", flush=True
-            )
-        between = [held.run(budget=sum(pair) / 2)[0] | {"budget": sum(pair) / 2} for pair in pairwise(asked)]
+    bundle = arguments.bundle
+    if arguments.calibrate:
+        count = arguments.calibration_images
+        bundle = calibrate(bundle, arguments.budgets, arguments.data, count, arguments.output)
+    runtime = adavit.load(bundle, parallel="samples")
+    if runtime.budgets is None:
+        parser.error(f"{bundle} has no operating points; pass --calibrate")
+    held = Held(runtime, arguments.data, arguments.test_images)
+    asked = sorted(float(share) for share in arguments.budgets.split(","))
+    report: dict[str, Any] = {"images": arguments.test_images, "points": runtime.budgets.to_dict()}
+    report["trained"] = held.run()[0]
+    report |= {"calibrated": [], "uniform": [], "random": []}
+    print(f"{'budget':>7} {'MACs':>7} {'top-1':>7} {'uniform':>15} {'random':>15}")
+    for budget in asked:
+        row, used = held.run(budget=budget)
+        others = held.uniform(row["macs"]), held.by_chance(used)
+        for kind, found in zip(("calibrated", "uniform", "random"), (row, *others), strict=True):
+            report[kind].append({"budget": budget, **found})
+        beside = [f"{r['accuracy']:.2%} at {r['macs']:.3f}" for r in others]
+        print(f"{budget:7.3f} {row['macs']:7.4f} {row['accuracy']:7.2%} {beside[0]:>15} {beside[1]:>15}", flush=True)
+    between = [held.run(budget=sum(pair) / 2)[0] | {"budget": sum(pair) / 2} for pair in pairwise(asked)]
     curve = report["calibrated"]
     report["interpolated"] = between
     report["macs_error"] = max(abs(row["macs"] / row["budget"] - 1) for row in [*curve, *between])

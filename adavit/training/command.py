@@ -35,6 +35,9 @@ def main() -> None:
 @click.option("--width", type=POSITIVE, help="Token width.  [default: that of --from, or 192]")
 @click.option("--depth", type=POSITIVE, help="Blocks.  [default: that of --from, or 8]")
 @click.option("--hidden", type=POSITIVE, help="Hidden width of the MLP.  [default: that of --from, or 3 x width]")
+@click.option("--start", "initial", type=click.Choice(["normal", "mimetic"]), default="normal", show_default=True,
+              help="Weights without --from: small and random, or with attention that looks at its own place, "
+              "which suits little data.")  # fmt: skip
 @teacher_options
 def dense(**options: Any) -> None:
     """Train a dense backbone, from scratch or from other weights."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from adavit.errors import one_line
 from adavit.model import policy as P
 from adavit.model.adavit import AdaViT
 from adavit.training import objective
@@ -35,6 +36,17 @@ __all__ = ["Intervals", "Trainer"]
 
 NOISE_STREAM = 1_000_003
 CHECKPOINT, LOG = "checkpoint.pth", "log.jsonl"
+
+
+@contextmanager
+def _compiler_errors() -> Iterator[None]:
+    """Puts what torch.compile raises into one line; importing its exceptions would load the compiler."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise TrainingError(f"the model cannot be compiled here ({one_line(error)}); leave --compile out") from None
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,8 @@ class Trainer:
         progress = Progress(self.step, settings.steps, self.world.leads)
         with self._parts() as (forward, heard):
             for images, targets in batches.iterate(self.step, settings.steps):
-                terms = self._update(forward, heard, images.to(self.world.device), targets.to(self.world.device))
+                with _compiler_errors():
+                    terms = self._update(forward, heard, images.to(self.world.device), targets.to(self.world.device))
                 self.step += 1
                 last = self.step == settings.steps
                 entry: dict[str, float] = {}
@@ -106,8 +119,12 @@ class Trainer:
             heard = None
             if policy and policy.listens and isinstance(self.teacher, AdaViT):
                 heard = stack.enter_context(record(self.model)), stack.enter_context(record(self.teacher))
-            parallel = self.world.size > 1
-            yield DistributedDataParallel(self.model) if parallel else self.model, heard
+            module: torch.nn.Module = self.model
+            if self.world.size > 1:
+                module = DistributedDataParallel(module)
+            if self.settings.compile:
+                module.compile()
+            yield module, heard
 
     def _update(
         self,

@@ -47,6 +47,7 @@ RUN = (
     click.option("--ema", type=SHARE, default=0.999, show_default=True, help="Decay of the weights' average."),
     click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True,
                  help="bf16 is autocast."),
+    click.option("--compile", is_flag=True, help="Compile the model (torch.compile): a slow start, faster steps."),
     click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of everything."),
     click.option("--log-every", type=POSITIVE, default=20, show_default=True, help="Steps between log records."),
     click.option("--save-every", type=POSITIVE, default=100, show_default=True, help="Steps between checkpoints."),

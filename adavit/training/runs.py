@@ -34,8 +34,8 @@ Options = dict[str, Any]
 OPTION_NAMES = {"tokens": "token", "heads": "head", "sublayers": "sublayer"}
 SHAPES = ("stem", "image_size", "patch_size", "width", "depth", "heads", "hidden")
 RUN_OPTIONS = (
-    "batch", "clip", "distillation_temperature", "ema", "final", "learning_rate", "mirror", "mixup", "precision",
-    "seed", "smoothing", "warmup", "weight_decay",
+    "batch", "clip", "compile", "distillation_temperature", "ema", "final", "learning_rate", "mirror", "mixup",
+    "precision", "seed", "smoothing", "warmup", "weight_decay",
 )  # fmt: skip
 POLICY_OPTIONS = (
     "anneal", "attention_weight", "diversity_weight", "entropy_weight", "floor", "floor_weight", "hidden_weight",
@@ -51,7 +51,8 @@ def train_dense(options: Options) -> None:
         given = {name: options[name] for name in SHAPES if options[name] is not None}
         source = load_checkpoint(options["source"], options["heads"]) if options["source"] else None
         arch = start.dense_shapes(source.arch if source else None, given, len(train.classes))
-        model = start.fit(source, arch, options["seed"]) if source else start.new_model(arch, options["seed"])
+        mimetic = options["initial"] == "mimetic"
+        model = start.fit(source, arch, options["seed"]) if source else start.new_model(arch, options["seed"], mimetic)
         teacher = open_teacher(options["teacher"], arch) if options["teacher"] else None
         settings = _settings(options, arch, len(train.labels), None, teacher)
         _run(Trainer(model, settings, world, options["output"], teacher), train, test, options)

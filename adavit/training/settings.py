@@ -56,6 +56,7 @@ class Settings:
         weight_decay: of matrices; clip: bound on the gradient's norm.
         smoothing: of labels; mixup: alpha of the Beta distribution, 0 for none.
         ema: decay of the weights' moving average; precision: "fp32" or "bf16" (autocast).
+        compile: whether the model is compiled, which rounds otherwise.
         augment, mirror, crop: see `augment.Augment`.
         logit_weight: of the teacher's soft labels, of temperature `distillation_temperature`; 0 without a teacher.
         policy: None for a dense model.
@@ -73,6 +74,7 @@ class Settings:
     mixup: float = 0.0
     ema: float = 0.999
     precision: str = "fp32"
+    compile: bool = False
     augment: str = "shift"
     mirror: bool = True
     crop: float = 1.0

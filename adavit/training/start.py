@@ -15,6 +15,7 @@ from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.model import AdaViT
 from adavit.model.resize import resize_positions
 from adavit.training.errors import TrainingError
+from adavit.training.mimetic import start_mimetic
 
 __all__ = ["adaptive_shapes", "dense_shapes", "fit", "new_model"]
 
@@ -24,8 +25,14 @@ HEAD_WIDTH = 64
 POLICIES = {"tokens": "token_policy", "heads": "head_policy", "sublayers": "sublayer_policy"}
 
 
-def new_model(arch: Architecture, seed: int) -> AdaViT:
-    """A model with fresh weights: normal, truncated, of deviation 0.02; biases 0; decisions that mostly keep."""
+def new_model(arch: Architecture, seed: int, mimetic: bool = False) -> AdaViT:
+    """A model with fresh weights: normal, truncated, of deviation 0.02; biases 0; decisions that mostly keep.
+
+    Args:
+        arch: its shapes.
+        seed: of the weights.
+        mimetic: attention and positions start as in `mimetic.start_mimetic`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AdaViT(arch)
@@ -38,6 +45,8 @@ def new_model(arch: Architecture, seed: int) -> AdaViT:
                 nn.init.zeros_(parameter)
         for block in model.blocks:
             _start_decisions(block)
+        if mimetic:
+            start_mimetic(model)
     return model
 
 

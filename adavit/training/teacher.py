@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from adavit.architecture import Architecture
+from adavit.errors import one_line
 from adavit.model import AdaViT, load_checkpoint
 from adavit.model import policy as P
 from adavit.model.adavit import Output
-from adavit.runtime.backends.onnxruntime import import_onnxruntime
+from adavit.runtime.backends.onnxruntime import import_onnxruntime, share_pool
 from adavit.training.errors import TrainingError
 
 __all__ = ["OnnxTeacher", "Teacher", "check_teacher", "open_teacher"]
@@ -32,13 +33,15 @@ class OnnxTeacher(nn.Module):
         super().__init__()
         ort = import_onnxruntime()
         options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        share_pool(ort, torch.get_num_threads())
+        options.use_per_session_threads = False
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # the student needs the cores
         if not path.is_file():
             raise TrainingError(f"{path}: no such file")
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise TrainingError(f"{path}: not a model that ONNX Runtime can load ({error})") from None
+            raise TrainingError(f"{path}: not a model that ONNX Runtime can load ({one_line(error)})") from None
         self._path, inputs = path, self._session.get_inputs()
         if len(inputs) != 1 or inputs[0].type != "tensor(float)":
             raise TrainingError(f"{path}: a teacher takes one float32 input, images [B, 3, S, S]")
@@ -49,7 +52,9 @@ class OnnxTeacher(nn.Module):
         try:
             (logits,) = self._session.run([self._output], {self._input: images.cpu().numpy()})
         except Exception as error:  # as above
-            raise TrainingError(f"{self._path}: cannot run on images {list(images.shape)} ({error})") from None
+            raise TrainingError(
+                f"{self._path}: cannot run on images {list(images.shape)} ({one_line(error)})"
+            ) from None
         return Output(torch.from_numpy(logits).to(images.device), [], [], [])
 
 

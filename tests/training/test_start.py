@@ -63,3 +63,18 @@ def test_other_backbones_and_impossible_shapes_are_refused() -> None:
         start.dense_shapes(None, {"patch_size": 3}, 10)
     assert start.dense_shapes(None, {"width": 128}, 10).heads == 2
     assert start.dense_shapes(tiny(), {}, 4) == DENSE
+
+
+@torch.no_grad()
+def test_a_mimetic_start_looks_at_its_own_place() -> None:
+    arch = replace(DENSE, width=32, heads=2)
+    plain, mimetic = (start.new_model(arch, 0, mimetic) for mimetic in (False, True))
+    attention = mimetic.blocks[0].attn
+    product = attention.query.weight[:16].T @ attention.key.weight[:16]
+    assert torch.linalg.matrix_rank(product) == 16
+    assert product.diag().mean() > 0.3 > product.fill_diagonal_(0).abs().mean() * 2
+    carried = attention.proj.weight @ attention.value.weight
+    assert carried.diag().mean().item() == pytest.approx(-0.4, abs=0.05)
+    places = mimetic.pos_embed[0, 1:] @ mimetic.pos_embed[0, 1:].T
+    assert torch.equal(places.argmax(1), torch.arange(arch.patches))
+    assert torch.equal(mimetic.blocks[0].mlp.fc1.weight, plain.blocks[0].mlp.fc1.weight)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adavit.errors import BackendError
+from adavit.errors import BackendError, one_line
 from adavit.runtime.backend import Engine, Options
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle, EngineSpec
@@ -216,8 +216,3 @@ class OnnxRuntimeEngine:
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise BackendError(f"engine {self._name} failed: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """What an exception of ONNX Runtime says, without line breaks and not too long."""
-    return " ".join(str(error).split())[:400]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from adavit.errors import BackendError
+from adavit.errors import BackendError, one_line
 from adavit.runtime.backend import Backend, Options
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.backends.device import Device
@@ -17,7 +17,6 @@ from adavit.runtime.backends.device_moves import DeviceMoves, Uploads
 from adavit.runtime.backends.onnxruntime import (
     OnnxRuntimeBackend,
     import_onnxruntime,
-    one_line,
     require_provider,
     share_pool,
 )

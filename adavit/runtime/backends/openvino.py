@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from adavit.errors import BackendError
+from adavit.errors import BackendError, one_line
 from adavit.runtime.backend import Engine, Options
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle, EngineSpec
@@ -85,7 +85,7 @@ class OpenVinoBackend(HostMoves):
         try:
             return self._core.compile_model(self._core.read_model(data), "CPU", properties)
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO refuses engine {name}: {_one_line(error)}") from None
+            raise BackendError(f"OpenVINO refuses engine {name}: {one_line(error)}") from None
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> OpenVinoBuffer:
         """See `Backend.buffer`."""
@@ -152,9 +152,5 @@ class OpenVinoEngine:
                 request.set_output_tensor(position, rows.tensor)
             request.infer(share_outputs=True)
         except RuntimeError as error:
-            raise BackendError(f"engine {self._name} failed: {_one_line(error)}") from error
+            raise BackendError(f"engine {self._name} failed: {one_line(error)}") from error
         self._requests.append(request)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
