@@ -33,7 +33,8 @@ def main() -> None:
 @click.option("--patch-size", type=POSITIVE, help="Pixels per patch side.  [default: that of --from, or 4]")
 @click.option("--stem", type=click.Choice(["patch", "t2t"]), help="Stem.  [default: that of --from, or patch]")
 @click.option("--width", type=POSITIVE, help="Token width.  [default: that of --from, or 192]")
-@click.option("--depth", type=POSITIVE, help="Blocks.  [default: that of --from, or 8]")
+@click.option("--depth", type=POSITIVE, help="Blocks; fewer than --from has take evenly spaced ones.  "
+              "[default: that of --from, or 8]")  # fmt: skip
 @click.option("--hidden", type=POSITIVE, help="Hidden width of the MLP.  [default: that of --from, or 3 x width]")
 @click.option("--start", "initial", type=click.Choice(["normal", "mimetic"]), default="normal", show_default=True,
               help="Weights without --from: small and random, or with attention that looks at its own place, "

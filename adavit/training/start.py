@@ -90,13 +90,16 @@ def _shapes(values: dict[str, Any]) -> Architecture:
 def fit(source: AdaViT, arch: Architecture, seed: int) -> AdaViT:
     """A model of shapes `arch` with the weights of `source`.
 
-    The position embedding and the patch kernel are interpolated; a head for another number of classes, and
-    decision layers that the source lacks, start fresh.
+    The position embedding and the patch kernel are interpolated; of more blocks than are wanted, evenly spaced ones
+    are taken, the first and the last among them; a head for another number of classes, and decision layers that the
+    source lacks, start fresh.
 
     Raises:
         TrainingError: the backbones differ in more than that.
     """
     adaptable = {"image_size", "patch_size", "classes", "keep", *POLICIES.values()}
+    if arch.depth < source.arch.depth:
+        adaptable.add("depth")
     same = {name: getattr(source.arch, name) for name in adaptable}
     if replace(arch, **same) != source.arch:
         differing = [
@@ -104,7 +107,7 @@ def fit(source: AdaViT, arch: Architecture, seed: int) -> AdaViT:
         ]
         raise TrainingError(f"the weights to start from have another {', '.join(differing)}; leave that option out")
     model = new_model(arch, seed)
-    old, new = source.state_dict(), model.state_dict()
+    old, new = _spaced_blocks(source.state_dict(), source.arch.depth, arch.depth), model.state_dict()
     for name, fresh in new.items():
         if name == "pos_embed":
             new[name] = resize_positions(old[name], arch.grid)
@@ -114,6 +117,20 @@ def fit(source: AdaViT, arch: Architecture, seed: int) -> AdaViT:
             new[name] = old[name]
     model.load_state_dict(new)
     return model
+
+
+def _spaced_blocks(state: dict[str, Tensor], depth: int, wanted: int) -> dict[str, Tensor]:
+    """The weights of as many blocks as wanted, renumbered."""
+    places = {round(i * (depth - 1) / max(1, wanted - 1)): i for i in range(wanted)}
+    found = {}
+    for name, weight in state.items():
+        group, _, rest = name.partition(".")
+        block, _, inner = rest.partition(".")
+        if group != "blocks":
+            found[name] = weight
+        elif int(block) in places:
+            found[f"blocks.{places[int(block)]}.{inner}"] = weight
+    return found
 
 
 def _resize_kernel(kernel: Tensor, patch: int) -> Tensor:

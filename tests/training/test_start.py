@@ -56,9 +56,19 @@ def test_another_number_of_classes_gets_a_fresh_head() -> None:
     assert model.head.weight.shape[0] == 7
 
 
+@pytest.mark.parametrize(("wanted", "kept"), [(1, [0]), (2, [0, 5]), (3, [0, 2, 5]), (6, [0, 1, 2, 3, 4, 5])])
+def test_of_more_blocks_than_wanted_evenly_spaced_ones_are_taken(wanted: int, kept: list[int]) -> None:
+    deep = start.new_model(replace(DENSE, depth=6), 0)
+    shallow = start.fit(deep, replace(DENSE, depth=wanted), 1)
+    for block, source in zip(shallow.blocks, kept, strict=True):
+        for one, other in zip(block.parameters(), deep.blocks[source].parameters(), strict=True):
+            assert torch.equal(one, other)
+    assert torch.equal(shallow.head.weight, deep.head.weight)
+
+
 def test_other_backbones_and_impossible_shapes_are_refused() -> None:
     with pytest.raises(TrainingError, match="have another depth"):
-        start.fit(start.new_model(DENSE, 0), replace(DENSE, depth=2), 0)
+        start.fit(start.new_model(DENSE, 0), replace(DENSE, depth=4), 0)
     with pytest.raises(TrainingError, match="not a multiple of the patch side 3"):
         start.dense_shapes(None, {"patch_size": 3}, 10)
     assert start.dense_shapes(None, {"width": 128}, 10).heads == 2
