@@ -109,6 +109,37 @@ def test_bf16_autocast_trains(tmp_path: Path, idx_folder: Path) -> None:
     assert not torch.equal(one.model.head.weight, before)
 
 
+def test_a_compiled_run_ends_where_an_eager_one_does(tmp_path: Path, idx_folder: Path) -> None:
+    settings = Settings(steps=3, batch=16, learning_rate=1e-3)
+    arch = tiny(depth=1, token_policy=False, head_policy=False, sublayer_policy=False)
+    ends = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        folder.mkdir()
+        one = Trainer(start.new_model(arch, 0), replace(settings, compile=compiled), ALONE, folder)
+        run(one, idx_folder)
+        ends.append(load_checkpoint(folder / "checkpoint.pth", arch.heads).state_dict())
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_compiler_says_becomes_one_line(
+    tmp_path: Path, idx_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer(tmp_path / "run")
+
+    def fail(*_: object) -> dict[str, float]:
+        raise error
+
+    monkeypatch.setattr(one, "_update", fail)
+    error: RuntimeError = torch._dynamo.exc.Unsupported("no compiler\nhere")
+    with pytest.raises(TrainingError, match=r"cannot be compiled here \(no compiler here.*leave --compile out"):
+        run(one, idx_folder)
+    error = RuntimeError("of another kind")
+    with pytest.raises(RuntimeError, match="of another kind"):
+        run(one, idx_folder)
+
+
 def test_dense_runs_learn(tmp_path: Path, idx_folder: Path) -> None:
     arch = tiny(token_policy=False, head_policy=False, sublayer_policy=False)
     settings = Settings(steps=100, batch=16, learning_rate=5e-3, warmup=10, ema=0.9, mirror=False, augment="none")
