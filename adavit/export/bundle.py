@@ -73,7 +73,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         raise InputError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     options.budgets.check()
     options.calibration.check(options.opset)
-    demo = str(source) == "demo" and not source.exists()
+    demo = str(source) == "demo" and not source.is_file()
     if demo:
         source = DEMO / "checkpoint.safetensors"
     model = load_checkpoint(source, options.heads)
