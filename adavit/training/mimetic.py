@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adavit.model import AdaViT
+from adavit.model.adavit import Attention
 
 __all__ = ["start_mimetic"]
 
@@ -19,11 +20,10 @@ def start_mimetic(model: AdaViT) -> None:
     """Overwrites the attention of fresh weights, the position embedding and, for a patch stem, its kernel.
 
     Per head, Wq' Wk is close to 0.7 (I + Z), and Wproj Wv close to 0.4 (Z - I), with Z normal of variance 1 / D; the
-    position embedding is of sines and cosines (arXiv 2305.09828, equations 5 and 6).
+    position embedding is of sines and cosines (arXiv 2305.09828).
     """
     arch = model.arch
-    for block in model.blocks:
-        attention = block.attn
+    for attention in (layer for layer in model.modules() if isinstance(layer, Attention)):
         queries, keys = (layer.weight.chunk(arch.heads) for layer in (attention.query, attention.key))
         for query, key in zip(queries, keys, strict=True):
             left, right = _factors(LOOK * (_noise(arch.width) + torch.eye(arch.width)), len(query))
@@ -34,7 +34,7 @@ def start_mimetic(model: AdaViT) -> None:
         attention.value.weight.copy_(right)
     model.pos_embed[0, 1:].copy_(POSITION_SCALE * _sinusoids(arch.grid, arch.width))
     if arch.stem == "patch":
-        kernel = model.patch_embed.proj.weight
+        kernel = model.get_parameter("patch_embed.proj.weight")
         nn.init.normal_(kernel, std=kernel[0].numel() ** -0.5)
 
 
