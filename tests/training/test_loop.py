@@ -151,11 +151,11 @@ def test_dense_runs_learn(tmp_path: Path, idx_folder: Path) -> None:
 @pytest.mark.parametrize("kinds", [("tokens", "heads", "sublayers"), ("heads",), ("tokens", "sublayers")])
 def test_200_steps_reach_the_targets(tmp_path: Path, kinds: tuple[str, ...]) -> None:
     data = write_idx_set(tmp_path / "data", train=256, test=128)
-    targets = dict(zip(("tokens", "heads", "sublayers"), (0.5, 0.6, 0.7), strict=True))
+    targets = dict(zip(("tokens", "heads", "sublayers"), (0.5, 0.6, 0.75), strict=True))  # 6 of 8 sub-layers
     policy = PolicySettings(targets={kind: targets[kind] for kind in kinds}, weights=dict.fromkeys(kinds, 2.0))
     settings = Settings(
         steps=200,
-        batch=32,
+        batch=128,
         learning_rate=2e-3,
         final=0.02,
         warmup=10,
