@@ -1,8 +1,8 @@
-"""The way from the trained policy to smaller and larger budgets: at every step, by the kind that loses least.
+"""The way from the trained policy to smaller and larger budgets: at every step, by the kinds that lose least.
 
-A step changes the offset of one kind so far that the mean MACs move by about `STEP` of the dense ones, and the
-kind is the one whose step costs the least score per MAC (or gains the most). Returns diminish, so the step of a kind
-is tried again only when what it was worth the last time is still the best: most steps take one or two trials.
+A step changes the offset of one kind, or of all alike, so far that the mean MACs move by about `STEP` of the dense
+ones; it is the one that costs the least score per MAC (or gains the most). Returns diminish, so a step of the same
+kinds is tried again only when what it was worth the last time is still the best: most take one or two trials.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ STEP = 0.04
 NEAR = 0.5, 1.6
 """Parts of a step that are close enough to one."""
 STALLED = 0.02
-"""Part of a step; where a much larger offset adds less, the kind is spent: all of it is kept, or dropped."""
+"""Part of a step; where a much larger offset adds less, the kinds are spent: all of them is kept, or dropped."""
 TRIES = 8
 FIRST = 0.5
 """The first change of an offset that is tried; the logits' scale is not known."""
 
+Kinds = tuple[str, ...]
+"""Those whose offsets change together."""
+
 
 @dataclass(frozen=True)
 class Stop:
-    """Offsets on the way, what they did, and whether the kind that was changed last is spent."""
+    """Offsets on the way, what they did, and whether the kinds that were changed last are spent."""
 
     offsets: Offsets
     outcome: Outcome
@@ -39,7 +42,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Way:
-    """Stops by ascending MACs, each different from the next by one kind's offset."""
+    """Stops by ascending MACs; the offsets of each are no smaller than those of the one before."""
 
     stops: tuple[Stop, ...]
 
@@ -71,49 +74,56 @@ def walk(trial: Trial, lowest: float, highest: float) -> Way:
 
 def _leg(trial: Trial, start: Stop, end: float, sign: int) -> list[Stop]:
     """The stops behind `start` until the MACs are beyond `end`, or can go no further."""
-    sizes = dict.fromkeys(_kinds(trial.runtime.architecture), FIRST)
+    sizes = dict.fromkeys(_moves(trial.runtime.architecture), FIRST)
     values = dict.fromkeys(sizes, float("inf"))
     stops: list[Stop] = []
     here = start
     while sign * (end - here.outcome.macs) > 0:
-        fresh: dict[str, Stop] = {}
-        while values and (kind := max(values, key=lambda name: values[name])) not in fresh:
-            found = _step(trial, here, kind, sizes, sign)
+        fresh: dict[Kinds, Stop] = {}
+        while values and (kinds := max(values, key=lambda kinds: values[kinds])) not in fresh:
+            found = _step(trial, here, kinds, sizes, sign)
             if found is None:
-                del values[kind]
+                values = _without(kinds, values)
             else:
-                fresh[kind] = found
+                fresh[kinds] = found
                 moved = sign * (found.outcome.macs - here.outcome.macs)
-                values[kind] = (found.outcome.score - here.outcome.score) / moved
+                values[kinds] = (found.outcome.score - here.outcome.score) / moved
         if not values:
             break
-        here = fresh[kind]
+        here = fresh[kinds]
         stops.append(here)
         if here.spent:
-            del values[kind]
+            values = _without(kinds, values)
     return stops
 
 
-def _kinds(arch: Architecture) -> list[str]:
+def _without(kinds: Kinds, values: dict[Kinds, float]) -> dict[Kinds, float]:
+    """The moves that do not contain these kinds, which can go no further."""
+    return {move: value for move, value in values.items() if not set(kinds) <= set(move)}
+
+
+def _moves(arch: Architecture) -> list[Kinds]:
+    """What a step may change: each kind that there is, and all of them."""
     there = {"tokens": arch.token_policy, "heads": arch.head_policy, "sublayers": arch.sublayer_policy}
-    return [kind for kind, adapted in there.items() if adapted]
+    every = tuple(kind for kind, adapted in there.items() if adapted)
+    return [*((kind,) for kind in every), *([every] if len(every) > 1 else [])]
 
 
-def _step(trial: Trial, here: Stop, kind: str, sizes: dict[str, float], sign: int) -> Stop | None:
-    """About a step further by one kind, or as far as it goes; None where it does not go any further.
+def _step(trial: Trial, here: Stop, kinds: Kinds, sizes: dict[Kinds, float], sign: int) -> Stop | None:
+    """About a step further by some kinds, or as far as it goes; None where it does not go any further.
 
-    `sizes` holds each kind's change of offset that was last right, and is where the search for it begins.
+    `sizes` holds the change of offsets that was last right, and is where the search for it begins.
     """
-    old = getattr(here.offsets, kind)
-    room = MAX_OFFSET - sign * old
+    old = {kind: getattr(here.offsets, kind) for kind in kinds}
+    room = min(MAX_OFFSET - sign * offset for offset in old.values())
     small, large = 0.0, float("inf")
-    size, best, reached = min(sizes[kind], room), None, 0.0
+    size, best, right, reached = min(sizes[kinds], room), None, 0.0, 0.0
     for _ in range(TRIES):
-        offsets = replace(here.offsets, **{kind: old + sign * size})
+        offsets = replace(here.offsets, **{kind: offset + sign * size for kind, offset in old.items()})
         found = Stop(offsets, trial.search(offsets))
         moved = sign * (found.outcome.macs - here.outcome.macs) / STEP
         if moved > reached + STALLED or NEAR[0] <= moved <= NEAR[1]:
-            best, reached = found, moved
+            best, right, reached = found, size, moved
         elif best is not None and large == float("inf"):
             best = replace(best, spent=True)
             break
@@ -123,5 +133,5 @@ def _step(trial: Trial, here: Stop, kind: str, sizes: dict[str, float], sign: in
         guess = size * min(8.0, max(0.125, 1 / max(moved, 1e-9)))
         size = min(room, guess if small < guess < large else (small + large) / 2)
     if best is not None:
-        sizes[kind] = abs(getattr(best.offsets, kind) - old)
+        sizes[kinds] = right
     return best

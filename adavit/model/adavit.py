@@ -163,21 +163,32 @@ class AdaViT(nn.Module):
         self.norm = nn.LayerNorm(arch.width, eps=arch.norm_epsilon)
         self.head = nn.Linear(arch.width, arch.classes)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] to the first block's input [B, N, D]."""
+    def embed(self, images: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Pixels [B, 3, S, S] to the first block's input [B, N, D], of the `chosen` patches alone if any are."""
         patches = self.tokens_to_token(images) if self.arch.stem == "t2t" else self.patch_embed(images)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
-        return tokens + self.pos_embed
+        tokens = tokens + self.pos_embed
+        if chosen is None:
+            return tokens
+        kept = tokens[:, 1:].gather(1, chosen[:, :, None].expand(-1, -1, tokens.shape[2]))
+        return torch.cat([tokens[:, :1], kept], dim=1)
 
-    def forward(self, images: Tensor, decide: P.Decide | None = P.decide, hidden: bool = False) -> Output:
+    def forward(
+        self,
+        images: Tensor,
+        decide: P.Decide | None = P.decide,
+        hidden: bool = False,
+        chosen: Tensor | None = None,
+    ) -> Output:
         """Runs the masked model.
 
         Args:
             images: float32 [B, 3, S, S], normalised.
             decide: how logits become masks; None runs the dense twin, every policy on.
             hidden: keep every block's output.
+            chosen: int64 [B, K], the patch tokens to run, for training on some of them; None runs all.
         """
-        x = self.embed(images)
+        x = self.embed(images, chosen)
         output = Output(x, [], [], [])
         for block in self.blocks:
             x, logits, policy = block(x, decide)

@@ -30,6 +30,7 @@ from adavit.training.predict import predict
 from adavit.training.recorder import Recording, record
 from adavit.training.settings import PolicySettings, Settings, describe_change
 from adavit.training.teacher import Teacher
+from adavit.training.token_drop import choose_tokens
 from adavit.training.usage import measure_usage
 
 __all__ = ["Intervals", "Trainer"]
@@ -155,7 +156,8 @@ class Trainer:
         targets: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         policy = self.settings.policy
-        output = forward(images, decide=self._noisy_decide(policy) if policy else None)
+        chosen = self._chosen_tokens(len(images))
+        output = forward(images, decide=self._noisy_decide(policy) if policy else None, chosen=chosen)
         usage = measure_usage(output.policies)
         terms = {"classification": classification(output.logits, targets)}
         if policy:
@@ -168,7 +170,15 @@ class Trainer:
 
     def _noisy_decide(self, policy: PolicySettings) -> GumbelDecide:
         scale = noise_scale(self.step, self.settings.steps, policy.anneal)
-        return GumbelDecide(policy.temperature, scale, self.settings.seed * NOISE_STREAM + self.step, self.world)
+        return GumbelDecide(policy.temperature, scale, self._step_seed(), self.world)
+
+    def _chosen_tokens(self, images: int) -> Tensor | None:
+        drop, patches = self.settings.token_drop, self.model.arch.tokens - 1
+        chosen = choose_tokens(patches, drop, images, self._step_seed(), self.world)
+        return None if chosen is None else chosen.to(self.world.device)
+
+    def _step_seed(self) -> int:
+        return self.settings.seed * NOISE_STREAM + self.step
 
     def _require_finite(self, total: Tensor, terms: dict[str, Tensor]) -> None:
         if not torch.isfinite(total):

@@ -44,6 +44,8 @@ RUN = (
     click.option("--augment", type=click.Choice(["none", "shift", "crop"]),
                  help="Augmentation.  [default: shift up to 64 pixels, else crop]"),
     click.option("--mirror/--no-mirror", default=True, show_default=True, help="Mirror half of the images."),
+    click.option("--token-drop", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
+                 help="Share of the patch tokens that a step leaves out, at random: cheaper steps."),
     click.option("--ema", type=SHARE, default=0.999, show_default=True, help="Decay of the weights' average."),
     click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True,
                  help="bf16 is autocast."),

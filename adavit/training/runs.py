@@ -35,7 +35,7 @@ OPTION_NAMES = {"tokens": "token", "heads": "head", "sublayers": "sublayer"}
 SHAPES = ("stem", "image_size", "patch_size", "width", "depth", "heads", "hidden")
 RUN_OPTIONS = (
     "batch", "clip", "compile", "distillation_temperature", "ema", "final", "learning_rate", "mirror", "mixup",
-    "precision", "seed", "smoothing", "warmup", "weight_decay",
+    "precision", "seed", "smoothing", "token_drop", "warmup", "weight_decay",
 )  # fmt: skip
 POLICY_OPTIONS = (
     "anneal", "attention_weight", "diversity_weight", "entropy_weight", "floor", "floor_weight", "hidden_weight",
@@ -66,6 +66,11 @@ def train_adaptive(options: Options) -> None:
         kinds = _kinds(options["policies"])
         arch = start.adaptive_shapes(source.arch, kinds, len(train.classes), options["patch_size"])
         policy = _policy_settings(options, arch, kinds)
+        if policy.listens and options["token_drop"]:
+            raise click.UsageError(
+                "--token-drop leaves a teacher nothing to compare inside; "
+                "leave --attention-weight and --hidden-weight at 0"
+            )
         teacher = _teacher(options, source, arch, policy)
         settings = _settings(options, arch, len(train.labels), policy, teacher)
         model = start.fit(source, arch, options["seed"])

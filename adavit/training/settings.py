@@ -58,6 +58,7 @@ class Settings:
         ema: decay of the weights' moving average; precision: "fp32" or "bf16" (autocast).
         compile: whether the model is compiled, which rounds otherwise.
         augment, mirror, crop: see `augment.Augment`.
+        token_drop: share of the patch tokens that every step leaves out, at random.
         logit_weight: of the teacher's soft labels, of temperature `distillation_temperature`; 0 without a teacher.
         policy: None for a dense model.
     """
@@ -78,6 +79,7 @@ class Settings:
     augment: str = "shift"
     mirror: bool = True
     crop: float = 1.0
+    token_drop: float = 0.0
     logit_weight: float = 0.0
     distillation_temperature: float = 1.0
     policy: PolicySettings | None = None

@@ -27,12 +27,13 @@ class Landscape:
     Args:
         scales: of each kind's logits.
         worth: score that each kind loses while the share it keeps falls to zero.
+        balance: score lost where the kinds do not keep the same share.
     """
 
     labels = None
 
-    def __init__(self, scales: dict[str, float], worth: dict[str, float]) -> None:
-        self.scales, self.worth = scales, worth
+    def __init__(self, scales: dict[str, float], worth: dict[str, float], balance: float = 0) -> None:
+        self.scales, self.worth, self.balance = scales, worth, balance
         self.runtime: Any = type("Known", (), {"architecture": tiny()})
         self.tried = 0
         self.trained = self.run(TRAINED)
@@ -46,6 +47,7 @@ class Landscape:
             kept = self.kept(offsets)
         macs = 0.1 + 0.9 * (sum(kept.values()) / 3)
         score = 1 - sum(self.worth[kind] * (1 - kept[kind]) ** 2 for kind in KINDS)
+        score -= self.balance * float(np.std(list(kept.values())))
         return Outcome(macs, score, score, None, kept)
 
     search = run
@@ -71,6 +73,13 @@ def test_budgets_are_met_where_it_costs_least(dear: str, scales: dict[str, float
         level = (budget - 0.1) / 0.9
         assert point.measured["agreement"] >= 1 - 12 * (1 - level) ** 2 - 0.02
     assert land.tried < 150
+
+
+def test_kinds_that_need_each_other_move_together() -> None:
+    land = Landscape(SCALES[0], dict.fromkeys(KINDS, 1.0), balance=20.0)
+    for point in calibrate(land, [0.25, 0.4, 0.7, 0.9]).points:  # type: ignore[arg-type]
+        kept = land.kept(point.offsets).values()
+        assert max(kept) - min(kept) < 0.01
 
 
 def test_the_trained_policy_is_a_point_and_points_ascend() -> None:
