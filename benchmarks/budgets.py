@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,8 @@ from adavit.training.report import RandomPolicy
 
 EXPORT = [sys.executable, "-c", "from adavit.cli import export; export(prog_name='adavit-export')"]
 BATCH = 100
-BISECTIONS = 10
-LARGEST = 20.0
-"""Uniform offset."""
+BISECTIONS, COMPARED, CLOSE = 8, 1000, 0.002
+"""Of the uniform offset: steps at most, images, and how near to the MACs, relative to them, is near enough."""
 Row = dict[str, float]
 
 
@@ -78,14 +78,18 @@ class Held:
         row = {"macs": float(share), "accuracy": float(np.concatenate(right).mean())}
         return row, Policy.concatenate(policies)
 
-    def uniform(self, share: float) -> Row:
-        """The same offset for every kind, that takes so many MACs."""
-        low, high = -LARGEST, LARGEST
+    def uniform(self, budget: float) -> Row:
+        """The same offset for every kind, that takes the MACs of a budget; it lies between the budget's offsets."""
+        assert self.runtime.budgets is not None
+        offsets = astuple(self.runtime.budgets.offsets(budget))
+        wanted = self.run(COMPARED, budget=budget)[0]["macs"]
+        low, high = min(offsets), max(offsets)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            taken = self.run(200, budget=Offsets(middle, middle, middle))[0]["macs"]
-            low, high = (middle, high) if taken < share else (low, middle)
-        middle = (low + high) / 2
+            taken = self.run(COMPARED, budget=Offsets(middle, middle, middle))[0]["macs"]
+            if abs(taken - wanted) <= CLOSE * wanted:
+                break
+            low, high = (middle, high) if taken < wanted else (low, middle)
         return {"offset": middle, **self.run(budget=Offsets(middle, middle, middle))[0]}
 
     def by_chance(self, like: Policy) -> Row:
@@ -145,7 +149,7 @@ def main() -> None:
     print(f"{'budget':>7} {'MACs':>7} {'top-1':>7} {'uniform':>15} {'random':>15}")
     for budget in asked:
         row, used = held.run(budget=budget)
-        others = held.uniform(row["macs"]), held.by_chance(used)
+        others = held.uniform(budget), held.by_chance(used)
         for kind, found in zip(("calibrated", "uniform", "random"), (row, *others), strict=True):
             report[kind].append({"budget": budget, **found})
         beside = [f"{r['accuracy']:.2%} at {r['macs']:.3f}" for r in others]

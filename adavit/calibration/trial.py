@@ -22,7 +22,7 @@ MOST_IMAGES = 2048
 MOST_BYTES = 512 << 20
 """Of preprocessed images."""
 FEWEST_IMAGES = 16
-SEARCHED = 256
+SEARCHED = 512
 """Images that are enough to compare offsets, each time the same."""
 BATCH = 32
 
