@@ -43,7 +43,8 @@ def make(arguments: argparse.Namespace, progress: Progress) -> dict[str, Path]:
     export_bundle(Path(arguments.checkpoint), bundles["fp32"], ExportOptions(with_dense=True, force=True), progress)
     runtime = load(bundles["fp32"])
     ranges = {naive: measured(runtime, arguments.calibration, naive, progress) for naive in (False, True)}
-    kinds = [("fp16", "max", False), *(("int8", method, naive) for naive in (False, True) for method in arguments.methods)]
+    kinds = [("fp16", "max", False)]
+    kinds += [("int8", method, naive) for naive in (False, True) for method in arguments.methods]
     for precision, method, naive in kinds:
         name = precision if precision == "fp16" else f"{precision}-{method}{'-naive' if naive else ''}"
         options = replace(CalibrationOptions(), precision=precision, method=method)
