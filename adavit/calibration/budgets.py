@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from adavit.budget_options import BudgetOptions
+from adavit.calibration.blend import best_way
 from adavit.calibration.trial import Outcome, Trial
-from adavit.calibration.walk import Way, walk
+from adavit.calibration.walk import Way
 from adavit.errors import InputError
 from adavit.files import write_beside
 from adavit.runtime.budget import MAX_OFFSET, TRAINED, Budgets, Offsets, OperatingPoint
@@ -71,7 +72,7 @@ def calibrate(trial: Trial, asked: Sequence[float]) -> Budgets:
                 f"{most:.3f} of the dense ones"
             )
     trained = trial.trained.macs
-    way = walk(trial, min(asked) * (1 - CLOSE), min(1.0, max(asked) * (1 + CLOSE)))
+    way = best_way(trial, asked, min(asked) * (1 - CLOSE), min(1.0, max(asked) * (1 + CLOSE)))
     points = [_meet(trial, way, budget) for budget in sorted(asked)]
     if all(point.offsets != TRAINED for point in points):
         points.append(OperatingPoint(round(trained, 6), TRAINED, trial.trained.to_dict()))

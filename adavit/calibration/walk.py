@@ -65,16 +65,24 @@ class Way:
         return self.stops[low].offsets.toward(self.stops[low + 1].offsets, position - low)
 
 
-def walk(trial: Trial, lowest: float, highest: float) -> Way:
-    """The way through the trained policy that reaches from `lowest` to `highest`, shares of the dense MACs."""
+def walk(trial: Trial, lowest: float, highest: float, even: bool = False) -> Way:
+    """A way through the trained policy that reaches from `lowest` to `highest`, shares of the dense MACs.
+
+    Args:
+        trial: scores offsets.
+        lowest: where it may end,
+        highest: and where on the other side.
+        even: change all kinds alike, instead of choosing.
+    """
     start = Stop(TRAINED, trial.search(TRAINED))
-    down, up = _leg(trial, start, lowest, -1), _leg(trial, start, highest, +1)
+    moves = _moves(trial.runtime.architecture)[-1 if even else 0 :]
+    down, up = _leg(trial, start, lowest, -1, moves), _leg(trial, start, highest, +1, moves)
     return Way((*reversed(down), start, *up))
 
 
-def _leg(trial: Trial, start: Stop, end: float, sign: int) -> list[Stop]:
+def _leg(trial: Trial, start: Stop, end: float, sign: int, moves: list[Kinds]) -> list[Stop]:
     """The stops behind `start` until the MACs are beyond `end`, or can go no further."""
-    sizes = dict.fromkeys(_moves(trial.runtime.architecture), FIRST)
+    sizes = dict.fromkeys(moves, FIRST)
     values = dict.fromkeys(sizes, float("inf"))
     stops: list[Stop] = []
     here = start
