@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from itertools import pairwise
 
 from adavit.calibration.trial import Trial
-from adavit.calibration.walk import Stop, Way, walk
+from adavit.calibration.walk import STEP, Stop, Way, walk
 from adavit.runtime.budget import TRAINED, Offsets
 
 __all__ = ["best_way"]
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SHARES = (0, 1 / 3, 2 / 3, 1)
 """Of the even way, in the offsets that are tried."""
 
 
@@ -38,27 +39,35 @@ class Chain:
 def best_way(trial: Trial, budgets: Sequence[float], lowest: float, highest: float) -> Way:
     """The way through the trained policy from `lowest` to `highest` that scores best at the budgets between them."""
     ways = walk(trial, lowest, highest), walk(trial, lowest, highest, even=True)
-    start = Chain((Stop(TRAINED, trial.trained),))
-    down = [budget for budget in sorted(budgets, reverse=True) if budget < trial.trained.macs]
-    up = [budget for budget in sorted(budgets) if budget > trial.trained.macs]
-    low, high = _chain(trial, ways, start, down, -1), _chain(trial, ways, start, up, +1)
-    return Way((*reversed(low), *start.stops, *high))
+    start, ascending = Stop(TRAINED, trial.trained), sorted(budgets)
+    down = _chain(trial, ways, start, [budget for budget in reversed(ascending) if budget < start.outcome.macs], -1)
+    up = _chain(trial, ways, start, [budget for budget in ascending if budget > start.outcome.macs], +1)
+    return Way((*reversed(down), start, *up))
 
 
-def _chain(trial: Trial, ways: tuple[Way, Way], start: Chain, budgets: list[float], sign: int) -> tuple[Stop, ...]:
-    """The stops of the best chain at the budgets, given outwards, and where both ways end."""
-    levels = [(budget, tuple(way.offsets(way.at(budget)) for way in ways)) for budget in budgets]
+def _chain(trial: Trial, ways: tuple[Way, Way], start: Stop, budgets: list[float], sign: int) -> tuple[Stop, ...]:
+    """The stops of the best chain from `start` through budgets, given outwards, to where both ways end."""
+    levels = [(macs, [way.offsets(way.at(macs)) for way in ways]) for macs in _steps([start.outcome.macs, *budgets])]
     if levels:
-        ends = tuple(way.stops[-1 if sign > 0 else 0].offsets for way in ways)
-        levels.append((budgets[-1], ends))
-    chains = [start]
-    for budget, (first, second) in levels:
+        levels.append((budgets[-1], [way.stops[-1 if sign > 0 else 0].offsets for way in ways]))
+    chains = [Chain((start,))]
+    for macs, (first, second) in levels:
         chains = [
-            Chain((*best.stops, stop), best.score + _score(trial, stop, budget))
+            Chain((*best.stops, stop), best.score + _score(trial, stop, macs))
             for stop in _stops(trial, first, second)
             if (best := max((c for c in chains if c.joins(stop, sign)), key=lambda c: c.score, default=None))
         ] or chains
     return max(chains, key=lambda chain: chain.score).stops[1:]
+
+
+def _steps(marks: list[float]) -> list[float]:
+    """The marks behind the first, with others between them so that they are about a step of the walk apart."""
+    parts = [max(1, round(abs(far - near) / STEP)) for near, far in pairwise(marks)]
+    return [
+        near + (far - near) * part / count
+        for (near, far), count in zip(pairwise(marks), parts, strict=True)
+        for part in range(1, count + 1)
+    ]
 
 
 def _stops(trial: Trial, first: Offsets, second: Offsets) -> list[Stop]:
@@ -66,8 +75,8 @@ def _stops(trial: Trial, first: Offsets, second: Offsets) -> list[Stop]:
     return [Stop(found, trial.run(found)) for found in offsets]
 
 
-def _score(trial: Trial, stop: Stop, budget: float) -> float:
-    """A stop's score at the MACs of a budget near its own, as the score falls from the trained policy to it."""
+def _score(trial: Trial, stop: Stop, macs: float) -> float:
+    """A stop's score at MACs near its own, as the score falls from the trained policy to it."""
     found, trained = stop.outcome, trial.trained
     slope = (trained.score - found.score) / (trained.macs - found.macs)
-    return found.score + slope * (budget - found.macs)
+    return found.score + slope * (macs - found.macs)

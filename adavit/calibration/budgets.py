@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,7 @@ CLOSE = 0.003
 """How far the MACs of an operating point may be from its budget, relative to it, on the calibration images."""
 FAR = 0.02
 """How far they may be at most, where nothing closer is found."""
-TRIES = 6
+TRIES = 9
 APART = 0.02
 """Budgets further apart than this have another point between them, so that interpolation stays close."""
 
@@ -92,21 +93,19 @@ def _meet(trial: Trial, way: Way, budget: float) -> OperatingPoint:
     """
     if abs(trial.trained.macs - budget) <= CLOSE * budget:
         return OperatingPoint(budget, TRAINED, trial.trained.to_dict())
-    first, last = 0.0, way.last
-    aim = budget
+    macs = [stop.outcome.macs for stop in way.stops]
+    after = min(max(bisect_left(macs, budget), 1), len(macs) - 1)
+    low, high = (after - 1.0, macs[after - 1]), (float(after), macs[after])
     found: dict[float, tuple[Offsets, Outcome]] = {}
-    for _ in range(TRIES):
-        position = way.at(aim)
-        if not first < position < last:
-            position = (first + last) / 2 if found else position
+    for attempt in range(TRIES):
+        share = 0.5 if attempt % 3 == 2 else min(1.0, max(0.0, (budget - low[1]) / (high[1] - low[1])))
+        position = low[0] + share * (high[0] - low[0])
         offsets = way.offsets(position)
         outcome = trial.run(offsets)
-        missing = budget - outcome.macs
-        found[abs(missing)] = offsets, outcome
-        if abs(missing) <= CLOSE * budget:
+        found[abs(budget - outcome.macs)] = offsets, outcome
+        if min(found) <= CLOSE * budget:
             break
-        first, last = (position, last) if missing > 0 else (first, position)
-        aim = way.macs(position) + missing
+        low, high = ((position, outcome.macs), high) if outcome.macs < budget else (low, (position, outcome.macs))
     offsets, outcome = found[min(found)]
     if min(found) > FAR * budget:
         raise InputError(

@@ -15,7 +15,7 @@ from adavit.architecture import Architecture
 from adavit.calibration.trial import Outcome, Trial
 from adavit.runtime.budget import MAX_OFFSET, TRAINED, Offsets
 
-__all__ = ["Way", "walk"]
+__all__ = ["STEP", "Stop", "Way", "walk"]
 
 STEP = 0.04
 """Share of the dense MACs."""
@@ -46,18 +46,9 @@ class Way:
 
     stops: tuple[Stop, ...]
 
-    @property
-    def last(self) -> float:
-        """The position of the last stop."""
-        return len(self.stops) - 1.0
-
     def at(self, macs: float) -> float:
         """The position, in stops, where the way takes so many MACs, as far as it goes."""
         return float(np.interp(macs, [stop.outcome.macs for stop in self.stops], range(len(self.stops))))
-
-    def macs(self, position: float) -> float:
-        """About the MACs at a position, as the search found them."""
-        return float(np.interp(position, range(len(self.stops)), [stop.outcome.macs for stop in self.stops]))
 
     def offsets(self, position: float) -> Offsets:
         """The offsets at a position, on the straight line between two stops."""

@@ -74,7 +74,7 @@ def test_budgets_are_met_where_it_costs_least(dear: str, scales: dict[str, float
         # No worse than the same offset for all kinds, in units of their scales, at as many MACs.
         level = (budget - 0.1) / 0.9
         assert point.measured["agreement"] >= 1 - 12 * (1 - level) ** 2 - 0.02
-    assert land.tried < 200
+    assert land.tried < 240
 
 
 def test_kinds_that_need_each_other_move_together() -> None:
@@ -108,7 +108,7 @@ def test_what_pays_at_first_does_not_spoil_the_end() -> None:
 @settings(max_examples=30, deadline=None)
 def test_points_are_no_worse_than_the_same_offset_for_all(scales: Any, worth: Any, balance: float) -> None:
     land = Landscape(dict(zip(KINDS, scales, strict=True)), dict(zip(KINDS, worth, strict=True)), balance)
-    asked = [0.25, 0.4, 0.7, 0.9]
+    asked, trained = [0.25, 0.4, 0.7, 0.9], land.trained.score
     points = calibrate(land, asked).points  # type: ignore[arg-type]
     for point in (point for point in points if point.budget in asked):
         low, high = -50.0, 50.0
@@ -116,7 +116,8 @@ def test_points_are_no_worse_than_the_same_offset_for_all(scales: Any, worth: An
             middle = (low + high) / 2
             even = land.run(Offsets(middle, middle, middle))
             low, high = (middle, high) if even.macs < point.measured["macs"] else (low, middle)
-        assert point.measured["agreement"] >= even.agreement - 0.02
+        lost = trained - even.agreement
+        assert point.measured["agreement"] >= even.agreement - 0.02 - 0.02 * abs(lost)
 
 
 def test_the_trained_policy_is_a_point_and_points_ascend() -> None:
