@@ -27,6 +27,10 @@ FAR = 0.02
 TRIES = 9
 APART = 0.02
 """Budgets further apart than this have another point between them, so that interpolation stays close."""
+ASTRAY = 0.01
+"""How far the MACs of an interpolated request may be from its budget, relative to it, before a point is put there."""
+ROUNDS = 2
+"""How often the points are halved there."""
 
 Progress = Callable[[str, float], None]
 
@@ -76,12 +80,11 @@ def calibrate(trial: Trial, asked: Sequence[float]) -> Budgets:
     way = best_way(trial, asked, min(asked) * (1 - CLOSE), min(1.0, max(asked) * (1 + CLOSE)))
     points = [_meet(trial, way, budget) for budget in sorted(asked)]
     if all(point.offsets != TRAINED for point in points):
-        points.append(OperatingPoint(round(trained, 6), TRAINED, trial.trained.to_dict()))
-        points.sort(key=lambda point: point.budget)
-    pairs = pairwise([point.budget for point in points])
-    middles = [_between(trial, way, low, high) for low, high in pairs if high - low > APART]
-    points += [middle for middle in middles if middle is not None]
-    points.sort(key=lambda point: point.budget)
+        points = _sorted([*points, OperatingPoint(round(trained, 6), TRAINED, trial.trained.to_dict())])
+    halves = [_between(trial, way, low.budget, high.budget) for low, high in pairwise(points)]
+    points = _sorted([*points, *halves])
+    for _ in range(ROUNDS):
+        points = _sorted([*points, *(_astray(trial, low, high) for low, high in pairwise(points))])
     return Budgets(tuple(points), {"images": len(trial), "labelled": trial.labels is not None})
 
 
@@ -116,8 +119,24 @@ def _meet(trial: Trial, way: Way, budget: float) -> OperatingPoint:
 
 
 def _between(trial: Trial, way: Way, low: float, high: float) -> OperatingPoint | None:
-    """A point about half-way between two budgets, at the MACs it takes; None where these are not between them."""
-    offsets = way.offsets(way.at((low + high) / 2))
+    """A point about half-way between two budgets, where they are far apart."""
+    return _inside(trial, way.offsets(way.at((low + high) / 2)), low, high) if high - low > APART else None
+
+
+def _astray(trial: Trial, low: OperatingPoint, high: OperatingPoint) -> OperatingPoint | None:
+    """What a request half-way between two points would get, where its MACs are not what it asks for."""
+    offsets, asked = low.offsets.toward(high.offsets, 0.5), (low.budget + high.budget) / 2
+    if high.budget - low.budget <= APART / 2 or abs(trial.run(offsets).macs - asked) <= ASTRAY * asked:
+        return None
+    return _inside(trial, offsets, low.budget, high.budget)
+
+
+def _inside(trial: Trial, offsets: Offsets, low: float, high: float) -> OperatingPoint | None:
+    """The point of some offsets, at the MACs they take; None where these are not between two budgets."""
     outcome = trial.run(offsets)
     budget = round(outcome.macs, 6)
     return OperatingPoint(budget, offsets, outcome.to_dict()) if low < budget < high else None
+
+
+def _sorted(points: Sequence[OperatingPoint | None]) -> list[OperatingPoint]:
+    return sorted((point for point in points if point is not None), key=lambda point: point.budget)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adavit.calibration.cache import Origin, load_ranges, save_ranges
-from adavit.calibration.convert import MIN_SAMPLES, Assignment, assign, converted, engine_precision
+from adavit.calibration.convert import Assignment, assign, converted, engine_precision
 from adavit.calibration.mixed import Measure, Search, read_images
 from adavit.calibration.ranges import Ranges, measure_ranges
 from adavit.calibration.recording import Recorder
@@ -22,6 +22,9 @@ from adavit.runtime.images import find_images
 from adavit.runtime.session import Runtime, load
 
 __all__ = ["calibrate_bundle"]
+
+MIN_IMAGES = 16
+"""Fewer tell too little about the ranges of any engine."""
 
 log = logging.getLogger(__name__)
 
@@ -155,9 +158,9 @@ def _ranges(
         else:
             recorder.run(pixels)
         progress("running calibration images", done / len(files))
-    if recorder.images < MIN_SAMPLES:
+    if recorder.images < MIN_IMAGES:
         first = f"; first unreadable: {report['skipped'][0]}" if report["skipped"] else ""
-        raise InputError(f"calibration needs at least {MIN_SAMPLES} images, {recorder.images} can be read{first}")
+        raise InputError(f"calibration needs at least {MIN_IMAGES} images, {recorder.images} can be read{first}")
     ranges = measure_ranges(bundle, recorder, progress)
     save_ranges(cache, ranges, origin)
     return ranges, report | {"images": ranges.images}

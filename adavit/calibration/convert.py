@@ -13,10 +13,10 @@ from adavit.calibration.linear import unit
 from adavit.calibration.ranges import Ranges
 from adavit.runtime.bundle import Bundle
 
-__all__ = ["MIN_SAMPLES", "Assignment", "assign", "converted", "engine_precision"]
+__all__ = ["Assignment", "assign", "converted", "engine_precision"]
 
-MIN_SAMPLES = 16
-"""Inputs that a sub-layer's ranges must come from for int8."""
+MIN_SAMPLES = 4
+"""Images that must reach a sub-layer for int8: ranges come from their tokens, about a hundred each."""
 
 
 @dataclass(frozen=True)
