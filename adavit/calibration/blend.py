@@ -1,8 +1,9 @@
 """Between two ways to smaller and larger budgets, the offsets that score best at each budget.
 
 The walk by what loses least takes one step at a time, so it can spend early what it misses later; the even way, which
-moves all kinds alike, never chooses. At every budget, both and offsets between them are tried on all images. Of these,
-the chain from the trained policy outwards is taken that scores best in sum while no offset ever turns back.
+moves all kinds alike, never chooses. At every budget, and at steps between, both and offsets between them are tried on
+all images. Of these, the chain from the trained policy outwards is taken that scores best in sum while no offset ever
+turns back.
 """
 
 from __future__ import annotations

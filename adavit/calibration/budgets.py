@@ -76,11 +76,10 @@ def calibrate(trial: Trial, asked: Sequence[float]) -> Budgets:
                 f"a budget of {budget:g} is out of reach: this model's policies can set the MACs from {least:.3f} to "
                 f"{most:.3f} of the dense ones"
             )
-    trained = trial.trained.macs
     way = best_way(trial, asked, min(asked) * (1 - CLOSE), min(1.0, max(asked) * (1 + CLOSE)))
     points = [_meet(trial, way, budget) for budget in sorted(asked)]
     if all(point.offsets != TRAINED for point in points):
-        points = _sorted([*points, OperatingPoint(round(trained, 6), TRAINED, trial.trained.to_dict())])
+        points = _sorted([*points, OperatingPoint(round(trial.trained.macs, 6), TRAINED, trial.trained.to_dict())])
     halves = [_between(trial, way, low.budget, high.budget) for low, high in pairwise(points)]
     points = _sorted([*points, *halves])
     for _ in range(ROUNDS):
@@ -101,7 +100,8 @@ def _meet(trial: Trial, way: Way, budget: float) -> OperatingPoint:
     low, high = (after - 1.0, macs[after - 1]), (float(after), macs[after])
     found: dict[float, tuple[Offsets, Outcome]] = {}
     for attempt in range(TRIES):
-        share = 0.5 if attempt % 3 == 2 else min(1.0, max(0.0, (budget - low[1]) / (high[1] - low[1])))
+        width = high[1] - low[1]  # none where the budget lies beyond the way's end, by the noise of the walk
+        share = 0.5 if attempt % 3 == 2 or not width else min(1.0, max(0.0, (budget - low[1]) / width))
         position = low[0] + share * (high[0] - low[0])
         offsets = way.offsets(position)
         outcome = trial.run(offsets)

@@ -1,6 +1,7 @@
 """The search for operating points: on a landscape that is known, and on a model."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,29 @@ def test_points_are_no_worse_than_the_same_offset_for_all(scales: Any, worth: An
             low, high = (middle, high) if even.macs < point.measured["macs"] else (low, middle)
         tolerance = 0.02 + 0.1 * abs(trained - even.agreement)  # scores are compared at nearly equal MACs
         assert point.measured["agreement"] >= even.agreement - tolerance
+
+
+class Noisy(Landscape):
+    """The part of the images that the walk runs takes less MACs than all of them."""
+
+    def search(self, offsets: Offsets) -> Outcome:
+        return replace(found := self.run(offsets), macs=found.macs * self.part)
+
+    def __init__(self, part: float) -> None:
+        self.part = part
+        super().__init__(SCALES[0], dict.fromkeys(KINDS, 1.0))
+
+
+def test_budgets_at_the_ends_are_met_although_the_walk_runs_few_images() -> None:
+    for part, budget in ((0.99, 0.25), (1.01, 0.9)):
+        points = calibrate(Noisy(part), [budget]).points  # type: ignore[arg-type]
+        point = next(point for point in points if point.budget == budget)
+        assert point.measured["macs"] == pytest.approx(budget, rel=calibration.FAR)
+
+
+def test_a_walk_that_stops_far_from_the_budget_is_an_error() -> None:
+    with pytest.raises(InputError, match="cannot be met: the nearest found is"):
+        calibrate(Noisy(0.5), [0.28])  # type: ignore[arg-type]
 
 
 def test_the_trained_policy_is_a_point_and_points_ascend() -> None:
