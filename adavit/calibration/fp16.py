@@ -65,7 +65,8 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _take_float16(model: onnx.ModelProto) -> None:
     """Makes the gathered weights float16 at the input, where AutoCast has cast them inside."""
-    handed = {value.name: value for value in model.graph.input if value.name in ("qkv", "proj", "qkv_bias", "fc1")}
+    weights = ("qkv", "proj", "query_bias", "bias", "fc1")
+    handed = {value.name: value for value in model.graph.input if value.name in weights}
     for node in list(model.graph.node):
         if node.op_type == "Cast" and node.input[0] in handed:
             handed[node.input[0]].type.tensor_type.elem_type = TensorProto.FLOAT16

@@ -102,12 +102,13 @@ def _narrow_weights(model: onnx.ModelProto) -> None:
         if node.op_type == "QuantizeLinear" and node.input[0] in embedded:
             weight = numpy_helper.to_array(embedded[node.input[0]])
             scale = embedded[node.input[1]]
-            scale.CopyFrom(numpy_helper.from_array(_scales(weight), scale.name))
+            scale.CopyFrom(numpy_helper.from_array(_scales(weight).ravel(), scale.name))
 
 
-def _scales(weight: Float) -> Float:
-    """One scale for each output channel, the last dimension."""
-    largest = np.abs(weight).reshape(-1, weight.shape[-1]).max(0)
+def _scales(weight: Float, axis: int = -1) -> Float:
+    """One scale for each output channel, which are in one dimension, so that they fit beside the weights."""
+    over = tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
+    largest = np.abs(weight).max(over, keepdims=True)
     return np.where(largest > 0, largest / WEIGHT_LEVELS, 1).astype(np.float32)
 
 
@@ -157,10 +158,12 @@ def weights_to_int8(weights: onnx.ModelProto) -> onnx.ModelProto:
         while gather.op_type != "Gather":
             gather = producers[gather.input[0]]
         table = next(value for value in graph.initializer if value.name == gather.input[0])
-        channels = output.type.tensor_type.shape.dim[-1].dim_value
+        axis = -2 if output.name == "qkv" else -1  # of the output channels
+        channels = output.type.tensor_type.shape.dim[axis].dim_value
         weight = numpy_helper.to_array(table)
-        scales = _scales(weight.reshape(-1, channels))
-        codes = np.rint(weight.reshape(-1, channels) / scales).astype(np.int8)
+        by_channel = weight if axis == -2 else weight.reshape(-1, channels)
+        scales = _scales(by_channel, axis)[0]
+        codes = np.rint(by_channel / scales).astype(np.int8)
         table.CopyFrom(numpy_helper.from_array(codes.reshape(weight.shape), table.name))
         scale, floats, gathered = (f"{output.name}.{part}" for part in ("scale", "floats", "gathered"))
         graph.initializer.append(numpy_helper.from_array(scales, scale))

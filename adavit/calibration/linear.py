@@ -44,7 +44,8 @@ def linear_layers(model: onnx.ModelProto) -> list[Linear]:
     for node in model.graph.node:
         if node.op_type != "MatMul":
             continue
-        tensor, weight = node.input
+        weight = next((name for name in node.input if name in handed or _WEIGHT.fullmatch(name)), "")
+        tensor = next(name for name in node.input if name != weight)
         if match := _WEIGHT.fullmatch(weight):
             site = f"{match[1]}.{_ROLES.get(match[2], match[2])}"
         elif weight in handed:

@@ -27,6 +27,7 @@ __all__ = [
     "empty_graph",
     "mlp_graph",
     "scaled",
+    "value_bias",
 ]
 
 Float = npt.NDArray[np.float32]
@@ -154,11 +155,22 @@ def scaled(arch: Architecture, part: Weights, name: str, kind: str) -> Float:
     return value * np.float32(arch.head_width**-0.5) if name == "query" else value
 
 
+def value_bias(arch: Architecture, part: Weights) -> Float:
+    """What the value's bias of each head adds to every row behind the output projection: [H, D]."""
+    bias = part["attn.value.bias"].reshape(arch.heads, 1, -1)
+    by_head = part["attn.proj.weight"].T.reshape(arch.heads, -1, arch.width)
+    added: Float = np.matmul(bias, by_head, dtype=np.float64)[:, 0].astype(np.float32)
+    return added
+
+
 def _projected(graph: Graph, arch: Architecture, part: Weights, name: str, normed: str) -> str:
-    """norm1(x) -> query, key or value of every head, side by side."""
+    """norm1(x) -> query, key or value of every head, side by side.
+
+    The key's bias adds the same to all scores of a query, which the softmax takes away again: it is left out.
+    """
     key = f"{part.prefix}attn.{name}"
     product = graph.op("MatMul", normed, graph.weight(f"{key}.weight", scaled(arch, part, name, "weight").T))
-    if not arch.qkv_bias:
+    if not arch.qkv_bias or name == "key":
         return product
     return graph.op("Add", product, graph.weight(f"{key}.bias", scaled(arch, part, name, "bias")))
 

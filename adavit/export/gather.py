@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import Architecture
-from adavit.export.blocks import PROJECTIONS, add_bias, add_norm, add_second_layer, scaled
+from adavit.export.blocks import PROJECTIONS, add_bias, add_norm, add_second_layer, scaled, value_bias
 from adavit.export.graph import Graph
 from adavit.export.weights import Weights
 
@@ -20,39 +20,48 @@ Float = npt.NDArray[np.float32]
 
 
 def attention_weights_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
-    """The kept heads [h] -> qkv [h, D, 3d], proj [h * d, D] and, where there is one, qkv_bias [h, 1, 3d]."""
-    part = weights.under(f"blocks.{block}")
+    """The kept heads [h] -> qkv [h, 3d, D], proj [h * d, D] and, with biases, query_bias [h, d, 1], bias [D].
+
+    The key's bias adds the same to all scores of a query, which the softmax takes away again. The value's is added to
+    every row alike, since rows of the softmax sum to 1: `bias` is what the output projection makes of it, and its own.
+    """
+    part, d = weights.under(f"blocks.{block}"), arch.head_width
     graph = Graph(f"blocks.{block}.attention_weights", opset)
     heads = graph.input("heads", ["h"], "int64")
-
-    def by_head(kind: str, *shape: int) -> Float:
-        """Query, key and value of each head side by side, head first: [H, 3d, ...]."""
-        values = [scaled(arch, part, name, kind).reshape(arch.heads, arch.head_width, *shape) for name in PROJECTIONS]
-        return np.concatenate(values, axis=1)
-
-    qkv = graph.weight("qkv.weight", by_head("weight", arch.width).transpose(0, 2, 1))
-    graph.output("qkv", graph.op("Gather", qkv, heads, axis=0), ["h", arch.width, 3 * arch.head_width])
+    by_head = [scaled(arch, part, name, "weight").reshape(arch.heads, d, arch.width) for name in PROJECTIONS]
+    qkv = graph.weight("qkv.weight", np.concatenate(by_head, axis=1))
+    graph.output("qkv", graph.op("Gather", qkv, heads, axis=0), ["h", 3 * d, arch.width])
     graph.output("proj", _input_rows(graph, arch, part, "attn.proj", heads), ["c", arch.width])
     if arch.qkv_bias:
-        bias = graph.weight("qkv.bias", by_head("bias")[:, None])
-        graph.output("qkv_bias", graph.op("Gather", bias, heads, axis=0), ["h", 1, 3 * arch.head_width])
+        query_bias = graph.weight("query.bias", scaled(arch, part, "query", "bias").reshape(arch.heads, d, 1))
+        graph.output("query_bias", graph.op("Gather", query_bias, heads, axis=0), ["h", d, 1])
+        added = graph.weight("value.bias", value_bias(arch, part))
+        added = graph.op("ReduceSum", graph.op("Gather", added, heads, axis=0), graph.ints(0), keepdims=0)
+        graph.output("bias", add_bias(graph, part, "attn.proj", added), [arch.width])
     return graph
 
 
 def attention_gather_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
-    """x, norm1(x) [K, D] and what `attention_weights_graph` makes -> x after the attention sub-layer."""
+    """x, norm1(x) [K, D] and what `attention_weights_graph` makes -> x after the attention sub-layer.
+
+    The gathered weights are the left factor, since backends rearrange the right one on every call: queries, keys and
+    values come as [h, d, K].
+    """
     part, d = weights.under(f"blocks.{block}"), arch.head_width
     graph = Graph(f"blocks.{block}.attention_gather", opset)
     x, normed = (graph.input(name, ["K", arch.width]) for name in ("x", "normed"))
-    qkv, proj = graph.input("qkv", ["h", arch.width, 3 * d]), graph.input("proj", ["c", arch.width])
-    product = graph.op("MatMul", normed, qkv)  # [h, K, 3d]
+    qkv, proj = graph.input("qkv", ["h", 3 * d, arch.width]), graph.input("proj", ["c", arch.width])
+    product = graph.op("MatMul", qkv, graph.op("Transpose", normed, perm=[1, 0]))  # [h, 3d, K]
+    query, key, value = graph.ops("Split", product, graph.ints(d, d, d), outputs=3, axis=1)
     if arch.qkv_bias:
-        product = graph.op("Add", product, graph.input("qkv_bias", ["h", 1, 3 * d]))
-    query, key, value = graph.ops("Split", product, graph.ints(d, d, d), outputs=3, axis=2)
-    scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 2, 1]))
-    mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
-    rows = _joined(graph, x, graph.op("Transpose", mixed, perm=[1, 0, 2]))
-    update = add_bias(graph, part, "attn.proj", graph.op("MatMul", rows, proj))
+        query = graph.op("Add", query, graph.input("query_bias", ["h", d, 1]))
+    scores = graph.op("MatMul", graph.op("Transpose", query, perm=[0, 2, 1]), key)
+    mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), graph.op("Transpose", value, perm=[0, 2, 1]))
+    update = graph.op("MatMul", _joined(graph, graph.op("Transpose", mixed, perm=[1, 0, 2])), proj)
+    if arch.qkv_bias:
+        update = graph.op("Add", update, graph.input("bias", [arch.width]))
+    else:
+        update = add_bias(graph, part, "attn.proj", update)
     graph.output("y", graph.op("Add", update, x), ["K", arch.width])
     return graph
 
@@ -73,7 +82,7 @@ def mlp_gather_graph(arch: Architecture, weights: Weights, block: int, opset: in
     x, heads = graph.input("x", ["K", arch.width]), graph.input("heads", ["h"], "int64")
     fc1 = graph.input("fc1", ["c", arch.hidden])
     normed = graph.op("Reshape", add_norm(graph, arch, part, "norm2", x), graph.ints(0, arch.heads, arch.head_width))
-    product = graph.op("MatMul", _joined(graph, x, graph.op("Gather", normed, heads, axis=1)), fc1)
+    product = graph.op("MatMul", _joined(graph, graph.op("Gather", normed, heads, axis=1)), fc1)
     graph.output("y", add_second_layer(graph, part, x, add_bias(graph, part, "mlp.fc1", product)), ["K", arch.width])
     return graph
 
@@ -85,7 +94,6 @@ def _input_rows(graph: Graph, arch: Architecture, part: Weights, name: str, head
     return graph.op("Reshape", graph.op("Gather", by_head, heads, axis=0), graph.ints(-1, weight.shape[1]))
 
 
-def _joined(graph: Graph, x: str, rows: str) -> str:
-    """[K, h, d] -> [K, h * d], the shape made so that it holds for any K and h."""
-    shape = graph.op("Concat", graph.op("Shape", x, start=0, end=1), graph.ints(-1), axis=0)
-    return graph.op("Reshape", rows, shape)
+def _joined(graph: Graph, rows: str) -> str:
+    """[K, h, d] -> [K, h * d]."""
+    return graph.op("Reshape", rows, graph.ints(0, -1))

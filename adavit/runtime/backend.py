@@ -94,6 +94,10 @@ class Backend(Protocol):
         """New memory of this shape and type, with no content yet."""
         ...
 
+    def upload(self, array: npt.NDArray[Any]) -> Buffer:
+        """New memory that holds what a host array holds."""
+        ...
+
     def gather(self, source: Buffer, kept: Index, into: Buffer, at: int = 0) -> None:
         """into[at : at + K] = source[kept], rows of two matrices; kept is [K], ascending."""
         ...

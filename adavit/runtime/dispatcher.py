@@ -10,13 +10,17 @@ Per image x [N, D] and block i:
 
 Kept tokens are gathered before a sub-layer and scattered after it. A sub-layer without any kept head is one
 vector for all tokens, which the engine `empty` holds.
+
+A batch's images go through block after block side by side: a block's weights are then still in the cache for the next
+image. Workers take the image that waits longest and run one block of it, so that none of them idles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,14 +45,42 @@ Observer = Callable[[int, str, Float], None]
 CLASS_TOKEN = np.zeros(1, np.intp)
 KEPT_WEIGHTS = 128 << 20
 """Bytes of gathered weights that a runtime keeps."""
+SIDE_BY_SIDE = 16
+"""Images that go through the blocks together: more tokens than these hold would push the weights from the cache."""
+
+
+class Thresholds(NamedTuple):
+    """What logits have to exceed."""
+
+    tokens: np.float32
+    heads: np.float32
+    sublayers: np.float32
+
+    @classmethod
+    def of(cls, offsets: Offsets) -> Thresholds:
+        """The model's own, less the offsets."""
+        return cls(*map(np.float32, (TOKEN_LOGIT - offsets.tokens, -offsets.heads, -offsets.sublayers)))
+
+
+class Tokens(NamedTuple):
+    """One image's tokens: as the stem makes them, [1, N, D], and the same memory as [N, D]."""
+
+    image: Buffer
+    rows: Buffer
+
+    @classmethod
+    def empty(cls, arch: Architecture, backend: Backend) -> Tokens:
+        """New memory."""
+        image = backend.buffer((1, arch.tokens, arch.width))
+        return cls(image, image.part(0))
 
 
 class Scratch:
-    """One image's buffers; reused from image to image.
+    """A worker's buffers; what they hold is of use within one block of one image.
 
     Attributes:
-        first, second: the tokens behind a sub-layer [N, D], taking turns.
-        normed: norm1 of the tokens.
+        first, second: the tokens behind a sub-layer; may change places with an image's.
+        normed: norm1 of the tokens [N, D].
         rows, normed_rows: the kept rows of the tokens and of normed.
         decided: for each block, the buffers that hold its decisions' logits: those of tokens [N, 1] where they are
             decided on, and those of heads and sub-layers [1, H + 2] where these are.
@@ -56,8 +88,8 @@ class Scratch:
     """
 
     def __init__(self, arch: Architecture, backend: Backend) -> None:
-        buffers = [backend.buffer((arch.tokens, arch.width)) for _ in range(5)]
-        self.first, self.second, self.normed, self.rows, self.normed_rows = buffers
+        self.first, self.second = (Tokens.empty(arch, backend) for _ in range(2))
+        self.normed, self.rows, self.normed_rows = (backend.buffer((arch.tokens, arch.width)) for _ in range(3))
         tokens = [backend.buffer((arch.tokens, 1))] if arch.token_policy else []
         choices = backend.buffer((1, arch.head_policy * arch.heads + arch.sublayer_policy * 2))
         normed, logits = self.normed.rows(arch.tokens), [buffer.rows(arch.tokens) for buffer in tokens]
@@ -88,8 +120,10 @@ class Dispatcher:
         self.head_weights = HeadWeights(bundle, backend, self.engines.blocks, KEPT_WEIGHTS)
         self.backend = backend
         self.plan = plan
+        self._workers = workers
         self._pool = ThreadPoolExecutor(workers, "adavit") if workers > 1 else None
         self._scratch: list[Scratch] = []
+        self._tokens: list[Tokens] = []
 
     def run(
         self, images: Float, offsets: Offsets, replay: Policy | None = None, observe: Observer | None = None
@@ -106,25 +140,15 @@ class Dispatcher:
             Logits [B, C], the policy, and the MACs of every image, int64 [B].
         """
         arch, batch, backend = self.arch, len(images), self.backend
-        tokens = backend.buffer((batch, arch.tokens, arch.width))
-        self.engines.stem.run([images], [tokens.rows(batch)])
         used = Policy.dense(arch, batch) if replay is None else replay
         classes = backend.buffer((batch, arch.width))
-
-        def run_image(position: int) -> None:
-            scratch = self._spare_scratch()
-            masks = used.tokens[position], used.heads[position], used.sublayers[position]
-            see = None if observe is None else lambda engine, x: observe(position, engine, x)
-            run = ImageRun(self, scratch, masks, offsets if replay is None else None, see)
-            x = run(tokens.part(position))
-            backend.gather(x, CLASS_TOKEN, classes, position)
-            self._scratch.append(scratch)
-
-        if self._pool is None or batch == 1:
-            for position in range(batch):
-                run_image(position)
-        else:
-            list(self._pool.map(run_image, range(batch)))
+        thresholds = None if replay else Thresholds.of(offsets)
+        for start in range(0, batch, SIDE_BY_SIDE):
+            positions = range(start, min(start + SIDE_BY_SIDE, batch))
+            self._run_side_by_side(
+                ImageRun(self, images[position : position + 1], position, used, thresholds, classes, observe)
+                for position in positions
+            )
         output = backend.buffer((batch, arch.classes))
         self.engines.head.run([classes.rows(batch)], [output.rows(batch)])
         (logits,) = backend.fetch(output)
@@ -133,95 +157,151 @@ class Dispatcher:
                 observe(position, "head", logits[position])
         return logits, used, image_macs(arch, used.tokens, used.heads, used.sublayers)
 
-    def _spare_scratch(self) -> Scratch:
-        try:
-            return self._scratch.pop()
-        except IndexError:
-            return Scratch(self.arch, self.backend)
+    def _run_side_by_side(self, runs: Iterable[ImageRun]) -> None:
+        waiting = deque(runs)
+        if self._pool is None or len(waiting) == 1:
+            self._work(waiting)
+        else:
+            list(self._pool.map(self._work, [waiting] * min(self._workers, len(waiting))))
+
+    def _work(self, waiting: deque[ImageRun]) -> None:
+        """Runs a block of the image that waits longest, until none waits."""
+        scratch = taken(self._scratch) or Scratch(self.arch, self.backend)
+        while True:
+            try:
+                run = waiting.popleft()
+            except IndexError:  # another worker may have taken the last one since
+                break
+            if run.step(scratch):
+                waiting.append(run)
+        self._scratch.append(scratch)
+
+    def take_tokens(self) -> Tokens:
+        """Memory for an image's tokens, to be given back."""
+        return taken(self._tokens) or Tokens.empty(self.arch, self.backend)
+
+    def give_tokens(self, tokens: Tokens) -> None:
+        """Takes an image's memory back."""
+        self._tokens.append(tokens)
+
+
+def taken(spare: list[Any]) -> Any:
+    """One of what is spare, or None; from any thread."""
+    try:
+        return spare.pop()
+    except IndexError:
+        return None
 
 
 class ImageRun:
-    """One image on its way through the blocks, deciding with `offsets`, or following `masks` without them."""
+    """One image on its way through the blocks.
+
+    Args:
+        dispatcher: what runs it.
+        image: [1, 3, S, S].
+        position: its own in the batch.
+        policy: the batch's, to be filled, or followed where there are no thresholds.
+        thresholds: of its decisions.
+        classes: where the last block's class token goes, [B, D].
+        observe: sees what every engine computes.
+    """
 
     def __init__(
         self,
         dispatcher: Dispatcher,
-        scratch: Scratch,
-        masks: tuple[npt.NDArray[np.bool_], ...],
-        offsets: Offsets | None,
-        see: Callable[[str, Float], None] | None,
+        image: Float,
+        position: int,
+        policy: Policy,
+        thresholds: Thresholds | None,
+        classes: Buffer,
+        observe: Observer | None,
     ) -> None:
-        self._dispatcher, self._backend = dispatcher, dispatcher.backend
-        self._arch = dispatcher.arch
-        self._scratch = scratch
-        self._tokens, self._heads, self._sublayers = masks
-        self._offsets = offsets
-        self._see = see
-        self._spare = [scratch.first, scratch.second]
+        self._dispatcher, self._backend, self._arch = dispatcher, dispatcher.backend, dispatcher.arch
+        self._image, self._position = image, position
+        self._policy = policy.tokens[position], policy.heads[position], policy.sublayers[position]
+        self._thresholds = thresholds
+        self._classes = classes
+        self._observe = observe
+        self._x: Tokens | None = None
+        self._block = 0
 
-    def __call__(self, x: Buffer) -> Buffer:
-        """Takes the stem's tokens [N, D], which it may write over, through the blocks."""
-        self._show("stem", x)
-        for index, block in enumerate(self._dispatcher.engines.blocks):
-            self._decide(index, block, x)
-            attention, mlp = self._sublayers[index].tolist()
-            if attention or mlp:
-                x = self._run_sublayers(index, block, x, attention, mlp)
-        return x
+    def step(self, scratch: Scratch) -> bool:
+        """Runs the stem, or then the next block; returns whether there is more to do."""
+        if self._x is None:
+            self._x = self._dispatcher.take_tokens()
+            self._dispatcher.engines.stem.run([self._image], [self._x.image.rows(1)])
+            self._show("stem", self._x.rows)
+            return True
+        index, self._block = self._block, self._block + 1
+        block = self._dispatcher.engines.blocks[index]
+        self._decide(index, block, self._x.rows, scratch)
+        attention, mlp = self._policy[2][index].tolist()
+        if attention or mlp:
+            self._x = self._run_sublayers(index, block, self._x, scratch, attention, mlp)
+        if self._block < self._arch.depth:
+            return True
+        self._backend.gather(self._x.rows, CLASS_TOKEN, self._classes, self._position)
+        self._dispatcher.give_tokens(self._x)
+        return False
 
     def _show(self, engine: str, x: Buffer) -> None:
-        if self._see:
-            self._see(engine, self._backend.fetch(x)[0])
+        if self._observe:
+            self._observe(self._position, engine, self._backend.fetch(x)[0])
 
-    def _decide(self, index: int, block: BlockEngines, x: Buffer) -> None:
+    def _decide(self, index: int, block: BlockEngines, x: Buffer, scratch: Scratch) -> None:
         """Computes norm1(x), and this block's row of the policy: kept is what is strictly above its threshold."""
-        arch, scratch = self._arch, self._scratch
+        arch, thresholds = self._arch, self._thresholds
         block.decide.run([x.rows(arch.tokens)], scratch.decide[index])
-        offsets = self._offsets
-        if offsets is None or not scratch.decided[index]:
+        if thresholds is None or not scratch.decided[index]:
             return
+        tokens, heads, sublayers = self._policy
         logits = self._backend.fetch(*scratch.decided[index])
         if arch.token_policy:
-            np.greater(logits[0][1:, 0], np.float32(TOKEN_LOGIT - offsets.tokens), out=self._tokens[index, 1:])
+            np.greater(logits[0][1:, 0], thresholds.tokens, out=tokens[index, 1:])
         choices = logits[-1][0]
         if arch.adapts_heads(index):
-            np.greater(choices[: arch.heads], np.float32(-offsets.heads), out=self._heads[index])
+            np.greater(choices[: arch.heads], thresholds.heads, out=heads[index])
         if arch.adapts_sublayers(index):
-            np.greater(choices[-2:], np.float32(-offsets.sublayers), out=self._sublayers[index])
+            np.greater(choices[-2:], thresholds.sublayers, out=sublayers[index])
 
-    def _run_sublayers(self, index: int, block: BlockEngines, x: Buffer, attention: bool, mlp: bool) -> Buffer:
+    def _run_sublayers(
+        self, index: int, block: BlockEngines, x: Tokens, scratch: Scratch, attention: bool, mlp: bool
+    ) -> Tokens:
         """Runs the kept sub-layers on the kept tokens of x, and returns x with their rows changed."""
-        backend, scratch, spare = self._backend, self._scratch, self._spare
-        kept, heads = self._tokens[index].nonzero()[0], self._heads[index].nonzero()[0]
+        backend = self._backend
+        kept, heads = (masks[index].nonzero()[0] for masks in self._policy[:2])
         count, all_kept = len(kept), len(kept) == self._arch.tokens
-        rows, normed = x, scratch.normed
+        rows, normed = x.rows, scratch.normed
         if not all_kept:
             rows = scratch.rows
-            backend.gather(x, kept, rows)
+            backend.gather(x.rows, kept, rows)
             if attention:
                 normed = scratch.normed_rows
                 backend.gather(scratch.normed, kept, normed)
         if attention:
-            engine = self._attention(index, block, rows, normed, heads, count)
-            rows = spare[0]
-            if self._see:
-                behind = backend.fetch(x)[0].copy()
+            engine = self._attention(index, block, rows, normed, heads, count, scratch.first.rows)
+            rows = scratch.first.rows
+            if self._observe:
+                behind = backend.fetch(x.rows)[0].copy()
                 behind[kept] = backend.fetch(rows)[0][:count]
-                self._see(f"blocks.{index}.{engine}", behind)
+                self._observe(self._position, f"blocks.{index}.{engine}", behind)
         if mlp:
-            engine = self._mlp(index, block, rows, heads, count)
-            rows = spare[1]
-        if all_kept:
-            x, spare[mlp] = rows, x
+            engine = self._mlp(index, block, rows, heads, count, scratch.second.rows)
+            rows = scratch.second.rows
+        if not all_kept:
+            backend.scatter(rows, kept, x.rows)
+        elif mlp:
+            x, scratch.second = scratch.second, x
         else:
-            backend.scatter(rows, kept, x)
+            x, scratch.first = scratch.first, x
         if mlp:
-            self._show(f"blocks.{index}.{engine}", x)
+            self._show(f"blocks.{index}.{engine}", x.rows)
         return x
 
-    def _attention(self, index: int, block: BlockEngines, x: Buffer, normed: Buffer, heads: Index, count: int) -> str:
-        """Runs attention on the first rows of x into the first spare buffer; returns the name of the engine."""
-        out = self._spare[0]
+    def _attention(
+        self, index: int, block: BlockEngines, x: Buffer, normed: Buffer, heads: Index, count: int, out: Buffer
+    ) -> str:
+        """Runs attention on the first rows of x; returns the name of the engine."""
         if not len(heads):
             self._backend.add(x, count, self._dispatcher.engines.empty[0], index, out)
             return "attention"
@@ -231,26 +311,22 @@ class ImageRun:
                 weights = self._dispatcher.head_weights.attention(index, heads)
                 block.attention_gather.run([*inputs, *weights], outputs)
                 return "attention_gather"
-            inputs.append(self._channels(index))
+            inputs.append(self._dispatcher.head_weights.named(heads)[1])
         block.attention.run(inputs, outputs)
         return "attention"
 
-    def _mlp(self, index: int, block: BlockEngines, x: Buffer, heads: Index, count: int) -> str:
-        """Runs the MLP on the first rows of x into the second spare buffer; returns the name of the engine."""
-        out = self._spare[1]
+    def _mlp(self, index: int, block: BlockEngines, x: Buffer, heads: Index, count: int, out: Buffer) -> str:
+        """Runs the MLP on the first rows of x; returns the name of the engine."""
         if not len(heads):
             self._backend.add(x, count, self._dispatcher.engines.empty[1], index, out)
             return "mlp"
         inputs, outputs = [x.rows(count)], [out.rows(count)]
         if block.mlp_gather is not None:
+            named = self._dispatcher.head_weights.named(heads)
             if self._dispatcher.plan.gathers[count][len(heads)][1]:
                 weights = self._dispatcher.head_weights.mlp(index, heads)
-                block.mlp_gather.run([*inputs, heads, *weights], outputs)
+                block.mlp_gather.run([*inputs, named[0], *weights], outputs)
                 return "mlp_gather"
-            inputs.append(self._channels(index))
+            inputs.append(named[1])
         block.mlp.run(inputs, outputs)
         return "mlp"
-
-    def _channels(self, index: int) -> Float:
-        """1 for the channels [D] of kept heads, 0 for the others."""
-        return np.repeat(self._heads[index].astype(np.float32), self._arch.head_width)

@@ -1,4 +1,4 @@
-"""The weights of chosen heads, gathered once and kept, so that a set of heads that comes again costs no copy."""
+"""What engines are told of chosen heads, kept so that a set of heads that comes again costs no copy."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ Index = npt.NDArray[np.intp]
 Key = tuple[int, str, bytes]
 Gathered = list[tuple[Buffer, int]]
 
+SETS = 4096
+"""Sets of heads whose numbers and channels are kept; a few KB each."""
+
 
 class HeadWeights:
     """Weights by block, sub-layer and set of heads, within a budget of bytes.
@@ -40,6 +43,7 @@ class HeadWeights:
         self._blocks = blocks
         self._budget = budget
         self._kept: dict[Key, Gathered] = {}
+        self._named: dict[bytes, tuple[Any, Any]] = {}
         self._bytes = 0
         self._lock = threading.Lock()
         self._random = random.Random(0)
@@ -47,6 +51,20 @@ class HeadWeights:
     def without_budget(self) -> HeadWeights:
         """Weights that are gathered every time, as those of new sets of heads are."""
         return HeadWeights(self._bundle, self._backend, self._blocks, 0)
+
+    def named(self, heads: Index) -> tuple[Any, Any]:
+        """As rows of buffers, the heads' numbers [h], and for each channel [D] whether it is theirs, 1 or 0."""
+        key = heads.tobytes()
+        found = self._named.get(key)
+        if found is None:
+            arch = self._bundle.architecture
+            channels = np.zeros((arch.heads, arch.head_width), np.float32)
+            channels[heads] = 1
+            numbers, kept = self._backend.upload(heads), self._backend.upload(channels.ravel())
+            if len(self._named) >= SETS:
+                self._named.clear()
+            found = self._named[key] = numbers.rows(len(heads)), kept.rows(arch.width)
+        return found
 
     def attention(self, block: int, heads: Index) -> list[Any]:
         """Rows of what a block's attention needs of these heads, as `attention_weights` makes it."""

@@ -83,6 +83,10 @@ class Profiler:
         """See `Backend.buffer`."""
         return ProfiledBuffer(self._backend.buffer(shape, dtype))
 
+    def upload(self, array: npt.NDArray[Any]) -> Buffer:
+        """See `Backend.upload`."""
+        return ProfiledBuffer(self._backend.upload(array))
+
     def gather(self, source: Any, kept: Index, into: Any, at: int = 0) -> None:
         """See `Backend.gather`."""
         self.timed("gather", {"rows": len(kept)}, self._backend.gather, source.inner, kept, into.inner, at)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from adavit.architecture import Architecture
 from adavit.errors import InputError
 from adavit.runtime.backend import Engine
-from adavit.runtime.dispatcher import Dispatcher, Scratch
+from adavit.runtime.dispatcher import Dispatcher, Scratch, Tokens
 from adavit.runtime.plan import SUBLAYERS, EnginePlan
 from adavit.runtime.timing import median_times
 
@@ -91,10 +91,10 @@ def _runs(dispatcher: Dispatcher, index: int) -> dict[Key, Run]:
     """Every run to be timed, of one block's engines on an image of noise."""
     arch, backend = dispatcher.arch, dispatcher.backend
     block, scratch = dispatcher.engines.blocks[index], Scratch(arch, backend)
-    x, out = backend.buffer((1, arch.tokens, arch.width)), scratch.first
+    tokens, out = Tokens.empty(arch, backend), scratch.first.rows
     image = np.random.default_rng(0).standard_normal((1, 3, arch.image_size, arch.image_size), dtype=np.float32)
-    dispatcher.engines.stem.run([image], [x.rows(1)])
-    x = x.part(0)
+    dispatcher.engines.stem.run([image], [tokens.image.rows(1)])
+    x = tokens.rows
     block.decide.run([x.rows(arch.tokens)], scratch.decide[index])
     channels = np.ones(arch.width, np.float32)
     unkept = dispatcher.head_weights.without_budget()

@@ -153,7 +153,7 @@ def test_what_tensorrt_refuses_is_an_error(built: Path, runtime: Runtime, gpu: G
 
 def test_more_images_than_the_engines_are_for(built: Path, runtime: Runtime, gpu: Gpu) -> None:
     on_gpu = adavit.load(built, **TENSORRT)
-    with pytest.raises(BackendError, match=r"stem: images is \[9, .* built for up to \[8, .*--max-batch"):
+    with pytest.raises(BackendError, match=r"head: x is \[9, .* built for up to \[8, .*--max-batch"):
         on_gpu.run(random_images(runtime.architecture, 9))
 
 

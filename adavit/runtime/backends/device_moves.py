@@ -134,6 +134,13 @@ class DeviceMoves(ABC):
         """See `Backend.buffer`."""
         return DeviceBuffer(self._device, shape, dtype)
 
+    def upload(self, array: npt.NDArray[Any]) -> DeviceBuffer:
+        """See `Backend.upload`."""
+        buffer = self.buffer(array.shape, array.dtype.name)
+        self._device.begin()
+        self._device.upload(np.ascontiguousarray(array), buffer.address)
+        return buffer
+
     def gather(self, source: DeviceBuffer, kept: Index, into: DeviceBuffer, at: int = 0) -> None:
         """See `Backend.gather`."""
         with self._device.lock:

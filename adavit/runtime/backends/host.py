@@ -19,7 +19,13 @@ class HostBuffer(Protocol):
 
 
 class HostMoves:
-    """What `Backend` says of moving rows, in numpy."""
+    """What `Backend` says of moving rows, in numpy; a backend adds `buffer`."""
+
+    def upload(self, array: npt.NDArray[Any]) -> Any:
+        """See `Backend.upload`."""
+        buffer: Any = self.buffer(array.shape, array.dtype.name)  # type: ignore[attr-defined]
+        buffer.array[...] = array
+        return buffer
 
     def gather(self, source: HostBuffer, kept: Index, into: HostBuffer, at: int = 0) -> None:
         """See `Backend.gather`."""
