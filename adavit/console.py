@@ -151,6 +151,11 @@ def export_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _offset(value: float | Sequence[float]) -> str:
+    """The offset of a kind; where it differs between blocks, the least and the largest."""
+    return f"{value:+.2f}" if isinstance(value, float | int) else f"{min(value):+.2f} to {max(value):+.2f}"
+
+
 def _budget_lines(report: dict[str, Any]) -> list[str]:
     right = "accuracy" if report["calibration"]["labelled"] else "agreement"
     rows: list[tuple[str, ...]] = [("budget", "MACs", right, "tokens", "heads", "sub-layers")]
@@ -194,7 +199,7 @@ def run_lines(report: dict[str, Any]) -> list[str]:
         f"usage       tokens {used['tokens']:.1%}, heads {used['heads']:.1%}, sub-layers {used['sublayers']:.1%}",
     ]
     if found := report["budget"]:
-        offsets = ", ".join(f"{kind} {value:+.2f}" for kind, value in found["offsets"].items())
+        offsets = ", ".join(f"{kind} {_offset(value)}" for kind, value in found["offsets"].items())
         lines.append(f"budget      {found['macs']:.1%} of the dense MACs asked for; offsets of logits: {offsets}")
     if report["speedup"] is not None:
         lines.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ MOST_IMAGES = 2048
 MOST_BYTES = 512 << 20
 """Of preprocessed images."""
 FEWEST_IMAGES = 16
-SEARCHED = 512
-"""Images that are enough to compare offsets, each time the same."""
+SEARCHED, SIZED = 1024, 128
+"""Images that are enough to compare offsets, and to tell how far they move the MACs; each time the same."""
 BATCH = 32
 
 Progress = Callable[[str, float], None]
@@ -40,6 +40,7 @@ class Outcome:
         agreement: share of images whose class is the trained policy's.
         accuracy: share of images whose class is their label, or None without labels.
         usage: mean share of tokens, heads and sub-layers kept.
+        scores: of each image [n], where it is known.
     """
 
     macs: float
@@ -47,6 +48,13 @@ class Outcome:
     agreement: float
     accuracy: float | None
     usage: dict[str, float]
+    scores: npt.NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
+
+    def doubt(self, other: Outcome) -> float:
+        """The standard error of the difference in score between this outcome and another on the same images."""
+        if self.scores is None or other.scores is None:
+            return 0.0
+        return float((self.scores - other.scores).std() / len(self.scores) ** 0.5)
 
     def to_dict(self) -> dict[str, Any]:
         """What an operating point stores."""
@@ -108,6 +116,10 @@ class Trial:
         """The outcome on as many images as a comparison needs."""
         return self.run(offsets, min(SEARCHED, len(self)))
 
+    def size(self, offsets: Offsets) -> Outcome:
+        """The outcome on as many images as tell the MACs about."""
+        return self.run(offsets, min(SIZED, len(self)))
+
     def run(self, offsets: Offsets, count: int | None = None) -> Outcome:
         """The outcome on the first `count` images, or all."""
         count = len(self) if count is None else count
@@ -129,10 +141,12 @@ class Trial:
         if self._classes is None:  # the first run is of the trained policy, on all images
             self._classes = classes
         wanted = (self._classes if self.labels is None else self.labels)[:count]
+        scored = shares[np.arange(count), wanted]
         return Outcome(
             float(np.concatenate(macs).mean() / dense_macs(self.runtime.architecture)),
-            float(shares[np.arange(count), wanted].mean()),
+            float(scored.mean()),
             float((classes == self._classes[:count]).mean()),
             None if self.labels is None else float((classes == wanted).mean()),
             dict(zip(("tokens", "heads", "sublayers"), (np.sum(usage, axis=0) / count).tolist(), strict=True)),
+            scored,
         )

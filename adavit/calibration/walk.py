@@ -1,8 +1,10 @@
-"""The way from the trained policy to smaller and larger budgets: at every step, by the kinds that lose least.
+"""The way from the trained policy to smaller and larger budgets: at every step, by the decisions that lose least.
 
-A step changes the offset of one kind, or of all alike, so far that the mean MACs move by about `STEP` of the dense
-ones; it is the one that costs the least score per MAC (or gains the most). Returns diminish, so a step of the same
-kinds is tried again only when what it was worth the last time is still the best: most take one or two trials.
+A *unit* is the decisions of one kind in one block. A step changes the offset of one unit, or of all alike, so far that
+the mean MACs move by about `STEP` or `EVEN_STEP` of the dense ones. It is the one that costs the least score per MAC
+(or gains the most), after one standard error of that difference: differences of single units are small, and the best of
+many noisy ones would often be a lucky one. A step of the same unit is tried again only when what it was worth the last
+time is still the best, so that most steps take one or two trials.
 """
 
 from __future__ import annotations
@@ -15,29 +17,35 @@ from adavit.architecture import Architecture
 from adavit.calibration.trial import Outcome, Trial
 from adavit.runtime.budget import MAX_OFFSET, TRAINED, Offsets
 
-__all__ = ["STEP", "Stop", "Way", "walk"]
+__all__ = ["EVEN_STEP", "STEP", "Stop", "Way", "walk"]
 
-STEP = 0.04
-"""Share of the dense MACs."""
+STEP, EVEN_STEP = 0.01, 0.04
+"""Shares of the dense MACs: of a step of one unit, and of all."""
 NEAR = 0.5, 1.6
 """Parts of a step that are close enough to one."""
 STALLED = 0.02
-"""Part of a step; where a much larger offset adds less, the kinds are spent: all of them is kept, or dropped."""
+"""Part of a step; where a much larger offset adds less, the move is spent: all of them is kept, or dropped."""
 TRIES = 8
 FIRST = 0.5
 """The first change of an offset that is tried; the logits' scale is not known."""
 
-Kinds = tuple[str, ...]
-"""Those whose offsets change together."""
+KINDS = ("tokens", "heads", "sublayers")
+Move = tuple[tuple[str, int], ...]
+"""Units, by kind and block, whose offsets change together."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Offsets on the way, what they did, and whether the kinds that were changed last are spent."""
+    """Offsets on the way, what they did, and whether the move that led here is spent."""
 
     offsets: Offsets
     outcome: Outcome
     spent: bool = False
+
+    def worth(self, before: Stop, sign: int) -> float:
+        """What the step to here surely won of the score, per MAC: less one standard error."""
+        won = self.outcome.score - before.outcome.score
+        return (won - self.outcome.doubt(before.outcome)) / (sign * (self.outcome.macs - before.outcome.macs))
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ def walk(trial: Trial, lowest: float, highest: float, even: bool = False) -> Way
         trial: scores offsets.
         lowest: where it may end,
         highest: and where on the other side.
-        even: change all kinds alike, instead of choosing.
+        even: change all units alike, instead of choosing.
     """
     start = Stop(TRAINED, trial.search(TRAINED))
     moves = _moves(trial.runtime.architecture)[-1 if even else 0 :]
@@ -71,66 +79,75 @@ def walk(trial: Trial, lowest: float, highest: float, even: bool = False) -> Way
     return Way((*reversed(down), start, *up))
 
 
-def _leg(trial: Trial, start: Stop, end: float, sign: int, moves: list[Kinds]) -> list[Stop]:
+def _leg(trial: Trial, start: Stop, end: float, sign: int, moves: list[Move]) -> list[Stop]:
     """The stops behind `start` until the MACs are beyond `end`, or can go no further."""
     sizes = dict.fromkeys(moves, FIRST)
     values = dict.fromkeys(sizes, float("inf"))
     stops: list[Stop] = []
     here = start
     while sign * (end - here.outcome.macs) > 0:
-        fresh: dict[Kinds, Stop] = {}
-        while values and (kinds := max(values, key=lambda kinds: values[kinds])) not in fresh:
-            found = _step(trial, here, kinds, sizes, sign)
+        fresh: dict[Move, Stop] = {}
+        while values and (move := max(values, key=lambda move: values[move])) not in fresh:
+            found = _step(trial, here, move, sizes, sign)
             if found is None:
-                values = _without(kinds, values)
+                values = _without(move, values)
             else:
-                fresh[kinds] = found
-                moved = sign * (found.outcome.macs - here.outcome.macs)
-                values[kinds] = (found.outcome.score - here.outcome.score) / moved
+                fresh[move] = found
+                values[move] = found.worth(here, sign)
         if not values:
             break
-        here = fresh[kinds]
+        here = fresh[move]
         stops.append(here)
         if here.spent:
-            values = _without(kinds, values)
+            values = _without(move, values)
     return stops
 
 
-def _without(kinds: Kinds, values: dict[Kinds, float]) -> dict[Kinds, float]:
-    """The moves that do not contain these kinds, which can go no further."""
-    return {move: value for move, value in values.items() if not set(kinds) <= set(move)}
+def _without(spent: Move, values: dict[Move, float]) -> dict[Move, float]:
+    """The moves that go on where one can go no further."""
+    return {move: value for move, value in values.items() if not set(move) <= set(spent)}
 
 
-def _moves(arch: Architecture) -> list[Kinds]:
-    """What a step may change: each kind that there is, and all of them."""
-    there = {"tokens": arch.token_policy, "heads": arch.head_policy, "sublayers": arch.sublayer_policy}
-    every = tuple(kind for kind, adapted in there.items() if adapted)
-    return [*((kind,) for kind in every), *([every] if len(every) > 1 else [])]
+def _moves(arch: Architecture) -> list[Move]:
+    """What a step may change: each unit that there is, and all of them."""
+    units = [("tokens", block) for block in range(arch.depth) if arch.token_policy]
+    for block in range(arch.depth):
+        units += [("heads", block)] * arch.adapts_heads(block) + [("sublayers", block)] * arch.adapts_sublayers(block)
+    return [*((unit,) for unit in units), *([tuple(units)] if len(units) > 1 else [])]
 
 
-def _step(trial: Trial, here: Stop, kinds: Kinds, sizes: dict[Kinds, float], sign: int) -> Stop | None:
-    """About a step further by some kinds, or as far as it goes; None where it does not go any further.
+def _moved(offsets: Offsets, depth: int, move: Move, by: float) -> Offsets:
+    values = dict(zip(KINDS, map(list, offsets.by_block(depth)), strict=True))
+    for kind, block in move:
+        values[kind][block] = min(MAX_OFFSET, max(-MAX_OFFSET, values[kind][block] + by))
+    return replace(offsets, **{kind: values[kind] for kind, _ in move})
 
-    `sizes` holds the change of offsets that was last right, and is where the search for it begins.
+
+def _step(trial: Trial, here: Stop, move: Move, sizes: dict[Move, float], sign: int) -> Stop | None:
+    """About a step further by some units, or as far as it goes; None where it does not go any further.
+
+    `sizes` holds the change of offsets that was last right, and is where the search for it begins. Few images tell
+    how far a change goes.
     """
-    old = {kind: getattr(here.offsets, kind) for kind in kinds}
-    room = min(MAX_OFFSET - sign * offset for offset in old.values())
+    depth = trial.runtime.architecture.depth
+    step, before = EVEN_STEP if len(move) > 1 else STEP, trial.size(here.offsets).macs
     small, large = 0.0, float("inf")
-    size, best, right, reached = min(sizes[kinds], room), None, 0.0, 0.0
+    size, best, right, reached, spent = sizes[move], None, 0.0, 0.0, False
     for _ in range(TRIES):
-        offsets = replace(here.offsets, **{kind: offset + sign * size for kind, offset in old.items()})
-        found = Stop(offsets, trial.search(offsets))
-        moved = sign * (found.outcome.macs - here.outcome.macs) / STEP
+        offsets = _moved(here.offsets, depth, move, sign * size)
+        moved = sign * (trial.size(offsets).macs - before) / step
         if moved > reached + STALLED or NEAR[0] <= moved <= NEAR[1]:
-            best, right, reached = found, size, moved
+            best, right, reached = offsets, size, moved
         elif best is not None and large == float("inf"):
-            best = replace(best, spent=True)
+            spent = True
             break
-        if NEAR[0] <= moved <= NEAR[1] or (moved < NEAR[0] and size == room):
+        if NEAR[0] <= moved <= NEAR[1] or (moved < NEAR[0] and size >= MAX_OFFSET):
             break
         small, large = (size, large) if moved < NEAR[0] else (small, size)
         guess = size * min(8.0, max(0.125, 1 / max(moved, 1e-9)))
-        size = min(room, guess if small < guess < large else (small + large) / 2)
-    if best is not None:
-        sizes[kinds] = right
-    return best
+        size = min(MAX_OFFSET, guess if small < guess < large else (small + large) / 2)
+    if best is None:
+        return None
+    sizes[move] = right
+    found = Stop(best, trial.search(best), spent)
+    return found if sign * (found.outcome.macs - here.outcome.macs) > 0 else None

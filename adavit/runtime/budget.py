@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,53 @@ __all__ = ["TRAINED", "Budgets", "Offsets", "OperatingPoint", "present", "resolv
 MAX_OFFSET = 1000.0
 MAX_POINTS = 1000
 
+Offset = float | Sequence[float]
+"""Of one kind: the same for every block, or one for each."""
+
 
 @dataclass(frozen=True)
 class Offsets:
-    """What is added to the decision logits of each kind, of every image and block, before their thresholds.
+    """What is added to the decision logits of each kind, of every image, before their thresholds.
 
     The same as thresholds that are lower by as much: a larger offset keeps whatever a smaller one keeps at the
-    same logits. Zeros are the trained policy.
+    same logits. Zeros are the trained policy. A kind's offset is a number for all blocks, or a number for each.
     """
 
-    tokens: float = 0.0
-    heads: float = 0.0
-    sublayers: float = 0.0
+    tokens: Offset = 0.0
+    heads: Offset = 0.0
+    sublayers: Offset = 0.0
 
     def __post_init__(self) -> None:
-        for kind, value in asdict(self).items():
-            if type(value) not in (int, float) or not abs(value) <= MAX_OFFSET:
-                raise ValueError(f"the offset of {kind} is {value!r}: expected a number up to {MAX_OFFSET:g}")
+        for kind, value in vars(self).items():
+            several = isinstance(value, list | tuple)
+            if any(type(v) not in (int, float) or not abs(v) <= MAX_OFFSET for v in (value if several else [value])):
+                raise ValueError(f"the offset of {kind} is {value!r}: expected numbers up to {MAX_OFFSET:g}")
+            if several:
+                object.__setattr__(self, kind, tuple(value))
+
+    def by_block(self, depth: int) -> list[tuple[float, ...]]:
+        """For tokens, heads and sub-layers, the offsets of `depth` blocks.
+
+        Raises:
+            InputError: there are offsets for another number of blocks.
+        """
+        found = [value if isinstance(value, tuple) else (value,) * depth for value in astuple(self)]
+        for kind, values in zip(asdict(self), found, strict=True):
+            if len(values) != depth:
+                raise InputError(f"there are {len(values)} offsets of {kind}: this model has {depth} blocks")
+        return found
 
     def toward(self, other: Offsets, share: float) -> Offsets:
         """The offsets on the straight line to `other`: these at share 0, the others at 1."""
-        pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
-        return Offsets(*((1 - share) * a + share * b for a, b in pairs))
+
+        def between(a: Any, b: Any) -> Any:
+            if isinstance(a, tuple) or isinstance(b, tuple):
+                depth = len(a if isinstance(a, tuple) else b)
+                pairs = zip(*(v if isinstance(v, tuple) else (v,) * depth for v in (a, b)), strict=True)
+                return tuple(between(*pair) for pair in pairs)
+            return a if a == b else (1 - share) * a + share * b  # rounding would turn back what stays
+
+        return Offsets(*map(between, astuple(self), astuple(other)))
 
 
 TRAINED = Offsets()
@@ -100,8 +125,8 @@ class Budgets:
         return low.offsets.toward(high.offsets, (asked - low.budget) / (high.budget - low.budget))
 
     @classmethod
-    def from_dict(cls, values: Any) -> Budgets:
-        """Reads what `to_dict` wrote, which may have been altered.
+    def from_dict(cls, values: Any, depth: int) -> Budgets:
+        """Reads what `to_dict` wrote, which may have been altered, for a model of `depth` blocks.
 
         Raises:
             ValueError: something is missing, of another type or out of bounds.
@@ -115,6 +140,10 @@ class Budgets:
             if type(point.budget) not in (int, float) or not last < point.budget <= 1:
                 raise ValueError(f"budget {point.budget!r} is no share of the dense MACs, or out of order")
             last = point.budget
+            try:
+                point.offsets.by_block(depth)
+            except InputError as error:
+                raise ValueError(str(error)) from None
         if sum(point.offsets == TRAINED for point in points) != 1:
             raise ValueError("not exactly one of the operating points is the trained policy")
         return cls(points, dict(values["calibration"]))

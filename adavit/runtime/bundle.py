@@ -107,7 +107,7 @@ class Bundle:
         try:
             arch = Architecture.from_dict(config.get("architecture"))
             engines = {name: _engine(name, spec) for name, spec in config["engines"].items()}
-            budgets = Budgets.from_dict(config["budgets"]) if "budgets" in config else None
+            budgets = Budgets.from_dict(config["budgets"], arch.depth) if "budgets" in config else None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{folder}/config.json is damaged ({error}); export again") from None
         labels = tuple(_text(folder, "labels.txt").splitlines())

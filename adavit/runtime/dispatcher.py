@@ -50,16 +50,17 @@ SIDE_BY_SIDE = 16
 
 
 class Thresholds(NamedTuple):
-    """What logits have to exceed."""
+    """What logits have to exceed, each [L]."""
 
-    tokens: np.float32
-    heads: np.float32
-    sublayers: np.float32
+    tokens: Float
+    heads: Float
+    sublayers: Float
 
     @classmethod
-    def of(cls, offsets: Offsets) -> Thresholds:
+    def of(cls, offsets: Offsets, depth: int) -> Thresholds:
         """The model's own, less the offsets."""
-        return cls(*map(np.float32, (TOKEN_LOGIT - offsets.tokens, -offsets.heads, -offsets.sublayers)))
+        tokens, heads, sublayers = np.asarray(offsets.by_block(depth))
+        return cls(*(kind.astype(np.float32) for kind in (TOKEN_LOGIT - tokens, -heads, -sublayers)))
 
 
 class Tokens(NamedTuple):
@@ -142,7 +143,7 @@ class Dispatcher:
         arch, batch, backend = self.arch, len(images), self.backend
         used = Policy.dense(arch, batch) if replay is None else replay
         classes = backend.buffer((batch, arch.width))
-        thresholds = None if replay else Thresholds.of(offsets)
+        thresholds = None if replay else Thresholds.of(offsets, arch.depth)
         for start in range(0, batch, SIDE_BY_SIDE):
             positions = range(start, min(start + SIDE_BY_SIDE, batch))
             self._run_side_by_side(
@@ -257,12 +258,12 @@ class ImageRun:
         tokens, heads, sublayers = self._policy
         logits = self._backend.fetch(*scratch.decided[index])
         if arch.token_policy:
-            np.greater(logits[0][1:, 0], thresholds.tokens, out=tokens[index, 1:])
+            np.greater(logits[0][1:, 0], thresholds.tokens[index], out=tokens[index, 1:])
         choices = logits[-1][0]
         if arch.adapts_heads(index):
-            np.greater(choices[: arch.heads], thresholds.heads, out=heads[index])
+            np.greater(choices[: arch.heads], thresholds.heads[index], out=heads[index])
         if arch.adapts_sublayers(index):
-            np.greater(choices[-2:], thresholds.sublayers, out=sublayers[index])
+            np.greater(choices[-2:], thresholds.sublayers[index], out=sublayers[index])
 
     def _run_sublayers(
         self, index: int, block: BlockEngines, x: Tokens, scratch: Scratch, attention: bool, mlp: bool

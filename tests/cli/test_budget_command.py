@@ -99,7 +99,7 @@ def test_a_latency_is_timed_here(dialled: Path, labelled: Path) -> None:
 
 def test_few_of_many_points_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [point(0.01 * n, float(n - 50)) for n in range(1, 101)]
-    budgets = Budgets.from_dict({"points": points, "calibration": {}})
+    budgets = Budgets.from_dict({"points": points, "calibration": {}}, tiny().depth)
     found = [chosen.budget for chosen in latency._spread(budgets.points)]
     assert len(found) == latency.TIMED
     assert (found[0], found[-1]) == (0.01, 1.0)

@@ -140,6 +140,40 @@ def test_many_threads_that_follow_many_policies(
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("parallel", ["operators", "samples"])
+@pytest.mark.parametrize("together", [1, 2, 5, 99])
+def test_images_side_by_side_get_what_each_gets_alone(
+    parallel: str, together: int, wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many images share a block's turn, also where all tokens are kept, which swaps their buffers."""
+    monkeypatch.setattr(dispatcher, "SIDE_BY_SIDE", together)
+    runtime = adavit.load(wide[0], threads=3, parallel=parallel)
+    images, policy = random_images(WIDE, 7), random_policy(WIDE, 7, 0)
+    policy.tokens[::2, 1:] = True
+    for recorded in (None, policy):
+        found = runtime.run(images, policy=recorded)
+        for position in range(len(images)):
+            rows = slice(position, position + 1)
+            alone = runtime.run(images[rows], policy=None if recorded is None else recorded[rows])
+            np.testing.assert_allclose(found.logits[rows], alone.logits, atol=1e-6)
+            assert_same_policy(found.policy[rows], alone.policy)
+            assert found.macs[position] == alone.macs[0]
+
+
+def test_a_failing_engine_leaves_a_runtime_that_works(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = adavit.load(tiny_bundle, threads=2, parallel="samples")
+    wanted = runtime.run(IMAGES).logits
+
+    def fail(*_: Any) -> None:
+        raise BackendError("engine blocks.1.decide failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime.dispatcher.engines.blocks[1].decide, "run", fail)
+        with pytest.raises(BackendError, match="failed"):
+            runtime.run(IMAGES)
+    np.testing.assert_array_equal(runtime.run(IMAGES).logits, wanted)
+
+
 def test_runtimes_side_by_side_do_not_disturb_each_other(tiny_bundle: Path, runtime: Runtime) -> None:
     wanted = runtime.run(IMAGES).logits
     for parallel in ("operators", "samples"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cases import (
     assert_same_policy,
     export,
@@ -59,6 +60,39 @@ def test_offsets_are_biases_in_the_masked_net(runtime: Runtime, tokens: float, h
     np.testing.assert_allclose(found.logits[sure], logits[sure], atol=1e-4)
 
 
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.tuples(SOME, SOME, SOME), min_size=3, max_size=3))
+def test_offsets_by_block_are_biases_of_these_blocks(runtime: Runtime, by_block: list[tuple[float, ...]]) -> None:
+    shifted = random_model(tiny())
+    with torch.no_grad():
+        for block, (tokens, heads, sublayers) in zip(shifted.blocks, by_block, strict=True):
+            block.attn.token_select.mlp_head.bias += tokens
+            for name, offset in (("head_select", heads), ("layer_select", sublayers)):
+                if getattr(block, name, None):
+                    getattr(block, name).mlp_head.bias += offset
+    logits, policy, margin = oracle(shifted, IMAGES)
+    sure = margin > 1e-5
+    found = runtime.run(IMAGES, budget=Offsets(*zip(*by_block, strict=True)))
+    assert_same_policy(found.policy[sure], policy[sure])
+    np.testing.assert_allclose(found.logits[sure], logits[sure], atol=1e-4)
+
+
+@given(
+    st.one_of(SOME, st.tuples(SOME, SOME)), st.one_of(SOME, st.tuples(SOME, SOME)), st.floats(0, 1), st.integers(0, 1)
+)
+def test_between_offsets_by_block_each_block_is_on_its_line(first: Any, second: Any, share: float, block: int) -> None:
+    low, high = Offsets(heads=first), Offsets(heads=second)
+    wanted = (1 - share) * low.by_block(2)[1][block] + share * high.by_block(2)[1][block]
+    assert low.toward(high, share).by_block(2)[1][block] == pytest.approx(wanted, abs=1e-6)
+    if first == second:
+        assert low.toward(high, share).by_block(2) == low.by_block(2)  # to the last bit: what stays never turns back
+
+
+def test_offsets_for_another_number_of_blocks(runtime: Runtime) -> None:
+    with pytest.raises(InputError, match="there are 2 offsets of heads: this model has 3 blocks"):
+        runtime.run(IMAGES, budget=Offsets(heads=(1.0, 2.0)))
+
+
 def test_without_offsets_the_trained_policy_runs(runtime: Runtime) -> None:
     assert_same_policy(runtime.run(IMAGES, budget=TRAINED).policy, runtime.run(IMAGES).policy)
 
@@ -88,7 +122,7 @@ def test_the_ends_keep_all_or_nothing(kind: str, runtime: Runtime) -> None:
 
 @given(budget=st.floats(0.2, 0.9))
 def test_between_points_offsets_are_on_the_straight_line(budget: float) -> None:
-    budgets = Budgets.from_dict(POINTS)
+    budgets = Budgets.from_dict(POINTS, tiny().depth)
     found = budgets.offsets(budget)
     for kind in ("tokens", "heads", "sublayers"):
         stored = [getattr(point.offsets, kind) for point in budgets.points]
@@ -96,12 +130,12 @@ def test_between_points_offsets_are_on_the_straight_line(budget: float) -> None:
 
 
 def test_stored_points_are_met_exactly() -> None:
-    budgets = Budgets.from_dict(POINTS)
+    budgets = Budgets.from_dict(POINTS, tiny().depth)
     for point in budgets.points:
         assert budgets.offsets(point.budget) == point.offsets
     assert budgets.offsets(np.float64(0.5)) == TRAINED
     assert budgets.trained.budget == 0.5
-    assert Budgets.from_dict(json.loads(json.dumps(budgets.to_dict()))) == budgets
+    assert Budgets.from_dict(json.loads(json.dumps(budgets.to_dict())), tiny().depth) == budgets
 
 
 def test_a_budget_is_of_its_request_alone(dialled: Path) -> None:
@@ -199,6 +233,8 @@ DAMAGED: dict[str, Any] = {
     "an offset of NaN": damaged(offsets={"tokens": float("nan")}),
     "an infinite offset": damaged(offsets={"tokens": float("inf")}),
     "an unknown kind": damaged(offsets={"blocks": 1.0}),
+    "offsets of too few blocks": damaged(offsets={"tokens": [1.0, 2.0]}),
+    "an offset of NaN in a block": damaged(offsets={"tokens": [1.0, float("nan"), 2.0]}),
     "offsets in a list": damaged(offsets=[0, 0, 0]),
     "without the trained policy": damaged(offsets={"tokens": 1.0}),
     "no measurement": damaged(measured=1),
