@@ -1,12 +1,16 @@
 """The stem as a graph: pixels [B, 3, S, S] to the first block's input [B, N, D].
 
-The T2T stem is restructured exactly. Unfolding is strided slices laid side by side, in the order (row,
-column, channel); the weights behind it are permuted from torch's (channel, row, column) to match. The
-performer's factor 1/m cancels between numerator and denominator (where it scales the 1e-8), and its
-output projection is applied to the 32 x 64 context instead of to every token.
+The T2T stem is restructured exactly, and stays in the layout of pictures, [B, channels, places], so that nothing is
+transposed. Every linear layer behind an unfold is a convolution. Layer normalisation divides by a deviation that is the
+same for all channels of a place, so that it may do so behind the linear layer; taking the mean away is part of the
+weights. The first unfold takes its own mean away in the convolution; what the second unfold's variance is made of, see
+`_unfolded_variance`. The performer's factor 1/m cancels between numerator and denominator (where it scales the 1e-8),
+and its output projection is applied to the 64 x 32 context instead of to every token.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +21,11 @@ from adavit.export.weights import Weights
 from adavit.macs import PERFORMER_FEATURES, PERFORMER_WIDTH
 
 __all__ = ["add_stem"]
+
+Float = npt.NDArray[np.float32]
+
+UNFOLDED = 3 * 7 * 7
+"""Values that the first unfold sees at a place."""
 
 
 def add_stem(graph: Graph, arch: Architecture, weights: Weights, images: str) -> str:
@@ -49,74 +58,107 @@ def _tokens(graph: Graph, feature_map: str, channels: int) -> str:
 
 def _tokens_to_token(graph: Graph, arch: Architecture, weights: Weights, images: str) -> str:
     width, side = PERFORMER_WIDTH, arch.image_size
-    padded = graph.op("Pad", images, graph.ints(0, 0, 2, 2, 0, 0, 2, 2))
-    found = graph.op("Concat", *_shifted(graph, padded, 7, 4, side // 4, axes=(2, 3)), axis=1)
-    x = _performer(graph, weights, "attention1", _tokens(graph, found, 3 * 7 * 7), channels=3, kernel=7)
-    x = graph.op("Reshape", x, graph.ints(0, side // 4, side // 4, width))
-    padded = graph.op("Pad", x, graph.ints(0, 1, 1, 0, 0, 1, 1, 0))
-    found = graph.op("Concat", *_shifted(graph, padded, 3, 2, side // 8, axes=(1, 2)), axis=3)
-    x = graph.op("Reshape", found, graph.ints(0, -1, width * 3 * 3))
-    x = _performer(graph, weights, "attention2", x, channels=width, kernel=3)
-    # The last unfold feeds one linear layer, which makes the two of them a convolution.
-    x = graph.op("Reshape", graph.op("Transpose", x, perm=[0, 2, 1]), graph.ints(0, width, side // 8, side // 8))
+    first, second = (weights.under(f"tokens_to_token.attention{i}") for i in (1, 2))
+
+    unfold = _centred(np.eye(UNFOLDED)).reshape(UNFOLDED, 3, 7, 7)
+    x = graph.op("Conv", images, graph.weight("unfold", unfold), kernel_shape=[7, 7], strides=[4, 4], pads=[2] * 4)
+    x = graph.op("Reshape", x, graph.ints(0, UNFOLDED, -1))
+    deviation = _deviation(graph, _mean(graph, graph.op("Mul", x, x), UNFOLDED))
+    weight, bias = _behind_norm(first, "norm1", "kqv")
+    kqv = graph.op("MatMul", graph.weight("attention1.kqv.weight", weight), graph.op("Div", x, deviation))
+    x = _performer(graph, first, "attention1", graph.op("Add", kqv, graph.weight("attention1.kqv.bias", bias)))
+
+    weight, bias = _behind_norm(second, "norm1", "kqv")
+    kernel = _centred(weight).reshape(3 * width, width, 3, 3)
+    picture = graph.op("Reshape", x, graph.ints(0, width, side // 4, side // 4))
+    kqv = _convolved(graph, picture, "attention2.kqv.weight", kernel)
+    deviation = _deviation(graph, _unfolded_variance(graph, x, side // 4))
+    kqv = graph.op("Div", graph.op("Reshape", kqv, graph.ints(0, 3 * width, -1)), deviation)
+    x = _performer(graph, second, "attention2", graph.op("Add", kqv, graph.weight("attention2.kqv.bias", bias)))
+
+    picture = graph.op("Reshape", x, graph.ints(0, width, side // 8, side // 8))
     kernel = weights["tokens_to_token.project.weight"].reshape(arch.width, width, 3, 3)
-    bias = graph.weight("project.bias", weights["tokens_to_token.project.bias"])
-    x = graph.op(
-        "Conv", x, graph.weight("project.weight", kernel), bias, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4
-    )
+    bias = weights["tokens_to_token.project.bias"]
+    x = _convolved(graph, picture, "project.weight", kernel, graph.weight("project.bias", bias))
     return _tokens(graph, x, arch.width)
 
 
-def _shifted(graph: Graph, padded: str, kernel: int, stride: int, size: int, axes: tuple[int, int]) -> list[str]:
-    """The kernel's positions, row by row: what each sees at every one of its size x size places."""
-    reach = stride * (size - 1) + 1
-    return [
-        graph.op(
-            "Slice",
-            padded,
-            graph.ints(row, column),
-            graph.ints(row + reach, column + reach),
-            graph.ints(*axes),
-            graph.ints(stride, stride),
-        )
-        for row in range(kernel)
-        for column in range(kernel)
-    ]
+def _convolved(graph: Graph, picture: str, name: str, kernel: Float, *bias: str) -> str:
+    """A linear layer behind the unfold of 3 x 3 places, every second in both directions."""
+    weight = graph.weight(name, kernel)
+    return graph.op("Conv", picture, weight, *bias, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
 
 
-def _performer(graph: Graph, weights: Weights, name: str, x: str, channels: int, kernel: int) -> str:
-    """One performer layer [B, n, kernel^2 * channels] -> [B, n, 64]; see `adavit.model.stem.Performer`."""
+def _unfolded_variance(graph: Graph, x: str, side: int) -> str:
+    """The variance of what the second unfold sees of x [B, 64, side^2] at each place: [B, 1, (side / 2)^2].
+
+    Of nine places and their channels, it is the mean variance within the places and the variance of their means. Both
+    are sums of squares of differences, as exact as the variance of the unfolded values themselves.
+    """
+    mean = _mean(graph, x, PERFORMER_WIDTH)
+    rest = graph.op("Sub", x, mean)
+    within = _mean(graph, graph.op("Mul", rest, rest), PERFORMER_WIDTH)
+    means, variances = (graph.op("Reshape", value, graph.ints(0, 1, side, side)) for value in (mean, within))
+    between = _convolved(graph, means, "places", _centred(np.eye(9)).reshape(9, 1, 3, 3))
+    between = graph.op("Reshape", between, graph.ints(0, 9, -1))
+    pooled = _convolved(graph, variances, "pool", np.full((1, 1, 3, 3), 1 / 9, np.float32))
+    return graph.op(
+        "Add",
+        graph.op("Reshape", pooled, graph.ints(0, 1, -1)),
+        _mean(graph, graph.op("Mul", between, between), 9),
+    )
+
+
+def _performer(graph: Graph, part: Weights, name: str, kqv: str) -> str:
+    """The rest of a performer layer behind kqv [B, 192, n] -> [B, 64, n]; see `adavit.model.stem.Performer`."""
     width, features = PERFORMER_WIDTH, PERFORMER_FEATURES
-    part = weights.under(f"tokens_to_token.{name}")
-    # torch's (channel, row, column) to (row, column, channel)
-    order = np.arange(channels * kernel**2).reshape(channels, kernel**2).T.ravel()
-    normed = _norm(graph, f"{name}.norm1", x, part["norm1.weight"][order], part["norm1.bias"][order])
-    kqv = _linear(graph, f"{name}.kqv", normed, part["kqv.weight"][:, order], part["kqv.bias"])
-    key, query, value = graph.ops("Split", kqv, graph.ints(width, width, width), outputs=3, axis=2)
+    key, query, value = graph.ops("Split", kqv, graph.ints(width, width, width), outputs=3, axis=1)
     key, query = _features(graph, name, part, key), _features(graph, name, part, query)
-    context = graph.op("MatMul", graph.op("Transpose", key, perm=[0, 2, 1]), value)
-    context = graph.op("MatMul", context, graph.weight(f"{name}.proj.weight", part["proj.weight"].T))
-    total = graph.op("Transpose", graph.op("ReduceSum", key, graph.ints(1), keepdims=1), perm=[0, 2, 1])
-    both = graph.op("MatMul", query, graph.op("Concat", context, total, axis=2))
-    numerator, denominator = graph.ops("Split", both, graph.ints(width, 1), outputs=2, axis=2)
-    y = graph.op("Div", numerator, graph.op("Add", denominator, graph.scalar(1e-8 * features)))
-    y = graph.op("Add", graph.op("Add", y, graph.weight(f"{name}.proj.bias", part["proj.bias"])), value)
-    z = _norm(graph, f"{name}.norm2", y, part["norm2.weight"], part["norm2.bias"])
-    z = graph.gelu(_linear(graph, f"{name}.mlp.0", z, part["mlp.0.weight"], part["mlp.0.bias"]))
-    return graph.op("Add", _linear(graph, f"{name}.mlp.2", z, part["mlp.2.weight"], part["mlp.2.bias"]), y)
+    context = graph.op("MatMul", value, graph.op("Transpose", key, perm=[0, 2, 1]))
+    context = graph.op("MatMul", graph.weight(f"{name}.proj.weight", part["proj.weight"]), context)
+    total = graph.op("Transpose", graph.op("ReduceSum", key, graph.ints(2), keepdims=1), perm=[0, 2, 1])
+    denominator = graph.op("Add", graph.op("MatMul", total, query), graph.scalar(1e-8 * features))
+    y = graph.op("Div", graph.op("MatMul", context, query), denominator)
+    y = graph.op("Add", graph.op("Add", y, graph.weight(f"{name}.proj.bias", part["proj.bias"][:, None])), value)
+
+    rest = graph.op("Sub", y, _mean(graph, y, width))
+    deviation = _deviation(graph, _mean(graph, graph.op("Mul", rest, rest), width))
+    weight, bias = _behind_norm(part, "norm2", "mlp.0")
+    z = graph.op("MatMul", graph.weight(f"{name}.mlp.0.weight", weight), graph.op("Div", rest, deviation))
+    z = graph.gelu(graph.op("Add", z, graph.weight(f"{name}.mlp.0.bias", bias)))
+    z = graph.op("MatMul", graph.weight(f"{name}.mlp.2.weight", part["mlp.2.weight"]), z)
+    z = graph.op("Add", z, graph.weight(f"{name}.mlp.2.bias", part["mlp.2.bias"][:, None]))
+    return graph.op("Add", z, y)
+
+
+def _centred(weight: npt.NDArray[Any]) -> Float:
+    """The weights of a linear layer [out, in] whose input has its mean taken away first."""
+    exact = weight.astype(np.float64)
+    centred: Float = (exact - exact.mean(1, keepdims=True)).astype(np.float32)
+    return centred
+
+
+def _mean(graph: Graph, x: str, channels: int) -> str:
+    """The mean over the channels of [B, C, n], as a product: backends reduce this dimension slowly."""
+    row = graph.weight(f"mean_{channels}", np.full((1, channels), 1 / channels, np.float32))
+    return graph.op("MatMul", row, x)
+
+
+def _deviation(graph: Graph, variance: str) -> str:
+    """What layer normalisation divides by."""
+    return graph.op("Sqrt", graph.op("Add", variance, graph.scalar(1e-5)))
+
+
+def _behind_norm(part: Weights, norm: str, linear: str) -> tuple[Float, Float]:
+    """Weights [out, in] and bias [out, 1] of a linear layer with the scale and bias of the normalisation before it."""
+    weight = part[f"{linear}.weight"].astype(np.float64)
+    bias = weight @ part[f"{norm}.bias"] + part[f"{linear}.bias"]
+    scaled: Float = (weight * part[f"{norm}.weight"]).astype(np.float32)
+    return scaled, bias[:, None].astype(np.float32)
 
 
 def _features(graph: Graph, name: str, part: Weights, u: str) -> str:
-    """sqrt(m) phi(u) = exp(u w^T - |u|^2 / 2)."""
-    linear = graph.op("MatMul", u, graph.weight(f"{name}.w", part["w"].T))
-    half = graph.weight(f"{name}.half", np.full((PERFORMER_WIDTH, 1), 0.5, np.float32))
-    return graph.op("Exp", graph.op("Sub", linear, graph.op("MatMul", graph.op("Mul", u, u), half)))
-
-
-def _norm(graph: Graph, name: str, x: str, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]) -> str:
-    return graph.layer_norm(x, graph.weight(f"{name}.weight", weight), graph.weight(f"{name}.bias", bias), 1e-5)
-
-
-def _linear(graph: Graph, name: str, x: str, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]) -> str:
-    product = graph.op("MatMul", x, graph.weight(f"{name}.weight", weight.T))
-    return graph.op("Add", product, graph.weight(f"{name}.bias", bias))
+    """sqrt(m) phi(u) = exp(w u - |u|^2 / 2), of u [B, 64, n]."""
+    linear = graph.op("MatMul", graph.weight(f"{name}.w", part["w"]), u)
+    half = graph.weight(f"{name}.half", np.full((1, PERFORMER_WIDTH), 0.5, np.float32))
+    return graph.op("Exp", graph.op("Sub", linear, graph.op("MatMul", half, graph.op("Mul", u, u))))
