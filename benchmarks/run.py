@@ -115,7 +115,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="executed MACs / dense MACs (numbers: batch)")
     axes.set_title("filled: " + ", hollow: ".join(dict.fromkeys(row["backend"] for row in rows)), fontsize="medium")
     axes.set_ylabel("latency / latency of the dense twin")
-    axes.legend(loc="upper left", fontsize="small")
+    axes.legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=150)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,11 +57,12 @@ class Thresholds(NamedTuple):
     heads: Float
     sublayers: Float
 
-    @classmethod
-    def of(cls, offsets: Offsets, depth: int) -> Thresholds:
+    @staticmethod
+    @lru_cache(64)
+    def of(offsets: Offsets, depth: int) -> Thresholds:
         """The model's own, less the offsets."""
         tokens, heads, sublayers = np.asarray(offsets.by_block(depth))
-        return cls(*(kind.astype(np.float32) for kind in (TOKEN_LOGIT - tokens, -heads, -sublayers)))
+        return Thresholds(*(kind.astype(np.float32) for kind in (TOKEN_LOGIT - tokens, -heads, -sublayers)))
 
 
 class Tokens(NamedTuple):
