@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -21,8 +22,12 @@ def sha256(data: bytes) -> str:
 
 @contextmanager
 def write_beside(path: Path) -> Iterator[IO[Any]]:
-    """A binary file that becomes `path` when the block ends well, and vanishes when it does not."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    """A binary file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    What a killed process left is swept up by the next call.
+    """
+    _remove_left(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".{os.getpid()}.tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -62,10 +67,19 @@ def _sweep(path: Path, old: Path) -> None:
     if old.exists() and not path.exists():
         os.rename(old, path)
     shutil.rmtree(old, ignore_errors=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
+    _remove_left(path)
+
+
+def _remove_left(path: Path) -> None:
+    """Removes what dead processes left of files and folders that were to become `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         owner = left.name.split(".")[-2]
-        if owner.isdigit() and not _alive(int(owner)):
+        if not owner.isdigit() or _alive(int(owner)):
+            continue
+        if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:

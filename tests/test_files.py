@@ -41,6 +41,20 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
+def test_what_a_killed_writer_left_is_swept_up_and_nothing_else(tmp_path: Path) -> None:
+    code = "import os, sys; from pathlib import Path; from adavit.files import write_beside\n"
+    code += "with write_beside(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    assert python(code, tmp_path / "a").returncode == -9
+    (left,) = names(tmp_path)
+    assert left.startswith(".a.")
+    with write_beside(tmp_path / "b"):
+        pass
+    with write_beside(tmp_path / "a"), write_beside(tmp_path / "a"):  # another writer that lives
+        assert left not in names(tmp_path)
+        assert len(names(tmp_path)) == 3
+    assert names(tmp_path) == ["a", "b"]
+
+
 def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
     for content in ("old", "new"):
         with folder_beside(tmp_path / "a") as folder:

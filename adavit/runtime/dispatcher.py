@@ -145,7 +145,7 @@ class Dispatcher:
         arch, batch, backend = self.arch, len(images), self.backend
         used = Policy.dense(arch, batch) if replay is None else replay
         classes = backend.buffer((batch, arch.width))
-        thresholds = None if replay else Thresholds.of(offsets, arch.depth)
+        thresholds = Thresholds.of(offsets, arch.depth) if replay is None else None
         for start in range(0, batch, SIDE_BY_SIDE):
             positions = range(start, min(start + SIDE_BY_SIDE, batch))
             self._run_side_by_side(

@@ -137,8 +137,9 @@ class DeviceMoves(ABC):
     def upload(self, array: npt.NDArray[Any]) -> DeviceBuffer:
         """See `Backend.upload`."""
         buffer = self.buffer(array.shape, array.dtype.name)
-        self._device.begin()
-        self._device.upload(np.ascontiguousarray(array), buffer.address)
+        with self._device.lock:
+            self._device.begin()
+            self._device.upload(np.ascontiguousarray(array), buffer.address)
         return buffer
 
     def gather(self, source: DeviceBuffer, kept: Index, into: DeviceBuffer, at: int = 0) -> None:

@@ -22,8 +22,8 @@ __all__ = ["OnnxRuntimeBackend"]
 log = logging.getLogger(__name__)
 
 UNWANTED = ["MatMulAddFusion"]
-"""What makes a Gemm of a product and its bias, which copies the bias into every row before it multiplies: on two Zen 5
-cores a fifth of the time of a sub-layer. Apart, the bias joins what follows. It also hides int8, see below."""
+"""What makes a Gemm of a product and its bias, which copies the bias into every row before it multiplies; left alone,
+the bias joins the GELU behind it. On two Zen 5 cores that is 3 to 6 % of an MLP. It also hides int8, see below."""
 HIDING_INT8 = [*UNWANTED, "CommonSubexpressionElimination"]
 """What rearranges quantised products before ONNX Runtime sees that they are: they would run in float32."""
 
