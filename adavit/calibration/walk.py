@@ -16,6 +16,7 @@ import numpy as np
 from adavit.architecture import Architecture
 from adavit.calibration.trial import Outcome, Trial
 from adavit.runtime.budget import MAX_OFFSET, TRAINED, Offsets
+from adavit.runtime.compare import KINDS
 
 __all__ = ["EVEN_STEP", "STEP", "Stop", "Way", "walk"]
 
@@ -29,7 +30,6 @@ TRIES = 8
 FIRST = 0.5
 """The first change of an offset that is tried; the logits' scale is not known."""
 
-KINDS = ("tokens", "heads", "sublayers")
 Move = tuple[tuple[str, int], ...]
 """Units, by kind and block, whose offsets change together."""
 
