@@ -63,7 +63,7 @@ def _tokens_to_token(graph: Graph, arch: Architecture, weights: Weights, images:
     unfold = _centred(np.eye(UNFOLDED)).reshape(UNFOLDED, 3, 7, 7)
     x = graph.op("Conv", images, graph.weight("unfold", unfold), kernel_shape=[7, 7], strides=[4, 4], pads=[2] * 4)
     x = graph.op("Reshape", x, graph.ints(0, UNFOLDED, -1))
-    deviation = _deviation(graph, _mean(graph, graph.op("Mul", x, x), UNFOLDED))
+    deviation = _deviation(graph, _mean_square(graph, x, UNFOLDED))
     weight, bias = _behind_norm(first, "norm1", "kqv")
     kqv = graph.op("MatMul", graph.weight("attention1.kqv.weight", weight), graph.op("Div", x, deviation))
     x = _performer(graph, first, "attention1", graph.op("Add", kqv, graph.weight("attention1.kqv.bias", bias)))
@@ -97,16 +97,12 @@ def _unfolded_variance(graph: Graph, x: str, side: int) -> str:
     """
     mean = _mean(graph, x, PERFORMER_WIDTH)
     rest = graph.op("Sub", x, mean)
-    within = _mean(graph, graph.op("Mul", rest, rest), PERFORMER_WIDTH)
+    within = _mean_square(graph, rest, PERFORMER_WIDTH)
     means, variances = (graph.op("Reshape", value, graph.ints(0, 1, side, side)) for value in (mean, within))
     between = _convolved(graph, means, "places", _centred(np.eye(9)).reshape(9, 1, 3, 3))
     between = graph.op("Reshape", between, graph.ints(0, 9, -1))
     pooled = _convolved(graph, variances, "pool", np.full((1, 1, 3, 3), 1 / 9, np.float32))
-    return graph.op(
-        "Add",
-        graph.op("Reshape", pooled, graph.ints(0, 1, -1)),
-        _mean(graph, graph.op("Mul", between, between), 9),
-    )
+    return graph.op("Add", graph.op("Reshape", pooled, graph.ints(0, 1, -1)), _mean_square(graph, between, 9))
 
 
 def _performer(graph: Graph, part: Weights, name: str, kqv: str) -> str:
@@ -122,7 +118,7 @@ def _performer(graph: Graph, part: Weights, name: str, kqv: str) -> str:
     y = graph.op("Add", graph.op("Add", y, graph.weight(f"{name}.proj.bias", part["proj.bias"][:, None])), value)
 
     rest = graph.op("Sub", y, _mean(graph, y, width))
-    deviation = _deviation(graph, _mean(graph, graph.op("Mul", rest, rest), width))
+    deviation = _deviation(graph, _mean_square(graph, rest, width))
     weight, bias = _behind_norm(part, "norm2", "mlp.0")
     z = graph.op("MatMul", graph.weight(f"{name}.mlp.0.weight", weight), graph.op("Div", rest, deviation))
     z = graph.gelu(graph.op("Add", z, graph.weight(f"{name}.mlp.0.bias", bias)))
@@ -142,6 +138,11 @@ def _mean(graph: Graph, x: str, channels: int) -> str:
     """The mean over the channels of [B, C, n], as a product: backends reduce this dimension slowly."""
     row = graph.weight(f"mean_{channels}", np.full((1, channels), 1 / channels, np.float32))
     return graph.op("MatMul", row, x)
+
+
+def _mean_square(graph: Graph, x: str, channels: int) -> str:
+    """The mean over the channels of the squares of [B, C, n]: a variance, where x has its mean taken away."""
+    return _mean(graph, graph.op("Mul", x, x), channels)
 
 
 def _deviation(graph: Graph, variance: str) -> str:

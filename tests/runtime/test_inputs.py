@@ -160,6 +160,16 @@ def test_images_side_by_side_get_what_each_gets_alone(
             assert found.macs[position] == alone.macs[0]
 
 
+def test_an_array_that_changes_between_runs_is_read_anew(runtime: Runtime) -> None:
+    """Engines keep what was bound last: the memory, never a copy of what it held."""
+    images = random_images(tiny(), 2, seed=5)
+    for seed in (5, 6, 7):
+        images[:] = random_images(tiny(), 2, seed)
+        fresh = images.copy()
+        np.testing.assert_array_equal(runtime.run_dense(images), runtime.run_dense(fresh))
+        np.testing.assert_array_equal(runtime.run(images).logits, runtime.run(fresh).logits)
+
+
 def test_a_failing_engine_leaves_a_runtime_that_works(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = adavit.load(tiny_bundle, threads=2, parallel="samples")
     wanted = runtime.run(IMAGES).logits
