@@ -140,6 +140,12 @@ def _export(
     metavar="[FILE]",
     help="Show where the time goes; FILE becomes a trace that Perfetto opens.",
 )
+@click.option(
+    "--specialise/--no-specialise",
+    default=True,
+    show_default=True,
+    help="Make engines for the sets of heads that some of the images use most.",
+)
 @click.option("--tune", is_flag=True, help="Instead: measure engines and policies, and keep the plan that is fastest.")
 @click.option("--top", type=click.IntRange(1, 100), default=1, show_default=True, help="Classes shown per image.")
 @click.option(
@@ -194,7 +200,7 @@ def _tune(bundle: Path | None, options: dict[str, Any], progress: console.Progre
     """Tunes a bundle on this machine."""
     from adavit.runtime.evaluate import RunOptions, tune_bundle
 
-    unused = ("images", "iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile")
+    unused = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile")
     if given := [f"--{name.replace('_', '-')}" for name in unused if options[name] not in (None, ())]:
         raise click.UsageError(f"--tune measures by itself, without {given[0]}")
     return tune_bundle(bundle, RunOptions(**options), progress)

@@ -38,4 +38,6 @@ def tune_lines(report: dict[str, Any]) -> list[str]:
         f"model       {report['model']} on {report['backend']}, {report['threads']} threads",
         f"plan        {report['taken']} is taken ({plans}); "
         + (f"kept in {report['plan']}" if report["plan"] else "not kept"),
+        f"sets        {len(report['gathers']['sets'])} sets of heads have engines of their own"
+        + ("" if report["gathers"]["sets"] else "; --images finds the frequent ones"),
     ]

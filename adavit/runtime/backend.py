@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -13,10 +13,10 @@ import numpy.typing as npt
 from adavit.errors import BackendError
 from adavit.runtime.bundle import Bundle
 
-__all__ = ["Backend", "Buffer", "Engine", "Options", "create_backend", "names"]
-
+__all__ = ["Backend", "Buffer", "Constants", "Engine", "Options", "create_backend", "names"]
 
 Index = npt.NDArray[np.intp]
+Constants = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,23 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
-    """Loads a bundle's engines and moves what they compute; one object per runtime."""
+    """Loads a bundle's engines and moves what they compute; one object per runtime.
+
+    Attributes:
+        name: as it is asked for.
+        fixes_inputs: whether `load` takes constants, and is faster for it.
+    """
 
     name: str
+    fixes_inputs: bool
 
-    def load(self, name: str, alone: bool = False) -> Engine:
+    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
         """Loads the bundle's engine of this name.
 
         Args:
             name: of the engine.
             alone: nothing runs beside this engine, so it may use all threads even where samples run in parallel.
+            constants: what some of its inputs always are, by name; the engine is run with the others.
 
         Raises:
             BundleError: there is no such engine, or its file is not the one that was exported.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -63,6 +63,10 @@ class EngineSpec:
     outputs: tuple[TensorSpec, ...]
     bytes: int
     sha256: str
+
+    def without(self, names: Collection[str]) -> EngineSpec:
+        """The engine without the inputs of these names."""
+        return replace(self, inputs=tuple(tensor for tensor in self.inputs if tensor.name not in names))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from adavit.runtime.engines import BlockEngines, Engines
 from adavit.runtime.heads import HeadWeights
 from adavit.runtime.plan import EnginePlan
 from adavit.runtime.policy import Policy
+from adavit.runtime.specialise import Specialised
 
 __all__ = ["Dispatcher", "Observer"]
 
@@ -44,7 +45,7 @@ Observer = Callable[[int, str, Float], None]
 """Told, after every engine: the image's position, the engine's name, and what it made of the tokens [N, D]."""
 
 CLASS_TOKEN = np.zeros(1, np.intp)
-KEPT_WEIGHTS = 128 << 20
+KEPT_WEIGHTS = 64 << 20
 """Bytes of gathered weights that a runtime keeps."""
 SIDE_BY_SIDE = 16
 """Images that go through the blocks together: more tokens than these hold would push the weights from the cache."""
@@ -114,13 +115,14 @@ class Dispatcher:
         plan: which engines gather weights; may be replaced at any time.
 
     Attributes:
-        arch: the model's shapes; backend, engines, head_weights: what runs it.
+        arch: the model's shapes; backend, engines, head_weights, specialised: what runs it.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, workers: int, plan: EnginePlan) -> None:
         self.arch = bundle.architecture
         self.engines = Engines(bundle, backend)
         self.head_weights = HeadWeights(bundle, backend, self.engines.blocks, KEPT_WEIGHTS)
+        self.specialised = Specialised(bundle, backend, self.head_weights)
         self.backend = backend
         self.plan = plan
         self._workers = workers
@@ -310,6 +312,9 @@ class ImageRun:
             return "attention"
         inputs, outputs = [x.rows(count), normed.rows(count)], [out.rows(count)]
         if block.attention_gather is not None:
+            if own := self._dispatcher.specialised.engines.get((index, "attention", heads.tobytes())):
+                own.run(inputs, outputs)
+                return "attention_gather"
             if self._dispatcher.plan.gathers[count][len(heads)][0]:
                 weights = self._dispatcher.head_weights.attention(index, heads)
                 block.attention_gather.run([*inputs, *weights], outputs)
@@ -325,6 +330,9 @@ class ImageRun:
             return "mlp"
         inputs, outputs = [x.rows(count)], [out.rows(count)]
         if block.mlp_gather is not None:
+            if own := self._dispatcher.specialised.engines.get((index, "mlp", heads.tobytes())):
+                own.run(inputs, outputs)
+                return "mlp_gather"
             named = self._dispatcher.head_weights.named(heads)
             if self._dispatcher.plan.gathers[count][len(heads)][1]:
                 weights = self._dispatcher.head_weights.mlp(index, heads)

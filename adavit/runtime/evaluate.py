@@ -28,6 +28,8 @@ SHOWN = 20
 HELD = 256 << 20
 """Bytes of preprocessed images kept for the measurement."""
 RANDOM_IMAGES = 8
+SPECIALISING_IMAGES = 64
+"""Images whose sets of heads get engines of their own; further random ones where the input is random."""
 TIMED_IMAGES = 64
 """Images that operating points are timed on, to find the one for a latency."""
 
@@ -53,6 +55,7 @@ class RunOptions:
     dense: bool | None = None
     top: int = 1
     profile: str | None = None
+    specialise: bool = True
 
 
 @dataclass
@@ -109,6 +112,9 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         seen = Evaluation(len(images), macs=[result.macs], policies=[result.policy])
         seen.held, seen.held_at = list(images[:, None]), list(range(len(images)))
     used = Policy.concatenate(seen.policies)
+    if options.specialise and not runtime.dispatcher.plan.sets:
+        some = slice(None, None, math.ceil(len(used) / SPECIALISING_IMAGES))
+        runtime.specialise(used[some] if given else runtime.run(_random_images(runtime, SPECIALISING_IMAGES)).policy)
     if options.record_policy:
         used.save(options.record_policy)
     plan = Plan(
@@ -128,6 +134,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         **summarise(runtime, plan, measured, float(np.concatenate(seen.macs).mean()), used.usage()),
         "choice": {**asdict(runtime.choice), "reason": str(runtime.choice)} if runtime.choice else None,
         "plan": runtime.dispatcher.plan.origin,
+        "specialised": len(runtime.dispatcher.specialised.sets),
         "budget": None if budget is None else {"macs": budget, "offsets": asdict(runtime.offsets)},
         "images": seen.images,
         "input": "images" if given else "random",
@@ -148,9 +155,15 @@ def tune_bundle(path: Path | None, options: RunOptions, progress: Progress) -> d
     """Tunes a bundle on this machine; returns the report that `adavit-run --tune --json` writes.
 
     Raises:
-        AdaViTError: the bundle or the backend is not usable.
+        AdaViTError: the bundle, the backend or the images are not usable.
     """
-    return tune(_load(path or demo_bundle(), options), progress)
+    runtime = _load(path or demo_bundle(), options)
+    files = find_images(options.images, runtime.labels)
+    seen = _evaluate(runtime, files, options, None, progress)
+    if files and not seen.images:
+        raise InputError(f"none of the {len(seen.skipped)} images can be read; first: {seen.skipped[0]}")
+    used = Policy.concatenate(seen.policies) if files else Policy.dense(runtime.architecture, 1)
+    return {**tune(runtime, progress, used), "skipped": seen.skipped}
 
 
 def _meet_latency(
@@ -227,7 +240,7 @@ def _gather(runtime: Runtime, seen: Evaluation, batch: list[ImageFile], result: 
             )
 
 
-def _random_images(runtime: Runtime) -> Images:
-    """Standard normal input: what normalised photographs look like to first order."""
+def _random_images(runtime: Runtime, count: int = RANDOM_IMAGES) -> Images:
+    """Standard normal input: what normalised photographs look like to first order; others for another count."""
     side = runtime.architecture.image_size
-    return np.random.default_rng(0).standard_normal((RANDOM_IMAGES, 3, side, side), dtype=np.float32)
+    return np.random.default_rng(count).standard_normal((count, 3, side, side), dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.runtime.backend import Backend, Buffer
-from adavit.runtime.bundle import Bundle
+from adavit.runtime.bundle import Bundle, TensorSpec
 from adavit.runtime.engines import BlockEngines
 
 __all__ = ["HeadWeights"]
@@ -74,6 +75,18 @@ class HeadWeights:
         """Rows of what a block's MLP needs of these heads, as `mlp_weights` makes it."""
         return self._get(block, "mlp_weights", heads)
 
+    def arrays(self, block: int, sublayer: str, heads: Index) -> dict[str, npt.NDArray[Any]]:
+        """What "attention" or "mlp" of a block needs of these heads, by name, on the host and not kept."""
+        kind = f"{sublayer}_weights"
+        names = [tensor.name for tensor in self._outputs(block, kind)]
+        buffers = [buffer for buffer, _ in self._gather(block, kind, heads)]
+        return dict(zip(names, self._backend.fetch(*buffers), strict=True))
+
+    def size(self, block: int, sublayer: str, heads: int) -> int:
+        """Bytes of what `arrays` makes of so many heads."""
+        shapes = [self._shape(tensor, heads) for tensor in self._outputs(block, f"{sublayer}_weights")]
+        return 4 * sum(math.prod(shape) for shape in shapes)
+
     def _get(self, block: int, kind: str, heads: Index) -> list[Any]:
         key = block, kind, heads.tobytes()
         found = self._kept.get(key)
@@ -84,13 +97,20 @@ class HeadWeights:
 
     def _gather(self, block: int, kind: str, heads: Index) -> Gathered:
         """The weights of heads, as new buffers with their number of rows."""
-        sizes = {"h": len(heads), "c": len(heads) * self._bundle.architecture.head_width}
         found = []
-        for tensor in self._bundle.engines[f"blocks.{block}.{kind}"].outputs:
-            shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+        for tensor in self._outputs(block, kind):
+            shape = self._shape(tensor, len(heads))
             found.append((self._backend.buffer(shape, tensor.dtype), shape[0]))
         getattr(self._blocks[block], kind).run([heads], [buffer.rows(count) for buffer, count in found])
         return found
+
+    def _outputs(self, block: int, kind: str) -> tuple[TensorSpec, ...]:
+        return self._bundle.engines[f"blocks.{block}.{kind}"].outputs
+
+    def _shape(self, tensor: TensorSpec, heads: int) -> tuple[int, ...]:
+        """Of what is gathered of so many heads."""
+        sizes = {"h": heads, "c": heads * self._bundle.architecture.head_width}
+        return tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
 
     def _keep(self, key: Key, found: Gathered) -> None:
         size = _size(found)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from adavit.architecture import Architecture
 from adavit.macs import attention_macs, mlp_macs
 
-__all__ = ["SUBLAYERS", "EnginePlan", "ruled"]
+__all__ = ["SUBLAYERS", "EnginePlan", "HeadSet", "ruled", "saved_macs"]
 
 SUBLAYERS = ("attention", "mlp")
 
@@ -22,18 +22,36 @@ GATHERED = 1.15
 """Time of a MAC with gathered weights, in MACs with constant ones (62 against 73 GMAC/s on two AVX2 cores)."""
 COPIED = 8
 """Time of copying one weight, in MACs: 32 (10 GB/s against 73 GMAC/s) for a set of heads in four that is new."""
+READ = 20
+"""Time of reading one weight from memory, in MACs (27 us a MB against 200 GMAC/s on two Zen 5 cores)."""
+
+
+class HeadSet(NamedTuple):
+    """A set of heads that a sub-layer runs with.
+
+    Attributes:
+        block: its position.
+        kind: "attention" or "mlp".
+        heads: the kept heads' numbers, ascending.
+    """
+
+    block: int
+    kind: str
+    heads: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Where engines that gather weights are the faster ones.
+    """Where engines that gather weights are the faster ones, and which sets of heads have engines of their own.
 
     Attributes:
         gathers: for K kept tokens and h kept heads, at [K][h], whether attention and MLP gather.
+        sets: of heads, with engines of their own, whatever `gathers` says.
         origin: the file that keeps it, or None for the rule that needs no measurement.
     """
 
     gathers: list[list[tuple[bool, bool]]]
+    sets: tuple[HeadSet, ...] = ()
     origin: str | None = None
 
     @classmethod
@@ -44,12 +62,13 @@ class EnginePlan:
             [[(gathers("attention", k, h), gathers("mlp", k, h)) for h in heads] for k in range(arch.tokens + 1)]
         )
 
-    def to_dict(self) -> dict[str, list[str]]:
-        """As plain JSON values: by sub-layer and h, a digit 0 or 1 for every K."""
-        return {
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values: by sub-layer and h, a digit 0 or 1 for every K; and the sets."""
+        gathers = {
             kind: ["".join(str(int(row[heads][part])) for row in self.gathers) for heads in range(len(self.gathers[0]))]
             for part, kind in enumerate(SUBLAYERS)
         }
+        return {**gathers, "sets": [[s.block, s.kind, list(s.heads)] for s in self.sets]}
 
     @classmethod
     def from_dict(cls, values: Any, arch: Architecture, origin: str) -> EnginePlan:
@@ -65,13 +84,39 @@ class EnginePlan:
             if any(type(line) is not str or len(line) != arch.tokens + 1 or set(line) - {"0", "1"} for line in lines):
                 raise ValueError(f"{kind} has other rows than of {arch.tokens + 1} digits 0 or 1")
         plan = cls.where(arch, lambda kind, k, h: values[kind][h][k] == "1")
-        return cls(plan.gathers, origin)
+        return cls(plan.gathers, _sets(values.get("sets", []), arch), origin)
+
+
+def _sets(values: Any, arch: Architecture) -> tuple[HeadSet, ...]:
+    """Reads sets of heads; raises ValueError where they are not of this architecture."""
+    try:
+        sets = tuple(HeadSet(block, kind, tuple(heads)) for block, kind, heads in values)
+        for block, kind, heads in sets:
+            numbers = [type(number) is int for number in (block, *heads)]
+            fits = all(numbers) and 0 <= block < arch.depth and arch.adapts_heads(block) and kind in SUBLAYERS
+            if not fits or not heads or list(heads) != sorted(set(heads) & set(range(arch.heads))):
+                raise ValueError(f"{[block, kind, list(heads)]} is no set of heads of this model")
+    except TypeError:
+        raise ValueError("sets of heads are not [block, sub-layer, heads]") from None
+    return sets
 
 
 def ruled(arch: Architecture) -> EnginePlan:
     """The plan where nothing has been measured, by two constants."""
     rules = {"attention": gathers_attention, "mlp": gathers_mlp}
     return EnginePlan.where(arch, lambda kind, k, h: rules[kind](arch, k, h))
+
+
+def saved_macs(arch: Architecture, kind: str, kept_tokens: int, kept_heads: int) -> float:
+    """What a sub-layer with these counts gains where its heads' weights are constants of an engine, as time in MACs.
+
+    Against the faster one of the other two engines, for "attention" or "mlp".
+    """
+    macs, weights = (attention_macs, 4 * arch.width) if kind == "attention" else (mlp_macs, arch.hidden)
+    own, dropped = macs(arch, kept_tokens, kept_heads), arch.heads - kept_heads
+    gathered = (GATHERED - 1) * own + COPIED * weights * kept_heads * arch.head_width
+    masked = macs(arch, kept_tokens, arch.heads) - own + READ * weights * dropped * arch.head_width
+    return min(gathered, masked)
 
 
 def gathers_attention(arch: Architecture, kept_tokens: int, kept_heads: int) -> bool:

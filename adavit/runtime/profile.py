@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from adavit.runtime.backend import Backend, Buffer, Engine
+from adavit.runtime.backend import Backend, Buffer, Constants, Engine
 from adavit.runtime.bundle import Bundle, EngineSpec
 
 __all__ = ["Event", "Profiler"]
@@ -50,7 +50,7 @@ class Profiler:
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.name = backend.name
+        self.name, self.fixes_inputs = backend.name, backend.fixes_inputs
         self._events: list[Event] | None = None
         self._bundle = bundle
         self._backend = backend
@@ -74,10 +74,10 @@ class Profiler:
         events.append(Event(name, start, perf_counter_ns(), get_ident(), sizes))
         return result
 
-    def load(self, name: str, alone: bool = False) -> Engine:
+    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
         """See `Backend.load`."""
-        engine = self._backend.load(name, alone)
-        return ProfiledEngine(self, engine, self._bundle.engines[name])
+        engine = self._backend.load(name, alone, constants)
+        return ProfiledEngine(self, engine, self._bundle.engines[name], constants or {})
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
         """See `Backend.buffer`."""
@@ -108,7 +108,7 @@ class Profiler:
 
     def cost(self) -> float:
         """Nanoseconds that it takes to note a call."""
-        engine = ProfiledEngine(self, NoEngine(), self._bundle.engines["stem"])
+        engine = ProfiledEngine(self, NoEngine(), self._bundle.engines["stem"], {})
         rows = [Rows(None, 1)]
         with self.recording() as events:
             for _ in range(COSTED):
@@ -161,16 +161,18 @@ class NoEngine:
 class ProfiledEngine:
     """An engine whose runs are noted."""
 
-    def __init__(self, profiler: Profiler, engine: Engine, spec: EngineSpec) -> None:
+    def __init__(self, profiler: Profiler, engine: Engine, spec: EngineSpec, constants: Constants) -> None:
         self._profiler = profiler
         self._engine = engine
         self._name = spec.name
-        self._leading = [tensor.shape[0] for tensor in spec.inputs]
+        self._leading = [tensor.shape[0] for tensor in spec.without(constants).inputs]
+        fixed = [(tensor.shape[0], constants[tensor.name]) for tensor in spec.inputs if tensor.name in constants]
+        self._fixed = {size: len(value) for size, value in fixed if isinstance(size, str)}
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`."""
         given = [value if isinstance(value, Rows) else Rows(value, len(value)) for value in inputs]
         values, filled = [rows.inner for rows in given], [rows.inner for rows in outputs]
         named = zip(self._leading, given, strict=True)
-        sizes = {name: rows.number for name, rows in named if isinstance(name, str)}
+        sizes = self._fixed | {name: rows.number for name, rows in named if isinstance(name, str)}
         self._profiler.timed(self._name, sizes, self._engine.run, values, filled)

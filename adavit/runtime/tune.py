@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +50,13 @@ def recalled_plan(bundle: Bundle, options: Options, backend: str) -> EnginePlan:
         return ruled(arch)
 
 
-def tune(runtime: Runtime, progress: Progress) -> dict[str, Any]:
+def tune(runtime: Runtime, progress: Progress, used: Policy) -> dict[str, Any]:
     """Measures engines and policies, and keeps the faster one of the rule's plan and the measured one.
 
     Args:
         runtime: what to tune; it uses the plan afterwards.
         progress: told the stage and the share done.
+        used: what images like those to come use; their most frequent sets of heads get engines of their own.
 
     Returns:
         The numbers under the keys of `adavit-run --tune --json`.
@@ -64,6 +65,7 @@ def tune(runtime: Runtime, progress: Progress) -> dict[str, Any]:
         InputError: the model decides on no heads, so that there is nothing to plan.
     """
     arch, dispatcher = runtime.architecture, runtime.dispatcher
+    dispatcher.specialised.make(())
     staircase = measure_staircase(dispatcher, progress)
     plans = {"rule": ruled(arch), "measured": staircase.plan(arch)}
     shape = IMAGES, 3, arch.image_size, arch.image_size
@@ -79,18 +81,21 @@ def tune(runtime: Runtime, progress: Progress) -> dict[str, Any]:
     )
     taken = min(compared, key=compared.__getitem__)
     known = {**facts(runtime.bundle, runtime.options), "backend": runtime.backend.name}
-    path = remember(KIND, known, {"taken": taken, "gathers": plans[taken].to_dict(), "staircase": asdict(staircase)})
-    dispatcher.plan = EnginePlan(plans[taken].gathers, None if path is None else str(path))
+    plan = replace(plans[taken], sets=dispatcher.specialised.choose(used))
+    gains = _gains(runtime, images[:1], progress)
+    dispatcher.specialised.make(plan.sets)
+    path = remember(KIND, known, {"taken": taken, "gathers": plan.to_dict(), "staircase": asdict(staircase)})
+    dispatcher.plan = replace(plan, origin=None if path is None else str(path))
     return {
         "model": runtime.bundle.name,
         "backend": runtime.backend.name,
         "threads": runtime.options.threads,
         "parallel": runtime.options.parallel,
         "staircase": asdict(staircase),
-        "gains": _gains(runtime, images[:1], progress),
+        "gains": gains,
         "plans_ms": {name: time / IMAGES for name, time in compared.items()},
         "taken": taken,
-        "gathers": plans[taken].to_dict(),
+        "gathers": plan.to_dict(),
         "plan": dispatcher.plan.origin,
     }
 

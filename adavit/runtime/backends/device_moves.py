@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.errors import BackendError
-from adavit.runtime.backend import Engine, Index
+from adavit.runtime.backend import Constants, Engine, Index
 from adavit.runtime.backends.device import ALIGNMENT, Block, Device, size_of
 from adavit.runtime.bundle import EngineSpec, TensorSpec
 
@@ -121,13 +121,15 @@ class DeviceBuffer:
 class DeviceMoves(ABC):
     """What `Backend` says of buffers and moving rows; a backend adds `load`."""
 
+    fixes_inputs = False
+
     def __init__(self, device: Device) -> None:
         self._device = device
         self._moves: dict[str, Engine] = {}
         self._temporaries: dict[tuple[Any, ...], DeviceBuffer] = {}
 
     @abstractmethod
-    def load(self, name: str, alone: bool = False) -> Engine:
+    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
         """See `Backend.load`."""
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> DeviceBuffer:

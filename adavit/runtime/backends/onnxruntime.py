@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.errors import BackendError, one_line
-from adavit.runtime.backend import Engine, Options
+from adavit.runtime.backend import Constants, Engine, Options
+from adavit.runtime.backends.fixed_inputs import with_fixed_inputs
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle, EngineSpec
 
@@ -84,6 +86,16 @@ def share_pool(ort: ModuleType, threads: int) -> None:
             )
 
 
+@cache
+def share_memory(ort: ModuleType) -> None:
+    """Makes one arena of memory for what engines compute in between.
+
+    With an arena each, dozens of sessions hold memory that one of them uses at a time, and that is not in the cache.
+    """
+    where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(where, None)
+
+
 def require_provider(session: Any, spec: EngineSpec, provider: str) -> None:
     """Raises BackendError where an engine's session would run on another provider than the one asked for."""
     if session.get_providers()[0] != provider:
@@ -111,6 +123,7 @@ class OnnxRuntimeBackend(HostMoves):
     """
 
     name = "onnxruntime"
+    fixes_inputs = True
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._bundle = bundle
@@ -120,14 +133,17 @@ class OnnxRuntimeBackend(HostMoves):
         available = self._ort.get_available_providers()
         if self._provider not in available:
             raise BackendError(f"ONNX Runtime has no provider {self._provider!r} here; it has {', '.join(available)}")
+        share_memory(self._ort)
         self._shares_pool = options.parallel == "operators"
         if self._shares_pool:
             share_pool(self._ort, options.threads)
 
-    def load(self, name: str, alone: bool = False) -> Engine:
+    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
         """Creates a session; see `Backend.load`."""
         data = self._bundle.read(name)
         spec = self._bundle.engines[name]
+        if constants:
+            data, spec = with_fixed_inputs(data, constants), spec.without(constants)
         if not self._shares_pool:
             try:
                 return self._engine(spec, data, self._threads if alone else 1)
@@ -146,6 +162,7 @@ class OnnxRuntimeBackend(HostMoves):
         """An engine with a pool of its own of some `threads`, or on the process's pool."""
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.use_env_allocators", "1")
         if threads is None:
             options.use_per_session_threads = False
         else:
@@ -157,6 +174,9 @@ class OnnxRuntimeBackend(HostMoves):
             )
         except Exception as error:
             raise BackendError(f"ONNX Runtime refuses engine {spec.name}: {one_line(error)}") from None
+        session._model_bytes = (
+            None  # kept for a fallback to other providers, which is off: as much again as the weights
+        )
         require_provider(session, spec, self._provider)
         return OnnxRuntimeEngine(self._ort, session, spec)
 
@@ -208,6 +228,7 @@ class OnnxRuntimeEngine:
         self._session = session
         self._ort = ort
         self._bindings: list[tuple[Any, list[Any]]] = []
+        self._pools = not spec.name.endswith("_weights")  # what these fill is new every time
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`. Everything is bound where it is: nothing is copied or allocated.
@@ -227,4 +248,5 @@ class OnnxRuntimeEngine:
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise BackendError(f"engine {self._name} failed: {one_line(error)}") from error
-        self._bindings.append((binding, values))
+        if self._pools:
+            self._bindings.append((binding, values))

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.errors import BackendError, one_line
-from adavit.runtime.backend import Engine, Options
+from adavit.runtime.backend import Constants, Engine, Options
+from adavit.runtime.backends.fixed_inputs import with_fixed_inputs
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle, EngineSpec
 
@@ -39,6 +40,7 @@ class OpenVinoBackend(HostMoves):
     """
 
     name = "openvino"
+    fixes_inputs = True
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._bundle = bundle
@@ -55,8 +57,11 @@ class OpenVinoBackend(HostMoves):
         self._compiling = {name: pool.submit(self._compile, name, options.workers) for name in blocks}
         pool.shutdown(wait=False)
 
-    def load(self, name: str, alone: bool = False) -> Engine:
+    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
         """An engine, those of blocks compiled in parallel from the start and once; see `Backend.load`."""
+        if constants:
+            spec = self._bundle.engines[name].without(constants)
+            return OpenVinoEngine(self._compile(name, self._options.workers, constants), spec)
         try:
             if compiling := self._compiling.get(name):
                 compiled = compiling.result()
@@ -68,9 +73,9 @@ class OpenVinoBackend(HostMoves):
             raise
         return OpenVinoEngine(compiled, self._bundle.engines[name])
 
-    def _compile(self, name: str, streams: int) -> Any:
+    def _compile(self, name: str, streams: int, constants: Constants | None = None) -> Any:
         """The compiled model of an engine, for so many threads that run it at once."""
-        data = self._bundle.read(name)
+        data = with_fixed_inputs(self._bundle.read(name), constants or {})
         spec = self._bundle.engines[name]
         decides = any(tensor.name in DECISIONS for tensor in spec.outputs)
         properties = {

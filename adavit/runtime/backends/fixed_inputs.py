@@ -1,0 +1,123 @@
+"""Makes inputs of an ONNX model constants, in its bytes, so that a backend prepares them once, as it does weights.
+
+The runtime has no onnx, and needs none: a model is a protobuf message, which is a sequence of numbered fields. The
+graph's `input` fields of these names are left out, and an `initializer` field is added for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.errors import BundleError
+
+__all__ = ["with_fixed_inputs"]
+
+MODEL_GRAPH = 7
+GRAPH_INITIALIZER, GRAPH_INPUT = 5, 11
+VALUE_NAME = 1
+TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_DATA = 1, 2, 8, 9
+"""Numbers of fields, from onnx.proto."""
+TYPES = {"float32": 1, "int64": 7}
+"""ONNX's numbers of element types."""
+VARINT, BYTES = 0, 2
+"""Wire types."""
+FIXED = {1: 8, 5: 4}
+"""Bytes of the wire types that have a fixed size."""
+
+
+def with_fixed_inputs(model: bytes, values: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """The model without the inputs of these names, which are constants of these values instead.
+
+    Args:
+        model: a serialised ONNX model.
+        values: by the name of the input, float32 or int64.
+
+    Raises:
+        BundleError: the model has no such input, or is no model.
+    """
+    fields, found = [], set()
+    for number, field, content in _fields(model):
+        if number != MODEL_GRAPH:
+            fields.append(field)
+            continue
+        graph = []
+        for part, inner, value in _fields(content):
+            name = _name(value) if part == GRAPH_INPUT else None
+            if name in values:
+                found.add(name)
+            else:
+                graph.append(inner)
+        graph += [_bytes_field(GRAPH_INITIALIZER, _tensor(name, value)) for name, value in values.items()]
+        fields.append(_bytes_field(MODEL_GRAPH, b"".join(graph)))
+    if missing := set(values) - found:
+        raise BundleError(f"an engine has no input {', '.join(sorted(missing))}; export again")
+    return b"".join(fields)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """Every field of a message: its number, all of its bytes, and its content where it has a length."""
+    at = 0
+    while at < len(message):
+        start = at
+        tag, at = _varint(message, at)
+        kind, content = tag & 7, at
+        if kind == VARINT:
+            _, at = _varint(message, at)
+        elif kind == BYTES:
+            length, content = _varint(message, at)
+            at = content + length
+        elif kind in FIXED:
+            at += FIXED[kind]
+        else:
+            raise BundleError("an engine is no ONNX model; export again")
+        if at > len(message):
+            raise BundleError("an engine ends in the middle of a field; export again")
+        yield tag >> 3, message[start:at], message[content:at]
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """The number that begins at a position, seven bits a byte, and the position behind it."""
+    value = shift = 0
+    while True:
+        if at >= len(message) or shift > 63:
+            raise BundleError("an engine holds a damaged number; export again")
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+
+
+def _name(value: bytes) -> str:
+    """The name of a ValueInfoProto."""
+    return next((content.decode() for number, _, content in _fields(value) if number == VALUE_NAME), "")
+
+
+def _tensor(name: str, value: npt.NDArray[Any]) -> bytes:
+    """A TensorProto."""
+    dims = b"".join(_number_field(TENSOR_DIMS, size) for size in value.shape)
+    kind = _number_field(TENSOR_TYPE, TYPES[value.dtype.name])
+    data = np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes()
+    return dims + kind + _bytes_field(TENSOR_NAME, name.encode()) + _bytes_field(TENSOR_DATA, data)
+
+
+def _number_field(number: int, value: int) -> bytes:
+    return _encoded(number << 3 | VARINT) + _encoded(value)
+
+
+def _bytes_field(number: int, content: bytes) -> bytes:
+    return _encoded(number << 3 | BYTES) + _encoded(len(content)) + content
+
+
+def _encoded(value: int) -> bytes:
+    """A number as a varint."""
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*encoded, value])
