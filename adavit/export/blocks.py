@@ -46,15 +46,17 @@ def decide_graph(arch: Architecture, weights: Weights, block: int, opset: int) -
     x = graph.input("x", [arch.tokens, arch.width])
     graph.output("normed", add_norm(graph, arch, part, "norm1", x), [arch.tokens, arch.width])
     if arch.token_policy:
-        graph.output("tokens", _linear(graph, part, "attn.token_select.mlp_head", "normed"), [arch.tokens, 1])
+        select = part.under("attn.token_select.mlp_head")
+        vector, offset = (graph.weight(select.prefix + kind, select[kind]) for kind in ("weight", "bias"))
+        logits = graph.op("Gemm", vector, "normed", offset, transB=1)  # the vector first: half the time
+        graph.output("tokens", graph.op("Reshape", logits, graph.ints(-1, 1)), [arch.tokens, 1])
     names = ["head_select"] * arch.adapts_heads(block) + ["layer_select"] * arch.adapts_sublayers(block)
     if names:
         weight, bias = (
             np.concatenate([part[f"{name}.mlp_head.{kind}"] for name in names]) for kind in ("weight", "bias")
         )
         first = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0))
-        logits = graph.op("MatMul", first, graph.weight("choices.weight", weight.T))
-        logits = graph.op("Add", logits, graph.weight("choices.bias", bias))
+        logits = graph.op("Gemm", first, graph.weight("choices.weight", weight.T), graph.weight("choices.bias", bias))
         graph.output("choices", logits, [1, len(bias)])
     return graph
 

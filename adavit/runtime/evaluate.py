@@ -113,8 +113,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         seen.held, seen.held_at = list(images[:, None]), list(range(len(images)))
     used = Policy.concatenate(seen.policies)
     if options.specialise and not runtime.dispatcher.plan.sets:
-        some = slice(None, None, math.ceil(len(used) / SPECIALISING_IMAGES))
-        runtime.specialise(used[some] if given else runtime.run(_random_images(runtime, SPECIALISING_IMAGES)).policy)
+        _specialise(runtime, used if given else None, options.batch)
     if options.record_policy:
         used.save(options.record_policy)
     plan = Plan(
@@ -162,8 +161,21 @@ def tune_bundle(path: Path | None, options: RunOptions, progress: Progress) -> d
     seen = _evaluate(runtime, files, options, None, progress)
     if files and not seen.images:
         raise InputError(f"none of the {len(seen.skipped)} images can be read; first: {seen.skipped[0]}")
-    used = Policy.concatenate(seen.policies) if files else Policy.dense(runtime.architecture, 1)
+    used = Policy.concatenate(seen.policies) if files else None
     return {**tune(runtime, progress, used), "skipped": seen.skipped}
+
+
+def _specialise(runtime: Runtime, used: Policy | None, batch: int) -> None:
+    """Makes engines for sets of heads, by what some of the images used, or else by further random ones."""
+    if not runtime.dispatcher.specialised.able:
+        return
+    if used is not None:
+        used = used[:: math.ceil(len(used) / SPECIALISING_IMAGES)]
+    else:
+        images = _random_images(runtime, SPECIALISING_IMAGES)
+        starts = range(0, SPECIALISING_IMAGES, batch)
+        used = Policy.concatenate([runtime.run(images[start : start + batch]).policy for start in starts])
+    runtime.specialise(used)
 
 
 def _meet_latency(

@@ -91,13 +91,13 @@ def _sets(values: Any, arch: Architecture) -> tuple[HeadSet, ...]:
     """Reads sets of heads; raises ValueError where they are not of this architecture."""
     try:
         sets = tuple(HeadSet(block, kind, tuple(heads)) for block, kind, heads in values)
-        for block, kind, heads in sets:
-            numbers = [type(number) is int for number in (block, *heads)]
-            fits = all(numbers) and 0 <= block < arch.depth and arch.adapts_heads(block) and kind in SUBLAYERS
-            if not fits or not heads or list(heads) != sorted(set(heads) & set(range(arch.heads))):
-                raise ValueError(f"{[block, kind, list(heads)]} is no set of heads of this model")
-    except TypeError:
+    except (TypeError, ValueError):
         raise ValueError("sets of heads are not [block, sub-layer, heads]") from None
+    for found in sets:
+        fits = all(type(number) is int for number in (found.block, *found.heads)) and found.kind in SUBLAYERS
+        fits = fits and 0 <= found.block < arch.depth and arch.adapts_heads(found.block)
+        if not fits or not found.heads or list(found.heads) != sorted(set(found.heads) & set(range(arch.heads))):
+            raise ValueError(f"{list(found)} is no set of heads of this model")
     return sets
 
 

@@ -50,7 +50,7 @@ def recalled_plan(bundle: Bundle, options: Options, backend: str) -> EnginePlan:
         return ruled(arch)
 
 
-def tune(runtime: Runtime, progress: Progress, used: Policy) -> dict[str, Any]:
+def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> dict[str, Any]:
     """Measures engines and policies, and keeps the faster one of the rule's plan and the measured one.
 
     Args:
@@ -81,7 +81,7 @@ def tune(runtime: Runtime, progress: Progress, used: Policy) -> dict[str, Any]:
     )
     taken = min(compared, key=compared.__getitem__)
     known = {**facts(runtime.bundle, runtime.options), "backend": runtime.backend.name}
-    plan = replace(plans[taken], sets=dispatcher.specialised.choose(used))
+    plan = replace(plans[taken], sets=() if used is None else dispatcher.specialised.choose(used))
     gains = _gains(runtime, images[:1], progress)
     dispatcher.specialised.make(plan.sets)
     path = remember(KIND, known, {"taken": taken, "gathers": plan.to_dict(), "staircase": asdict(staircase)})

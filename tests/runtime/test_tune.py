@@ -179,5 +179,7 @@ def test_the_command(wide: tuple[Path, Path], tmp_path: Path) -> None:
     ran = invoke(run, bundle, *threads, "--iterations", 1, "--json", tmp_path / "ran.json")
     assert f"tuned on this machine: {report['plan']}" in ran.stdout
     assert json.loads((tmp_path / "ran.json").read_text())["plan"] == report["plan"]
-    message = refusal(invoke(run, "--tune", bundle, "--images", tmp_path), code=2)
-    assert "--tune measures by itself, without --images" in message
+    message = refusal(invoke(run, "--tune", bundle, "--budget", 0.5), code=2)
+    assert "--tune measures by itself, without --budget" in message
+    (tmp_path / "empty").mkdir()
+    assert "holds no image file" in refusal(invoke(run, "--tune", bundle, "--images", tmp_path / "empty"))

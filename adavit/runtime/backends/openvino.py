@@ -75,7 +75,9 @@ class OpenVinoBackend(HostMoves):
 
     def _compile(self, name: str, streams: int, constants: Constants | None = None) -> Any:
         """The compiled model of an engine, for so many threads that run it at once."""
-        data = with_fixed_inputs(self._bundle.read(name), constants or {})
+        data = self._bundle.read(name)
+        if constants:
+            data = with_fixed_inputs(data, constants)
         spec = self._bundle.engines[name]
         decides = any(tensor.name in DECISIONS for tensor in spec.outputs)
         properties = {
