@@ -18,7 +18,7 @@ from adavit.calibration.trial import Outcome, Trial
 from adavit.runtime.budget import MAX_OFFSET, TRAINED, Offsets
 from adavit.runtime.compare import KINDS
 
-__all__ = ["EVEN_STEP", "STEP", "Stop", "Way", "walk"]
+__all__ = ["EVEN_STEP", "FIRST", "STEP", "Stop", "Way", "moves_of", "shifted", "walk"]
 
 STEP, EVEN_STEP = 0.01, 0.04
 """Shares of the dense MACs: of a step of one unit, and of all."""
@@ -64,17 +64,16 @@ class Way:
         return self.stops[low].offsets.toward(self.stops[low + 1].offsets, position - low)
 
 
-def walk(trial: Trial, lowest: float, highest: float, even: bool = False) -> Way:
+def walk(trial: Trial, lowest: float, highest: float) -> Way:
     """A way through the trained policy that reaches from `lowest` to `highest`, shares of the dense MACs.
 
     Args:
         trial: scores offsets.
         lowest: where it may end,
         highest: and where on the other side.
-        even: change all units alike, instead of choosing.
     """
     start = Stop(TRAINED, trial.search(TRAINED))
-    moves = _moves(trial.runtime.architecture)[-1 if even else 0 :]
+    moves = moves_of(trial.runtime.architecture)
     down, up = _leg(trial, start, lowest, -1, moves), _leg(trial, start, highest, +1, moves)
     return Way((*reversed(down), start, *up))
 
@@ -108,15 +107,16 @@ def _without(spent: Move, values: dict[Move, float]) -> dict[Move, float]:
     return {move: value for move, value in values.items() if not set(move) <= set(spent)}
 
 
-def _moves(arch: Architecture) -> list[Move]:
-    """What a step may change: each unit that there is, and all of them."""
+def moves_of(arch: Architecture) -> list[Move]:
+    """What a step may change: each unit that there is, and, the last, all of them."""
     units = [("tokens", block) for block in range(arch.depth) if arch.token_policy]
     for block in range(arch.depth):
         units += [("heads", block)] * arch.adapts_heads(block) + [("sublayers", block)] * arch.adapts_sublayers(block)
     return [*((unit,) for unit in units), *([tuple(units)] if len(units) > 1 else [])]
 
 
-def _moved(offsets: Offsets, depth: int, move: Move, by: float) -> Offsets:
+def shifted(offsets: Offsets, depth: int, move: Move, by: float) -> Offsets:
+    """The offsets with those of some units changed, within their bounds."""
     values = dict(zip(KINDS, map(list, offsets.by_block(depth)), strict=True))
     for kind, block in move:
         values[kind][block] = min(MAX_OFFSET, max(-MAX_OFFSET, values[kind][block] + by))
@@ -134,7 +134,7 @@ def _step(trial: Trial, here: Stop, move: Move, sizes: dict[Move, float], sign: 
     small, large = 0.0, float("inf")
     size, best, right, reached, spent = sizes[move], None, 0.0, 0.0, False
     for _ in range(TRIES):
-        offsets = _moved(here.offsets, depth, move, sign * size)
+        offsets = shifted(here.offsets, depth, move, sign * size)
         moved = sign * (trial.size(offsets).macs - before) / step
         if moved > reached + STALLED or NEAR[0] <= moved <= NEAR[1]:
             best, right, reached = offsets, size, moved

@@ -64,6 +64,13 @@ class Offsets:
 
         return Offsets(*map(between, astuple(self), astuple(other)))
 
+    def plus(self, other: Offsets, depth: int) -> Offsets:
+        """The sum of these and other offsets, within their bounds, for each of `depth` blocks."""
+        both = zip(self.by_block(depth), other.by_block(depth), strict=True)
+        return Offsets(
+            *(tuple(min(MAX_OFFSET, max(-MAX_OFFSET, a + b)) for a, b in zip(*kind, strict=True)) for kind in both)
+        )
+
 
 TRAINED = Offsets()
 """Of the policy as it was trained."""

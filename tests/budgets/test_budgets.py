@@ -86,7 +86,7 @@ def test_budgets_are_met_where_it_costs_least(dear: str, scales: dict[str, float
         # No worse than the same offset for all kinds, in units of their scales, at as many MACs.
         level = (budget - 0.1) / 0.9
         assert point.measured["agreement"] >= 1 - 12 * (1 - level) ** 2 - 0.02
-    assert land.tried < 450
+    assert land.tried < 700
 
 
 def test_kinds_that_need_each_other_move_together() -> None:
@@ -152,9 +152,26 @@ def test_budgets_at_the_ends_are_met_although_the_walk_runs_few_images() -> None
         assert point.measured["macs"] == pytest.approx(budget, rel=calibration.FAR)
 
 
-def test_a_walk_that_stops_far_from_the_budget_is_an_error() -> None:
-    with pytest.raises(InputError, match="cannot be met: the nearest found is"):
-        calibrate(Noisy(0.5), [0.28])  # type: ignore[arg-type]
+def test_a_part_that_is_far_off_is_seen_through() -> None:
+    point = calibrate(Noisy(0.5), [0.28]).points[0]  # type: ignore[arg-type]
+    assert point.measured["macs"] == pytest.approx(0.28, rel=calibration.FAR)
+
+
+class Gap(Landscape):
+    """MACs between two values are never taken."""
+
+    def run(self, offsets: Offsets, count: int | None = None) -> Outcome:
+        found = super().run(offsets)
+        return replace(found, macs=found.macs if not 0.3 < found.macs < 0.5 else 0.3)
+
+    search = size = run
+
+
+def test_a_budget_that_nothing_comes_near_to_is_an_error() -> None:
+    gap = Gap(SCALES[0], dict.fromkeys(KINDS, 1.0))
+    with pytest.raises(InputError, match=r"a budget of 0\.4 cannot be met: the nearest found is 0\.(3|5)"):
+        calibrate(gap, [0.28, 0.4])  # type: ignore[arg-type]
+    assert [point.budget for point in calibrate(gap, [0.28, 0.52]).points if point.budget in (0.28, 0.52)]
 
 
 def test_the_trained_policy_is_a_point_and_points_ascend() -> None:
@@ -171,11 +188,14 @@ def test_the_trained_policy_is_a_point_and_points_ascend() -> None:
         assert land.run(found.offsets(budget)).macs == pytest.approx(budget, rel=0.015)
 
 
-def test_every_kind_keeps_more_at_a_larger_budget() -> None:
-    land = Landscape(SCALES[1], {"tokens": 3.0, "heads": 1.0, "sublayers": 2.0})
-    points = calibrate(land, [0.2, 0.4, 0.6, 0.9]).points  # type: ignore[arg-type]
-    offsets = np.array([point.offsets.by_block(tiny().depth) for point in points])
-    assert (np.diff(offsets, axis=0) >= 0).all()
+@pytest.mark.parametrize("budget", [0.5, 0.7])
+def test_what_loses_nothing_is_given_up_for_what_gains(budget: float) -> None:
+    land = Landscape(SCALES[0], {"tokens": 0.0, "heads": 1.0, "sublayers": 1.0})
+    point = next(p for p in calibrate(land, [0.3, budget]).points if p.budget == budget)  # type: ignore[arg-type]
+    kept, level = land.kept(point.offsets), (budget - 0.1) / 0.9
+    assert kept["tokens"] < 0.5 < min(kept["heads"], kept["sublayers"])
+    even = 1 - 2 * (1 - level) ** 2  # the same offset for all, whose kinds keep as much each
+    assert point.measured["agreement"] > even + 0.5 * (1 - even)
 
 
 def test_a_budget_of_the_trained_policy_is_the_trained_policy() -> None:

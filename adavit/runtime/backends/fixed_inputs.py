@@ -95,7 +95,7 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
 
 def _name(value: bytes) -> str:
     """The name of a ValueInfoProto."""
-    return next((content.decode() for number, _, content in _fields(value) if number == VALUE_NAME), "")
+    return next((content.decode(errors="replace") for number, _, content in _fields(value) if number == VALUE_NAME), "")
 
 
 def _tensor(name: str, value: npt.NDArray[Any]) -> bytes:
