@@ -89,7 +89,7 @@ class Backend(Protocol):
         Args:
             name: of the engine.
             alone: nothing runs beside this engine, so it may use all threads even where samples run in parallel.
-            constants: what some of its inputs always are, by name; the engine is run with the others.
+            constants: what some of its inputs always are, by name, where `fixes_inputs`; it is run with the others.
 
         Raises:
             BundleError: there is no such engine, or its file is not the one that was exported.

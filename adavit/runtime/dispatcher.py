@@ -45,7 +45,7 @@ Observer = Callable[[int, str, Float], None]
 """Told, after every engine: the image's position, the engine's name, and what it made of the tokens [N, D]."""
 
 CLASS_TOKEN = np.zeros(1, np.intp)
-KEPT_WEIGHTS = 64 << 20
+KEPT_WEIGHTS = 128 << 20
 """Bytes of gathered weights that a runtime keeps."""
 SIDE_BY_SIDE = 16
 """Images that go through the blocks together: more tokens than these hold would push the weights from the cache."""

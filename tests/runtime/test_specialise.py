@@ -41,10 +41,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "adavit"
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+@pytest.fixture(scope="module", params=["operators", "samples"])
 def loaded(request: pytest.FixtureRequest, wide: tuple[Path, Path]) -> Runtime:
-    provider = "fp32" if request.param == "openvino" else None
-    return adavit.load(wide[0], backend=request.param, provider=provider, threads=1)
+    return adavit.load(wide[0], threads=1, parallel=request.param)
 
 
 def keeping(heads: tuple[int, ...], images: int = 1) -> Policy:
@@ -136,9 +135,7 @@ def test_a_policy_of_another_model(loaded: Runtime) -> None:
 
 
 def test_only_where_it_can(wide: tuple[Path, Path]) -> None:
-    plain = adavit.load(wide[0], threads=1)
-    plain.backend.fixes_inputs = False
-    other = Runtime(plain.bundle, plain.backend, plain.options)
+    other = adavit.load(wide[0], threads=1, backend="openvino", provider="fp32")
     assert other.specialise(keeping((0, 1))) == 0
     with pytest.raises(BackendError, match="makes no engines for sets of heads"):
         other.dispatcher.specialised.make((HeadSet(1, "mlp", (0,)),))

@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from adavit.errors import BackendError, one_line
 from adavit.runtime.backend import Constants, Engine, Options
-from adavit.runtime.backends.fixed_inputs import with_fixed_inputs
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle, EngineSpec
 
@@ -22,6 +21,9 @@ except ImportError as error:
 
 __all__ = ["OpenVinoBackend"]
 
+SHAPES_KEPT = 12
+"""Of what OpenVINO prepares for a number of tokens, in each engine. It would keep them all: gigabytes after some dozen
+images, since many of them hold weights."""
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 DECISIONS = {"tokens", "choices"}
 """Outputs that are compared with thresholds; engines that have them stay in float32."""
@@ -40,7 +42,7 @@ class OpenVinoBackend(HostMoves):
     """
 
     name = "openvino"
-    fixes_inputs = True
+    fixes_inputs = False
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._bundle = bundle
@@ -59,9 +61,6 @@ class OpenVinoBackend(HostMoves):
 
     def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
         """An engine, those of blocks compiled in parallel from the start and once; see `Backend.load`."""
-        if constants:
-            spec = self._bundle.engines[name].without(constants)
-            return OpenVinoEngine(self._compile(name, self._options.workers, constants), spec)
         try:
             if compiling := self._compiling.get(name):
                 compiled = compiling.result()
@@ -73,11 +72,9 @@ class OpenVinoBackend(HostMoves):
             raise
         return OpenVinoEngine(compiled, self._bundle.engines[name])
 
-    def _compile(self, name: str, streams: int, constants: Constants | None = None) -> Any:
+    def _compile(self, name: str, streams: int) -> Any:
         """The compiled model of an engine, for so many threads that run it at once."""
         data = self._bundle.read(name)
-        if constants:
-            data = with_fixed_inputs(data, constants)
         spec = self._bundle.engines[name]
         decides = any(tensor.name in DECISIONS for tensor in spec.outputs)
         properties = {
@@ -86,6 +83,7 @@ class OpenVinoBackend(HostMoves):
             "NUM_STREAMS": streams,
             "INFERENCE_PRECISION_HINT": "f32" if decides else PRECISIONS[self._precision],
             "ENABLE_CPU_PINNING": False,
+            "CPU_RUNTIME_CACHE_CAPACITY": SHAPES_KEPT,
         }
         if any("K" in tensor.shape for tensor in spec.inputs):
             properties["SNIPPETS_MODE"] = "DISABLE"  # fused attention stays wrong for all counts once it has seen K = 1
