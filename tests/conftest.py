@@ -25,6 +25,13 @@ def _no_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "adavit"
+
+
 @pytest.fixture(scope="session")
 def golden_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Bundles of the golden checkpoints by name, each exported and verified once."""

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from adavit.architecture import Architecture
 from adavit.calibration.trial import Outcome, Trial
 from adavit.runtime.budget import MAX_OFFSET, TRAINED, Offsets
@@ -53,10 +51,6 @@ class Way:
     """Stops by ascending MACs; the offsets of each are no smaller than those of the one before."""
 
     stops: tuple[Stop, ...]
-
-    def at(self, macs: float) -> float:
-        """The position, in stops, where the way takes so many MACs, as far as it goes."""
-        return float(np.interp(macs, [stop.outcome.macs for stop in self.stops], range(len(self.stops))))
 
     def offsets(self, position: float) -> Offsets:
         """The offsets at a position, on the straight line between two stops."""

@@ -104,8 +104,6 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     if options.latency_ms is not None:
         budget = _meet_latency(runtime, files, options, options.latency_ms, progress)
     seen = _evaluate(runtime, files, options, replayed, progress)
-    if given and not seen.images:
-        raise InputError(f"none of the {len(seen.skipped)} images can be read; first: {seen.skipped[0]}")
     if not given:
         images = _random_images(runtime)
         result = runtime.run(images, policy=replayed)
@@ -159,8 +157,6 @@ def tune_bundle(path: Path | None, options: RunOptions, progress: Progress) -> d
     runtime = _load(path or demo_bundle(), options)
     files = find_images(options.images, runtime.labels)
     seen = _evaluate(runtime, files, options, None, progress)
-    if files and not seen.images:
-        raise InputError(f"none of the {len(seen.skipped)} images can be read; first: {seen.skipped[0]}")
     used = Policy.concatenate(seen.policies) if files else None
     return {**tune(runtime, progress, used), "skipped": seen.skipped}
 
@@ -194,7 +190,7 @@ def _meet_latency(
 def _evaluate(
     runtime: Runtime, files: list[ImageFile], options: RunOptions, replayed: Policy | None, progress: Progress
 ) -> Evaluation:
-    """Runs every readable image once."""
+    """Runs every readable image once; raises InputError where there are images and none is readable."""
     seen = Evaluation()
     room = max(1, HELD // (4 * 3 * runtime.architecture.image_size**2))
     stride = math.ceil(len(files) / room)
@@ -210,6 +206,8 @@ def _evaluate(
             seen.held_at.append(seen.images + row)
         _gather(runtime, seen, batch, result, options.top)
         progress("running images", min(1.0, done * options.batch / len(files)))
+    if files and not seen.images:
+        raise InputError(f"none of the {len(seen.skipped)} images can be read; first: {seen.skipped[0]}")
     return seen
 
 

@@ -81,7 +81,8 @@ class Specialised:
             raise BackendError(f"{self._backend.name} makes no engines for sets of heads, or the bundle is not in fp32")
         self.engines = {(s.block, s.kind, np.array(s.heads, np.intp).tobytes()): self._load(s) for s in sets}
         self.sets = sets
-        log.info("%d engines for sets of heads, %.0f MB", len(sets), sum(map(self._size, sets)) / 1e6)
+        if sets:
+            log.info("%d engines for sets of heads, %.0f MB", len(sets), sum(map(self._size, sets)) / 1e6)
 
     def _size(self, found: HeadSet) -> int:
         """Bytes of an engine's weights: those of its heads, and the others."""

@@ -111,7 +111,8 @@ class Trap(Landscape):
 def test_what_pays_at_first_does_not_spoil_the_end() -> None:
     trap = Trap(SCALES[0], dict.fromkeys(KINDS, 1.0))
     greedy = walk(trap, 0.25, 0.8)  # type: ignore[arg-type]
-    assert trap.run(greedy.offsets(greedy.at(0.25))).score < 0.1
+    position = np.interp(0.25, [stop.outcome.macs for stop in greedy.stops], range(len(greedy.stops)))
+    assert trap.run(greedy.offsets(float(position))).score < 0.1
     first, *_ = calibrate(trap, [0.25, 0.5]).points  # type: ignore[arg-type]
     assert first.measured["agreement"] > first.budget - 0.01
 

@@ -22,11 +22,9 @@ from adavit.runtime.choose import Choice, choose
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def _at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty cache folder, and measurements that take no time."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(choosing, "SECONDS", 0.0)
-    return tmp_path / "cache" / "adavit"
 
 
 @pytest.fixture

@@ -33,12 +33,7 @@ from adavit.runtime.backends.fixed_inputs import with_fixed_inputs
 from adavit.runtime.plan import EnginePlan, HeadSet, ruled, saved_macs
 from adavit.runtime.profile import Profiler
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "adavit"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module", params=["operators", "samples"])

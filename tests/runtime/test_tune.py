@@ -30,12 +30,7 @@ from adavit.runtime.plan import EnginePlan, ruled
 from adavit.runtime.profile import Profiler
 from adavit.runtime.staircase import Staircase
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "adavit"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def random_plan(seed: int) -> EnginePlan:
