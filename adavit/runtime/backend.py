@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.errors import BackendError
-from adavit.runtime.bundle import Bundle
+from adavit.runtime.bundle import Bundle, EngineSpec
 
 __all__ = ["Backend", "Buffer", "Constants", "Engine", "Options", "create_backend", "names"]
 
@@ -60,7 +60,13 @@ class Buffer(Protocol):
 
 
 class Engine(Protocol):
-    """A loaded engine; safe to run from several threads at once."""
+    """A loaded engine; safe to run from several threads at once.
+
+    Attributes:
+        spec: what it takes and fills; less, or laid out in another way, than the bundle says, where the backend wants.
+    """
+
+    spec: EngineSpec
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Runs, in the order of the engine's description.
@@ -78,10 +84,12 @@ class Backend(Protocol):
     Attributes:
         name: as it is asked for.
         fixes_inputs: whether `load` takes constants, and is faster for it.
+        always_gathers: whether engines that gather weights are the faster ones, whatever the policy.
     """
 
     name: str
     fixes_inputs: bool
+    always_gathers: bool
 
     def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
         """Loads the bundle's engine of this name.
@@ -122,6 +130,10 @@ class Backend(Protocol):
 
         Valid until the buffers are written again.
         """
+        ...
+
+    def rounded(self, tokens: int) -> int:
+        """How many tokens an engine computes where so many are kept."""
         ...
 
     def timings(self) -> dict[str, float]:

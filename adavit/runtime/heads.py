@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adavit.runtime.backend import Backend, Buffer
+from adavit.runtime.backend import Backend, Buffer, Engine
 from adavit.runtime.bundle import Bundle, TensorSpec
 from adavit.runtime.engines import BlockEngines
 
@@ -105,7 +105,8 @@ class HeadWeights:
         return found
 
     def _outputs(self, block: int, kind: str) -> tuple[TensorSpec, ...]:
-        return self._bundle.engines[f"blocks.{block}.{kind}"].outputs
+        engine: Engine = getattr(self._blocks[block], kind)
+        return engine.spec.outputs
 
     def _shape(self, tensor: TensorSpec, heads: int) -> tuple[int, ...]:
         """Of what is gathered of so many heads."""

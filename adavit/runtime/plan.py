@@ -101,8 +101,10 @@ def _sets(values: Any, arch: Architecture) -> tuple[HeadSet, ...]:
     return sets
 
 
-def ruled(arch: Architecture) -> EnginePlan:
-    """The plan where nothing has been measured, by two constants."""
+def ruled(arch: Architecture, always: bool = False) -> EnginePlan:
+    """The plan where nothing has been measured, by two constants, or to gather always."""
+    if always:
+        return EnginePlan.where(arch, lambda kind, k, h: h > 0)
     rules = {"attention": gathers_attention, "mlp": gathers_mlp}
     return EnginePlan.where(arch, lambda kind, k, h: rules[kind](arch, k, h))
 

@@ -51,6 +51,7 @@ class Profiler:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.name, self.fixes_inputs = backend.name, backend.fixes_inputs
+        self.always_gathers = backend.always_gathers
         self._events: list[Event] | None = None
         self._bundle = bundle
         self._backend = backend
@@ -77,7 +78,9 @@ class Profiler:
     def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
         """See `Backend.load`."""
         engine = self._backend.load(name, alone, constants)
-        return ProfiledEngine(self, engine, self._bundle.engines[name], constants or {})
+        fixed = constants or {}
+        sizes = [(t.shape[0], fixed[t.name]) for t in self._bundle.engines[name].inputs if t.name in fixed]
+        return ProfiledEngine(self, engine, {size: len(value) for size, value in sizes if isinstance(size, str)})
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
         """See `Backend.buffer`."""
@@ -108,12 +111,16 @@ class Profiler:
 
     def cost(self) -> float:
         """Nanoseconds that it takes to note a call."""
-        engine = ProfiledEngine(self, NoEngine(), self._bundle.engines["stem"], {})
+        engine = ProfiledEngine(self, NoEngine(self._bundle.engines["stem"]), {})
         rows = [Rows(None, 1)]
         with self.recording() as events:
             for _ in range(COSTED):
                 engine.run(rows, rows)
         return median(later.end - earlier.end for earlier, later in pairwise(events))
+
+    def rounded(self, tokens: int) -> int:
+        """See `Backend.rounded`."""
+        return self._backend.rounded(tokens)
 
     def timings(self) -> dict[str, float]:
         """See `Backend.timings`."""
@@ -154,20 +161,28 @@ class ProfiledBuffer:
 class NoEngine:
     """Computes nothing."""
 
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`."""
 
 
 class ProfiledEngine:
-    """An engine whose runs are noted."""
+    """An engine whose runs are noted.
 
-    def __init__(self, profiler: Profiler, engine: Engine, spec: EngineSpec, constants: Constants) -> None:
+    Args:
+        profiler: notes them.
+        engine: runs.
+        fixed: sizes that its inputs do not tell.
+    """
+
+    def __init__(self, profiler: Profiler, engine: Engine, fixed: dict[str, int]) -> None:
+        self.spec = engine.spec
         self._profiler = profiler
         self._engine = engine
-        self._name = spec.name
-        self._leading = [tensor.shape[0] for tensor in spec.without(constants).inputs]
-        fixed = [(tensor.shape[0], constants[tensor.name]) for tensor in spec.inputs if tensor.name in constants]
-        self._fixed = {size: len(value) for size, value in fixed if isinstance(size, str)}
+        self._leading = [tensor.shape[0] for tensor in engine.spec.inputs]
+        self._fixed = fixed
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`."""
@@ -175,4 +190,6 @@ class ProfiledEngine:
         values, filled = [rows.inner for rows in given], [rows.inner for rows in outputs]
         named = zip(self._leading, given, strict=True)
         sizes = self._fixed | {name: rows.number for name, rows in named if isinstance(name, str)}
-        self._profiler.timed(self._name, sizes, self._engine.run, values, filled)
+        if "K" in sizes:
+            sizes["K"] = self._profiler.rounded(sizes["K"])
+        self._profiler.timed(self.spec.name, sizes, self._engine.run, values, filled)

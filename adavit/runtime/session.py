@@ -157,7 +157,7 @@ class Runtime:
         self.options = options
         self.offsets = offsets
         self.choice = choice
-        plan = recalled_plan(bundle, options, backend.name)
+        plan = recalled_plan(bundle, options, backend)
         self.dispatcher = Dispatcher(bundle, backend, options.workers, plan)
         self.dispatcher.specialised.make(plan.sets)
         self._dense: Engine | None = None

@@ -12,7 +12,7 @@ import numpy as np
 
 from adavit.architecture import Architecture
 from adavit.macs import dense_macs
-from adavit.runtime.backend import Options
+from adavit.runtime.backend import Backend, Options
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.cache import facts, kept_any, kept_at, recall, remember
 from adavit.runtime.plan import EnginePlan, ruled
@@ -34,20 +34,20 @@ IMAGES = 4
 Progress = Callable[[str, float], None]
 
 
-def recalled_plan(bundle: Bundle, options: Options, backend: str) -> EnginePlan:
+def recalled_plan(bundle: Bundle, options: Options, backend: Backend) -> EnginePlan:
     """The plan that `tune` kept for this bundle, backend and machine, or the rule that needs none."""
-    arch = bundle.architecture
+    arch, rule = bundle.architecture, ruled(bundle.architecture, backend.always_gathers)
     if not kept_any(KIND):
-        return ruled(arch)
-    known = {**facts(bundle, options), "backend": backend}
+        return rule
+    known = {**facts(bundle, options), "backend": backend.name}
     found = recall(KIND, known)
     if found is None:
-        return ruled(arch)
+        return rule
     try:
         return EnginePlan.from_dict(found.get("gathers"), arch, str(kept_at(KIND, known)))
     except ValueError as error:
         log.warning("%s holds no plan (%s); tune again", kept_at(KIND, known), error)
-        return ruled(arch)
+        return rule
 
 
 def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> di
     arch, dispatcher = runtime.architecture, runtime.dispatcher
     dispatcher.specialised.make(())
     staircase = measure_staircase(dispatcher, progress)
-    plans = {"rule": ruled(arch), "measured": staircase.plan(arch)}
+    plans = {"rule": ruled(arch, runtime.backend.always_gathers), "measured": staircase.plan(arch)}
     shape = IMAGES, 3, arch.image_size, arch.image_size
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cases import (
     WIDE,
     assert_same_policy,
@@ -25,10 +26,11 @@ from hypothesis import strategies as st
 
 import adavit
 from adavit.cli import run
-from adavit.errors import BackendError
-from adavit.runtime import Runtime
+from adavit.errors import BackendError, BundleError
+from adavit.runtime import Policy, Runtime
 from adavit.runtime.backend import Options
 from adavit.runtime.backends.openvino import OpenVinoBackend
+from adavit.runtime.backends.openvino_buffers import rounded, to_bfloat16
 from adavit.runtime.bundle import Bundle
 
 
@@ -54,6 +56,33 @@ def test_a_first_image_of_its_class_token_alone_spoils_no_later_one(golden_bundl
     np.testing.assert_allclose(fresh.run(images, policy=policy).logits, logits, atol=1e-4, rtol=0)
     dense = adavit.Policy.dense(fresh.architecture, len(images))
     np.testing.assert_allclose(fresh.run(images, policy=dense).logits, fresh.run_dense(images), atol=1e-4, rtol=0)
+
+
+def test_what_an_image_overflows_spoils_no_later_one(wide: tuple[Path, Path]) -> None:
+    fresh = adavit.load(wide[0], backend="openvino", provider="fp32", threads=1)
+    policy = Policy.dense(WIDE, 1)
+    policy.tokens[..., 1:100] = False  # of 145, so that rows behind the kept ones are computed
+    wanted = fresh.run(random_images(WIDE, 1), policy=policy).logits
+    assert not np.isfinite(
+        fresh.run(np.full((1, 3, 48, 48), 3e38, np.float32), policy=Policy.dense(WIDE, 1)).logits
+    ).all()
+    np.testing.assert_array_equal(fresh.run(random_images(WIDE, 1), policy=policy).logits, wanted)
+
+
+@given(tokens=st.integers(1, 300), more=st.integers(0, 300))
+def test_numbers_of_tokens_are_rounded_up_to_few(tokens: int, more: int) -> None:
+    everything = tokens + more
+    found = rounded(tokens, everything)
+    assert tokens <= found < tokens + 16
+    assert found <= everything
+    assert (everything - found) % 16 == 0
+
+
+@given(values=st.lists(st.floats(-(2.0**126), 2.0**126, width=32), min_size=1))
+def test_the_nearest_bfloat16(values: list[float]) -> None:
+    array = np.array(values, np.float32)
+    wanted = torch.from_numpy(array).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(to_bfloat16(array), wanted)
 
 
 @pytest.mark.parametrize("parallel", ["operators", "samples"])
@@ -95,9 +124,9 @@ def test_decisions_stay_in_float32_where_the_rest_is_bf16(
     core = AbleCore(openvino.Core())
     monkeypatch.setattr(openvino, "Core", lambda: core)
     loaded = adavit.load(tiny_bundle, backend="openvino", provider=provider, threads=1)
-    assert set(core.asked) >= {"stem", "head", "blocks.0.decide", "blocks.2.decide", "blocks.2.mlp_gather"}
+    assert set(core.asked) == {"stem", "head", "empty", "decide", "attention", "mlp"}
     for name, precision in core.asked.items():
-        assert precision == ("f32" if name.endswith(".decide") else wanted), name
+        assert precision == ("f32" if name == "decide" else wanted), name
     assert loaded.backend.versions()["precision"] == ("fp32" if wanted == "f32" else "bf16")
 
 
@@ -113,6 +142,16 @@ def test_precisions_that_are_not_there(tiny_bundle: Path) -> None:
 def test_an_engine_it_refuses(bundle: Path) -> None:
     rewrite_engine(bundle, "head", b"not a model")
     with pytest.raises(BackendError, match="OpenVINO refuses engine head: "):
+        adavit.load(bundle, backend="openvino", threads=1)
+
+
+def test_a_block_without_its_weights(bundle: Path) -> None:
+    engine = Bundle.open(bundle).read("blocks.1.attention")
+    rewrite_engine(bundle, "blocks.2.attention", engine)
+    with pytest.raises(BundleError, match=r"engine blocks.2.attention has no weights attn.query.weight; export again"):
+        adavit.load(bundle, backend="openvino", threads=1)
+    rewrite_engine(bundle, "blocks.2.attention", engine[:100])
+    with pytest.raises(BackendError, match=r"OpenVINO refuses engine blocks.2.attention: "):
         adavit.load(bundle, backend="openvino", threads=1)
 
 

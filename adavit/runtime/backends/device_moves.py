@@ -122,6 +122,7 @@ class DeviceMoves(ABC):
     """What `Backend` says of buffers and moving rows; a backend adds `load`."""
 
     fixes_inputs = False
+    always_gathers = False
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -177,6 +178,10 @@ class DeviceMoves(ABC):
             _decoded(block.as_array(buffer.shape, buffer.dtype), buffer.dtype)
             for block, buffer in zip(blocks, buffers, strict=True)
         )
+
+    def rounded(self, tokens: int) -> int:
+        """See `Backend.rounded`: as many."""
+        return tokens
 
     def timings(self) -> dict[str, float]:
         """See `Backend.timings`."""

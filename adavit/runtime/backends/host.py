@@ -39,6 +39,10 @@ class HostMoves:
         """See `Backend.add`."""
         np.add(source.array[:count], vectors.array[index], out=into.array[:count])
 
+    def rounded(self, tokens: int) -> int:
+        """See `Backend.rounded`: as many."""
+        return tokens
+
     def timings(self) -> dict[str, float]:
         """See `Backend.timings`: there is nothing to tell."""
         return {}

@@ -124,6 +124,7 @@ class OnnxRuntimeBackend(HostMoves):
 
     name = "onnxruntime"
     fixes_inputs = True
+    always_gathers = False
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._bundle = bundle
@@ -219,7 +220,7 @@ class OnnxRuntimeEngine:
     """One session."""
 
     def __init__(self, ort: ModuleType, session: Any, spec: EngineSpec) -> None:
-        self._name = spec.name
+        self.spec = spec
         inputs, outputs = [tensor.name for tensor in spec.inputs], [tensor.name for tensor in spec.outputs]
         found = [t.name for t in session.get_inputs()], [t.name for t in session.get_outputs()]
         if found != (inputs, outputs):
@@ -247,6 +248,6 @@ class OnnxRuntimeEngine:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise BackendError(f"engine {self._name} failed: {one_line(error)}") from error
+            raise BackendError(f"engine {self.spec.name} failed: {one_line(error)}") from error
         if self._pools:
             self._bindings.append((binding, values))

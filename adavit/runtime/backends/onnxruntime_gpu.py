@@ -99,7 +99,7 @@ class OnnxRuntimeGpuEngine:
     def __init__(self, ort: ModuleType, device: Device, session: Any, spec: EngineSpec, on_stream: bool) -> None:
         self._device = device
         self._session = session
-        self._spec = spec
+        self.spec = spec
         self._on_stream = on_stream
         self._uploads = Uploads(device)
         self._options = ort.RunOptions()
@@ -109,7 +109,7 @@ class OnnxRuntimeGpuEngine:
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`."""
         with self._device.lock, self._device.enqueuing():
-            tensors = self._uploads.tensors(self._spec, inputs, outputs)
+            tensors = self._uploads.tensors(self.spec, inputs, outputs)
             binding = self._session.io_binding()
             for position, (tensor, rows) in enumerate(tensors):
                 bind = binding.bind_input if position < len(inputs) else binding.bind_output
@@ -119,7 +119,7 @@ class OnnxRuntimeGpuEngine:
             try:
                 self._session.run_with_iobinding(binding, self._options)
             except Exception as error:
-                raise BackendError(f"engine {self._spec.name} failed: {one_line(error)}") from error
+                raise BackendError(f"engine {self.spec.name} failed: {one_line(error)}") from error
 
 
 def _plugin_devices(ort: ModuleType) -> list[Any]:

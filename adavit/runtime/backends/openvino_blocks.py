@@ -1,0 +1,208 @@
+"""The blocks of an fp32 bundle in OpenVINO: one model for all blocks of a kind, which takes their weights as inputs.
+
+A model for every block costs much beside what it computes: each has kernels and memory of its own, which are no longer
+in the cache when its block's turn comes, and prepares itself for every number of tokens. Where bf16 is computed in, the
+weights are kept in it, so that half as much is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import openvino
+
+from adavit.errors import BundleError
+from adavit.runtime.backend import Engine
+from adavit.runtime.backends.openvino_buffers import as_rows, to_bfloat16
+from adavit.runtime.backends.openvino_engine import OpenVinoEngine
+from adavit.runtime.backends.openvino_models import attention_model, decide_model, mlp_model
+from adavit.runtime.bundle import Bundle, EngineSpec, TensorSpec
+
+__all__ = ["Blocks"]
+
+Array = npt.NDArray[Any]
+Compile = Callable[[Any, bool], Any]
+
+
+class Weights(NamedTuple):
+    """What a sub-layer's model takes of one block.
+
+    Attributes:
+        by_head: what is taken for chosen heads, with the axis of the heads.
+        taken: its description, for h heads or their c channels.
+        fixed: the model's last inputs.
+    """
+
+    by_head: list[tuple[Array, int]]
+    taken: tuple[TensorSpec, ...]
+    fixed: list[Array]
+
+
+class Blocks:
+    """Engines of the blocks of an fp32 bundle.
+
+    Args:
+        bundle: where their weights are.
+        read: reads the model of an engine's file.
+        compile_model: compiles a model, in float32 if the second argument says so.
+        bf16: whether to compute in it; decisions are in float32 in any case.
+    """
+
+    def __init__(self, bundle: Bundle, read: Callable[[str], Any], compile_model: Compile, bf16: bool) -> None:
+        self._bundle, self._read, self._compile, self._bf16 = bundle, read, compile_model, bf16
+        dtype = openvino.Type.bf16 if bf16 else openvino.Type.f32
+        self._models = {
+            kind: compile_model(build(bundle.architecture, dtype), False)
+            for kind, build in (("attention", attention_model), ("mlp", mlp_model))
+        }
+        self._decides: dict[tuple[bool, int], Any] = {}
+        self._weights: dict[tuple[str, str], Weights] = {}
+
+    def load(self, name: str) -> Engine:
+        """The engine of this name, "blocks.i." and its part of the block.
+
+        Raises:
+            BundleError: its file is not what was exported, or lacks weights.
+        """
+        spec = self._bundle.engines[name]
+        block, part = name.rsplit(".", 1)
+        if part == "decide":
+            return self._decide(block, spec)
+        kind, _, role = part.partition("_")
+        weights = self._weights.get((block, kind)) or self._weigh(block, kind)
+        if role == "weights":
+            return TakingEngine(replace(spec, outputs=weights.taken), weights.by_head)
+        rows = [tensor for tensor in spec.inputs if tensor.shape[0] == "K"]
+        numbers = [TensorSpec("heads", "int64", ("h",))] if kind == "mlp" else []
+        takes = replace(spec, inputs=(*rows, *numbers, *weights.taken))
+        shared = OpenVinoEngine(takes, self._models[kind], weights.fixed, masks=kind == "attention")
+        if role == "gather":
+            return shared
+        return SublayerEngine(spec, weights, shared, self._bundle.architecture.heads)
+
+    def _constants(self, name: str, prefix: str) -> dict[str, Array]:
+        """An engine's weights, by their names behind a prefix if they have it."""
+        operators = self._read(name).get_ops()
+        return {
+            operator.get_friendly_name().removeprefix(f"{prefix}."): operator.data
+            for operator in operators
+            if operator.get_type_name() == "Constant"
+        }
+
+    def _decide(self, block: str, spec: EngineSpec) -> OpenVinoEngine:
+        found = self._constants(spec.name, block)
+        tokens = "attn.token_select.mlp_head.weight" in found
+        choices = len(found.get("choices.bias", ()))
+        names = ["norm1.weight", "norm1.bias"]
+        names += ["attn.token_select.mlp_head.weight", "attn.token_select.mlp_head.bias"] if tokens else []
+        weights = self._named(spec.name, found, names)
+        if choices:
+            weights += [np.ascontiguousarray(found["choices.weight"].T), found["choices.bias"]]
+        model = self._decides.get((tokens, choices))
+        if model is None:
+            made = decide_model(self._bundle.architecture, tokens, choices)
+            model = self._decides[tokens, choices] = self._compile(made, True)
+        return OpenVinoEngine(spec, model, [value.copy() for value in weights])
+
+    def _weigh(self, block: str, kind: str) -> Weights:
+        name = f"{block}.{kind}"
+        make = self._weigh_attention if kind == "attention" else self._weigh_mlp
+        weights = self._weights[block, kind] = make(name, self._constants(name, block))
+        return weights
+
+    def _weigh_attention(self, name: str, found: dict[str, Array]) -> Weights:
+        arch = self._bundle.architecture
+        heads, d, width = arch.heads, arch.head_width, arch.width
+        matrices = self._named(name, found, [f"attn.{part}.weight" for part in ("query", "key", "value")])
+        qkv = np.concatenate([matrix.T.reshape(heads, d, width) for matrix in matrices], 1)
+        projection, offset = self._named(name, found, ["attn.proj.weight", "attn.proj.bias"])
+        by_head = [self._matrix(qkv)]
+        taken = [TensorSpec("qkv", self._dtype, ("h", 3 * d, width))]
+        if arch.qkv_bias:
+            biases = self._named(name, found, ["attn.query.bias", "attn.value.bias"])
+            query, value = (bias.reshape(heads, d) for bias in biases)
+            by_head.append(np.concatenate([query, np.zeros_like(query), value], 1)[..., None])
+            taken.append(TensorSpec("bias", "float32", ("h", 3 * d, 1)))
+        by_head.append(self._matrix(projection.reshape(heads, d, width)))
+        taken.append(TensorSpec("proj", self._dtype, ("c", width)))
+        return Weights([(array, 0) for array in by_head], tuple(taken), [offset.copy()])
+
+    def _weigh_mlp(self, name: str, found: dict[str, Array]) -> Weights:
+        arch = self._bundle.architecture
+        names = ["norm2.weight", "norm2.bias", "mlp.fc1.bias", "mlp.fc2.bias", "mlp.fc1.weight", "mlp.fc2.weight"]
+        scale, bias, offset, last, first, second = self._named(name, found, names)
+        by_head = self._matrix(first.T.reshape(arch.hidden, arch.heads, arch.head_width))
+        taken = TensorSpec("fc1", self._dtype, (arch.hidden, "c"))
+        fixed = [scale.copy(), bias.copy(), offset.copy(), self._matrix(second.T), last.copy()]
+        return Weights([(by_head, 1)], (taken,), fixed)
+
+    @property
+    def _dtype(self) -> str:
+        return "bfloat16" if self._bf16 else "float32"
+
+    def _matrix(self, weights: Array) -> Array:
+        """Weights in the type that is computed in; a copy."""
+        return to_bfloat16(weights) if self._bf16 else np.array(weights, order="C")
+
+    def _named(self, name: str, found: dict[str, Array], names: Sequence[str]) -> list[Array]:
+        missing = [weight for weight in names if weight not in found]
+        if missing:
+            raise BundleError(f"{self._bundle.path}: engine {name} has no weights {missing[0]}; export again")
+        return [found[weight] for weight in names]
+
+
+class TakingEngine:
+    """Copies the shares of chosen heads from a block's weights.
+
+    Args:
+        spec: what it takes and fills.
+        sources: for each output the weights, and the axis of the heads.
+    """
+
+    def __init__(self, spec: EngineSpec, sources: Sequence[tuple[Array, int]]) -> None:
+        self.spec = spec
+        self._sources = sources
+
+    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """See `Engine.run`."""
+        heads = as_rows(inputs[0]).array
+        for (source, axis), rows in zip(self._sources, outputs, strict=True):
+            shape = (*source.shape[:axis], len(heads), *source.shape[axis + 1 :])
+            source.take(heads, axis, out=rows.array.reshape(shape), mode="clip")
+
+
+class SublayerEngine:
+    """A sub-layer that is told the channels of the kept heads, or none where all are always kept.
+
+    Args:
+        spec: what it takes and fills; the channels come last.
+        weights: the block's.
+        gather: runs the sub-layer with the weights of chosen heads.
+        heads: how many there are.
+    """
+
+    def __init__(self, spec: EngineSpec, weights: Weights, gather: OpenVinoEngine, heads: int) -> None:
+        self.spec = spec
+        self._weights, self._gather = weights, gather
+        self._all = np.arange(heads)
+        self._rows = [tensor.shape[0] for tensor in spec.inputs].count("K")
+        self._numbered = len(gather.spec.inputs) > self._rows + len(weights.taken)
+
+    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """See `Engine.run`; for chosen heads the weights are copied every time."""
+        heads, taken = self._all, [source for source, _ in self._weights.by_head]
+        for channels in inputs[self._rows :]:
+            heads = as_rows(channels).array.reshape(len(self._all), -1)[:, 0].nonzero()[0]
+            taken = [source.take(heads, axis) for source, axis in self._weights.by_head]
+        numbers = [heads] if self._numbered else []
+        weights = [_shaped(array, tensor.shape) for array, tensor in zip(taken, self._weights.taken, strict=True)]
+        self._gather.run([*inputs[: self._rows], *numbers, *weights], outputs)
+
+
+def _shaped(array: Array, shape: tuple[int | str, ...]) -> Array:
+    """An array in the shape of its description, where one size may be a name."""
+    return array.reshape([-1 if isinstance(size, str) else size for size in shape])

@@ -1,0 +1,77 @@
+"""A compiled model with the weights of one engine, and its inference requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy.typing as npt
+
+from adavit.errors import BackendError, one_line
+from adavit.runtime.backends.openvino_buffers import as_rows
+from adavit.runtime.backends.openvino_models import mask_of
+from adavit.runtime.bundle import EngineSpec
+
+__all__ = ["OpenVinoEngine"]
+
+
+class OpenVinoEngine:
+    """A compiled model, which other engines may share, with a request for every thread that runs it at once.
+
+    Args:
+        spec: what it takes and fills.
+        compiled: the model.
+        weights: the model's last inputs, where it takes any.
+        masks: whether a mask of the rows comes before these.
+    """
+
+    def __init__(
+        self, spec: EngineSpec, compiled: Any, weights: Sequence[npt.NDArray[Any]] = (), masks: bool = False
+    ) -> None:
+        self.spec = spec
+        self._compiled = compiled
+        self._weights = [as_rows(array) for array in weights]
+        self._masks = masks
+        self._rounds = [tensor.shape[0] == "K" for tensor in (*spec.inputs, *spec.outputs)]
+        self._requests: list[Request] = []
+
+    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """See `Engine.run`. Requests read and write the memory that is there: nothing is copied."""
+        rows = [as_rows(value) for value in (*inputs, *outputs)]
+        tensors = [r.rounded if rounds else r.tensor for r, rounds in zip(rows, self._rounds, strict=True)]
+        further = [weights.tensor for weights in self._weights]
+        if self._masks:
+            normed = rows[1]
+            normed.array[normed.number :] = 0  # what is masked has to be finite
+            further.insert(0, mask_of(normed.number, len(normed.array)))
+        tensors[len(inputs) : len(inputs)] = further
+        try:
+            request = self._requests.pop()
+        except IndexError:
+            request = Request(self._compiled)
+        try:
+            request.run(tensors)
+        except RuntimeError as error:
+            raise BackendError(f"engine {self.spec.name} failed: {one_line(error)}") from error
+        self._requests.append(request)
+
+
+class Request:
+    """An inference request, in which only what differs from its last run is set anew."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self._inputs = len(compiled.inputs)
+        self._set: list[Any] = [None] * (self._inputs + len(compiled.outputs))
+
+    def run(self, tensors: list[Any]) -> None:
+        """Runs on the inputs, then the outputs."""
+        for position, (tensor, before) in enumerate(zip(tensors, self._set, strict=True)):
+            if tensor is before:
+                continue
+            if position < self._inputs:
+                self._request.set_input_tensor(position, tensor)
+            else:
+                self._request.set_output_tensor(position - self._inputs, tensor)
+        self._set = tensors
+        self._request.infer(share_outputs=True)
