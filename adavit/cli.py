@@ -126,7 +126,7 @@ def _export(
 @click.option(
     "--parallel",
     type=click.Choice(["operators", "samples"]),
-    help="What the threads share.  [default: operators for one image a run, samples for more]",
+    help="What the threads share.  [default: operators for one image a run and for OpenVINO, else samples]",
 )
 @click.option("--record-policy", type=PATH, metavar="FILE", help="Write what every image used (npz).")
 @click.option("--replay-policy", type=PATH, metavar="FILE", help="Follow a recorded policy instead of deciding.")

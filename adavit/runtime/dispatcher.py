@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import TOKEN_LOGIT, Architecture
-from adavit.macs import image_macs
+from adavit.macs import block_macs, outside_macs
 from adavit.runtime.backend import Backend, Buffer
 from adavit.runtime.budget import Offsets
 from adavit.runtime.bundle import Bundle
@@ -146,12 +146,12 @@ class Dispatcher:
         """
         arch, batch, backend = self.arch, len(images), self.backend
         used = Policy.dense(arch, batch) if replay is None else replay
-        classes = backend.buffer((batch, arch.width))
+        classes, macs = backend.buffer((batch, arch.width)), np.empty(batch, np.int64)
         thresholds = Thresholds.of(offsets, arch.depth) if replay is None else None
         for start in range(0, batch, SIDE_BY_SIDE):
             positions = range(start, min(start + SIDE_BY_SIDE, batch))
             self._run_side_by_side(
-                ImageRun(self, images[position : position + 1], position, used, thresholds, classes, observe)
+                ImageRun(self, images[position : position + 1], position, used, thresholds, classes, macs, observe)
                 for position in positions
             )
         output = backend.buffer((batch, arch.classes))
@@ -160,7 +160,7 @@ class Dispatcher:
         if observe:
             for position in range(batch):
                 observe(position, "head", logits[position])
-        return logits, used, image_macs(arch, used.tokens, used.heads, used.sublayers)
+        return logits, used, macs
 
     def _run_side_by_side(self, runs: Iterable[ImageRun]) -> None:
         waiting = deque(runs)
@@ -208,6 +208,7 @@ class ImageRun:
         policy: the batch's, to be filled, or followed where there are no thresholds.
         thresholds: of its decisions.
         classes: where the last block's class token goes, [B, D].
+        macs: where its MACs go, [B].
         observe: sees what every engine computes.
     """
 
@@ -219,13 +220,15 @@ class ImageRun:
         policy: Policy,
         thresholds: Thresholds | None,
         classes: Buffer,
+        macs: npt.NDArray[np.int64],
         observe: Observer | None,
     ) -> None:
         self._dispatcher, self._backend, self._arch = dispatcher, dispatcher.backend, dispatcher.arch
         self._image, self._position = image, position
         self._policy = policy.tokens[position], policy.heads[position], policy.sublayers[position]
         self._thresholds = thresholds
-        self._classes = classes
+        self._classes, self._macs = classes, macs
+        self._spent = outside_macs(self._arch)
         self._observe = observe
         self._x: Tokens | None = None
         self._block = 0
@@ -245,6 +248,7 @@ class ImageRun:
             self._x = self._run_sublayers(index, block, self._x, scratch, attention, mlp)
         if self._block < self._arch.depth:
             return True
+        self._macs[self._position] = self._spent
         self._backend.gather(self._x.rows, CLASS_TOKEN, self._classes, self._position)
         self._dispatcher.give_tokens(self._x)
         return False
@@ -276,6 +280,7 @@ class ImageRun:
         backend = self._backend
         kept, heads = (masks[index].nonzero()[0] for masks in self._policy[:2])
         count, all_kept = len(kept), len(kept) == self._arch.tokens
+        self._spent += block_macs(self._arch, count, len(heads), attention, mlp)
         rows, normed = x.rows, scratch.normed
         if not all_kept:
             rows = scratch.rows

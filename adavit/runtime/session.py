@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -294,7 +295,7 @@ class Runtime:
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, side, side) or not len(images):
             raise InputError(f"images is {images.dtype} {list(images.shape)}: expected {wanted}")
         with np.errstate(all="ignore"):  # the sum of finite values may overflow
-            doubtful = not np.isfinite(images.sum())
+            doubtful = not math.isfinite(images.sum())
         if doubtful and not np.isfinite(images).all():
             raise InputError("images hold NaN or infinite values; check the preprocessing")
         return np.ascontiguousarray(images)
