@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from cases import (
@@ -149,6 +150,14 @@ def test_a_block_without_its_weights(bundle: Path) -> None:
     engine = Bundle.open(bundle).read("blocks.1.attention")
     rewrite_engine(bundle, "blocks.2.attention", engine)
     with pytest.raises(BundleError, match=r"engine blocks.2.attention has no weights attn.query.weight; export again"):
+        adavit.load(bundle, backend="openvino", threads=1)
+    model = onnx.load_from_string(Bundle.open(bundle).read("blocks.2.mlp"))
+    for tensor in model.graph.initializer:
+        if tensor.name == "blocks.2.mlp.fc1.weight":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros((3, 3), np.float32), tensor.name))
+    rewrite_engine(bundle, "blocks.2.attention", engine.replace(b"blocks.1.", b"blocks.2."))
+    rewrite_engine(bundle, "blocks.2.mlp", model.SerializeToString())
+    with pytest.raises((BundleError, BackendError), match=r"engine blocks.2.mlp"):
         adavit.load(bundle, backend="openvino", threads=1)
     rewrite_engine(bundle, "blocks.2.attention", engine[:100])
     with pytest.raises(BackendError, match=r"OpenVINO refuses engine blocks.2.attention: "):

@@ -111,7 +111,10 @@ class Blocks:
     def _weigh(self, block: str, kind: str) -> Weights:
         name = f"{block}.{kind}"
         make = self._weigh_attention if kind == "attention" else self._weigh_mlp
-        weights = self._weights[block, kind] = make(name, self._constants(name, block))
+        try:
+            weights = self._weights[block, kind] = make(name, self._constants(name, block))
+        except ValueError as error:
+            raise BundleError(f"{self._bundle.path}: engine {name} has odd weights ({error}); export again") from None
         return weights
 
     def _weigh_attention(self, name: str, found: dict[str, Array]) -> Weights:
