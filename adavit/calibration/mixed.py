@@ -63,7 +63,7 @@ class _Chosen:
         self, backends: Mapping[str, Backend], loaded: dict[tuple[str, str], Engine], chosen: Mapping[str, str]
     ) -> None:
         self._backends, self._loaded, self._chosen = backends, loaded, chosen
-        self.name, self.fixes_inputs, self.always_gathers = backends["fp32"].name, False, False
+        self.name, self.fixes_inputs = backends["fp32"].name, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backends["fp32"], name)

@@ -146,7 +146,7 @@ class Dispatcher:
         """
         arch, batch, backend = self.arch, len(images), self.backend
         used = Policy.dense(arch, batch) if replay is None else replay
-        classes, macs = backend.buffer((batch, arch.width)), np.empty(batch, np.int64)
+        classes, macs = backend.buffer((batch, arch.width)), np.full(batch, outside_macs(arch))
         thresholds = Thresholds.of(offsets, arch.depth) if replay is None else None
         for start in range(0, batch, SIDE_BY_SIDE):
             positions = range(start, min(start + SIDE_BY_SIDE, batch))
@@ -208,7 +208,7 @@ class ImageRun:
         policy: the batch's, to be filled, or followed where there are no thresholds.
         thresholds: of its decisions.
         classes: where the last block's class token goes, [B, D].
-        macs: where its MACs go, [B].
+        macs: where those of its blocks are added, [B].
         observe: sees what every engine computes.
     """
 
@@ -228,7 +228,6 @@ class ImageRun:
         self._policy = policy.tokens[position], policy.heads[position], policy.sublayers[position]
         self._thresholds = thresholds
         self._classes, self._macs = classes, macs
-        self._spent = outside_macs(self._arch)
         self._observe = observe
         self._x: Tokens | None = None
         self._block = 0
@@ -248,7 +247,6 @@ class ImageRun:
             self._x = self._run_sublayers(index, block, self._x, scratch, attention, mlp)
         if self._block < self._arch.depth:
             return True
-        self._macs[self._position] = self._spent
         self._backend.gather(self._x.rows, CLASS_TOKEN, self._classes, self._position)
         self._dispatcher.give_tokens(self._x)
         return False
@@ -280,7 +278,7 @@ class ImageRun:
         backend = self._backend
         kept, heads = (masks[index].nonzero()[0] for masks in self._policy[:2])
         count, all_kept = len(kept), len(kept) == self._arch.tokens
-        self._spent += block_macs(self._arch, count, len(heads), attention, mlp)
+        self._macs[self._position] += block_macs(self._arch, count, len(heads), attention, mlp)
         rows, normed = x.rows, scratch.normed
         if not all_kept:
             rows = scratch.rows
