@@ -61,11 +61,11 @@ class OpenVinoBackend(HostMoves):
             raise BackendError("this CPU does not compute in bf16 (AMX, AVX512-BF16); choose fp32")
         self._blocks: Blocks | None = None
         self._making: dict[str, Future[OpenVinoEngine]] = {}
-        names = [name for name in bundle.engines if name.startswith("blocks.")]
         if bundle.config.get("precision") == "fp32":
             self._blocks = Blocks(bundle, self._read, self._compile, self._precision == "bf16")
         else:
             pool = ThreadPoolExecutor(options.threads, "adavit-compile")
+            names = [name for name in bundle.engines if name.startswith("blocks.")]
             self._making = {name: pool.submit(self._make, name, options.workers) for name in names}
             pool.shutdown(wait=False)
         self.always_gathers = self._blocks is not None
@@ -115,7 +115,8 @@ class OpenVinoBackend(HostMoves):
             "ENABLE_CPU_PINNING": False,
             "CPU_RUNTIME_CACHE_CAPACITY": PREPARED_KEPT,
         }
-        if any(port.partial_shape.is_dynamic and len(port.partial_shape) < 4 for port in model.inputs):
+        rows = [port.partial_shape for port in model.inputs if len(port.partial_shape) < 4]  # all but images
+        if any(shape.is_dynamic for shape in rows):
             properties["SNIPPETS_MODE"] = "DISABLE"  # fused attention may be wrong from the second number of tokens on
         try:
             return self._core.compile_model(model, "CPU", properties)

@@ -7,7 +7,7 @@ weights are kept in it, so that half as much is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -59,21 +59,24 @@ class Blocks:
             kind: compile_model(build(bundle.architecture, dtype), False)
             for kind, build in (("attention", attention_model), ("mlp", mlp_model))
         }
-        self._decides: dict[tuple[bool, int], Any] = {}
+        self._decides: dict[int, Any] = {}
         self._weights: dict[tuple[str, str], Weights] = {}
 
     def load(self, name: str) -> Engine:
         """The engine of this name, "blocks.i." and its part of the block.
 
         Raises:
-            BundleError: its file is not what was exported, or lacks weights.
+            BundleError: its file is not what was exported, or lacks weights, or has them in other shapes.
         """
         spec = self._bundle.engines[name]
         block, part = name.rsplit(".", 1)
         if part == "decide":
             return self._decide(block, spec)
         kind, _, role = part.partition("_")
-        weights = self._weights.get((block, kind)) or self._weigh(block, kind)
+        weights = self._weights.get((block, kind))
+        if weights is None:
+            weigh = self._weigh_attention if kind == "attention" else self._weigh_mlp
+            weights = self._weights[block, kind] = weigh(block)
         if role == "weights":
             return TakingEngine(replace(spec, outputs=weights.taken), weights.by_head)
         rows = [tensor for tensor in spec.inputs if tensor.shape[0] == "K"]
@@ -84,64 +87,73 @@ class Blocks:
             return shared
         return SublayerEngine(spec, weights, shared, self._bundle.architecture.heads)
 
-    def _constants(self, name: str, prefix: str) -> dict[str, Array]:
-        """An engine's weights, by their names behind a prefix if they have it."""
-        operators = self._read(name).get_ops()
-        return {
-            operator.get_friendly_name().removeprefix(f"{prefix}."): operator.data
-            for operator in operators
-            if operator.get_type_name() == "Constant"
-        }
+    def _found(self, block: str, part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+        """A block's weights of these names and shapes, from the engine of one of its parts."""
+        operators = self._read(f"{block}.{part}").get_ops()
+        constants = {op.get_friendly_name(): op.data for op in operators if op.get_type_name() == "Constant"}
+        found = {}
+        for name, shape in shapes.items():
+            value = constants.get(f"{block}.{name}", constants.get(name))
+            if value is None:
+                raise BundleError(f"{self._bundle.path}: engine {block}.{part} has no weights {name}; export again")
+            if value.shape != shape:
+                raise BundleError(
+                    f"{self._bundle.path}: engine {block}.{part} has weights {name} of {list(value.shape)}, "
+                    f"not of {list(shape)}; export again"
+                )
+            found[name] = value
+        return found
 
     def _decide(self, block: str, spec: EngineSpec) -> OpenVinoEngine:
-        found = self._constants(spec.name, block)
-        tokens = "attn.token_select.mlp_head.weight" in found
-        choices = len(found.get("choices.bias", ()))
-        names = ["norm1.weight", "norm1.bias"]
-        names += ["attn.token_select.mlp_head.weight", "attn.token_select.mlp_head.bias"] if tokens else []
-        weights = self._named(spec.name, found, names)
+        arch, index = self._bundle.architecture, int(block.split(".")[1])
+        width, choices = arch.width, arch.adapts_heads(index) * arch.heads + arch.adapts_sublayers(index) * 2
+        shapes: dict[str, tuple[int, ...]] = {"norm1.weight": (width,), "norm1.bias": (width,)}
+        if arch.token_policy:
+            shapes |= {"attn.token_select.mlp_head.weight": (1, width), "attn.token_select.mlp_head.bias": (1,)}
         if choices:
-            weights += [np.ascontiguousarray(found["choices.weight"].T), found["choices.bias"]]
-        model = self._decides.get((tokens, choices))
+            shapes |= {"choices.weight": (width, choices), "choices.bias": (choices,)}
+        found = self._found(block, "decide", shapes)
+        if choices:
+            found["choices.weight"] = found["choices.weight"].T
+        model = self._decides.get(choices)
         if model is None:
-            made = decide_model(self._bundle.architecture, tokens, choices)
-            model = self._decides[tokens, choices] = self._compile(made, True)
-        return OpenVinoEngine(spec, model, [value.copy() for value in weights])
+            made = decide_model(arch, arch.token_policy, choices)
+            model = self._decides[choices] = self._compile(made, True)
+        return OpenVinoEngine(spec, model, [np.array(value, order="C") for value in found.values()])
 
-    def _weigh(self, block: str, kind: str) -> Weights:
-        name = f"{block}.{kind}"
-        make = self._weigh_attention if kind == "attention" else self._weigh_mlp
-        try:
-            weights = self._weights[block, kind] = make(name, self._constants(name, block))
-        except ValueError as error:
-            raise BundleError(f"{self._bundle.path}: engine {name} has odd weights ({error}); export again") from None
-        return weights
-
-    def _weigh_attention(self, name: str, found: dict[str, Array]) -> Weights:
+    def _weigh_attention(self, block: str) -> Weights:
         arch = self._bundle.architecture
         heads, d, width = arch.heads, arch.head_width, arch.width
-        matrices = self._named(name, found, [f"attn.{part}.weight" for part in ("query", "key", "value")])
-        qkv = np.concatenate([matrix.T.reshape(heads, d, width) for matrix in matrices], 1)
-        projection, offset = self._named(name, found, ["attn.proj.weight", "attn.proj.bias"])
-        by_head = [self._matrix(qkv)]
+        shapes: dict[str, tuple[int, ...]] = {
+            **{f"attn.{part}.weight": (width, width) for part in ("query", "key", "value", "proj")},
+            **{f"attn.{part}.bias": (width,) for part in ("proj", *(("query", "value") if arch.qkv_bias else ()))},
+        }
+        found = self._found(block, "attention", shapes)
+        matrices = [found[f"attn.{part}.weight"].T.reshape(heads, d, width) for part in ("query", "key", "value")]
+        by_head = [self._matrix(np.concatenate(matrices, 1))]
         taken = [TensorSpec("qkv", self._dtype, ("h", 3 * d, width))]
         if arch.qkv_bias:
-            biases = self._named(name, found, ["attn.query.bias", "attn.value.bias"])
-            query, value = (bias.reshape(heads, d) for bias in biases)
+            query, value = (found[f"attn.{part}.bias"].reshape(heads, d) for part in ("query", "value"))
             by_head.append(np.concatenate([query, np.zeros_like(query), value], 1)[..., None])
             taken.append(TensorSpec("bias", "float32", ("h", 3 * d, 1)))
-        by_head.append(self._matrix(projection.reshape(heads, d, width)))
+        by_head.append(self._matrix(found["attn.proj.weight"].reshape(heads, d, width)))
         taken.append(TensorSpec("proj", self._dtype, ("c", width)))
-        return Weights([(array, 0) for array in by_head], tuple(taken), [offset.copy()])
+        return Weights([(array, 0) for array in by_head], tuple(taken), [found["attn.proj.bias"].copy()])
 
-    def _weigh_mlp(self, name: str, found: dict[str, Array]) -> Weights:
+    def _weigh_mlp(self, block: str) -> Weights:
         arch = self._bundle.architecture
-        names = ["norm2.weight", "norm2.bias", "mlp.fc1.bias", "mlp.fc2.bias", "mlp.fc1.weight", "mlp.fc2.weight"]
-        scale, bias, offset, last, first, second = self._named(name, found, names)
-        by_head = self._matrix(first.T.reshape(arch.hidden, arch.heads, arch.head_width))
-        taken = TensorSpec("fc1", self._dtype, (arch.hidden, "c"))
-        fixed = [scale.copy(), bias.copy(), offset.copy(), self._matrix(second.T), last.copy()]
-        return Weights([(by_head, 1)], (taken,), fixed)
+        width, hidden = arch.width, arch.hidden
+        shapes: dict[str, tuple[int, ...]] = {
+            **{name: (width,) for name in ("norm2.weight", "norm2.bias", "mlp.fc2.bias")},
+            **{"mlp.fc1.weight": (width, hidden), "mlp.fc1.bias": (hidden,), "mlp.fc2.weight": (hidden, width)},
+        }
+        found = self._found(block, "mlp", shapes)
+        by_head = self._matrix(found["mlp.fc1.weight"].T.reshape(hidden, arch.heads, arch.head_width))
+        scale, bias, first, last = (
+            found[name].copy() for name in ("norm2.weight", "norm2.bias", "mlp.fc1.bias", "mlp.fc2.bias")
+        )
+        fixed = [scale, bias, first, self._matrix(found["mlp.fc2.weight"].T), last]
+        return Weights([(by_head, 1)], (TensorSpec("fc1", self._dtype, (hidden, "c")),), fixed)
 
     @property
     def _dtype(self) -> str:
@@ -150,12 +162,6 @@ class Blocks:
     def _matrix(self, weights: Array) -> Array:
         """Weights in the type that is computed in; a copy."""
         return to_bfloat16(weights) if self._bf16 else np.array(weights, order="C")
-
-    def _named(self, name: str, found: dict[str, Array], names: Sequence[str]) -> list[Array]:
-        missing = [weight for weight in names if weight not in found]
-        if missing:
-            raise BundleError(f"{self._bundle.path}: engine {name} has no weights {missing[0]}; export again")
-        return [found[weight] for weight in names]
 
 
 class TakingEngine:
@@ -193,7 +199,7 @@ class SublayerEngine:
         self._weights, self._gather = weights, gather
         self._all = np.arange(heads)
         self._rows = [tensor.shape[0] for tensor in spec.inputs].count("K")
-        self._numbered = len(gather.spec.inputs) > self._rows + len(weights.taken)
+        self._numbered = any(tensor.name == "heads" for tensor in gather.spec.inputs)
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`; for chosen heads the weights are copied every time."""
