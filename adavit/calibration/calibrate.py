@@ -113,14 +113,18 @@ def write_converted(
     progress: Progress,
 ) -> dict[str, Any]:
     """Writes a bundle whose units have the precisions assigned to them; returns `config.json`'s content."""
-    engines = converted(bundle, ranges, assigned, options.method, options.decision_precision)
+    precisions = {
+        name: engine_precision(name, assigned, options.decision_precision)
+        for name, spec in bundle.engines.items()
+        if not spec.wants_constants  # which are fixed in fp32 alone
+    }
+    engines = converted(bundle, ranges, assigned, options.method, precisions)
     about = {key: bundle.config[key] for key in ("name", "opset", "checkpoint")}
     about |= {"precision": options.precision, "statistics": ranges.statistics}
-    precisions = {name: engine_precision(name, assigned, options.decision_precision) for name in bundle.engines}
     return write_bundle(
         folder,
         engines,
-        len(bundle.engines),
+        len(precisions),
         bundle.architecture,
         bundle.labels,
         bundle.preprocessor,

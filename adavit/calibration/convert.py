@@ -54,11 +54,15 @@ def engine_precision(name: str, assigned: Mapping[str, Assignment], decisions: s
 
 
 def converted(
-    bundle: Bundle, ranges: Ranges, assigned: Mapping[str, Assignment], method: str, decisions: str
+    bundle: Bundle,
+    ranges: Ranges,
+    assigned: Mapping[str, Assignment],
+    method: str,
+    precisions: Mapping[str, str],
 ) -> Iterator[tuple[str, onnx.ModelProto]]:
-    """Yields (name, model) of every engine, in its precision."""
-    for name in bundle.engines:
-        yield name, _engine(bundle, ranges, assigned, method, name, engine_precision(name, assigned, decisions))
+    """Yields (name, model) of every engine that has a precision, in it."""
+    for name, precision in precisions.items():
+        yield name, _engine(bundle, ranges, assigned, method, name, precision)
 
 
 def _engine(

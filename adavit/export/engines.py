@@ -27,7 +27,7 @@ def make_engines(
 
 def engine_count(arch: Architecture, with_dense: bool) -> int:
     """How many engines `make_engines` yields."""
-    gathering = sum(4 for block in range(arch.depth) if arch.adapts_heads(block))
+    gathering = sum(5 for block in range(arch.depth) if arch.adapts_heads(block))
     return 4 + 3 * arch.depth + gathering + 2 * arch.head_policy + with_dense
 
 
@@ -40,6 +40,7 @@ def _graphs(arch: Architecture, weights: Weights, opset: int, with_dense: bool) 
         if arch.adapts_heads(block):
             yield gather.attention_weights_graph(arch, weights, block, opset)
             yield gather.attention_gather_graph(arch, weights, block, opset)
+            yield gather.attention_set_graph(arch, weights, block, opset)
             yield gather.mlp_weights_graph(arch, weights, block, opset)
             yield gather.mlp_gather_graph(arch, weights, block, opset)
     if arch.head_policy:

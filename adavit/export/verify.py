@@ -15,6 +15,7 @@ from adavit.errors import VerificationError
 from adavit.model import AdaViT, Output
 from adavit.model.adavit import Block, BlockLogits
 from adavit.model.policy import BlockPolicy, decide
+from adavit.runtime.plan import SUBLAYERS, HeadSet
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
 
@@ -84,7 +85,7 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
     """Runs random images through both and compares every decision, the tokens behind every engine, and the logits.
 
     Policies that keep every head, one, and none are replayed too, so that no engine goes unseen for want of an
-    image that needs it.
+    image that needs it; the one of one head also with engines for its sets of heads, where the backend makes them.
 
     Returns:
         How many images and decisions were compared, and the largest logit difference.
@@ -98,6 +99,8 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
     for done, wanted in enumerate([*chosen, *replayed], 1):
         worst = max(worst, _compare(wanted, runtime, wanted.policy if done > len(chosen) else None))
         progress("verifying", done / (len(chosen) + len(replayed)))
+    if len(replayed) > 1:
+        worst = max(worst, _compare_sets(replayed[1], runtime))
     result = {
         "images": len(chosen),
         "decisions": sum(_decisions(model, wanted.policy) for wanted in chosen),
@@ -165,6 +168,26 @@ def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> floa
         _difference(engine, found, wanted.logits if engine == "head" else wanted.tokens[sublayer])
     _same_decisions(wanted.policy, result.policy, runtime.architecture.depth - 1, decided)
     return float(np.abs(result.logits[0] - wanted.logits).max())
+
+
+def _compare_sets(wanted: Reference, runtime: Runtime) -> float:
+    """Compares an image once more, with an engine for every set of heads that its policy keeps."""
+    arch, specialised = runtime.architecture, runtime.dispatcher.specialised
+    if not specialised.able:
+        return 0.0
+    before = specialised.sets
+    specialised.make(
+        tuple(
+            HeadSet(block, kind, tuple(wanted.policy.heads[0, block].nonzero()[0].tolist()))
+            for block in range(arch.depth)
+            for kind in SUBLAYERS
+            if arch.adapts_heads(block)
+        )
+    )
+    try:
+        return _compare(wanted, runtime, wanted.policy)
+    finally:
+        specialised.make(before)
 
 
 def _same_decisions(wanted: Policy, found: Policy, last: int, decided: set[int]) -> None:

@@ -64,6 +64,11 @@ class EngineSpec:
     bytes: int
     sha256: str
 
+    @property
+    def wants_constants(self) -> bool:
+        """Whether it is for runtimes that make the weights handed to it constants; others have no use for it."""
+        return self.name.endswith("_set")
+
     def without(self, names: Collection[str]) -> EngineSpec:
         """The engine without the inputs of these names."""
         return replace(self, inputs=tuple(tensor for tensor in self.inputs if tensor.name not in names))

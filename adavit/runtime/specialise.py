@@ -86,7 +86,7 @@ class Specialised:
 
     def _size(self, found: HeadSet) -> int:
         """Bytes of an engine's weights: those of its heads, and the others."""
-        others = self._bundle.engines[f"blocks.{found.block}.{found.kind}_gather"].bytes
+        others = self._bundle.engines[_engine(found)].bytes
         return others + self._head_weights.size(found.block, found.kind, len(found.heads))
 
     def _load(self, found: HeadSet) -> Engine:
@@ -94,4 +94,9 @@ class Specialised:
         constants = self._head_weights.arrays(found.block, found.kind, heads)
         if found.kind == "mlp":
             constants["heads"] = heads
-        return self._backend.load(f"blocks.{found.block}.{found.kind}_gather", constants=constants)
+        return self._backend.load(_engine(found), constants=constants)
+
+
+def _engine(found: HeadSet) -> str:
+    """The name of what becomes the engine of a set, once the weights handed to it are constants."""
+    return f"blocks.{found.block}.{'attention_set' if found.kind == 'attention' else 'mlp_gather'}"

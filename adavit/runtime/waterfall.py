@@ -120,7 +120,7 @@ def asked_macs(arch: Architecture, policy: Policy) -> dict[str, int]:
 
 def computed_macs(arch: Architecture, event: Event) -> int:
     """MACs that a sub-layer's engine computes, those of dropped heads that it masks included."""
-    kind = event.name.split(".")[-1].removesuffix("_gather")
+    kind = event.name.split(".")[-1].removesuffix("_gather").removesuffix("_set")
     counted = {"attention": attention_macs, "mlp": mlp_macs}.get(kind)
     return counted(arch, event.sizes["K"], event.sizes.get("h", arch.heads)) if counted else 0
 

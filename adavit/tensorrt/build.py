@@ -98,12 +98,13 @@ def _build_all(
         jobs = [
             worker.Job(name, profiles_of(spec, arch, statistics, most), output / f"{name}.engine")
             for name, spec in bundle.engines.items()
+            if not spec.wants_constants
         ]
     except ValueError as error:
         raise BundleError(f"{bundle.path}: {error}; export again") from None
     # The large ones first, so that no worker is left with one at the end.
-    jobs.sort(key=lambda job: -bundle.engines[job.name].bytes)
-    running = {pool.submit(worker.build, job): job.name for job in jobs}
+    large_first = sorted(jobs, key=lambda job: -bundle.engines[job.name].bytes)
+    running = {pool.submit(worker.build, job): job.name for job in large_first}
     made = {}
     try:
         for done, future in enumerate(as_completed(running), 1):
@@ -112,7 +113,7 @@ def _build_all(
     finally:
         for future in running:
             future.cancel()
-    return {name: made[name] for name in bundle.engines}
+    return {job.name: made[job.name] for job in jobs}
 
 
 def _free_place(bundle: Bundle, key: str) -> Path:

@@ -11,12 +11,15 @@ from cases import random_images, read_config, tiny, write_config
 
 import adavit
 from adavit.errors import BundleError
+from adavit.runtime.plan import HeadSet
 
 
 def fault(bundle: Path) -> str:
-    """The one line that loading, or running the dense twin, is refused with."""
+    """The one line that loading, or running the dense twin or engines for sets of heads, is refused with."""
     with pytest.raises(BundleError) as caught:
-        adavit.load(bundle, threads=1).run_dense(random_images(tiny(), 1))
+        runtime = adavit.load(bundle, threads=1)
+        runtime.run_dense(random_images(tiny(), 1))
+        runtime.dispatcher.specialised.make(tuple(HeadSet(block, "attention", (0,)) for block in (1, 2)))
     message = str(caught.value)
     assert "\n" not in message
     return message
