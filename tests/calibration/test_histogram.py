@@ -56,12 +56,12 @@ def test_the_entropy_threshold_keeps_what_is_evenly_spread() -> None:
 
 
 def test_values_next_to_zero_do_not_have_the_others_clipped() -> None:
-    before = np.random.default_rng(0).normal(-1.5, 1, 200_000)
+    before = np.random.default_rng(0).normal(-3, 2, 200_000)
     hidden = (before * 0.5 * (1 + np.vectorize(erf)(before / sqrt(2)))).astype(np.float32)
     assert (np.abs(hidden) < 0.17).mean() > 0.9  # behind a GELU
     scale = of(hidden).threshold("entropy") / 127
     error = hidden - np.clip(np.round(hidden / scale), -127, 127) * scale
-    assert (hidden**2).sum() > 10**2 * (error**2).sum()  # 20 dB
+    assert (hidden**2).sum() > 10**1.5 * (error**2).sum()  # 15 dB
 
 
 def test_nothing_seen_has_no_range() -> None:
