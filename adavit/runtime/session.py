@@ -21,8 +21,8 @@ from adavit.runtime.bundle import Bundle
 from adavit.runtime.choose import Choice, choose
 from adavit.runtime.dispatcher import Dispatcher, Observer
 from adavit.runtime.images import ImageLike
+from adavit.runtime.kept_plan import recalled_plan
 from adavit.runtime.policy import Policy
-from adavit.runtime.tune import recalled_plan
 
 __all__ = ["Prediction", "Result", "Runtime", "load"]
 

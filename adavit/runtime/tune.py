@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from adavit.architecture import Architecture
 from adavit.macs import dense_macs
-from adavit.runtime.backend import Backend, Options
-from adavit.runtime.bundle import Bundle
-from adavit.runtime.cache import facts, kept_any, kept_at, recall, remember
+from adavit.runtime.kept_plan import keep_plan
 from adavit.runtime.plan import EnginePlan, ruled
 from adavit.runtime.policy import Policy
+from adavit.runtime.session import Runtime
 from adavit.runtime.staircase import measure_staircase
 from adavit.runtime.timing import median_times
 
-if TYPE_CHECKING:
-    from adavit.runtime.session import Runtime
+__all__ = ["tune"]
 
-__all__ = ["recalled_plan", "tune"]
-
-log = logging.getLogger(__name__)
-
-KIND = "plan"
 ROUNDS = 9
 IMAGES = 4
 
 Progress = Callable[[str, float], None]
-
-
-def recalled_plan(bundle: Bundle, options: Options, backend: Backend) -> EnginePlan:
-    """The plan that `tune` kept for this bundle, backend and machine, or the rule that needs none."""
-    arch, rule = bundle.architecture, ruled(bundle.architecture, backend.always_gathers)
-    if not kept_any(KIND):
-        return rule
-    known = {**facts(bundle, options), "backend": backend.name}
-    found = recall(KIND, known)
-    if found is None:
-        return rule
-    try:
-        return EnginePlan.from_dict(found.get("gathers"), arch, str(kept_at(KIND, known)))
-    except ValueError as error:
-        log.warning("%s holds no plan (%s); tune again", kept_at(KIND, known), error)
-        return rule
 
 
 def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> dict[str, Any]:
@@ -80,11 +56,11 @@ def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> di
         {name: partial(run_under, plan) for name, plan in plans.items()}, ROUNDS, "comparing plans", progress
     )
     taken = min(compared, key=compared.__getitem__)
-    known = {**facts(runtime.bundle, runtime.options), "backend": runtime.backend.name}
     plan = replace(plans[taken], sets=() if used is None else dispatcher.specialised.choose(used))
     gains = _gains(runtime, images[:1], progress)
     dispatcher.specialised.make(plan.sets)
-    path = remember(KIND, known, {"taken": taken, "gathers": plan.to_dict(), "staircase": asdict(staircase)})
+    measured = {"taken": taken, "staircase": asdict(staircase)}
+    path = keep_plan(runtime.bundle, runtime.options, runtime.backend, plan, measured)
     dispatcher.plan = replace(plan, origin=None if path is None else str(path))
     return {
         "model": runtime.bundle.name,
