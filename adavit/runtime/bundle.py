@@ -139,10 +139,14 @@ class Bundle:
         Raises:
             BundleError: there is no such engine, or its file is not the one that was exported.
         """
+        return self.read_stored(self.engine(name))
+
+    def engine(self, name: str) -> EngineSpec:
+        """The description of an engine; raises BundleError where there is no such engine."""
         if name not in self.engines:
             hint = "; export with --with-dense" if name == "dense" else "; export again"
             raise BundleError(f"{self.path}: has no engine {name!r}{hint}")
-        return self.read_stored(self.engines[name])
+        return self.engines[name]
 
     def read_stored(self, stored: Stored) -> bytes:
         """The bytes of a file that the bundle describes, hashed before they are returned.

@@ -222,6 +222,7 @@ class Runtime:
 
         Raises:
             InputError: the policy is not of this model.
+            BundleError: the bundle was exported before there were such engines.
         """
         policy.check(self.architecture, len(policy))
         specialised = self.dispatcher.specialised

@@ -52,14 +52,18 @@ class Specialised:
         self._bundle, self._backend, self._head_weights = bundle, backend, head_weights
 
     def choose(self, policy: Policy) -> tuple[HeadSet, ...]:
-        """The sets that save most of some images' time by their bytes, as many as BYTES hold; none if not able."""
+        """The sets that save most of some images' time by their bytes, as many as BYTES hold; none if not able.
+
+        Raises:
+            BundleError: the bundle was exported before there were such engines.
+        """
         if not self.able:
             return ()
         arch, saved = self._bundle.architecture, defaultdict[HeadSet, float](float)
         tokens = policy.tokens.sum(2)
         for image, block, part in np.argwhere(policy.sublayers).tolist():
             heads = tuple(policy.heads[image, block].nonzero()[0].tolist())
-            if arch.adapts_heads(block) and 0 < len(heads) < arch.heads:
+            if arch.adapts_heads(block) and heads:
                 kind, kept = SUBLAYERS[part], int(tokens[image, block])
                 saved[HeadSet(block, kind, heads)] += saved_macs(arch, kind, kept, len(heads))
         least = LEAST * dense_macs(arch) * len(policy)
@@ -76,6 +80,7 @@ class Specialised:
 
         Raises:
             BackendError: this backend cannot, or the bundle is not in fp32.
+            BundleError: the bundle was exported before there were such engines.
         """
         if sets and not self.able:
             raise BackendError(f"{self._backend.name} makes no engines for sets of heads, or the bundle is not in fp32")
@@ -86,7 +91,7 @@ class Specialised:
 
     def _size(self, found: HeadSet) -> int:
         """Bytes of an engine's weights: those of its heads, and the others."""
-        others = self._bundle.engines[_engine(found)].bytes
+        others = self._bundle.engine(_engine(found)).bytes
         return others + self._head_weights.size(found.block, found.kind, len(found.heads))
 
     def _load(self, found: HeadSet) -> Engine:
