@@ -4,7 +4,7 @@ The walk takes one step at a time, so it can spend early what it misses later, a
 for little. So at each budget, from several places on the way down, what is left of the budget is spent in two ways:
 on all decisions alike, and as the way up spends it. What loses nothing is given up at larger budgets too, then, and
 what it saves is spent where it gains. All of these are tried on all images, and the best is taken; the trained policy
-moved evenly, where none is surely better.
+moved evenly, where none is surely better. In the end, what is good at one budget is tried at its neighbours.
 """
 
 from __future__ import annotations
@@ -39,7 +39,21 @@ def best_stops(trial: Trial, budgets: Sequence[float]) -> dict[float, Stop]:
     """
     asked = sorted(budgets)
     path = walk(trial, asked[0], asked[-1])
-    return {level: _best(_candidates(trial, path, level)) for level in _levels(asked)}
+    return spread(trial, {level: _best(_candidates(trial, path, level)) for level in _levels(asked)})
+
+
+def spread(trial: Trial, found: dict[float, Stop]) -> dict[float, Stop]:
+    """Takes what is good at a level to the levels next to it, moved evenly to their MACs: upwards, then downwards.
+
+    Levels are searched one by one, so that a larger one may miss what a smaller one has found.
+    """
+    found, levels = dict(found), list(found)
+    for order in (levels, levels[::-1]):
+        for source, level in pairwise(order):
+            moved = _moved(trial, found[source].offsets, level)
+            if moved is not None and _is_close(moved, level):
+                found[level] = _best([found[level], moved])
+    return found
 
 
 def _best(stops: list[Stop]) -> Stop:
@@ -66,14 +80,24 @@ def _candidates(trial: Trial, path: Way, level: float) -> list[Stop]:
     found: list[Stop | None] = []
     for place in dict.fromkeys(round(middle * (1 - part / PLACES)) for part in range(PLACES + 1)):
         base = path.stops[place].offsets
-        even = partial(shifted, base, arch.depth, moves_of(arch)[-1])
-        found.append(meet(trial, even, *_reach(trial, even, level), level))
+        found.append(_moved(trial, base, level))
         if place < middle:
             found.append(meet(trial, partial(_spent, base, path, arch.depth), float(middle), last, level))
     found.append(meet(trial, path.offsets, 0.0, last, level))
     stops = [stop for stop in found if stop is not None]
-    close = [stop for stop in stops if abs(stop.outcome.macs - level) <= CLOSE * level]
+    close = [stop for stop in stops if _is_close(stop, level)]
     return close or stops or [_nearest(path, level)]  # more MACs would be an unfair advantage
+
+
+def _moved(trial: Trial, base: Offsets, level: float) -> Stop | None:
+    """Offsets moved evenly to so many MACs, on all images; None where they come nowhere near."""
+    arch = trial.runtime.architecture
+    even = partial(shifted, base, arch.depth, moves_of(arch)[-1])
+    return meet(trial, even, *_reach(trial, even, level), level)
+
+
+def _is_close(stop: Stop, level: float) -> bool:
+    return abs(stop.outcome.macs - level) <= CLOSE * level
 
 
 def _spent(base: Offsets, path: Way, depth: int, position: float) -> Offsets:

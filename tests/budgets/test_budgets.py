@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import adavit
 from adavit.budget_options import BudgetOptions
 from adavit.calibration import budgets as calibration
+from adavit.calibration import choose
 from adavit.calibration.budgets import add_budgets, calibrate
 from adavit.calibration.trial import Outcome, Trial
 from adavit.calibration.walk import EVEN_STEP, STEP, walk
@@ -197,6 +198,20 @@ def test_what_loses_nothing_is_given_up_for_what_gains(budget: float) -> None:
     assert kept["tokens"] < 0.5 < min(kept["heads"], kept["sublayers"])
     even = 1 - 2 * (1 - level) ** 2  # the same offset for all, whose kinds keep as much each
     assert point.measured["agreement"] > even + 0.5 * (1 - even)
+
+
+@pytest.mark.parametrize("good", [0, 1, 2])
+def test_what_is_good_at_a_budget_is_tried_at_all_others(good: int) -> None:
+    land: Any = Landscape(SCALES[0], {"tokens": 1.0, "heads": 10.0, "sublayers": 1.0})
+    levels = [0.3, 0.5, 0.7]
+    keeps, drops = Offsets(-2.0, 2.0, -2.0), Offsets(1.0, -2.0, 1.0)  # the heads, which are dear
+    before = {level: choose._moved(land, keeps if level == levels[good] else drops, level) for level in levels}
+    after = choose.spread(land, {level: stop for level, stop in before.items() if stop})
+    wanted = [choose._moved(land, keeps, level) for level in levels]
+    for level, found, best in zip(levels, after.values(), wanted, strict=True):
+        assert best is not None
+        assert found.outcome.macs == pytest.approx(level, rel=choose.CLOSE)
+        assert found.outcome.score == pytest.approx(best.outcome.score, abs=0.01)
 
 
 def test_a_budget_of_the_trained_policy_is_the_trained_policy() -> None:
