@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--bundle", type=Path, default=Path(adavit.__file__).parent / "demo" / "bundle")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--budgets", default="0.3,0.35,0.4,0.5,0.6,0.7")
+    parser.add_argument("--budgets", default="0.25,0.3,0.35,0.38,0.4,0.45,0.5,0.6,0.7")
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--calibration-images", type=int, default=2048)
     parser.add_argument("--test-images", type=int, default=10_000)
