@@ -317,7 +317,7 @@ class ImageRun:
         if block.attention_gather is not None:
             if own := self._dispatcher.specialised.engines.get((index, "attention", heads.tobytes())):
                 own.run(inputs, outputs)
-                return own.spec.name.rpartition(".")[2]
+                return "attention_set"
             if self._dispatcher.plan.gathers[count][len(heads)][0]:
                 weights = self._dispatcher.head_weights.attention(index, heads)
                 block.attention_gather.run([*inputs, *weights], outputs)
@@ -335,7 +335,7 @@ class ImageRun:
         if block.mlp_gather is not None:
             if own := self._dispatcher.specialised.engines.get((index, "mlp", heads.tobytes())):
                 own.run(inputs, outputs)
-                return own.spec.name.rpartition(".")[2]
+                return "mlp_gather"
             named = self._dispatcher.head_weights.named(heads)
             if self._dispatcher.plan.gathers[count][len(heads)][1]:
                 weights = self._dispatcher.head_weights.mlp(index, heads)
