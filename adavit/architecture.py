@@ -114,6 +114,10 @@ class Architecture:
         """Whether `block` has a sub-layer policy."""
         return self.sublayer_policy and block >= self.keep
 
+    def choices(self, block: int) -> int:
+        """How many heads and sub-layers `block` decides on."""
+        return self.adapts_heads(block) * self.heads + self.adapts_sublayers(block) * 2
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; `from_dict` reads it back."""
         return asdict(self)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from adavit.calibration.convert import Assignment, engine_precision
 from adavit.errors import InputError
-from adavit.runtime.backend import Backend, Constants, Engine, Options, create_backend
+from adavit.runtime.backend import Backend, Engine, Options, create_backend
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.images import ImageFile
 from adavit.runtime.session import Runtime
@@ -63,12 +63,12 @@ class _Chosen:
         self, backends: Mapping[str, Backend], loaded: dict[tuple[str, str], Engine], chosen: Mapping[str, str]
     ) -> None:
         self._backends, self._loaded, self._chosen = backends, loaded, chosen
-        self.name, self.fixes_inputs = backends["fp32"].name, False
+        self.name, self.fixed = backends["fp32"].name, None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backends["fp32"], name)
 
-    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
+    def load(self, name: str, alone: bool = False) -> Engine:
         """See `Backend.load`."""
         key = self._chosen[name], name
         if key not in self._loaded:

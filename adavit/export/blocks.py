@@ -19,9 +19,11 @@ __all__ = [
     "PROJECTIONS",
     "add_attention",
     "add_bias",
+    "add_choice_logits",
     "add_mlp",
     "add_norm",
     "add_second_layer",
+    "add_token_logits",
     "attention_graph",
     "decide_graph",
     "empty_graph",
@@ -46,19 +48,26 @@ def decide_graph(arch: Architecture, weights: Weights, block: int, opset: int) -
     x = graph.input("x", [arch.tokens, arch.width])
     graph.output("normed", add_norm(graph, arch, part, "norm1", x), [arch.tokens, arch.width])
     if arch.token_policy:
-        select = part.under("attn.token_select.mlp_head")
-        vector, offset = (graph.weight(select.prefix + kind, select[kind]) for kind in ("weight", "bias"))
-        logits = graph.op("Gemm", vector, "normed", offset, transB=1)  # the vector first: half the time
+        logits = add_token_logits(graph, part, "normed")
         graph.output("tokens", graph.op("Reshape", logits, graph.ints(-1, 1)), [arch.tokens, 1])
-    names = ["head_select"] * arch.adapts_heads(block) + ["layer_select"] * arch.adapts_sublayers(block)
-    if names:
-        weight, bias = (
-            np.concatenate([part[f"{name}.mlp_head.{kind}"] for name in names]) for kind in ("weight", "bias")
-        )
-        first = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0))
-        logits = graph.op("Gemm", first, graph.weight("choices.weight", weight.T), graph.weight("choices.bias", bias))
-        graph.output("choices", logits, [1, len(bias)])
+    if count := arch.choices(block):
+        graph.output("choices", add_choice_logits(graph, arch, part, block, x), [1, count])
     return graph
+
+
+def add_token_logits(graph: Graph, part: Weights, normed: str) -> str:
+    """Adds the logits of a block's decisions on tokens, from norm1(x) [N, D]: [1, N]."""
+    select = part.under("attn.token_select.mlp_head")
+    vector, offset = (graph.weight(select.prefix + kind, select[kind]) for kind in ("weight", "bias"))
+    return graph.op("Gemm", vector, normed, offset, transB=1)  # the vector first: half the time
+
+
+def add_choice_logits(graph: Graph, arch: Architecture, part: Weights, block: int, x: str) -> str:
+    """Adds the logits of a block's decisions on heads, then sub-layers, from x [N, D]: [1, arch.choices(block)]."""
+    names = ["head_select"] * arch.adapts_heads(block) + ["layer_select"] * arch.adapts_sublayers(block)
+    weight, bias = (np.concatenate([part[f"{name}.mlp_head.{kind}"] for name in names]) for kind in ("weight", "bias"))
+    first = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0))
+    return graph.op("Gemm", first, graph.weight("choices.weight", weight.T), graph.weight("choices.bias", bias))
 
 
 def attention_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:

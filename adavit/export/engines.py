@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from adavit.architecture import Architecture
-from adavit.export import blocks, gather
+from adavit.export import blocks, gather, sets
 from adavit.export.graph import Graph
 from adavit.export.rows import row_graphs
 from adavit.export.stem import add_stem
@@ -27,8 +27,8 @@ def make_engines(
 
 def engine_count(arch: Architecture, with_dense: bool) -> int:
     """How many engines `make_engines` yields."""
-    gathering = sum(5 for block in range(arch.depth) if arch.adapts_heads(block))
-    return 4 + 3 * arch.depth + gathering + 2 * arch.head_policy + with_dense
+    by_block = sum(4 + 4 * arch.adapts_heads(block) + len(sets.set_kinds(arch, block)) for block in range(arch.depth))
+    return 4 + by_block + 2 * arch.head_policy + with_dense
 
 
 def _graphs(arch: Architecture, weights: Weights, opset: int, with_dense: bool) -> Iterator[Graph]:
@@ -40,9 +40,9 @@ def _graphs(arch: Architecture, weights: Weights, opset: int, with_dense: bool) 
         if arch.adapts_heads(block):
             yield gather.attention_weights_graph(arch, weights, block, opset)
             yield gather.attention_gather_graph(arch, weights, block, opset)
-            yield gather.attention_set_graph(arch, weights, block, opset)
             yield gather.mlp_weights_graph(arch, weights, block, opset)
             yield gather.mlp_gather_graph(arch, weights, block, opset)
+        yield from sets.set_graphs(arch, weights, block, opset)
     if arch.head_policy:
         yield blocks.empty_graph(arch, weights, opset)
     yield _head(arch, weights, opset)

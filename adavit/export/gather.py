@@ -16,7 +16,6 @@ from adavit.export.weights import Weights
 
 __all__ = [
     "attention_gather_graph",
-    "attention_set_graph",
     "attention_weights_graph",
     "mlp_gather_graph",
     "mlp_weights_graph",
@@ -55,37 +54,20 @@ def attention_gather_graph(arch: Architecture, weights: Weights, block: int, ops
     """
     part, d = weights.under(f"blocks.{block}"), arch.head_width
     graph = Graph(f"blocks.{block}.attention_gather", opset)
-    normed, qkv = _attention_inputs(graph, arch)
+    x, normed = (graph.input(name, ["K", arch.width]) for name in ("x", "normed"))
+    qkv, proj = graph.input("qkv", ["h", 3 * d, arch.width]), graph.input("proj", ["c", arch.width])
     product = graph.op("MatMul", qkv, graph.op("Transpose", normed, perm=[1, 0]))  # [h, 3d, K]
     query, key, value = graph.ops("Split", product, graph.ints(d, d, d), outputs=3, axis=1)
     if arch.qkv_bias:
         query = graph.op("Add", query, graph.input("query_bias", ["h", d, 1]))
     scores = graph.op("MatMul", graph.op("Transpose", query, perm=[0, 2, 1]), key)
     mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), graph.op("Transpose", value, perm=[0, 2, 1]))
-    _add_update(graph, arch, part, mixed)
-    return graph
-
-
-def attention_set_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:
-    """The same as `attention_gather_graph`, from the same inputs, for a runtime that makes the weights constants.
-
-    Constants are arranged once, so that here the weights are the right factor: queries, keys and values come as
-    [K, h * d], and the operators on weights alone are gone once they are constants.
-    """
-    part, d = weights.under(f"blocks.{block}"), arch.head_width
-    graph = Graph(f"blocks.{block}.attention_set", opset)
-    normed, qkv = _attention_inputs(graph, arch)
-    by_head: list[str] = []
-    for factor in graph.ops("Split", qkv, graph.ints(d, d, d), outputs=3, axis=1):  # [h, d, D]
-        factor = graph.op("Reshape", graph.op("Transpose", factor, perm=[2, 0, 1]), graph.ints(0, -1))
-        product = graph.op("Reshape", graph.op("MatMul", normed, factor), graph.ints(0, -1, d))
-        if arch.qkv_bias and not by_head:
-            bias = graph.input("query_bias", ["h", d, 1])
-            product = graph.op("Add", product, graph.op("Squeeze", bias, graph.ints(2)))
-        by_head.append(graph.op("Transpose", product, perm=[1, 0, 2]))
-    query, key, value = by_head
-    scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 2, 1]))
-    _add_update(graph, arch, part, graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value))
+    update = graph.op("MatMul", _joined(graph, graph.op("Transpose", mixed, perm=[1, 0, 2])), proj)
+    if arch.qkv_bias:
+        update = graph.op("Add", update, graph.input("bias", [arch.width]))
+    else:
+        update = add_bias(graph, part, "attn.proj", update)
+    graph.output("y", graph.op("Add", update, x), ["K", arch.width])
     return graph
 
 
@@ -115,24 +97,6 @@ def _input_rows(graph: Graph, arch: Architecture, part: Weights, name: str, head
     weight = part[f"{name}.weight"].T
     by_head = graph.weight(f"{name}.weight", weight.reshape(arch.heads, -1))
     return graph.op("Reshape", graph.op("Gather", by_head, heads, axis=0), graph.ints(-1, weight.shape[1]))
-
-
-def _attention_inputs(graph: Graph, arch: Architecture) -> tuple[str, str]:
-    """Declares x, normed, qkv and proj; returns norm1(x) [K, D] and the kept heads' qkv [h, 3d, D]."""
-    _, normed = (graph.input(name, ["K", arch.width]) for name in ("x", "normed"))
-    qkv = graph.input("qkv", ["h", 3 * arch.head_width, arch.width])
-    graph.input("proj", ["c", arch.width])
-    return normed, qkv
-
-
-def _add_update(graph: Graph, arch: Architecture, part: Weights, mixed: str) -> None:
-    """Adds the rest of the attention sub-layer behind what heads make of values, [h, K, d]: the output y [K, D]."""
-    update = graph.op("MatMul", _joined(graph, graph.op("Transpose", mixed, perm=[1, 0, 2])), "proj")
-    if arch.qkv_bias:
-        update = graph.op("Add", update, graph.input("bias", [arch.width]))
-    else:
-        update = add_bias(graph, part, "attn.proj", update)
-    graph.output("y", graph.op("Add", update, "x"), ["K", arch.width])
 
 
 def _joined(graph: Graph, rows: str) -> str:

@@ -21,6 +21,7 @@ TYPES = {
     "float16": TensorProto.FLOAT16,
     "int8": TensorProto.INT8,
     "int64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
 }
 """ONNX's numbers of the types that engines take and give."""
 
@@ -84,7 +85,7 @@ class Graph:
         error = self.op("Erf", self.op("Div", x, self.scalar(math.sqrt(2))))
         return self.op("Mul", self.op("Mul", x, self.op("Add", error, self.scalar(1.0))), self.scalar(0.5))
 
-    def output(self, name: str, value: str, shape: list[int | str]) -> None:
+    def output(self, name: str, value: str, shape: list[int | str], dtype: str = "float32") -> None:
         """Declares `value` as the output `name`."""
         for node in reversed(self._nodes):
             if value in node.output:
@@ -94,7 +95,7 @@ class Graph:
             for i, source in enumerate(node.input):
                 if source == value:
                     node.input[i] = name
-        self._outputs.append(helper.make_tensor_value_info(name, TYPES["float32"], shape))
+        self._outputs.append(helper.make_tensor_value_info(name, TYPES[dtype], shape))
 
     def build(self) -> onnx.ModelProto:
         """The finished and checked model."""

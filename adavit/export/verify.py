@@ -15,7 +15,7 @@ from adavit.errors import VerificationError
 from adavit.model import AdaViT, Output
 from adavit.model.adavit import Block, BlockLogits
 from adavit.model.policy import BlockPolicy, decide
-from adavit.runtime.plan import SUBLAYERS, HeadSet
+from adavit.runtime.plan import HeadSet, sets_of
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
 
@@ -29,17 +29,28 @@ TOLERANCE = 1e-3
 """Largest difference of tokens and logits, relative to their largest magnitude where that is above 1."""
 
 Float = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
 
 
 @dataclass
 class Reference:
-    """What the masked PyTorch model computes for one image: tokens [N, D] behind every engine."""
+    """What the masked PyTorch model computes for one image.
+
+    Attributes:
+        image: [3, S, S].
+        tokens: behind every engine, [N, D].
+        logits: [C].
+        policy: what it keeps.
+        decided: which tokens, heads and sub-layers each block would keep, bool [L, N + H + 2].
+        clear: whether rounding cannot tip these, bool of the same shape.
+    """
 
     image: Float
     tokens: dict[str, Float]
     logits: Float
     policy: Policy
-    margin: float
+    decided: Bool
+    clear: Bool
 
 
 @torch.no_grad()
@@ -47,7 +58,7 @@ def reference(model: AdaViT, image: Float, replay: Policy | None = None) -> Refe
     """Runs the masked model on one image [3, S, S], under its own decisions or a given policy's."""
     x = model.embed(torch.from_numpy(image)[None])
     tokens = {"stem": x[0].numpy()}
-    output_policies, logits = [], []
+    output_policies, logits, decided = [], [], []
     for index, module in enumerate(model.blocks):
         block = cast(Block, module)
         normed = block.norm1(x)
@@ -59,9 +70,11 @@ def reference(model: AdaViT, image: Float, replay: Policy | None = None) -> Refe
         tokens[f"blocks.{index}.mlp"] = x[0].numpy()
         output_policies.append(policy)
         logits.append(found)
+        decided.append(_decided(model.arch, found))
     output = Output(model.classify(x), logits, output_policies, [])
     masks = (mask.numpy() for mask in output.stacked(model.arch))
-    return Reference(image, tokens, output.logits[0].numpy(), Policy(*masks), _margin(logits))
+    kept, clear = (np.stack(rows) for rows in zip(*decided, strict=True))
+    return Reference(image, tokens, output.logits[0].numpy(), Policy(*masks), kept, clear)
 
 
 def _masks(policy: Policy, block: int) -> BlockPolicy:
@@ -70,22 +83,21 @@ def _masks(policy: Policy, block: int) -> BlockPolicy:
     return BlockPolicy(*(torch.from_numpy(row.astype(np.float32)) for row in rows))
 
 
-def _margin(logits: list[BlockLogits]) -> float:
-    """Smallest distance of a decision logit from its threshold."""
-    distances = [
-        float((values - threshold).abs().min())
-        for block in logits
-        for values, threshold in ((block.tokens, TOKEN_LOGIT), (block.heads, 0.0), (block.sublayers, 0.0))
-        if values is not None
-    ]
-    return min(distances, default=np.inf)
+def _decided(arch: Architecture, logits: BlockLogits) -> tuple[Bool, Bool]:
+    """Of an image's logits of a block: what they keep, and which of them are clear of their threshold, [N + H + 2]."""
+    distances = [np.array([np.inf])]  # of the class token
+    kinds = (logits.tokens, arch.patches, TOKEN_LOGIT), (logits.heads, arch.heads, 0.0), (logits.sublayers, 2, 0.0)
+    for values, count, threshold in kinds:
+        distances.append(np.full(count, np.inf) if values is None else values[0].numpy() - threshold)
+    joined = np.concatenate(distances)
+    return joined > 0, np.abs(joined) > MARGIN
 
 
 def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], None]) -> dict[str, Any]:
     """Runs random images through both and compares every decision, the tokens behind every engine, and the logits.
 
     Policies that keep every head, one, and none are replayed too, so that no engine goes unseen for want of an
-    image that needs it; the one of one head also with engines for its sets of heads, where the backend makes them.
+    image that needs it; those of few heads also with engines for their sets of heads, where the backend makes them.
 
     Returns:
         How many images and decisions were compared, and the largest logit difference.
@@ -95,12 +107,19 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
     """
     chosen = _samples(model, progress)
     replayed = [reference(model, chosen[0].image, policy) for policy in _replayed_policies(model.arch)]
-    worst = 0.0
-    for done, wanted in enumerate([*chosen, *replayed], 1):
-        worst = max(worst, _compare(wanted, runtime, wanted.policy if done > len(chosen) else None))
-        progress("verifying", done / (len(chosen) + len(replayed)))
-    if len(replayed) > 1:
-        worst = max(worst, _compare_sets(replayed[1], runtime))
+    runs = [(wanted, None) for wanted in chosen] + [(wanted, wanted.policy) for wanted in replayed]
+    worst, arch = 0.0, model.arch
+    # Where the last block alone has an engine of its own, every block's decisions are made alone.
+    in_sets = [(*run, (HeadSet(arch.depth - 1, "both", tuple(range(arch.heads))),)) for run in runs[: len(chosen)]]
+    for wanted, replay in runs:
+        if wanted is not replayed[0]:  # all heads would need all weights once more
+            in_sets.append((wanted, replay, tuple(sorted({found for _, found in sets_of(wanted.policy)}))))
+    for done, (wanted, replay) in enumerate(runs, 1):
+        worst = max(worst, _compare(wanted, runtime, replay))
+        progress("verifying", done / (len(runs) + len(in_sets)))
+    for done, (wanted, replay, sets) in enumerate(in_sets, 1):
+        worst = max(worst, _compare_sets(wanted, runtime, replay, sets))
+        progress("verifying", (len(runs) + done) / (len(runs) + len(in_sets)))
     result = {
         "images": len(chosen),
         "decisions": sum(_decisions(model, wanted.policy) for wanted in chosen),
@@ -119,7 +138,7 @@ def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Refe
     source = np.random.default_rng(0)
     for draw in range(DRAWS):
         found = reference(model, source.standard_normal((3, side, side), dtype=np.float32))
-        if found.margin > MARGIN:
+        if found.clear.all():
             chosen.append(found)
         progress("running the checkpoint", max(len(chosen) / IMAGES, draw / DRAWS))
         if len(chosen) == IMAGES:
@@ -133,15 +152,16 @@ def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Refe
 
 
 def _replayed_policies(arch: Architecture) -> list[Policy]:
-    """One image's policies of every head, one head (another in every block), and no head."""
-    policies = [Policy.dense(arch, 1)]
-    adapted = [block for block in range(arch.depth) if arch.adapts_heads(block)]
-    for share in (1, 0) if adapted else ():
-        policy = Policy.dense(arch, 1)
-        for block in adapted:
-            policy.heads[0, block] = False
-            policy.heads[0, block, block % arch.heads] = bool(share)
-        policies.append(policy)
+    """One image's policies of everything, no head, one head (another in every block), and that in one sub-layer."""
+    policies = [Policy.dense(arch, 1) for _ in range(1 + 2 * arch.head_policy + 2 * arch.sublayer_policy)]
+    for number, policy in enumerate(policies[1:]):
+        for block in range(arch.depth):
+            if arch.adapts_heads(block):
+                policy.heads[0, block] = False
+                policy.heads[0, block, block % arch.heads] = number > 0
+    if arch.sublayer_policy:
+        for part, policy in enumerate(policies[-2:]):
+            policy.sublayers[0, arch.keep :, part] = False
     return policies
 
 
@@ -157,56 +177,52 @@ def _decisions(model: AdaViT, policy: Policy) -> int:
 
 def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> float:
     """Compares one image engine by engine, in the order they ran; returns the largest logit difference."""
-    seen: list[tuple[str, Float]] = []
+    seen: list[tuple[str, npt.NDArray[Any]]] = []
     result = runtime.run(wanted.image[None], replay, lambda _, engine, x: seen.append((engine, x.copy())))
-    decided: set[int] = set()
+    before = ""
     for engine, found in seen:
-        if engine.startswith("blocks."):
-            block = int(engine.split(".")[1])
-            _same_decisions(wanted.policy, result.policy, block, decided)
-        sublayer = engine.split("_")[0]  # whichever of a sub-layer's engines ran
-        _difference(engine, found, wanted.logits if engine == "head" else wanted.tokens[sublayer])
-    _same_decisions(wanted.policy, result.policy, runtime.architecture.depth - 1, decided)
+        part, _, block = engine.partition(".")
+        if part == "decisions":
+            alone = "decide_set" if runtime.dispatcher.specialised.sets else "decide"
+            by = before if before.endswith("_set") and _block(before) == int(block) - 1 else f"blocks.{block}.{alone}"
+            _same_decisions(by, runtime.architecture, found, wanted, int(block))
+            continue
+        behind = engine.split("_")[0].replace(".both", ".mlp")  # whichever of the engines that end with it ran
+        _difference(engine, found, wanted.logits if engine == "head" else wanted.tokens[behind])
+        before = engine
     return float(np.abs(result.logits[0] - wanted.logits).max())
 
 
-def _compare_sets(wanted: Reference, runtime: Runtime) -> float:
-    """Compares an image once more, with an engine for every set of heads that its policy keeps."""
-    arch, specialised = runtime.architecture, runtime.dispatcher.specialised
+def _compare_sets(wanted: Reference, runtime: Runtime, replay: Policy | None, sets: tuple[HeadSet, ...]) -> float:
+    """Compares an image once more, with engines for some sets of heads."""
+    specialised = runtime.dispatcher.specialised
     if not specialised.able:
         return 0.0
     before = specialised.sets
-    specialised.make(
-        tuple(
-            HeadSet(block, kind, tuple(wanted.policy.heads[0, block].nonzero()[0].tolist()))
-            for block in range(arch.depth)
-            for kind in SUBLAYERS
-            if arch.adapts_heads(block)
-        )
-    )
+    specialised.make(sets)
     try:
-        return _compare(wanted, runtime, wanted.policy)
+        return _compare(wanted, runtime, replay)
     finally:
         specialised.make(before)
 
 
-def _same_decisions(wanted: Policy, found: Policy, last: int, decided: set[int]) -> None:
-    """Compares the decisions of every block up to `last` that has not been compared yet."""
-    for block in range(last + 1):
-        if block in decided:
-            continue
-        decided.add(block)
-        for kind in ("tokens", "heads", "sublayers"):
-            differing = int((getattr(wanted, kind)[0, block] != getattr(found, kind)[0, block]).sum())
-            if differing:
-                raise VerificationError(
-                    f"block {block}, engine blocks.{block}.decide: {differing} decisions on {kind} differ"
-                )
+def _same_decisions(engine: str, arch: Architecture, found: Bool, wanted: Reference, block: int) -> None:
+    """Compares a block's decisions, which an engine made, where rounding cannot tip them."""
+    differing = (found != wanted.decided[block]) & wanted.clear[block]
+    by_kind = np.split(differing, [arch.tokens, arch.tokens + arch.heads])
+    for kind, which in zip(("tokens", "heads", "sublayers"), by_kind, strict=True):
+        if count := int(which.sum()):
+            raise VerificationError(f"block {_block(engine)}, engine {engine}: {count} decisions on {kind} differ")
+
+
+def _block(engine: str) -> int:
+    """The number in the name of a block's engine."""
+    return int(engine.split(".")[1])
 
 
 def _difference(engine: str, found: Float, wanted: Float) -> float:
     worst = float(np.abs(found - wanted).max()) if found.shape == wanted.shape else np.inf
     if not worst <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
-        where = f"block {engine.split('.')[1]}, " if engine.startswith("blocks.") else ""
+        where = f"block {_block(engine)}, " if engine.startswith("blocks.") else ""
         raise VerificationError(f"{where}engine {engine}: differs from the checkpoint by up to {worst:.3g}")
     return worst

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from adavit.errors import BackendError
 from adavit.runtime.bundle import Bundle, EngineSpec
 
-__all__ = ["Backend", "Buffer", "Constants", "Engine", "Options", "create_backend", "names"]
+__all__ = ["Backend", "Buffer", "Constants", "Engine", "FixedEngine", "Options", "create_backend", "names"]
 
 Index = npt.NDArray[np.intp]
 Constants = Mapping[str, npt.NDArray[Any]]
@@ -78,26 +78,44 @@ class Engine(Protocol):
         ...
 
 
+class FixedEngine(Protocol):
+    """An engine some of whose inputs are constants."""
+
+    def bound(self, values: Mapping[str, Any]) -> Callable[[], None]:
+        """A run on these values, prepared once for many; one thread makes it at a time.
+
+        Args:
+            values: what the other inputs and the outputs read and fill, by name: rows of buffers, or contiguous arrays
+                on the host. There may be more. An output may be where an input is that nothing needs once it is there.
+        """
+        ...
+
+
 class Backend(Protocol):
     """Loads a bundle's engines and moves what they compute; one object per runtime.
 
     Attributes:
         name: as it is asked for.
-        fixes_inputs: whether `load` takes constants, and is faster for it.
         always_gathers: whether engines that gather weights are the faster ones, whatever the policy.
     """
 
     name: str
-    fixes_inputs: bool
     always_gathers: bool
 
-    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
+    @property
+    def fixed(self) -> Callable[[str, Constants], FixedEngine] | None:
+        """Loads the engine of a name with constants for some of its inputs; None where that is no faster.
+
+        It raises what `load` does.
+        """
+        ...
+
+    def load(self, name: str, alone: bool = False) -> Engine:
         """Loads the bundle's engine of this name.
 
         Args:
             name: of the engine.
             alone: nothing runs beside this engine, so it may use all threads even where samples run in parallel.
-            constants: what some of its inputs always are, by name, where `fixes_inputs`; it is run with the others.
 
         Raises:
             BundleError: there is no such engine, or its file is not the one that was exported.

@@ -30,7 +30,7 @@ class Engines:
     """All engines of a bundle but its dense twin.
 
     Attributes:
-        stem, head: what runs before the blocks, on each image, and after them, on whole batches.
+        stem, head: what runs before the blocks, and after them.
         blocks: each block's engines.
         empty: what attention and MLP of every block add without a head, each [L, D].
     """
@@ -42,7 +42,7 @@ class Engines:
             kinds = [field.name for field in fields(BlockEngines)] if arch.adapts_heads(index) else _ALWAYS
             return BlockEngines(**{kind: backend.load(f"blocks.{index}.{kind}") for kind in kinds})
 
-        self.stem, self.head = backend.load("stem"), backend.load("head", alone=True)
+        self.stem, self.head = backend.load("stem"), backend.load("head")
         self.blocks = [block(index) for index in range(arch.depth)]
         self.empty = backend.buffer((arch.depth, arch.width)), backend.buffer((arch.depth, arch.width))
         if arch.head_policy:

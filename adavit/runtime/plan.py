@@ -7,16 +7,21 @@ changes times and never results.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from adavit.architecture import Architecture
 from adavit.macs import attention_macs, mlp_macs
+from adavit.runtime.policy import Policy
 
-__all__ = ["SUBLAYERS", "EnginePlan", "HeadSet", "ruled", "saved_macs"]
+__all__ = ["SETS", "SUBLAYERS", "EnginePlan", "HeadSet", "ruled", "saved_macs", "sets_of", "sublayers_run"]
 
 SUBLAYERS = ("attention", "mlp")
+SETS = (*SUBLAYERS, "both")
+"""The sub-layers that an engine of a set of heads may run."""
 
 GATHERED = 1.15
 """Time of a MAC with gathered weights, in MACs with constant ones (62 against 73 GMAC/s on two AVX2 cores)."""
@@ -28,18 +33,35 @@ READ = 20
 """Time of reading one weight from memory, in MACs (27 us a MB against 200 GMAC/s on two Zen 5 cores)."""
 
 
+CALLS = 8_000_000
+"""Time of what a block in one engine spares, in MACs: calls, copies of rows and decisions between them (80 us)."""
+
+
 class HeadSet(NamedTuple):
-    """A set of heads that a sub-layer runs with.
+    """A set of heads that a block runs with.
 
     Attributes:
         block: its position.
-        kind: "attention" or "mlp".
+        kind: the sub-layers that it runs: "attention", "mlp" or "both".
         heads: the kept heads' numbers, ascending.
     """
 
     block: int
     kind: str
     heads: tuple[int, ...]
+
+
+def sets_of(policy: Policy) -> Iterator[tuple[int, HeadSet]]:
+    """The sets that images' blocks run with, each with the number of its image; blocks without heads have none."""
+    for image, block in np.argwhere(policy.sublayers.any(2)).tolist():
+        attention, mlp = policy.sublayers[image, block].tolist()
+        if heads := tuple(policy.heads[image, block].nonzero()[0].tolist()):
+            yield image, HeadSet(block, sublayers_run(attention, mlp), heads)
+
+
+def sublayers_run(attention: bool, mlp: bool) -> str:
+    """The one of SETS that a block runs, of which there is at least one."""
+    return "both" if attention and mlp else SUBLAYERS[mlp]
 
 
 @dataclass(frozen=True)
@@ -96,11 +118,18 @@ def _sets(values: Any, arch: Architecture) -> tuple[HeadSet, ...]:
     except (TypeError, ValueError):
         raise ValueError("sets of heads are not [block, sub-layer, heads]") from None
     for found in sets:
-        fits = all(type(number) is int for number in (found.block, *found.heads)) and found.kind in SUBLAYERS
-        fits = fits and 0 <= found.block < arch.depth and arch.adapts_heads(found.block)
+        fits = all(type(number) is int for number in (found.block, *found.heads)) and found.kind in SETS
+        fits = fits and 0 <= found.block < arch.depth and _is_kept(arch, found)
         if not fits or not found.heads or list(found.heads) != sorted(set(found.heads) & set(range(arch.heads))):
             raise ValueError(f"{list(found)} is no set of heads of this model")
     return sets
+
+
+def _is_kept(arch: Architecture, found: HeadSet) -> bool:
+    """Whether a block's policies can keep no more than a set's heads and sub-layers."""
+    return (arch.adapts_heads(found.block) or len(found.heads) == arch.heads) and (
+        arch.adapts_sublayers(found.block) or found.kind == "both"
+    )
 
 
 def ruled(arch: Architecture, always: bool = False) -> EnginePlan:
@@ -112,10 +141,16 @@ def ruled(arch: Architecture, always: bool = False) -> EnginePlan:
 
 
 def saved_macs(arch: Architecture, kind: str, kept_tokens: int, kept_heads: int) -> float:
-    """What a sub-layer with these counts gains where its heads' weights are constants of an engine, as time in MACs.
+    """What a block gains that runs in one engine with its heads' weights as constants, as time in MACs.
 
-    Against the faster one of the other two engines, for "attention" or "mlp".
+    Against the faster ones of the other engines; kind is one of SETS.
     """
+    parts = SUBLAYERS if kind == "both" else (kind,)
+    return CALLS + sum(_saved_macs(arch, part, kept_tokens, kept_heads) for part in parts)
+
+
+def _saved_macs(arch: Architecture, kind: str, kept_tokens: int, kept_heads: int) -> float:
+    """What a sub-layer gains of it."""
     macs, weights = (attention_macs, 4 * arch.width) if kind == "attention" else (mlp_macs, arch.hidden)
     own, dropped = macs(arch, kept_tokens, kept_heads), arch.heads - kept_heads
     gathered = (GATHERED - 1) * own + COPIED * weights * kept_heads * arch.head_width

@@ -44,6 +44,12 @@ class Policy:
             np.ones((batch, arch.depth, 2), bool),
         )
 
+    @classmethod
+    def empty(cls, arch: Architecture, batch: int) -> Policy:
+        """One to be filled."""
+        choices = np.empty((batch, arch.depth, arch.heads + 2), bool)
+        return cls(np.empty((batch, arch.depth, arch.tokens), bool), choices[..., :-2], choices[..., -2:])
+
     def __len__(self) -> int:
         return len(self.tokens)
 

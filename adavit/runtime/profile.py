@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from statistics import median
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from adavit.runtime.backend import Backend, Buffer, Constants, Engine
+from adavit.runtime.backend import Backend, Buffer, Constants, Engine, FixedEngine
 from adavit.runtime.bundle import Bundle, EngineSpec
 
 __all__ = ["Event", "Profiler"]
@@ -50,8 +50,7 @@ class Profiler:
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.name, self.fixes_inputs = backend.name, backend.fixes_inputs
-        self.always_gathers = backend.always_gathers
+        self.name, self.always_gathers = backend.name, backend.always_gathers
         self._events: list[Event] | None = None
         self._bundle = bundle
         self._backend = backend
@@ -75,12 +74,22 @@ class Profiler:
         events.append(Event(name, start, perf_counter_ns(), get_ident(), sizes))
         return result
 
-    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
+    def load(self, name: str, alone: bool = False) -> Engine:
         """See `Backend.load`."""
-        engine = self._backend.load(name, alone, constants)
-        fixed = constants or {}
-        sizes = [(t.shape[0], fixed[t.name]) for t in self._bundle.engines[name].inputs if t.name in fixed]
-        return ProfiledEngine(self, engine, {size: len(value) for size, value in sizes if isinstance(size, str)})
+        return ProfiledEngine(self, self._backend.load(name, alone))
+
+    @property
+    def fixed(self) -> Callable[[str, Constants], FixedEngine] | None:
+        """See `Backend.fixed`."""
+        if (fixed := self._backend.fixed) is None:
+            return None
+
+        def load(name: str, constants: Constants) -> FixedEngine:
+            named = [(tensor.shape[0], tensor.name) for tensor in self._bundle.engine(name).inputs]
+            sizes = {size: len(constants[key]) for size, key in named if isinstance(size, str)}
+            return ProfiledFixedEngine(self, name, fixed(name, constants), sizes)
+
+        return load
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
         """See `Backend.buffer`."""
@@ -111,7 +120,7 @@ class Profiler:
 
     def cost(self) -> float:
         """Nanoseconds that it takes to note a call."""
-        engine = ProfiledEngine(self, NoEngine(self._bundle.engines["stem"]), {})
+        engine = ProfiledEngine(self, NoEngine(self._bundle.engines["stem"]))
         rows = [Rows(None, 1)]
         with self.recording() as events:
             for _ in range(COSTED):
@@ -174,22 +183,44 @@ class ProfiledEngine:
     Args:
         profiler: notes them.
         engine: runs.
-        fixed: sizes that its inputs do not tell.
     """
 
-    def __init__(self, profiler: Profiler, engine: Engine, fixed: dict[str, int]) -> None:
+    def __init__(self, profiler: Profiler, engine: Engine) -> None:
         self.spec = engine.spec
         self._profiler = profiler
         self._engine = engine
         self._leading = [tensor.shape[0] for tensor in engine.spec.inputs]
-        self._fixed = fixed
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`."""
         given = [value if isinstance(value, Rows) else Rows(value, len(value)) for value in inputs]
         values, filled = [rows.inner for rows in given], [rows.inner for rows in outputs]
         named = zip(self._leading, given, strict=True)
-        sizes = self._fixed | {name: rows.number for name, rows in named if isinstance(name, str)}
+        sizes = {name: rows.number for name, rows in named if isinstance(name, str)}
         if "K" in sizes:
             sizes["K"] = self._profiler.rounded(sizes["K"])
         self._profiler.timed(self.spec.name, sizes, self._engine.run, values, filled)
+
+
+class ProfiledFixedEngine:
+    """An engine of a set of heads, whose runs are noted with the number of tokens that they keep.
+
+    Args:
+        profiler: notes them.
+        name: of the engine.
+        engine: runs.
+        sizes: of its constants.
+    """
+
+    def __init__(self, profiler: Profiler, name: str, engine: FixedEngine, sizes: dict[str, int]) -> None:
+        self._profiler, self._name, self._engine, self._sizes = profiler, name, engine, sizes
+
+    def bound(self, values: Mapping[str, Any]) -> Callable[[], None]:
+        """See `FixedEngine.bound`."""
+        inner = {name: value.inner if isinstance(value, Rows) else value for name, value in values.items()}
+        run, kept = self._engine.bound(inner), values["kept"]
+
+        def noted() -> None:
+            self._profiler.timed(self._name, self._sizes | {"K": int(kept.sum())}, run)
+
+        return noted

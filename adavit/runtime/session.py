@@ -6,7 +6,8 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from adavit.architecture import Architecture
 from adavit.errors import InputError
+from adavit.macs import image_macs
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
 from adavit.runtime.budget import TRAINED, Budgets, Offsets, resolve
 from adavit.runtime.bundle import Bundle
@@ -37,12 +39,17 @@ class Result:
     Attributes:
         logits: float32 [B, C].
         policy: what each image used.
-        macs: int64 [B], multiply-accumulates executed, stem and head included.
+        architecture: the model's shapes.
     """
 
     logits: Float
     policy: Policy
-    macs: npt.NDArray[np.int64]
+    architecture: Architecture = field(repr=False)
+
+    @cached_property
+    def macs(self) -> npt.NDArray[np.int64]:
+        """Multiply-accumulates of each image, stem and head included: int64 [B]."""
+        return image_macs(self.architecture, self.policy.tokens, self.policy.heads, self.policy.sublayers)
 
 
 @dataclass(frozen=True)
@@ -206,7 +213,7 @@ class Runtime:
             if budget is not None:
                 raise InputError("a recorded policy leaves nothing to a budget; give one of them")
         offsets = self.offsets if budget is None else resolve(budget, self.budgets, self.bundle.path)
-        return Result(*self.dispatcher.run(images, offsets, policy, observe))
+        return Result(*self.dispatcher.run(images, offsets, policy, observe), self.architecture)
 
     def specialise(self, policy: Policy) -> int:
         """Makes engines for the sets of heads that some images used most, with these heads' weights as constants.

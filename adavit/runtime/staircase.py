@@ -13,8 +13,9 @@ import numpy.typing as npt
 from adavit.architecture import Architecture
 from adavit.errors import InputError
 from adavit.runtime.backend import Engine
-from adavit.runtime.dispatcher import Dispatcher, Scratch, Tokens
+from adavit.runtime.dispatcher import Dispatcher
 from adavit.runtime.plan import SUBLAYERS, EnginePlan
+from adavit.runtime.state import Scratch, State
 from adavit.runtime.timing import median_times
 
 __all__ = ["Staircase", "measure_staircase"]
@@ -91,11 +92,11 @@ def _runs(dispatcher: Dispatcher, index: int) -> dict[Key, Run]:
     """Every run to be timed, of one block's engines on an image of noise."""
     arch, backend = dispatcher.arch, dispatcher.backend
     block, scratch = dispatcher.engines.blocks[index], Scratch(arch, backend)
-    tokens, out = Tokens.empty(arch, backend), scratch.first.rows
+    state, out = State(arch, backend), scratch.first
     image = np.random.default_rng(0).standard_normal((1, 3, arch.image_size, arch.image_size), dtype=np.float32)
-    dispatcher.engines.stem.run([image], [tokens.image.rows(1)])
-    x = tokens.rows
-    block.decide.run([x.rows(arch.tokens)], scratch.decide[index])
+    dispatcher.engines.stem.run([image], [state.image.rows(1)])
+    x, normed_x = state.x, state.normed
+    block.decide.run([x.rows(arch.tokens)], [normed_x.rows(arch.tokens), *scratch.logits[index]])
     channels = np.ones(arch.width, np.float32)
     unkept = dispatcher.head_weights.without_budget()
 
@@ -108,7 +109,7 @@ def _runs(dispatcher: Dispatcher, index: int) -> dict[Key, Run]:
         runs["attention_weights", 0, len(heads)] = partial(unkept.attention, index, heads)
         runs["mlp_weights", 0, len(heads)] = partial(unkept.mlp, index, heads)
     for k in _counts(arch):
-        rows, normed = x.rows(k), scratch.normed.rows(k)
+        rows, normed = x.rows(k), normed_x.rows(k)
         runs["attention", k, 0] = partial(run, block.attention, [rows, normed, channels], k)
         runs["mlp", k, 0] = partial(run, block.mlp, [rows, channels], k)
         for heads in (np.arange(count) for count in range(1, arch.heads + 1)):

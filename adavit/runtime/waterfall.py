@@ -120,9 +120,13 @@ def asked_macs(arch: Architecture, policy: Policy) -> dict[str, int]:
 
 def computed_macs(arch: Architecture, event: Event) -> int:
     """MACs that a sub-layer's engine computes, those of dropped heads that it masks included."""
-    kind = event.name.split(".")[-1].removesuffix("_gather").removesuffix("_set")
-    counted = {"attention": attention_macs, "mlp": mlp_macs}.get(kind)
-    return counted(arch, event.sizes["K"], event.sizes.get("h", arch.heads)) if counted else 0
+    ran = event.name.split(".")[-1].split("_")
+    if ran[-1] == "weights":
+        return 0
+    sizes = event.sizes
+    heads = sizes["c"] // arch.head_width if "c" in sizes else sizes.get("h", arch.heads)
+    attention = ran[0] in ("attention", "both") and attention_macs(arch, sizes["K"], heads)
+    return attention + (ran[0] in ("mlp", "both") and mlp_macs(arch, sizes["K"], heads))
 
 
 def _report(runtime: Runtime, plan: Plan, turns: list[Turn], noted: float, call: float) -> dict[str, Any]:

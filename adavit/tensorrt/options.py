@@ -100,7 +100,13 @@ _OPTIONS = (
     click.option("--timing-cache", type=click.Path(path_type=Path), metavar="FILE", help="tensorrt: read and add to."),
     click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Memory a layer may use while it runs."),
     click.option("--builder-optimization-level", type=click.IntRange(0, 5), help="Effort of the builder."),
-    click.option("--max-batch", type=click.IntRange(1, 4096), default=32, show_default=True, help="Images of a run."),
+    click.option(
+        "--max-batch",
+        type=click.IntRange(1, 4096),
+        default=32,
+        show_default=True,
+        help="Images that the dense twin runs at once; others run one by one.",
+    ),
     click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Engines built at once."),
     click.option("--strip-weights", is_flag=True, help="Leave weights out; they are put in from the ONNX files."),
 )

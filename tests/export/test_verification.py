@@ -14,7 +14,7 @@ from adavit.errors import VerificationError
 from adavit.export import check_bundle
 
 
-def alter(bundle: Path, name: str, factor: float = 1.5) -> None:
+def alter(bundle: Path, name: str, factor: float = -1.5) -> None:
     """Scales an engine's largest weight, or without any, subtracts where it adds; described as if exported so."""
     engine = onnx.load(bundle / read_config(bundle)["engines"][name]["file"])
     weights = [weight for weight in engine.graph.initializer if weight.data_type == onnx.TensorProto.FLOAT]
@@ -22,7 +22,7 @@ def alter(bundle: Path, name: str, factor: float = 1.5) -> None:
         largest = max(weights, key=lambda weight: np.prod(weight.dims))
         largest.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(largest) * np.float32(factor), largest.name))
     else:
-        engine.graph.node[-1].op_type = {"Add": "Sub"}[engine.graph.node[-1].op_type]
+        next(node for node in reversed(engine.graph.node) if node.op_type == "Add").op_type = "Sub"
     rewrite_engine(bundle, name, engine.SerializeToString())
 
 

@@ -11,7 +11,7 @@ from cases import random_images, read_config, tiny, write_config
 
 import adavit
 from adavit.errors import BundleError
-from adavit.runtime.plan import HeadSet
+from adavit.runtime.plan import SETS, HeadSet
 
 
 def fault(bundle: Path) -> str:
@@ -19,7 +19,8 @@ def fault(bundle: Path) -> str:
     with pytest.raises(BundleError) as caught:
         runtime = adavit.load(bundle, threads=1)
         runtime.run_dense(random_images(tiny(), 1))
-        runtime.dispatcher.specialised.make(tuple(HeadSet(block, "attention", (0,)) for block in (1, 2)))
+        sets = [HeadSet(0, "both", (0, 1, 2)), *(HeadSet(block, kind, (0,)) for block in (1, 2) for kind in SETS)]
+        runtime.dispatcher.specialised.make(tuple(sets))
     message = str(caught.value)
     assert "\n" not in message
     return message

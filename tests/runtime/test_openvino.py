@@ -152,7 +152,7 @@ def test_a_block_without_its_weights(bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"engine blocks.2.attention has no weights attn.query.weight; export again"):
         adavit.load(bundle, backend="openvino", threads=1)
     rewrite_engine(bundle, "blocks.2.attention", engine[:100])
-    with pytest.raises(BackendError, match=r"OpenVINO refuses engine blocks.2.attention: "):
+    with pytest.raises(BundleError, match=r"engine blocks.2.attention: an engine ends in the middle of a field"):
         adavit.load(bundle, backend="openvino", threads=1)
 
 
@@ -163,7 +163,7 @@ def test_a_block_with_weights_of_other_shapes(bundle: Path) -> None:
         if tensor.name == "blocks.2.mlp.fc1.weight":
             tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros((3, 3), np.float32), tensor.name))
     rewrite_engine(bundle, "blocks.2.mlp", model.SerializeToString())
-    with pytest.raises(BackendError, match=r"OpenVINO refuses engine blocks.2.mlp"):
+    with pytest.raises(BundleError, match=r"blocks.2.mlp has weights mlp.fc1.weight of \[3, 3\], not of \[48, 80\]"):
         adavit.load(bundle, backend="openvino", threads=1)
     swapped = engine.replace(b"fc1.weight", b"fc0.weight").replace(b"fc2.weight", b"fc1.weight")
     rewrite_engine(bundle, "blocks.2.mlp", swapped.replace(b"fc0.weight", b"fc2.weight"))

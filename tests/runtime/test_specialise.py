@@ -1,13 +1,12 @@
-"""Engines for sets of heads: which get one, that they run, and that results stay the same."""
+"""Blocks in one engine for sets of heads: which get one, that they run, and that results stay the same."""
 
 import json
 import shutil
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from cases import (
     WIDE,
@@ -25,16 +24,18 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper
 from PIL import Image
 
 import adavit
+from adavit.architecture import Architecture
 from adavit.cli import run
-from adavit.errors import BackendError, BundleError, InputError
+from adavit.errors import BackendError, InputError
 from adavit.runtime import Policy, Runtime, specialise, tune
-from adavit.runtime.backends.fixed_inputs import with_fixed_inputs
-from adavit.runtime.plan import EnginePlan, HeadSet, ruled, saved_macs
-from adavit.runtime.profile import Profiler
+from adavit.runtime.budget import Offsets
+from adavit.runtime.plan import SETS, EnginePlan, HeadSet, ruled, saved_macs
+from adavit.runtime.profile import Event, Profiler
+from adavit.runtime.specialise import set_bytes
+from adavit.runtime.weights import attention_weights, mlp_weights, set_weights
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -53,35 +54,90 @@ def keeping(heads: tuple[int, ...], images: int = 1) -> Policy:
     return policy
 
 
-def sets_of(heads: tuple[int, ...]) -> set[HeadSet]:
-    return {HeadSet(b, kind, heads) for b in range(WIDE.depth) if WIDE.adapts_heads(b) for kind in ("attention", "mlp")}
+def sets_with(heads: tuple[int, ...]) -> set[HeadSet]:
+    """What `keeping` runs with."""
+    everything = tuple(range(WIDE.heads))
+    return {HeadSet(b, "both", heads if WIDE.adapts_heads(b) else everything) for b in range(WIDE.depth)}
 
 
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_any_sets_compute_the_same(seed: int, loaded: Runtime) -> None:
+@given(seed=st.integers(0, 2**32 - 1), of=st.integers(1, 2))
+def test_any_sets_compute_the_same(seed: int, of: int, loaded: Runtime) -> None:
     images, policy = random_images(WIDE, 2, seed=seed), random_policy(WIDE, 2, seed)
-    loaded.specialise(policy[:1])
+    loaded.specialise(policy[:of])
     wanted = forced(random_model(WIDE), images, policy)
     np.testing.assert_allclose(loaded.run(images, policy=policy).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_the_engines_run_and_no_weights_are_gathered(wide: tuple[Path, Path]) -> None:
+ARCHITECTURES = {
+    "everything": tiny(),
+    "t2t": tiny(stem="t2t", patch_size=16, image_size=64, qkv_bias=False),
+    "no tokens": tiny(token_policy=False),
+    "no heads": tiny(head_policy=False),
+    "no sub-layers": tiny(sublayer_policy=False, keep=0),
+    "tokens alone": tiny(head_policy=False, sublayer_policy=False),
+    "nothing": tiny(token_policy=False, head_policy=False, sublayer_policy=False),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_every_architecture(arch: Architecture, tmp_path: Path) -> None:
+    model = random_model(arch)
+    runtime = adavit.load(export(model, tmp_path), threads=1)
+    images, policy = random_images(arch, 3), random_policy(arch, 3, 1)
+    before = runtime.run(images)
+    assert runtime.specialise(Policy.concatenate([policy, before.policy])) > 0
+    found = runtime.run(images)
+    assert_same_policy(found.policy, before.policy)
+    np.testing.assert_allclose(found.logits, before.logits, atol=1e-4, rtol=0)
+    replayed = runtime.run(images, policy=policy)
+    np.testing.assert_allclose(replayed.logits, forced(model, images, policy), atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_run_in_one_engine_each(wide: tuple[Path, Path]) -> None:
     plain = adavit.load(wide[0], threads=1)
     profiler = Profiler(plain.bundle, plain.backend)
     timed = Runtime(plain.bundle, profiler, plain.options)
-    timed.dispatcher.plan = EnginePlan.where(WIDE, lambda kind, k, h: h > 0)  # all others gather
     policy, image = keeping((1, 3, 4)), random_images(WIDE, 1)
+    policy.sublayers[0, 1, 0] = policy.sublayers[0, 2, :] = False
+    policy.tokens[0, 1, 5:] = False
 
-    def gathered(policy: Policy) -> set[str]:
+    def ran(policy: Policy) -> list[Event]:
         with profiler.recording() as calls:
             timed.run(image, policy)
-        assert all(call.sizes["h"] == 3 for call in calls if call.name.endswith("_gather"))
-        return {call.name for call in calls if call.name.endswith("_weights")}
+        return [call for call in calls if call.name.startswith("blocks.")]
 
-    assert timed.specialise(policy) == len(sets_of((1, 3, 4)))
-    assert gathered(policy) == set()
-    assert gathered(keeping((0, 3, 4))) == {f"blocks.{s.block}.{s.kind}_weights" for s in sets_of((0, 3, 4))}
+    assert timed.specialise(policy) == 2
+    calls = ran(policy)
+    assert [call.name for call in calls] == ["blocks.0.decide_set", "blocks.0.both_set", "blocks.1.mlp_set"]
+    assert calls[-1].sizes == {"K": 5, "c": 3 * WIDE.head_width, "h": 3}
+    names = [call.name for call in ran(keeping((0, 3, 4)))]
+    assert names[:2] == ["blocks.0.decide_set", "blocks.0.both_set"]
+    assert not any(name.endswith("both_set") for name in names[2:])
+    assert names.count("blocks.2.decide_set") == 1
+
+
+def test_thresholds_are_the_requests(loaded: Runtime) -> None:
+    images = random_images(WIDE, 5)
+    points = [Offsets(), Offsets(tokens=1.0, heads=-0.5), Offsets(sublayers=(-1.0, 0.0, 1.0))]
+    loaded.dispatcher.specialised.make(())
+    wanted = [loaded.run(images, budget=offsets).policy for offsets in points]
+    loaded.specialise(Policy.concatenate(wanted))
+    for _ in range(2):
+        for offsets, policy in zip(points, wanted, strict=True):
+            assert_same_policy(loaded.run(images, budget=offsets).policy, policy)
+    assert not np.array_equal(wanted[0].tokens, wanted[1].tokens)
+
+
+def test_many_images_at_once_from_many_threads(loaded: Runtime) -> None:
+    images = random_images(WIDE, 20)
+    loaded.specialise(loaded.run(images[:4]).policy)
+    alone = [loaded.run(image[None]) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(loaded.run, [images] * 8))
+    for result in results:
+        assert_same_policy(result.policy, Policy.concatenate([one.policy for one in alone]))
+        np.testing.assert_array_equal(result.logits, np.concatenate([one.logits for one in alone]))
 
 
 def test_decisions_and_logits_stay(loaded: Runtime) -> None:
@@ -98,10 +154,7 @@ def test_decisions_and_logits_stay(loaded: Runtime) -> None:
 def test_a_later_call_replaces_the_engines(loaded: Runtime) -> None:
     loaded.specialise(keeping((0, 1)))
     loaded.specialise(keeping((4, 5)))
-    assert set(loaded.dispatcher.specialised.sets) == sets_of((4, 5))
-    loaded.specialise(Policy.dense(WIDE, 1))  # for all heads, the masked engines of MLPs are as good
-    everything = sets_of(tuple(range(WIDE.heads)))
-    assert set(loaded.dispatcher.specialised.sets) == {found for found in everything if found.kind == "attention"}
+    assert set(loaded.dispatcher.specialised.sets) == sets_with((4, 5))
 
 
 def test_the_sets_that_save_most_get_the_memory(loaded: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,20 +162,32 @@ def test_the_sets_that_save_most_get_the_memory(loaded: Runtime, monkeypatch: py
     often, seldom = keeping((1, 3), 9), keeping((0, 2), 1)
     both = Policy.concatenate([seldom, often])
     everything = choose(both)
-    assert set(everything) == sets_of((1, 3)) | sets_of((0, 2))
-    half = sum(loaded.dispatcher.specialised._size(found) for found in sets_of((1, 3)))
-    monkeypatch.setattr(specialise, "BYTES", half)
-    assert set(choose(both)) == sets_of((1, 3))
+    assert set(everything) == sets_with((1, 3)) | sets_with((0, 2))
+    monkeypatch.setattr(specialise, "BYTES", sum(set_bytes(WIDE, found) for found in sets_with((1, 3))))
+    assert set(choose(both)) == sets_with((1, 3))
     monkeypatch.setattr(specialise, "BYTES", 0)
     assert choose(both) == ()
     monkeypatch.setattr(specialise, "BYTES", 1 << 30)
-    monkeypatch.setattr(specialise, "LEAST", 0.005)
-    assert set(choose(both)) == sets_of((1, 3))
+    monkeypatch.setattr(specialise, "COPIES", 0.9)
+    chosen = choose(Policy.concatenate([keeping(heads, 9) for heads in ((0, 1, 2, 3, 4), (1, 2, 3, 4, 5))]))
+    model = WIDE.depth * set_bytes(WIDE, HeadSet(0, "both", tuple(range(WIDE.heads))))
+    assert 0 < sum(set_bytes(WIDE, found) for found in chosen) <= 0.9 * model
+    monkeypatch.setattr(specialise, "LEAST", 1e9)
+    assert choose(both) == ()
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_the_bytes_of_a_set_are_those_of_its_matrices(kind: str, loaded: Runtime) -> None:
+    found = HeadSet(1, kind, (0, 2, 5))
+    weights = set_weights(WIDE, found, attention_weights(loaded.bundle, 1), mlp_weights(loaded.bundle, 1))
+    assert set_bytes(WIDE, found) == sum(value.nbytes for value in weights.values() if value.ndim == 2)
 
 
 @settings(max_examples=50, deadline=None)
 @given(
-    kept=st.integers(1, WIDE.tokens), heads=st.integers(1, WIDE.heads - 1), kind=st.sampled_from(["attention", "mlp"])
+    kept=st.integers(1, WIDE.tokens),
+    heads=st.integers(1, WIDE.heads),
+    kind=st.sampled_from(["attention", "mlp", "both"]),
 )
 def test_constants_always_save_something(kept: int, heads: int, kind: str) -> None:
     assert saved_macs(WIDE, kind, kept, heads) > 0
@@ -135,7 +200,7 @@ def test_a_bundle_of_an_earlier_version(wide: tuple[Path, Path], tmp_path: Path)
     write_config(bundle, config)
     done = invoke(run, bundle, "--iterations", "1")
     assert done.exit_code == 1
-    assert done.stderr.splitlines()[-1].endswith(".attention_set'; export again")
+    assert done.stderr.splitlines()[-1].endswith(".decide_set'; export again")
     assert invoke(run, bundle, "--iterations", "1", "--no-specialise").exit_code == 0
 
 
@@ -151,19 +216,13 @@ def test_only_where_it_can(wide: tuple[Path, Path]) -> None:
         other.dispatcher.specialised.make((HeadSet(1, "mlp", (0,)),))
 
 
-def test_a_model_without_head_policies(tmp_path: Path) -> None:
-    arch = tiny(head_policy=False)
-    plain = adavit.load(export(random_model(arch), tmp_path), threads=1)
-    assert plain.specialise(plain.run(random_images(arch, 2)).policy) == 0
-
-
 def test_tuning_with_images_keeps_sets(wide: tuple[Path, Path], cache: Path) -> None:
     first = adavit.load(wide[0], threads=1)
     report = tune.tune(first, quiet, keeping((1, 3)))
-    kept = [[s.block, s.kind, list(s.heads)] for s in sorted(sets_of((1, 3)))]
+    kept = [[s.block, s.kind, list(s.heads)] for s in sorted(sets_with((1, 3)))]
     assert report["gathers"]["sets"] == kept
     again = adavit.load(wide[0], threads=1)
-    assert set(again.dispatcher.plan.sets) == set(again.dispatcher.specialised.sets) == sets_of((1, 3))
+    assert set(again.dispatcher.plan.sets) == set(again.dispatcher.specialised.sets) == sets_with((1, 3))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +230,7 @@ def test_tuning_with_images_keeps_sets(wide: tuple[Path, Path], cache: Path) -> 
     [
         1, [1], [[1, "mlp"]], [[1, "mlp", 3]], [[1, "mlp", []]], [[1, "mlp", [2, 1]]], [[1, "mlp", [1, 1]]],
         [[1, "mlp", [6]]], [[1, "mlp", [-1]]], [[1, "mlp", ["1"]]], [[1, "norm", [1]]], [[3, "mlp", [1]]],
+        [[0, "mlp", [0, 1, 2, 3, 4, 5]]],
         [[-1, "mlp", [1]]], [[0, "mlp", [1]]], [[True, "mlp", [1]]], [[1, ["mlp"], [1]]],
     ],
 )  # fmt: skip
@@ -180,7 +240,7 @@ def test_what_are_no_sets(sets: Any) -> None:
 
 
 def test_plans_with_sets_survive_being_written() -> None:
-    plan = EnginePlan(ruled(WIDE).gathers, tuple(sorted(sets_of((1, 3)))))
+    plan = EnginePlan(ruled(WIDE).gathers, tuple(sorted(sets_with((1, 3)))))
     assert EnginePlan.from_dict(json.loads(json.dumps(plan.to_dict())), WIDE, "a file").sets == plan.sets
 
 
@@ -200,46 +260,3 @@ def test_the_command(wide: tuple[Path, Path], tmp_path: Path) -> None:
     assert specialised() > 0
     assert specialised("--images", tmp_path / "images") > 0
     assert specialised("--no-specialise") == 0
-
-
-def a_model() -> bytes:
-    """y = x @ w + b, every one of them an input."""
-    values = [onnx.helper.make_tensor_value_info(n, 1, s) for n, s in (("x", ["K", 3]), ("w", [3, "h"]), ("b", ["h"]))]
-    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["p"]), onnx.helper.make_node("Add", ["p", "b"], ["y"])]
-    graph = onnx.helper.make_graph(nodes, "g", values, [onnx.helper.make_tensor_value_info("y", 1, ["K", "h"])])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
-    return bytes(model.SerializeToString())
-
-
-@settings(max_examples=30, deadline=None)
-@given(heads=st.integers(1, 300), order=st.booleans())
-def test_inputs_become_constants(heads: int, order: bool) -> None:
-    source = np.random.default_rng(heads)
-    w = source.standard_normal((3, heads) if order else (heads, 3), np.float32)
-    values = {"w": w if order else w.T, "b": source.standard_normal(heads, np.float32)}
-    model = onnx.load_from_string(with_fixed_inputs(a_model(), values))
-    onnx.checker.check_model(model, full_check=True)
-    assert [value.name for value in model.graph.input] == ["x"]
-    assert {tensor.name for tensor in model.graph.initializer} == {"w", "b"}
-    for tensor in model.graph.initializer:
-        np.testing.assert_array_equal(numpy_helper.to_array(tensor), values[tensor.name])
-
-
-def test_all_else_of_a_model_stays() -> None:
-    before, after = (onnx.load_from_string(data) for data in (a_model(), with_fixed_inputs(a_model(), {})))
-    assert before == after
-
-
-def test_an_input_that_is_not_there() -> None:
-    with pytest.raises(BundleError, match="has no input nothing"):
-        with_fixed_inputs(a_model(), {"nothing": np.zeros(1, np.float32)})
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.binary(max_size=60), cut=st.integers(1, 200))
-def test_damaged_models_are_refused(data: bytes, cut: int) -> None:
-    values = {"w": np.zeros((3, 1), np.float32)}
-    with pytest.raises(BundleError):
-        with_fixed_inputs(data, values)
-    with suppress(BundleError):  # what is cut between two fields is a message still
-        with_fixed_inputs(a_model()[:-cut], values)

@@ -86,12 +86,12 @@ def test_bits_come_back_once_a_block_and_logits_once(built: Path, runtime: Runti
     result = on_gpu.run(images)
     to_host = [size for call, (kind, size) in ((c, d) for c, d in gpu.calls if c == "copy") if kind == 2]
     arch = runtime.architecture
-    tokens, choices, logits = 4 * arch.tokens, 4 * (arch.heads + 2), 4 * 2 * arch.classes
-    assert sorted(to_host) == sorted(2 * [tokens] + 2 * (arch.depth - 1) * [tokens, choices] + [logits])
-    # One wait for each image's block, one for the logits; others are for uploads that were done before.
+    tokens, choices, logits = 4 * arch.tokens, 4 * (arch.heads + 2), 4 * arch.classes
+    assert sorted(to_host) == sorted(2 * [tokens, logits] + 2 * (arch.depth - 1) * [tokens, choices])
+    # One wait for each image's block, one for its logits; others are for uploads that were done before.
     waits = [i for i, (call, _) in enumerate(gpu.calls) if call == "synchronise"]
     fetches = [i for i in waits if gpu.calls[i - 1][0] == "copy" and gpu.calls[i - 1][1][0] == 2]
-    assert len(fetches) == 2 * arch.depth + 1
+    assert len(fetches) == 2 * (arch.depth + 1)
     assert result.macs.shape == (2,)
 
 
@@ -151,10 +151,11 @@ def test_what_tensorrt_refuses_is_an_error(built: Path, runtime: Runtime, gpu: G
         assert "adavit-export" in str(caught.value)
 
 
-def test_more_images_than_the_engines_are_for(built: Path, runtime: Runtime, gpu: Gpu) -> None:
-    on_gpu = adavit.load(built, **TENSORRT)
-    with pytest.raises(BackendError, match=r"head: x is \[9, .* built for up to \[8, .*--max-batch"):
-        on_gpu.run(random_images(runtime.architecture, 9))
+def test_more_images_than_the_dense_twin_is_for(built: Path, runtime: Runtime, gpu: Gpu) -> None:
+    on_gpu, images = adavit.load(built, **TENSORRT), random_images(runtime.architecture, 9)
+    np.testing.assert_allclose(on_gpu.run(images).logits, runtime.run(images).logits, atol=1e-5, rtol=0)
+    with pytest.raises(BackendError, match=r"dense: images is \[9, .* built for up to \[8, .*--max-batch"):
+        on_gpu.run_dense(images)
 
 
 @pytest.mark.parametrize(

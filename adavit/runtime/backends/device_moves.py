@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.errors import BackendError
-from adavit.runtime.backend import Constants, Engine, Index
+from adavit.runtime.backend import Engine, Index
 from adavit.runtime.backends.device import ALIGNMENT, Block, Device, size_of
 from adavit.runtime.bundle import EngineSpec, TensorSpec
 
@@ -121,7 +121,7 @@ class DeviceBuffer:
 class DeviceMoves(ABC):
     """What `Backend` says of buffers and moving rows; a backend adds `load`."""
 
-    fixes_inputs = False
+    fixed = None
     always_gathers = False
 
     def __init__(self, device: Device) -> None:
@@ -130,7 +130,7 @@ class DeviceMoves(ABC):
         self._temporaries: dict[tuple[Any, ...], DeviceBuffer] = {}
 
     @abstractmethod
-    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
+    def load(self, name: str, alone: bool = False) -> Engine:
         """See `Backend.load`."""
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> DeviceBuffer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from types import ModuleType
@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.errors import BackendError, one_line
-from adavit.runtime.backend import Constants, Engine, Options
-from adavit.runtime.backends.fixed_inputs import with_fixed_inputs
+from adavit.runtime.backend import Constants, Options
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle, EngineSpec
+from adavit.runtime.onnx_file import with_fixed_inputs
 
 __all__ = ["OnnxRuntimeBackend"]
 
@@ -129,7 +129,6 @@ class OnnxRuntimeBackend(HostMoves):
     """
 
     name = "onnxruntime"
-    fixes_inputs = True
     always_gathers = False
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
@@ -145,28 +144,35 @@ class OnnxRuntimeBackend(HostMoves):
         if self._shares_pool:
             share_pool(self._ort, options.threads)
 
-    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
+    def load(self, name: str, alone: bool = False) -> OnnxRuntimeEngine:
         """Creates a session; see `Backend.load`."""
-        data = self._bundle.read(name)
-        spec = self._bundle.engines[name]
-        if constants:
-            data, spec = with_fixed_inputs(data, constants), spec.without(constants)
+        spec = self._bundle.engine(name)
+        return OnnxRuntimeEngine(self._ort, self._session(spec, self._bundle.read(name), alone), spec)
+
+    def fixed(self, name: str, constants: Constants) -> OnnxRuntimeFixedEngine:
+        """Creates a session; see `Backend.fixed`."""
+        spec = self._bundle.engine(name).without(constants)
+        session = self._session(spec, with_fixed_inputs(self._bundle.read(name), constants), alone=False)
+        return OnnxRuntimeFixedEngine(self._ort, session, spec)
+
+    def _session(self, spec: EngineSpec, data: bytes, alone: bool) -> Any:
+        """A session that shares threads with others as this backend's do."""
         if not self._shares_pool:
             try:
-                return self._engine(spec, data, self._threads if alone else 1)
+                return self._session_on(spec, data, self._threads if alone else 1)
             except BackendError as error:
                 if "global thread pool" not in str(error):
                     raise
                 log.warning("this process has set ONNX Runtime's thread pool, so that engines share its threads")
                 self._shares_pool = True
-        return self._engine(spec, data, None)
+        return self._session_on(spec, data, None)
 
     def _unwanted(self, spec: EngineSpec) -> list[str]:
         """The optimizers that an engine is better off without."""
         return HIDING_INT8 if self._bundle.config["engines"][spec.name].get("precision") == "int8" else UNWANTED
 
-    def _engine(self, spec: EngineSpec, data: bytes, threads: int | None) -> OnnxRuntimeEngine:
-        """An engine with a pool of its own of some `threads`, or on the process's pool."""
+    def _session_on(self, spec: EngineSpec, data: bytes, threads: int | None) -> Any:
+        """A session with a pool of its own of some `threads`, or on the process's pool."""
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.use_env_allocators", "1")
@@ -185,7 +191,10 @@ class OnnxRuntimeBackend(HostMoves):
             None  # kept for a fallback to other providers, which is off: as much again as the weights
         )
         require_provider(session, spec, self._provider)
-        return OnnxRuntimeEngine(self._ort, session, spec)
+        inputs, outputs = ([tensor.name for tensor in tensors] for tensors in (spec.inputs, spec.outputs))
+        if ([t.name for t in session.get_inputs()], [t.name for t in session.get_outputs()]) != (inputs, outputs):
+            raise BackendError(f"engine {spec.name} has other inputs or outputs than config.json says; export again")
+        return session
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> OnnxRuntimeBuffer:
         """See `Backend.buffer`."""
@@ -227,15 +236,11 @@ class OnnxRuntimeEngine:
 
     def __init__(self, ort: ModuleType, session: Any, spec: EngineSpec) -> None:
         self.spec = spec
-        inputs, outputs = [tensor.name for tensor in spec.inputs], [tensor.name for tensor in spec.outputs]
-        found = [t.name for t in session.get_inputs()], [t.name for t in session.get_outputs()]
-        if found != (inputs, outputs):
-            raise BackendError(f"engine {spec.name} has other inputs or outputs than config.json says; export again")
-        self._names = [*inputs, *outputs]
+        self._names = [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
         self._session = session
         self._ort = ort
         self._bindings: dict[Any, tuple[Any, list[Any]]] = {}
-        self._takes_tokens = spec.name.startswith("blocks.") and set(inputs) <= TOKENS
+        self._takes_tokens = {tensor.name for tensor in spec.inputs} <= TOKENS
         self._keeps = not spec.name.endswith("_weights")  # what these fill is new every time
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -265,3 +270,30 @@ class OnnxRuntimeEngine:
             if value is not bound:
                 bind = binding.bind_ortvalue_input if position < inputs else binding.bind_ortvalue_output
                 bind(name, _as_value(self._ort, value))
+
+
+class OnnxRuntimeFixedEngine:
+    """One session, some inputs of whose model are constants."""
+
+    def __init__(self, ort: ModuleType, session: Any, spec: EngineSpec) -> None:
+        self._ort, self._session, self._spec = ort, session, spec
+
+    def bound(self, values: Mapping[str, Any]) -> Callable[[], None]:
+        """See `FixedEngine.bound`."""
+        binding = self._session.io_binding()
+        try:
+            for tensor in self._spec.inputs:
+                binding.bind_ortvalue_input(tensor.name, _as_value(self._ort, values[tensor.name]))
+            for tensor in self._spec.outputs:
+                binding.bind_ortvalue_output(tensor.name, _as_value(self._ort, values[tensor.name]))
+        except KeyError as error:
+            raise BackendError(f"engine {self._spec.name} takes {error}, which is unknown; export again") from None
+        call = self._session.run_with_iobinding
+
+        def run() -> None:
+            try:
+                call(binding)
+            except Exception as error:
+                raise BackendError(f"engine {self._spec.name} failed: {one_line(error)}") from error
+
+        return run

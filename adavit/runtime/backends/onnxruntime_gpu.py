@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adavit.errors import BackendError, one_line
-from adavit.runtime.backend import Backend, Constants, Options
+from adavit.runtime.backend import Backend, Options
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.backends.device import Device
 from adavit.runtime.backends.device_moves import DeviceMoves, Uploads
@@ -68,7 +68,7 @@ class OnnxRuntimeGpuBackend(DeviceMoves):
         super().__init__(Device(Cuda()))
         share_pool(self._ort, options.threads)
 
-    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> OnnxRuntimeGpuEngine:
+    def load(self, name: str, alone: bool = False) -> OnnxRuntimeGpuEngine:
         """Creates a session; see `Backend.load`."""
         data, spec = self._bundle.read(name), self._bundle.engines[name]
         options = self._ort.SessionOptions()

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from adavit.errors import BackendError, one_line
-from adavit.runtime.backend import Constants, Engine, Options
+from adavit.runtime.backend import Engine, Options
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle
 
@@ -47,7 +47,7 @@ class OpenVinoBackend(HostMoves):
     """
 
     name = "openvino"
-    fixes_inputs = False
+    fixed = None
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._bundle = bundle
@@ -62,7 +62,7 @@ class OpenVinoBackend(HostMoves):
         self._blocks: Blocks | None = None
         self._making: dict[str, Future[OpenVinoEngine]] = {}
         if bundle.config.get("precision") == "fp32":
-            self._blocks = Blocks(bundle, self._read, self._compile, self._precision == "bf16")
+            self._blocks = Blocks(bundle, self._compile, self._precision == "bf16")
         else:
             pool = ThreadPoolExecutor(options.threads, "adavit-compile")
             names = [name for name in bundle.engines if name.startswith("blocks.")]
@@ -70,7 +70,7 @@ class OpenVinoBackend(HostMoves):
             pool.shutdown(wait=False)
         self.always_gathers = self._blocks is not None
 
-    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> Engine:
+    def load(self, name: str, alone: bool = False) -> Engine:
         """An engine; those of converted blocks are made in parallel from the start. See `Backend.load`."""
         if self._blocks and name.startswith("blocks."):
             return self._blocks.load(name)

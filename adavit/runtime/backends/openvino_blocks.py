@@ -7,7 +7,7 @@ weights are kept in it, so that half as much is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from adavit.errors import BundleError
 from adavit.runtime.backend import Engine
 from adavit.runtime.backends.openvino_buffers import as_rows, to_bfloat16
 from adavit.runtime.backends.openvino_engine import OpenVinoEngine
 from adavit.runtime.backends.openvino_models import attention_model, decide_model, mlp_model
 from adavit.runtime.bundle import Bundle, EngineSpec, TensorSpec
+from adavit.runtime.weights import attention_weights, block_weights, mlp_weights
 
 __all__ = ["Blocks"]
 
@@ -47,20 +47,19 @@ class Blocks:
 
     Args:
         bundle: where their weights are.
-        read: reads the model of an engine's file.
         compile_model: compiles a model, in float32 if the second argument says so.
         bf16: whether to compute in it; decisions are in float32 in any case.
     """
 
-    def __init__(self, bundle: Bundle, read: Callable[[str], Any], compile_model: Compile, bf16: bool) -> None:
-        self._bundle, self._read, self._compile, self._bf16 = bundle, read, compile_model, bf16
+    def __init__(self, bundle: Bundle, compile_model: Compile, bf16: bool) -> None:
+        self._bundle, self._compile, self._bf16 = bundle, compile_model, bf16
         dtype = openvino.Type.bf16 if bf16 else openvino.Type.f32
         self._models = {
             kind: compile_model(build(bundle.architecture, dtype), False)
             for kind, build in (("attention", attention_model), ("mlp", mlp_model))
         }
         self._decides: dict[int, Any] = {}
-        self._weights: dict[tuple[str, str], Weights] = {}
+        self._weights: dict[tuple[int, str], Weights] = {}
 
     def load(self, name: str) -> Engine:
         """The engine of this name, "blocks.i." and its part of the block.
@@ -69,7 +68,8 @@ class Blocks:
             BundleError: its file is not what was exported, or lacks weights, or has them in other shapes.
         """
         spec = self._bundle.engines[name]
-        block, part = name.rsplit(".", 1)
+        _, number, part = name.split(".")
+        block = int(number)
         if part == "decide":
             return self._decide(block, spec)
         kind, _, role = part.partition("_")
@@ -87,32 +87,15 @@ class Blocks:
             return shared
         return SublayerEngine(spec, weights, shared, self._bundle.architecture.heads)
 
-    def _found(self, block: str, part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-        """A block's weights of these names and shapes, from the engine of one of its parts."""
-        operators = self._read(f"{block}.{part}").get_ops()
-        constants = {op.get_friendly_name(): op.data for op in operators if op.get_type_name() == "Constant"}
-        found = {}
-        for name, shape in shapes.items():
-            value = constants.get(f"{block}.{name}", constants.get(name))
-            if value is None:
-                raise BundleError(f"{self._bundle.path}: engine {block}.{part} has no weights {name}; export again")
-            if value.shape != shape:
-                raise BundleError(
-                    f"{self._bundle.path}: engine {block}.{part} has weights {name} of {list(value.shape)}, "
-                    f"not of {list(shape)}; export again"
-                )
-            found[name] = value
-        return found
-
-    def _decide(self, block: str, spec: EngineSpec) -> OpenVinoEngine:
-        arch, index = self._bundle.architecture, int(block.split(".")[1])
-        width, choices = arch.width, arch.adapts_heads(index) * arch.heads + arch.adapts_sublayers(index) * 2
+    def _decide(self, block: int, spec: EngineSpec) -> OpenVinoEngine:
+        arch = self._bundle.architecture
+        width, choices = arch.width, arch.choices(block)
         shapes: dict[str, tuple[int, ...]] = {"norm1.weight": (width,), "norm1.bias": (width,)}
         if arch.token_policy:
             shapes |= {"attn.token_select.mlp_head.weight": (1, width), "attn.token_select.mlp_head.bias": (1,)}
         if choices:
             shapes |= {"choices.weight": (width, choices), "choices.bias": (choices,)}
-        found = self._found(block, "decide", shapes)
+        found = block_weights(self._bundle, block, "decide", shapes)
         if choices:
             found["choices.weight"] = found["choices.weight"].T
         model = self._decides.get(choices)
@@ -121,14 +104,10 @@ class Blocks:
             model = self._decides[choices] = self._compile(made, True)
         return OpenVinoEngine(spec, model, [np.array(value, order="C") for value in found.values()])
 
-    def _weigh_attention(self, block: str) -> Weights:
+    def _weigh_attention(self, block: int) -> Weights:
         arch = self._bundle.architecture
         heads, d, width = arch.heads, arch.head_width, arch.width
-        shapes: dict[str, tuple[int, ...]] = {
-            **{f"attn.{part}.weight": (width, width) for part in ("query", "key", "value", "proj")},
-            **{f"attn.{part}.bias": (width,) for part in ("proj", *(("query", "value") if arch.qkv_bias else ()))},
-        }
-        found = self._found(block, "attention", shapes)
+        found = attention_weights(self._bundle, block)
         matrices = [found[f"attn.{part}.weight"].T.reshape(heads, d, width) for part in ("query", "key", "value")]
         by_head = [self._matrix(np.concatenate(matrices, 1))]
         taken = [TensorSpec("qkv", self._dtype, ("h", 3 * d, width))]
@@ -140,20 +119,15 @@ class Blocks:
         taken.append(TensorSpec("proj", self._dtype, ("c", width)))
         return Weights([(array, 0) for array in by_head], tuple(taken), [found["attn.proj.bias"].copy()])
 
-    def _weigh_mlp(self, block: str) -> Weights:
+    def _weigh_mlp(self, block: int) -> Weights:
         arch = self._bundle.architecture
-        width, hidden = arch.width, arch.hidden
-        shapes: dict[str, tuple[int, ...]] = {
-            **{name: (width,) for name in ("norm2.weight", "norm2.bias", "mlp.fc2.bias")},
-            **{"mlp.fc1.weight": (width, hidden), "mlp.fc1.bias": (hidden,), "mlp.fc2.weight": (hidden, width)},
-        }
-        found = self._found(block, "mlp", shapes)
-        by_head = self._matrix(found["mlp.fc1.weight"].T.reshape(hidden, arch.heads, arch.head_width))
+        found = mlp_weights(self._bundle, block)
+        by_head = self._matrix(found["mlp.fc1.weight"].T.reshape(arch.hidden, arch.heads, arch.head_width))
         scale, bias, first, last = (
             found[name].copy() for name in ("norm2.weight", "norm2.bias", "mlp.fc1.bias", "mlp.fc2.bias")
         )
         fixed = [scale, bias, first, self._matrix(found["mlp.fc2.weight"].T), last]
-        return Weights([(by_head, 1)], (TensorSpec("fc1", self._dtype, (hidden, "c")),), fixed)
+        return Weights([(by_head, 1)], (TensorSpec("fc1", self._dtype, (arch.hidden, "c")),), fixed)
 
     @property
     def _dtype(self) -> str:

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from adavit.errors import BackendError, BundleError
-from adavit.runtime.backend import Constants, Options
+from adavit.runtime.backend import Options
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.backends.device import Device
 from adavit.runtime.backends.device_moves import DeviceMoves
@@ -54,7 +54,7 @@ class TensorRtBackend(DeviceMoves):
         super().__init__(Device(cuda))
         weakref.finalize(self, _close, self._device, self._engines)
 
-    def load(self, name: str, alone: bool = False, constants: Constants | None = None) -> TensorRtEngine:
+    def load(self, name: str, alone: bool = False) -> TensorRtEngine:
         """See `Backend.load`: the bytes that are hashed are the bytes that are deserialised."""
         stored = self._set.engines.get(name)
         if stored is None or name not in self._bundle.engines:

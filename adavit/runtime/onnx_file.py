@@ -1,11 +1,11 @@
-"""Makes inputs of an ONNX model constants, in its bytes, so that a backend prepares them once, as it does weights.
+"""Reads the weights in an ONNX model's bytes, and makes inputs of it weights, which backends prepare once.
 
-The runtime has no onnx, and needs none: a model is a protobuf message, which is a sequence of numbered fields. The
-graph's `input` fields of these names are left out, and an `initializer` field is added for each.
+The runtime has no onnx, and needs none: a model is a protobuf message, which is a sequence of numbered fields.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from adavit.errors import BundleError
 
-__all__ = ["with_fixed_inputs"]
+__all__ = ["weights_of", "with_fixed_inputs"]
 
 MODEL_GRAPH = 7
 GRAPH_INITIALIZER, GRAPH_INPUT = 5, 11
@@ -29,8 +29,42 @@ FIXED = {1: 8, 5: 4}
 """Bytes of the wire types that have a fixed size."""
 
 
+def weights_of(model: bytes) -> dict[str, npt.NDArray[np.float32]]:
+    """The float32 weights of a model by name, in its own memory.
+
+    Raises:
+        BundleError: it is no model, or a weight has another size than its shape says.
+    """
+    graphs = [content for number, _, content in _fields(model) if number == MODEL_GRAPH]
+    tensors = (content for graph in graphs for number, _, content in _fields(graph) if number == GRAPH_INITIALIZER)
+    found = (_weight(tensor) for tensor in tensors)
+    return {name: value for name, value in found if value is not None}
+
+
+def _weight(tensor: bytes) -> tuple[str, npt.NDArray[np.float32] | None]:
+    """The name and the values of a TensorProto; None where these are not float32."""
+    fields = list(_fields(tensor))
+    content = {number: value for number, _, value in fields}
+    name = content.get(TENSOR_NAME, b"").decode(errors="replace")
+    if _varint(content.get(TENSOR_TYPE, b"\0"), 0)[0] != TYPES["float32"]:
+        return name, None
+    shape = [size for number, _, value in fields if number == TENSOR_DIMS for size in _numbers(value)]
+    data = content.get(TENSOR_DATA, b"")
+    if len(data) != 4 * math.prod(shape):
+        raise BundleError(f"the weight {name} is not of the shape {shape}; export again")
+    return name, np.frombuffer(data, "<f4").reshape(shape)
+
+
+def _numbers(content: bytes) -> Iterator[int]:
+    """Every number of a field of one or more of them."""
+    at = 0
+    while at < len(content):
+        value, at = _varint(content, at)
+        yield value
+
+
 def with_fixed_inputs(model: bytes, values: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """The model without the inputs of these names, which are constants of these values instead.
+    """The model without the inputs of these names, which are weights of these values instead.
 
     Args:
         model: a serialised ONNX model.

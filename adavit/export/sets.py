@@ -1,0 +1,115 @@
+"""A block in one engine, for a set of heads: from the tokens to those behind it, and the next block's decisions.
+
+The weights are inputs that a runtime makes constants, which it can do for as many sets of heads as it has memory for.
+They are right factors, which backends arrange once where they are constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from adavit.architecture import Architecture
+from adavit.export.blocks import (
+    PROJECTIONS,
+    add_bias,
+    add_choice_logits,
+    add_norm,
+    add_token_logits,
+)
+from adavit.export.graph import Graph
+from adavit.export.weights import Weights
+
+__all__ = ["set_graphs", "set_kinds"]
+
+
+def set_kinds(arch: Architecture, block: int) -> tuple[str, ...]:
+    """The combinations of sub-layers that a block may run."""
+    return ("attention", "mlp", "both") if arch.adapts_sublayers(block) else ("both",)
+
+
+def set_graphs(arch: Architecture, weights: Weights, block: int, opset: int) -> Iterator[Graph]:
+    """What a block may be run by in one engine: for each of `set_kinds`, and `decide` for its decisions alone.
+
+    For each kind: x, norm1(x) [N, D] and the kept tokens [N] -> the tokens y [N, D] behind the block.
+
+    The weights of h heads with c = h * d channels are query, key, value [D, c], query_bias [c] where there are biases,
+    proj [c, D] and its bias proj_bias [D], with what values' biases add; the numbers of the heads [h], fc1 [c, hidden]
+    and fc2 [hidden, D].
+
+    But for the last block, next_normed is the next block's norm1(y); next_kept [1, N] and next_choices [1, H + 2] are
+    its decisions: what exceeds token_thresholds [N] and choice_thresholds [H + 2]. y may be where x is, and
+    next_normed where normed is. `decide` has x as its input, and as next_* what belongs to this block.
+    """
+    deciding = Graph(f"blocks.{block}.decide_set", opset)
+    x = deciding.input("x", [arch.tokens, arch.width])
+    _add_decisions(deciding, arch, weights.under(f"blocks.{block}"), block, x)
+    yield deciding
+    for kind in set_kinds(arch, block):
+        graph = Graph(f"blocks.{block}.{kind}_set", opset)
+        _add_sublayers(graph, arch, weights.under(f"blocks.{block}"), arch.adapts_heads(block), kind)
+        if block + 1 < arch.depth:
+            _add_decisions(graph, arch, weights.under(f"blocks.{block + 1}"), block + 1, "y")
+        yield graph
+
+
+def _add_sublayers(graph: Graph, arch: Architecture, part: Weights, chosen: bool, kind: str) -> None:
+    """Adds the kept sub-layers on the kept tokens: the output y. Heads may be `chosen`, or are all of them."""
+    size: list[int | str] = [arch.tokens, arch.width]
+    x = rows = graph.input("x", size)
+    normed = graph.input("normed", size) if kind != "mlp" else ""
+    kept = ""
+    if arch.token_policy:
+        found = graph.op("NonZero", graph.input("kept", [arch.tokens], "bool"))
+        kept = graph.op("Reshape", found, graph.ints(-1))
+        rows = graph.op("Gather", x, kept, axis=0)
+        normed = graph.op("Gather", normed, kept, axis=0) if normed else ""
+    if normed:
+        rows = _add_attention(graph, arch, rows, normed)
+    if kind != "attention":
+        rows = _add_mlp(graph, arch, part, rows, chosen)
+    if kept:
+        rows = graph.op("ScatterND", x, graph.op("Unsqueeze", kept, graph.ints(1)), rows)
+    graph.output("y", rows, size)
+
+
+def _add_attention(graph: Graph, arch: Architecture, x: str, normed: str) -> str:
+    """Adds the attention sub-layer: [K, D] -> [K, D]."""
+    by_head: list[str] = []
+    for name in PROJECTIONS:
+        product = graph.op("MatMul", normed, graph.input(name, [arch.width, "c"]))
+        if arch.qkv_bias and name == "query":
+            product = graph.op("Add", product, graph.input("query_bias", ["c"]))
+        split = graph.op("Reshape", product, graph.ints(0, -1, arch.head_width))
+        by_head.append(graph.op("Transpose", split, perm=[1, 0, 2]))
+    query, key, value = by_head
+    scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 2, 1]))
+    mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
+    joined = graph.op("Reshape", graph.op("Transpose", mixed, perm=[1, 0, 2]), graph.ints(0, -1))
+    update = graph.op("MatMul", joined, graph.input("proj", ["c", arch.width]))
+    return graph.op("Add", graph.op("Add", update, graph.input("proj_bias", [arch.width])), x)
+
+
+def _add_mlp(graph: Graph, arch: Architecture, part: Weights, x: str, chosen: bool) -> str:
+    """Adds the MLP sub-layer: [K, D] -> [K, D]."""
+    normed = add_norm(graph, arch, part, "norm2", x)
+    if chosen:
+        by_head = graph.op("Reshape", normed, graph.ints(0, arch.heads, arch.head_width))
+        kept = graph.op("Gather", by_head, graph.input("heads", ["h"], "int64"), axis=1)
+        normed = graph.op("Reshape", kept, graph.ints(0, -1))
+    hidden = graph.op("MatMul", normed, graph.input("fc1", ["c", arch.hidden]))
+    hidden = graph.gelu(add_bias(graph, part, "mlp.fc1", hidden))
+    update = graph.op("MatMul", hidden, graph.input("fc2", [arch.hidden, arch.width]))
+    return graph.op("Add", add_bias(graph, part, "mlp.fc2", update), x)
+
+
+def _add_decisions(graph: Graph, arch: Architecture, part: Weights, block: int, x: str) -> None:
+    """Adds norm1 of x and the decisions of the block that takes it."""
+    graph.output("next_normed", add_norm(graph, arch, part, "norm1", x), [arch.tokens, arch.width])
+    if arch.token_policy:
+        logits = add_token_logits(graph, part, "next_normed")
+        thresholds = graph.input("token_thresholds", [arch.tokens])
+        graph.output("next_kept", graph.op("Greater", logits, thresholds), [1, arch.tokens], "bool")
+    if count := arch.choices(block):
+        logits = add_choice_logits(graph, arch, part, block, x)
+        thresholds = graph.input("choice_thresholds", [count])
+        graph.output("next_choices", graph.op("Greater", logits, thresholds), [1, count], "bool")
