@@ -84,15 +84,22 @@ class Recorder:
 
     def __post_init__(self) -> None:
         depth = self.runtime.architecture.depth
+        self.runtime.dispatcher.specialised.make(())  # engines of whole blocks show nothing between their sub-layers
         names = [f"blocks.{block}.{kind}" for block in range(depth) for kind in ("attention", "mlp")]
         self.reservoirs = {name: Reservoir(self.capacity, self.seed, name) for name in (*names, "dense")}
         self.tokens, self.heads = [Counter() for _ in range(depth)], [Counter() for _ in range(depth)]
 
     def run(self, image: Float) -> None:
         """Runs one image, float32 [3, S, S], and keeps what it shows."""
-        arch, states = self.runtime.architecture, []
+        arch = self.runtime.architecture
+        states: list[tuple[str, Float]] = []
+
+        def observe(_: int, name: str, x: Float) -> None:
+            if not name.startswith("decisions."):
+                states.append((name, x.copy()))
+
         replayed = Policy.dense(arch, 1) if self.naive else None
-        result = self.runtime.run(image[None], replayed, lambda _, name, x: states.append((name, x.copy())))
+        result = self.runtime.run(image[None], replayed, observe)
         used = result.policy
         self.images += 1
         self.reservoirs["dense"].offer(lambda: {"images": image[None]})
