@@ -10,11 +10,13 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["OPSETS", "TYPES", "Graph"]
+__all__ = ["CONTRIB", "OPSETS", "TYPES", "Graph"]
 
 OPSETS = range(17, 24)
 """Opsets that can be asked for: LayerNormalization came with 17; 23 is the newest every backend here reads."""
 
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
 _IR_VERSION = 10  # Read by ONNX Runtime 1.20, TensorRT 10 and OpenVINO 2025 onwards.
 TYPES = {
     "float32": TensorProto.FLOAT,
@@ -31,7 +33,7 @@ class Graph:
 
     Args:
         name: the engine's name.
-        opset: version of the standard operators; only those are used.
+        opset: version of the standard operators.
     """
 
     def __init__(self, name: str, opset: int) -> None:
@@ -102,7 +104,9 @@ class Graph:
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._weights.values())
         )
-        opset = helper.make_opsetid("", self.opset)
-        model = helper.make_model(graph, opset_imports=[opset], producer_name="adavit", ir_version=_IR_VERSION)
+        opsets = [helper.make_opsetid("", self.opset)]
+        if any(node.domain == CONTRIB for node in self._nodes):
+            opsets.append(helper.make_opsetid(CONTRIB, 1))
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="adavit", ir_version=_IR_VERSION)
         onnx.checker.check_model(model, full_check=True)
         return model

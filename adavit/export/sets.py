@@ -1,7 +1,9 @@
 """A block in one engine, for a set of heads: from the tokens to those behind it, and the next block's decisions.
 
 The weights are inputs that a runtime makes constants, which it can do for as many sets of heads as it has memory for.
-They are right factors, which backends arrange once where they are constants.
+They are right factors, which backends arrange once where they are constants. Attention is ONNX Runtime's own operator,
+since no other backend takes these engines: the one node of many that ONNX's operators need, it saves what each of them
+costs. It lacks its number of heads, which the runtime adds with the weights.
 """
 
 from __future__ import annotations
@@ -10,16 +12,18 @@ from collections.abc import Iterator
 
 from adavit.architecture import Architecture
 from adavit.export.blocks import (
-    PROJECTIONS,
     add_bias,
     add_choice_logits,
     add_norm,
     add_token_logits,
 )
-from adavit.export.graph import Graph
+from adavit.export.graph import CONTRIB, Graph
 from adavit.export.weights import Weights
 
 __all__ = ["set_graphs", "set_kinds"]
+
+ATTENTION = "attention"
+"""The name of the node that lacks its number of heads."""
 
 
 def set_kinds(arch: Architecture, block: int) -> tuple[str, ...]:
@@ -32,9 +36,8 @@ def set_graphs(arch: Architecture, weights: Weights, block: int, opset: int) -> 
 
     For each kind: x, norm1(x) [N, D] and the kept tokens [N] -> the tokens y [N, D] behind the block.
 
-    The weights of h heads with c = h * d channels are query, key, value [D, c], query_bias [c] where there are biases,
-    proj [c, D] and its bias proj_bias [D], with what values' biases add; the numbers of the heads [h], fc1 [c, hidden]
-    and fc2 [hidden, D].
+    The weights of h heads with c = h * d channels are qkv [D, 3c] and qkv_bias [3c], queries before keys before values;
+    proj [c, D] and proj_bias [D]; the numbers of the heads [h], fc1 [c, hidden] and fc2 [hidden, D].
 
     But for the last block, next_normed is the next block's norm1(y); next_kept [1, N] and next_choices [1, H + 2] are
     its decisions: what exceeds token_thresholds [N] and choice_thresholds [H + 2]. y may be where x is, and
@@ -53,49 +56,41 @@ def set_graphs(arch: Architecture, weights: Weights, block: int, opset: int) -> 
 
 
 def _add_sublayers(graph: Graph, arch: Architecture, part: Weights, chosen: bool, kind: str) -> None:
-    """Adds the kept sub-layers on the kept tokens: the output y. Heads may be `chosen`, or are all of them."""
+    """Adds the kept sub-layers on the kept tokens, as [1, K, D]: the output y. Heads may be `chosen`, or are all."""
     size: list[int | str] = [arch.tokens, arch.width]
-    x = rows = graph.input("x", size)
-    normed = graph.input("normed", size) if kind != "mlp" else ""
-    kept = ""
-    if arch.token_policy:
-        found = graph.op("NonZero", graph.input("kept", [arch.tokens], "bool"))
-        kept = graph.op("Reshape", found, graph.ints(-1))
-        rows = graph.op("Gather", x, kept, axis=0)
-        normed = graph.op("Gather", normed, kept, axis=0) if normed else ""
-    if normed:
-        rows = _add_attention(graph, arch, rows, normed)
+    x = graph.input("x", size)
+    kept = graph.op("NonZero", graph.input("kept", [arch.tokens], "bool")) if arch.token_policy else ""
+
+    def taken(tokens: str) -> str:
+        return graph.op("Gather", tokens, kept, axis=0) if kept else graph.op("Unsqueeze", tokens, graph.ints(0))
+
+    rows = taken(x)
+    if kind != "mlp":
+        rows = _add_attention(graph, arch, rows, taken(graph.input("normed", size)))
     if kind != "attention":
         rows = _add_mlp(graph, arch, part, rows, chosen)
     if kept:
-        rows = graph.op("ScatterND", x, graph.op("Unsqueeze", kept, graph.ints(1)), rows)
-    graph.output("y", rows, size)
+        y = graph.op("ScatterND", x, graph.op("Unsqueeze", kept, graph.ints(2)), rows)
+    else:
+        y = graph.op("Squeeze", rows, graph.ints(0))
+    graph.output("y", y, size)
 
 
 def _add_attention(graph: Graph, arch: Architecture, x: str, normed: str) -> str:
-    """Adds the attention sub-layer: [K, D] -> [K, D]."""
-    by_head: list[str] = []
-    for name in PROJECTIONS:
-        product = graph.op("MatMul", normed, graph.input(name, [arch.width, "c"]))
-        if arch.qkv_bias and name == "query":
-            product = graph.op("Add", product, graph.input("query_bias", ["c"]))
-        split = graph.op("Reshape", product, graph.ints(0, -1, arch.head_width))
-        by_head.append(graph.op("Transpose", split, perm=[1, 0, 2]))
-    query, key, value = by_head
-    scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 2, 1]))
-    mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
-    joined = graph.op("Reshape", graph.op("Transpose", mixed, perm=[1, 0, 2]), graph.ints(0, -1))
-    update = graph.op("MatMul", joined, graph.input("proj", ["c", arch.width]))
+    """Adds the attention sub-layer: [1, K, D] -> [1, K, D]."""
+    qkv, bias = graph.input("qkv", [arch.width, "3c"]), graph.input("qkv_bias", ["3c"])
+    mixed = graph.op("Attention", normed, qkv, bias, name=ATTENTION, domain=CONTRIB, scale=1.0)
+    update = graph.op("MatMul", mixed, graph.input("proj", ["c", arch.width]))
     return graph.op("Add", graph.op("Add", update, graph.input("proj_bias", [arch.width])), x)
 
 
 def _add_mlp(graph: Graph, arch: Architecture, part: Weights, x: str, chosen: bool) -> str:
-    """Adds the MLP sub-layer: [K, D] -> [K, D]."""
+    """Adds the MLP sub-layer: [1, K, D] -> [1, K, D]."""
     normed = add_norm(graph, arch, part, "norm2", x)
     if chosen:
-        by_head = graph.op("Reshape", normed, graph.ints(0, arch.heads, arch.head_width))
-        kept = graph.op("Gather", by_head, graph.input("heads", ["h"], "int64"), axis=1)
-        normed = graph.op("Reshape", kept, graph.ints(0, -1))
+        by_head = graph.op("Reshape", normed, graph.ints(0, 0, arch.heads, arch.head_width))
+        kept = graph.op("Gather", by_head, graph.input("heads", ["h"], "int64"), axis=2)
+        normed = graph.op("Reshape", kept, graph.ints(0, 0, -1))
     hidden = graph.op("MatMul", normed, graph.input("fc1", ["c", arch.hidden]))
     hidden = graph.gelu(add_bias(graph, part, "mlp.fc1", hidden))
     update = graph.op("MatMul", hidden, graph.input("fc2", [arch.hidden, arch.width]))

@@ -6,7 +6,7 @@ The runtime has no onnx, and needs none: a model is a protobuf message, which is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,16 @@ from adavit.errors import BundleError
 __all__ = ["weights_of", "with_fixed_inputs"]
 
 MODEL_GRAPH = 7
-GRAPH_INITIALIZER, GRAPH_INPUT = 5, 11
+GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT = 1, 5, 11
+NODE_NAME, NODE_ATTRIBUTE = 3, 5
+ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_INTS, ATTRIBUTE_TYPE = 1, 3, 8, 20
 VALUE_NAME = 1
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_DATA = 1, 2, 8, 9
 """Numbers of fields, from onnx.proto."""
 TYPES = {"float32": 1, "int64": 7}
 """ONNX's numbers of element types."""
+INT, INTS = 2, 7
+"""ONNX's numbers of attributes' types."""
 VARINT, BYTES = 0, 2
 """Wire types."""
 FIXED = {1: 8, 5: 4}
@@ -63,12 +67,17 @@ def _numbers(content: bytes) -> Iterator[int]:
         yield value
 
 
-def with_fixed_inputs(model: bytes, values: Mapping[str, npt.NDArray[Any]]) -> bytes:
+def with_fixed_inputs(
+    model: bytes,
+    values: Mapping[str, npt.NDArray[Any]],
+    attributes: Mapping[str, Mapping[str, int | Sequence[int]]] | None = None,
+) -> bytes:
     """The model without the inputs of these names, which are weights of these values instead.
 
     Args:
         model: a serialised ONNX model.
         values: by the name of the input, float32 or int64.
+        attributes: what nodes lack, by the name of the node and of the attribute.
 
     Raises:
         BundleError: the model has no such input, or is no model.
@@ -80,9 +89,12 @@ def with_fixed_inputs(model: bytes, values: Mapping[str, npt.NDArray[Any]]) -> b
             continue
         graph = []
         for part, inner, value in _fields(content):
-            name = _name(value) if part == GRAPH_INPUT else None
+            name = _name(value, VALUE_NAME) if part == GRAPH_INPUT else None
             if name in values:
                 found.add(name)
+            elif attributes and part == GRAPH_NODE and (lacking := attributes.get(_name(value, NODE_NAME))):
+                added = (_bytes_field(NODE_ATTRIBUTE, _attribute(*item)) for item in lacking.items())
+                graph.append(_bytes_field(GRAPH_NODE, b"".join([value, *added])))
             else:
                 graph.append(inner)
         graph += [_bytes_field(GRAPH_INITIALIZER, _tensor(name, value)) for name, value in values.items()]
@@ -127,9 +139,18 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         shift += 7
 
 
-def _name(value: bytes) -> str:
-    """The name of a ValueInfoProto."""
-    return next((content.decode(errors="replace") for number, _, content in _fields(value) if number == VALUE_NAME), "")
+def _name(value: bytes, field: int) -> str:
+    """The name in a message, which has it in a field of this number."""
+    return next((content.decode(errors="replace") for number, _, content in _fields(value) if number == field), "")
+
+
+def _attribute(name: str, value: int | Sequence[int]) -> bytes:
+    """An AttributeProto."""
+    if isinstance(value, int):
+        numbers, kind = _number_field(ATTRIBUTE_INT, value), INT
+    else:
+        numbers, kind = b"".join(_number_field(ATTRIBUTE_INTS, number) for number in value), INTS
+    return _bytes_field(ATTRIBUTE_NAME, name.encode()) + numbers + _number_field(ATTRIBUTE_TYPE, kind)
 
 
 def _tensor(name: str, value: npt.NDArray[Any]) -> bytes:

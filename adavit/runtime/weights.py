@@ -89,13 +89,14 @@ def set_weights(
     channels = (heads[:, None] * arch.head_width + np.arange(arch.head_width)).ravel()
     taken: dict[str, npt.NDArray[Any]] = {}
     if found.kind != "mlp":
-        taken = {part: attention[f"attn.{part}.weight"][:, channels] for part in ("query", "key", "value")}
-        taken["proj"], taken["proj_bias"] = attention["attn.proj.weight"][channels], attention["attn.proj.bias"]
-        if arch.qkv_bias:
-            taken["query_bias"] = attention["attn.query.bias"][channels]
-            # Rows of the softmax sum to 1, so that a value's bias passes through it unchanged.
-            added = attention["attn.value.bias"][channels].astype(np.float64) @ taken["proj"].astype(np.float64)
-            taken["proj_bias"] = (taken["proj_bias"] + added).astype(np.float32)
+        without = np.zeros(arch.width, np.float32)
+        parts = [f"attn.{part}" for part in ("query", "key", "value")]
+        taken = {
+            "qkv": np.concatenate([attention[f"{part}.weight"][:, channels] for part in parts], 1),
+            "qkv_bias": np.concatenate([attention.get(f"{part}.bias", without)[channels] for part in parts]),
+            "proj": attention["attn.proj.weight"][channels],
+            "proj_bias": attention["attn.proj.bias"],
+        }
     if found.kind != "attention":
         taken |= {"fc1": mlp["mlp.fc1.weight"][channels], "fc2": mlp["mlp.fc2.weight"]}
         if arch.adapts_heads(found.block):

@@ -41,6 +41,16 @@ def test_all_else_of_a_model_stays() -> None:
     assert before == after
 
 
+def test_nodes_get_the_attributes_they_lack() -> None:
+    model = onnx.load_from_string(a_model())
+    model.graph.node[1].name = "sum"
+    changed = with_fixed_inputs(model.SerializeToString(), {}, {"sum": {"count": 300, "sizes": [0, 1, 70000]}})
+    nodes = onnx.load_from_string(changed).graph.node
+    found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in nodes[1].attribute}
+    assert found == {"count": 300, "sizes": [0, 1, 70000]}
+    assert (nodes[0], nodes[1].input, nodes[1].op_type) == (model.graph.node[0], ["p", "b"], "Add")
+
+
 def test_an_input_that_is_not_there() -> None:
     with pytest.raises(BundleError, match="has no input nothing"):
         with_fixed_inputs(a_model(), {"nothing": np.zeros(1, np.float32)})

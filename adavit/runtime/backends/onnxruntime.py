@@ -151,8 +151,12 @@ class OnnxRuntimeBackend(HostMoves):
 
     def fixed(self, name: str, constants: Constants) -> OnnxRuntimeFixedEngine:
         """Creates a session; see `Backend.fixed`."""
-        spec = self._bundle.engine(name).without(constants)
-        session = self._session(spec, with_fixed_inputs(self._bundle.read(name), constants), alone=False)
+        spec, attributes = self._bundle.engine(name).without(constants), {}
+        if "qkv" in constants:
+            channels = constants["qkv"].shape[1] // 3
+            heads = channels // self._bundle.architecture.head_width
+            attributes = {"attention": {"num_heads": heads, "qkv_hidden_sizes": [channels] * 3}}
+        session = self._session(spec, with_fixed_inputs(self._bundle.read(name), constants, attributes), alone=False)
         return OnnxRuntimeFixedEngine(self._ort, session, spec)
 
     def _session(self, spec: EngineSpec, data: bytes, alone: bool) -> Any:
