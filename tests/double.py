@@ -36,6 +36,8 @@ def add_double_engines(bundle: Path, flavour: str = "tensorrt", max_batch: int =
     folder.mkdir(parents=True, exist_ok=True)
     described = {}
     for number, (name, spec) in enumerate(opened.engines.items()):
+        if spec.wants_constants:  # of which none are built
+            continue
         header = {
             "name": name,
             "profiles": profiles_of(spec, opened.architecture, None, max_batch),
