@@ -131,8 +131,8 @@ class Backend(Protocol):
         """New memory that holds what a host array holds."""
         ...
 
-    def gather(self, source: Buffer, kept: Index, into: Buffer, at: int = 0) -> None:
-        """into[at : at + K] = source[kept], rows of two matrices; kept is [K], ascending."""
+    def gather(self, source: Buffer, kept: Index, into: Buffer) -> None:
+        """into[:K] = source[kept], rows of two matrices; kept is [K], ascending."""
         ...
 
     def scatter(self, rows: Buffer, kept: Index, into: Buffer) -> None:

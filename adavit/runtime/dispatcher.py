@@ -109,9 +109,10 @@ class Dispatcher:
         return logits, used
 
     def _thresholds_of(self, offsets: Offsets) -> Thresholds:
-        if self._known is None or self._known[0] is not offsets:
-            self._known = offsets, Thresholds.of(offsets, self.arch)
-        return self._known[1]
+        known = self._known
+        if known is None or known[0] is not offsets:
+            known = self._known = offsets, Thresholds.of(offsets, self.arch)
+        return known[1]
 
     def _work(self, waiting: deque[ImageRun]) -> None:
         """Runs a block of the image that waits longest, until none waits."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import threading
 from collections.abc import Sequence
@@ -74,18 +73,6 @@ class HeadWeights:
     def mlp(self, block: int, heads: Index) -> list[Any]:
         """Rows of what a block's MLP needs of these heads, as `mlp_weights` makes it."""
         return self._get(block, "mlp_weights", heads)
-
-    def arrays(self, block: int, sublayer: str, heads: Index) -> dict[str, npt.NDArray[Any]]:
-        """What "attention" or "mlp" of a block needs of these heads, by name, on the host and not kept."""
-        kind = f"{sublayer}_weights"
-        names = [tensor.name for tensor in self._outputs(block, kind)]
-        buffers = [buffer for buffer, _ in self._gather(block, kind, heads)]
-        return dict(zip(names, self._backend.fetch(*buffers), strict=True))
-
-    def size(self, block: int, sublayer: str, heads: int) -> int:
-        """Bytes of what `arrays` makes of so many heads."""
-        shapes = [self._shape(tensor, heads) for tensor in self._outputs(block, f"{sublayer}_weights")]
-        return 4 * sum(math.prod(shape) for shape in shapes)
 
     def _get(self, block: int, kind: str, heads: Index) -> list[Any]:
         key = block, kind, heads.tobytes()

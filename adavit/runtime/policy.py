@@ -78,6 +78,8 @@ class Policy:
                 raise InputError(f"policy.{name} is {found}: these images and this model need bool {list(shape)}")
         if not self.tokens[..., 0].all():
             raise InputError("policy.tokens drops a class token: token 0 must be true in every block")
+        if not arch.token_policy and not self.tokens.all():
+            raise InputError("policy.tokens drops some, where this model always keeps all")
         for name, mask, adapts in (
             ("heads", self.heads, arch.adapts_heads),
             ("sublayers", self.sublayers, arch.adapts_sublayers),

@@ -99,9 +99,9 @@ class Profiler:
         """See `Backend.upload`."""
         return ProfiledBuffer(self._backend.upload(array))
 
-    def gather(self, source: Any, kept: Index, into: Any, at: int = 0) -> None:
+    def gather(self, source: Any, kept: Index, into: Any) -> None:
         """See `Backend.gather`."""
-        self.timed("gather", {"rows": len(kept)}, self._backend.gather, source.inner, kept, into.inner, at)
+        self.timed("gather", {"rows": len(kept)}, self._backend.gather, source.inner, kept, into.inner)
 
     def scatter(self, rows: Any, kept: Index, into: Any) -> None:
         """See `Backend.scatter`."""

@@ -145,16 +145,12 @@ class DeviceMoves(ABC):
             self._device.upload(np.ascontiguousarray(array), buffer.address)
         return buffer
 
-    def gather(self, source: DeviceBuffer, kept: Index, into: DeviceBuffer, at: int = 0) -> None:
+    def gather(self, source: DeviceBuffer, kept: Index, into: DeviceBuffer) -> None:
         """See `Backend.gather`."""
         with self._device.lock:
-            target = into.span(at, len(kept))
+            target = into.rows(len(kept))
             if len(kept) == 1:
                 self._copy(source.span(int(kept[0]), 1), target)
-            elif target.address % ALIGNMENT:
-                rows = self._temporary("gathered", source.shape, source.dtype).rows(len(kept))
-                self._move("gather", [source.rows(len(source)), kept], rows)
-                self._copy(rows, target)
             else:
                 self._move("gather", [source.rows(len(source)), kept], target)
 

@@ -27,9 +27,9 @@ class HostMoves:
         buffer.array[...] = array
         return buffer
 
-    def gather(self, source: HostBuffer, kept: Index, into: HostBuffer, at: int = 0) -> None:
+    def gather(self, source: HostBuffer, kept: Index, into: HostBuffer) -> None:
         """See `Backend.gather`."""
-        source.array.take(kept, 0, out=into.array[at : at + len(kept)], mode="clip")
+        source.array.take(kept, 0, out=into.array[: len(kept)], mode="clip")
 
     def scatter(self, rows: HostBuffer, kept: Index, into: HostBuffer) -> None:
         """See `Backend.scatter`."""
