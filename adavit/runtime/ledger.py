@@ -23,7 +23,7 @@ def part_of(event: Event) -> str | None:
 
 def kind_of(event: Event, part: str) -> str:
     """What the time of a call counts as."""
-    if event.name.endswith(".decide") or (event.name == "fetch" and part.startswith("block")):
+    if event.name.endswith((".decide", ".decide_set")) or (event.name == "fetch" and part.startswith("block")):
         return "decision"
     return "moves" if event.name in MOVES or event.name.endswith("_weights") else "engines"
 

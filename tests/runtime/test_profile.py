@@ -17,7 +17,7 @@ from adavit.cli import run
 from adavit.macs import dense_macs
 from adavit.runtime import Runtime
 from adavit.runtime.benchmark import Plan
-from adavit.runtime.ledger import IDLE, Ledger
+from adavit.runtime.ledger import IDLE, Ledger, kind_of
 from adavit.runtime.profile import Event, Profiler
 from adavit.runtime.trace import write_trace
 from adavit.runtime.waterfall import asked_macs, computed_macs, profile
@@ -52,6 +52,22 @@ def test_what_is_booked_is_the_length_of_the_run(
     ledger.book(whole, [event for events in [*parallel, asking] for event in events])
     assert sum(ledger.sums.values()) == pytest.approx(whole.end - whole.start)
     assert min(ledger.sums.values()) >= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("blocks.1.decide", "decision"),
+        ("blocks.1.decide_set", "decision"),
+        ("blocks.1.both_set", "engines"),
+        ("blocks.1.mlp_gather", "engines"),
+        ("blocks.1.mlp_weights", "moves"),
+        ("gather", "moves"),
+        ("fetch", "decision"),
+    ],
+)
+def test_what_a_call_counts_as(name: str, kind: str) -> None:
+    assert kind_of(Event(name, 0, 1, 1, {}), "block 1") == kind
 
 
 def test_where_time_is_booked() -> None:
