@@ -152,7 +152,7 @@ class OnnxRuntimeBackend(HostMoves):
     def fixed(self, name: str, constants: Constants) -> OnnxRuntimeFixedEngine:
         """Creates a session; see `Backend.fixed`."""
         spec, attributes = self._bundle.engine(name).without(constants), {}
-        if "qkv" in constants:
+        if "qkv" in constants:  # the node `attention` knows neither its heads nor their channels
             channels = constants["qkv"].shape[1] // 3
             heads = channels // self._bundle.architecture.head_width
             attributes = {"attention": {"num_heads": heads, "qkv_hidden_sizes": [channels] * 3}}
