@@ -102,6 +102,11 @@ def test_policies_that_do_not_fit(kind: str, runtime: Runtime) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_tokens_that_are_always_kept() -> None:
+    with pytest.raises(InputError, match=r"^policy.tokens drops some, where this model always keeps all$"):
+        without("tokens", 1, 2, 3).check(tiny(token_policy=False), 3)
+
+
 def test_many_threads_get_what_one_gets(runtime: Runtime) -> None:
     batches = [random_images(tiny(), 1 + seed % 3, seed) for seed in range(8)]
     alone = [runtime.run(images) for images in batches]
