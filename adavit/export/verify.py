@@ -199,11 +199,11 @@ def _compare_sets(wanted: Reference, runtime: Runtime, replay: Policy | None, se
     if not specialised.able:
         return 0.0
     before = specialised.sets
-    specialised.make(sets)
+    runtime.dispatcher.specialise(sets)
     try:
         return _compare(wanted, runtime, replay)
     finally:
-        specialised.make(before)
+        runtime.dispatcher.specialise(before)
 
 
 def _same_decisions(engine: str, arch: Architecture, found: Bool, wanted: Reference, block: int) -> None:

@@ -35,7 +35,7 @@ from adavit.runtime.budget import Offsets
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.engines import BlockEngines, Engines
 from adavit.runtime.heads import HeadWeights
-from adavit.runtime.plan import EnginePlan, sublayers_run
+from adavit.runtime.plan import EnginePlan, HeadSet, sublayers_run
 from adavit.runtime.policy import Policy
 from adavit.runtime.specialise import DECIDING, Specialised
 from adavit.runtime.state import Scratch, State, Thresholds
@@ -125,6 +125,15 @@ class Dispatcher:
             if run.step(scratch, alone=not waiting):
                 waiting.append(run)
         self._scratch.append(scratch)
+
+    def specialise(self, sets: tuple[HeadSet, ...]) -> None:
+        """Makes engines for sets of heads in the place of those there are, which nothing idle holds any longer.
+
+        Raises:
+            BackendError, BundleError: as `Specialised.make`.
+        """
+        self.specialised.make(sets)
+        self._states = []
 
     def take_state(self) -> State:
         """What holds an image on its way, to be given back."""

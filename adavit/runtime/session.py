@@ -167,7 +167,7 @@ class Runtime:
         self.choice = choice
         plan = recalled_plan(bundle, options, backend)
         self.dispatcher = Dispatcher(bundle, backend, options.workers, plan)
-        self.dispatcher.specialised.make(plan.sets)
+        self.dispatcher.specialise(plan.sets)
         self._dense: Engine | None = None
         self._dense_lock = threading.Lock()
 
@@ -216,10 +216,10 @@ class Runtime:
         return Result(*self.dispatcher.run(images, offsets, policy, observe), self.architecture)
 
     def specialise(self, policy: Policy) -> int:
-        """Makes engines for the sets of heads that some images used most, with these heads' weights as constants.
+        """Makes engines of whole blocks for the sets of heads that some images used most, whose weights are constants.
 
         Later images that use the same sets run faster; results are the same to rounding. The engines of an earlier
-        call, or of a tuned plan, are replaced. It takes some milliseconds an engine, and at most 128 MiB.
+        call, or of a tuned plan, are replaced. It takes some milliseconds an engine, and at most 192 MiB.
 
         Args:
             policy: of images like those to come, at the budget to come: some dozens or hundreds of them.
@@ -233,7 +233,7 @@ class Runtime:
         """
         policy.check(self.architecture, len(policy))
         specialised = self.dispatcher.specialised
-        specialised.make(specialised.choose(policy))
+        self.dispatcher.specialise(specialised.choose(policy))
         return len(specialised.sets)
 
     def run_dense(self, images: Float) -> Float:

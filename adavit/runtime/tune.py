@@ -41,7 +41,7 @@ def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> di
         InputError: the model decides on no heads, so that there is nothing to plan.
     """
     arch, dispatcher = runtime.architecture, runtime.dispatcher
-    dispatcher.specialised.make(())
+    dispatcher.specialise(())
     staircase = measure_staircase(dispatcher, progress)
     plans = {"rule": ruled(arch, runtime.backend.always_gathers), "measured": staircase.plan(arch)}
     shape = IMAGES, 3, arch.image_size, arch.image_size
@@ -58,7 +58,7 @@ def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> di
     taken = min(compared, key=compared.__getitem__)
     plan = replace(plans[taken], sets=() if used is None else dispatcher.specialised.choose(used))
     gains = _gains(runtime, images[:1], progress)
-    dispatcher.specialised.make(plan.sets)
+    dispatcher.specialise(plan.sets)
     measured = {"taken": taken, "staircase": asdict(staircase)}
     path = keep_plan(runtime.bundle, runtime.options, runtime.backend, plan, measured)
     dispatcher.plan = replace(plan, origin=None if path is None else str(path))

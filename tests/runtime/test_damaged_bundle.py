@@ -20,7 +20,7 @@ def fault(bundle: Path) -> str:
         runtime = adavit.load(bundle, threads=1)
         runtime.run_dense(random_images(tiny(), 1))
         sets = [HeadSet(0, "both", (0, 1, 2)), *(HeadSet(block, kind, (0,)) for block in (1, 2) for kind in SETS)]
-        runtime.dispatcher.specialised.make(tuple(sets))
+        runtime.dispatcher.specialise(tuple(sets))
     message = str(caught.value)
     assert "\n" not in message
     return message

@@ -1,7 +1,9 @@
 """Blocks in one engine for sets of heads: which get one, that they run, and that results stay the same."""
 
+import gc
 import json
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -120,7 +122,7 @@ def test_blocks_run_in_one_engine_each(wide: tuple[Path, Path]) -> None:
 def test_thresholds_are_the_requests(loaded: Runtime) -> None:
     images = random_images(WIDE, 5)
     points = [Offsets(), Offsets(tokens=1.0, heads=-0.5), Offsets(sublayers=(-1.0, 0.0, 1.0))]
-    loaded.dispatcher.specialised.make(())
+    loaded.dispatcher.specialise(())
     wanted = [loaded.run(images, budget=offsets).policy for offsets in points]
     loaded.specialise(Policy.concatenate(wanted))
     with ThreadPoolExecutor(4) as pool:
@@ -143,7 +145,7 @@ def test_many_images_at_once_from_many_threads(loaded: Runtime) -> None:
 
 def test_decisions_and_logits_stay(loaded: Runtime) -> None:
     images = random_images(WIDE, 4)
-    loaded.dispatcher.specialised.make(())
+    loaded.dispatcher.specialise(())
     before = loaded.run(images)
     assert loaded.specialise(before.policy) > 0
     after = loaded.run(images)
@@ -156,6 +158,16 @@ def test_a_later_call_replaces_the_engines(loaded: Runtime) -> None:
     loaded.specialise(keeping((0, 1)))
     loaded.specialise(keeping((4, 5)))
     assert set(loaded.dispatcher.specialised.sets) == sets_with((4, 5))
+
+
+def test_engines_that_are_replaced_are_freed(loaded: Runtime) -> None:
+    loaded.specialise(keeping((0, 1)))
+    loaded.run(random_images(WIDE, 3), policy=keeping((0, 1), 3))
+    before = [weakref.ref(engine) for engine in loaded.dispatcher.specialised.engines.values()]
+    loaded.specialise(keeping((4, 5)))
+    gc.collect()
+    assert before
+    assert not any(engine() for engine in before)
 
 
 def test_the_sets_that_save_most_get_the_memory(loaded: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +226,7 @@ def test_only_where_it_can(wide: tuple[Path, Path]) -> None:
     other = adavit.load(wide[0], threads=1, backend="openvino", provider="fp32")
     assert other.specialise(keeping((0, 1))) == 0
     with pytest.raises(BackendError, match="makes no engines for sets of heads"):
-        other.dispatcher.specialised.make((HeadSet(1, "mlp", (0,)),))
+        other.dispatcher.specialise((HeadSet(1, "mlp", (0,)),))
 
 
 def test_tuning_with_images_keeps_sets(wide: tuple[Path, Path], cache: Path) -> None:
