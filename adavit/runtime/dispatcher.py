@@ -79,7 +79,6 @@ class Dispatcher:
         self._pool = ThreadPoolExecutor(workers, "adavit") if workers > 1 else None
         self._scratch: list[Scratch] = []
         self._states: list[State] = []
-        self._known: tuple[Offsets, Thresholds] | None = None
 
     def run(
         self, images: Float, offsets: Offsets, replay: Policy | None = None, observe: Observer | None = None
@@ -98,7 +97,8 @@ class Dispatcher:
         batch = len(images)
         logits = np.empty((batch, self.arch.classes), np.float32)
         used = Policy.empty(self.arch, batch) if replay is None else replay
-        run = partial(ImageRun, self, images, used, replay is not None, self._thresholds_of(offsets), logits, observe)
+        thresholds = Thresholds.of(offsets, self.arch)
+        run = partial(ImageRun, self, images, used, replay is not None, thresholds, logits, observe)
         for start in range(0, batch, SIDE_BY_SIDE):
             positions = range(start, min(start + SIDE_BY_SIDE, batch))
             waiting = deque(map(run, positions))
@@ -107,12 +107,6 @@ class Dispatcher:
             else:
                 list(self._pool.map(self._work, [waiting] * min(self._workers, len(waiting))))
         return logits, used
-
-    def _thresholds_of(self, offsets: Offsets) -> Thresholds:
-        known = self._known
-        if known is None or known[0] is not offsets:
-            known = self._known = offsets, Thresholds.of(offsets, self.arch)
-        return known[1]
 
     def _work(self, waiting: deque[ImageRun]) -> None:
         """Runs a block of the image that waits longest, until none waits."""
@@ -235,33 +229,27 @@ class ImageRun:
 
     def _decide(self, index: int, state: State, scratch: Scratch) -> None:
         """Computes norm1(x), and this block's row of the policy."""
-        run = state.runs.get((index, DECIDING))
-        if run is None and (own := self._dispatcher.specialised.engines.get((index, DECIDING))):
-            run = state.runs[index, DECIDING] = own.bound(state.values(index - 1))
-        if run is not None:
+        if run := state.run_of(index, DECIDING):
             run()
             return
         rows = self._arch.tokens
         outputs = [state.normed.rows(rows), *scratch.logits[index]]
         self._dispatcher.engines.blocks[index].decide.run([state.x.rows(rows)], outputs)
-        if scratch.decided[index]:
-            state.decide(index, list(self._backend.fetch(*scratch.decided[index])))
+        if scratch.decided[index] and (self._observe or not self._follows):
+            state.decide(index, self._backend.fetch(*scratch.decided[index]))
 
     def _run(self, index: int, state: State, scratch: Scratch) -> bool:
         """Runs what the policy keeps of a block; returns whether norm1 and the policy of the next are known by it."""
-        key = index, state.choices[index].tobytes()
-        run = state.runs.get(key)
+        choices = state.choices[index]
+        run = state.run_of(index, choices.tobytes())
         if run is None:
-            own = self._dispatcher.specialised.engines.get(key)
-            if own is None:
-                attention, mlp = state.choices[index][-2:].tolist()
-                if attention or mlp:
-                    self._run_sublayers(index, state, scratch, attention, mlp)
-                return False
-            run = state.runs[key] = own.bound(state.values(index))
+            attention, mlp = choices[-2:].tolist()
+            if attention or mlp:
+                self._run_sublayers(index, state, scratch, attention, mlp)
+            return False
         run()
         if self._observe:
-            attention, mlp = state.choices[index][-2:].tolist()
+            attention, mlp = choices[-2:].tolist()
             self._show(f"blocks.{index}.{sublayers_run(attention, mlp)}_set", state)
         return True
 

@@ -218,9 +218,10 @@ class ProfiledFixedEngine:
     def bound(self, values: Mapping[str, Any]) -> Callable[[], None]:
         """See `FixedEngine.bound`."""
         inner = {name: value.inner if isinstance(value, Rows) else value for name, value in values.items()}
-        run, kept = self._engine.bound(inner), values["kept"]
+        run, kept = self._engine.bound(inner), values.get("kept")
 
         def noted() -> None:
-            self._profiler.timed(self._name, self._sizes | {"K": int(kept.sum())}, run)
+            tokens = {} if kept is None else {"K": int(kept.sum())}
+            self._profiler.timed(self._name, self._sizes | tokens, run)
 
         return noted

@@ -24,7 +24,7 @@ from adavit.runtime.plan import SUBLAYERS, HeadSet, saved_macs, sets_of
 from adavit.runtime.policy import Policy
 from adavit.runtime.weights import attention_weights, mlp_weights, set_weights
 
-__all__ = ["DECIDING", "Specialised"]
+__all__ = ["DECIDING", "Key", "Specialised"]
 
 log = logging.getLogger(__name__)
 

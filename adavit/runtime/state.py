@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import TOKEN_LOGIT, Architecture
-from adavit.runtime.backend import Backend, Buffer
+from adavit.runtime.backend import Backend, Buffer, FixedEngine
 from adavit.runtime.budget import Offsets
 from adavit.runtime.policy import Policy
+from adavit.runtime.specialise import DECIDING, Key
 
 __all__ = ["Scratch", "State", "Thresholds"]
 
@@ -51,7 +52,6 @@ class State:
         logits: [1, C].
         tokens: its policy, bool [L, N].
         choices: for each block, whether it keeps each head, then each sub-layer: bool [H + 2].
-        runs: of blocks in one engine, by block and choices.
     """
 
     def __init__(self, arch: Architecture, backend: Backend) -> None:
@@ -62,23 +62,32 @@ class State:
         self.tokens = np.ones((arch.depth, arch.tokens), bool)
         self._choices = np.ones((arch.depth, arch.heads + 2), bool)
         self.choices = list(self._choices)
-        self.runs: dict[tuple[int, bytes], Callable[[], None]] = {}
         self._arch = arch
-        self._engines: object = None
+        self._engines: Mapping[Key, FixedEngine] = {}
+        self._runs: dict[Key, Callable[[], None]] = {}
         self._thresholds: Thresholds | None = None
         self._token_thresholds = np.zeros((arch.depth, arch.tokens), np.float32)
         self._choice_thresholds = np.zeros((arch.depth, arch.heads + 2), np.float32)
 
-    def start(self, thresholds: Thresholds, engines: object) -> None:
-        """Begins an image: what it decides by, and the engines that `runs` are of."""
+    def start(self, thresholds: Thresholds, engines: Mapping[Key, FixedEngine]) -> None:
+        """Begins an image: what it decides by, and the blocks' own engines."""
         if engines is not self._engines:
-            self.runs, self._engines = {}, engines
+            self._runs, self._engines = {}, engines
         if thresholds is not self._thresholds:
             self._thresholds = thresholds
             self._token_thresholds[...] = thresholds.tokens
             self._choice_thresholds[...] = thresholds.choices
 
-    def decide(self, block: int, logits: list[Float]) -> None:
+    def run_of(self, block: int, choices: bytes) -> Callable[[], None] | None:
+        """What runs a block in one engine, or makes its decisions (`DECIDING`); None where there is no such engine."""
+        key = block, choices
+        run = self._runs.get(key)
+        if run is None and (own := self._engines.get(key)):
+            values = self._deciding(block) if choices == DECIDING else self._values(block)
+            run = self._runs[key] = own.bound(values)
+        return run
+
+    def decide(self, block: int, logits: Sequence[Float]) -> None:
         """Keeps what is strictly above its threshold: logits of tokens [N, 1], then of choices [1, C], of a block."""
         if self._arch.token_policy:
             np.greater(logits[0][:, 0], self._token_thresholds[block], out=self.tokens[block])
@@ -102,19 +111,25 @@ class State:
         policy.heads[position] = self._choices[:, :-2]
         policy.sublayers[position] = self._choices[:, -2:]
 
-    def values(self, block: int) -> dict[str, Any]:
-        """What a block in one engine reads and fills, by its names; before the first block, what decides for that.
+    def _values(self, block: int) -> dict[str, Any]:
+        """What a block in one engine reads and fills, by its names; see `adavit.export.sets`."""
+        rows = self._arch.tokens
+        x = self.x.rows(rows)
+        values = {"x": x, "y": x, "normed": self.normed.rows(rows), "kept": self.tokens[block]}
+        return values | (self._deciding(block + 1) if block + 1 < self._arch.depth else {})
 
-        See `adavit.export.sets`.
-        """
-        x, normed = (buffer.rows(self._arch.tokens) for buffer in (self.x, self.normed))
-        values = {"x": x, "y": x, "normed": normed, "next_normed": normed, "kept": self.tokens[block]}
-        after = block + 1
-        if after < self._arch.depth:
-            values |= {"token_thresholds": self._token_thresholds[after], "next_kept": self.tokens[after][None]}
-            if chosen := chosen_by(self._arch, after):
-                values["choice_thresholds"] = self._choice_thresholds[after, chosen]
-                values["next_choices"] = self.choices[after][None, chosen]
+    def _deciding(self, block: int) -> dict[str, Any]:
+        """What a block's decisions are made of, and where they go."""
+        rows = self._arch.tokens
+        values = {
+            "x": self.x.rows(rows),
+            "next_normed": self.normed.rows(rows),
+            "token_thresholds": self._token_thresholds[block],
+            "next_kept": self.tokens[block][None],
+        }
+        if chosen := chosen_by(self._arch, block):
+            values["choice_thresholds"] = self._choice_thresholds[block, chosen]
+            values["next_choices"] = self.choices[block][None, chosen]
         return values
 
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adavit.architecture import Architecture
-from adavit.macs import attention_macs, block_macs, dense_macs, mlp_macs, outside_macs
+from adavit.macs import block_macs, dense_macs, outside_macs
 from adavit.runtime.benchmark import Images, Plan, Progress, batches, repeat
 from adavit.runtime.ledger import IDLE, Ledger, part_of
+from adavit.runtime.plan import SETS
 from adavit.runtime.policy import Policy
 from adavit.runtime.profile import Event, Profiler
 from adavit.runtime.session import Runtime
@@ -120,13 +121,12 @@ def asked_macs(arch: Architecture, policy: Policy) -> dict[str, int]:
 
 def computed_macs(arch: Architecture, event: Event) -> int:
     """MACs that a sub-layer's engine computes, those of dropped heads that it masks included."""
-    ran = event.name.split(".")[-1].split("_")
-    if ran[-1] == "weights":
+    kind, _, role = event.name.split(".")[-1].partition("_")
+    if kind not in SETS or role == "weights":
         return 0
     sizes = event.sizes
     heads = sizes["c"] // arch.head_width if "c" in sizes else sizes.get("h", arch.heads)
-    attention = ran[0] in ("attention", "both") and attention_macs(arch, sizes["K"], heads)
-    return attention + (ran[0] in ("mlp", "both") and mlp_macs(arch, sizes["K"], heads))
+    return block_macs(arch, sizes["K"], heads, kind != "mlp", kind != "attention")
 
 
 def _report(runtime: Runtime, plan: Plan, turns: list[Turn], noted: float, call: float) -> dict[str, Any]:
