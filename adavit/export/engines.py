@@ -13,6 +13,7 @@ from adavit.export.graph import Graph
 from adavit.export.rows import row_graphs
 from adavit.export.stem import add_stem
 from adavit.export.weights import Weights
+from adavit.runtime.plan import set_kinds
 
 __all__ = ["engine_count", "make_engines"]
 
@@ -27,7 +28,7 @@ def make_engines(
 
 def engine_count(arch: Architecture, with_dense: bool) -> int:
     """How many engines `make_engines` yields."""
-    by_block = sum(4 + 4 * arch.adapts_heads(block) + len(sets.set_kinds(arch, block)) for block in range(arch.depth))
+    by_block = sum(4 + 4 * arch.adapts_heads(block) + len(set_kinds(arch, block)) for block in range(arch.depth))
     return 4 + by_block + 2 * arch.head_policy + with_dense
 
 

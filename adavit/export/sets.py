@@ -19,16 +19,12 @@ from adavit.export.blocks import (
 )
 from adavit.export.graph import CONTRIB, Graph
 from adavit.export.weights import Weights
+from adavit.runtime.plan import set_kinds
 
-__all__ = ["set_graphs", "set_kinds"]
+__all__ = ["set_graphs"]
 
 ATTENTION = "attention"
 """The name of the node that lacks its number of heads."""
-
-
-def set_kinds(arch: Architecture, block: int) -> tuple[str, ...]:
-    """The combinations of sub-layers that a block may run."""
-    return ("attention", "mlp", "both") if arch.adapts_sublayers(block) else ("both",)
 
 
 def set_graphs(arch: Architecture, weights: Weights, block: int, opset: int) -> Iterator[Graph]:

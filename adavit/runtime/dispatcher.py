@@ -244,14 +244,33 @@ class ImageRun:
         run = state.run_of(index, choices.tobytes())
         if run is None:
             attention, mlp = choices[-2:].tolist()
-            if attention or mlp:
+            if not (attention or mlp):
+                return False
+            run = self._run_of_any(index, state, attention, mlp)
+            if run is None:
                 self._run_sublayers(index, state, scratch, attention, mlp)
-            return False
+                return False
         run()
         if self._observe:
             attention, mlp = choices[-2:].tolist()
             self._show(f"blocks.{index}.{sublayers_run(attention, mlp)}_set", state)
         return True
+
+    def _run_of_any(self, index: int, state: State, attention: bool, mlp: bool) -> Callable[[], None] | None:
+        """What runs a block in one engine with its heads' weights; None where there is none, or the plan masks heads."""
+        run = state.run_of(index, sublayers_run(attention, mlp).encode())
+        if run is None or not self._arch.adapts_heads(index):
+            return run
+        heads = state.choices[index][:-2].nonzero()[0]
+        gathers = self._dispatcher.plan.gathers[np.count_nonzero(state.tokens[index])][len(heads)]
+        if (attention and not gathers[0]) or (mlp and not gathers[1]):
+            return None
+        found, weights = self._dispatcher.head_weights, []
+        if attention:
+            weights += found.attention(index, heads)
+        if mlp:
+            weights += [found.named(heads)[0], *found.mlp(index, heads)]
+        return partial(run, *weights)
 
     def _run_sublayers(self, index: int, state: State, scratch: Scratch, attention: bool, mlp: bool) -> None:
         """Runs the kept sub-layers one by one on the kept tokens of the state, whose rows they change."""

@@ -17,7 +17,7 @@ from adavit.architecture import Architecture
 from adavit.macs import attention_macs, mlp_macs
 from adavit.runtime.policy import Policy
 
-__all__ = ["SETS", "SUBLAYERS", "EnginePlan", "HeadSet", "ruled", "saved_macs", "sets_of", "sublayers_run"]
+__all__ = ["SETS", "SUBLAYERS", "EnginePlan", "HeadSet", "ruled", "saved_macs", "set_kinds", "sets_of", "sublayers_run"]
 
 SUBLAYERS = ("attention", "mlp")
 SETS = (*SUBLAYERS, "both")
@@ -57,6 +57,11 @@ def sets_of(policy: Policy) -> Iterator[tuple[int, HeadSet]]:
         attention, mlp = policy.sublayers[image, block].tolist()
         if heads := tuple(policy.heads[image, block].nonzero()[0].tolist()):
             yield image, HeadSet(block, sublayers_run(attention, mlp), heads)
+
+
+def set_kinds(arch: Architecture, block: int) -> tuple[str, ...]:
+    """The combinations of sub-layers that a block may run."""
+    return SETS if arch.adapts_sublayers(block) else ("both",)
 
 
 def sublayers_run(attention: bool, mlp: bool) -> str:

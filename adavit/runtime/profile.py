@@ -85,7 +85,8 @@ class Profiler:
             return None
 
         def load(name: str, constants: Constants) -> FixedEngine:
-            named = [(tensor.shape[0], tensor.name) for tensor in self._bundle.engine(name).inputs]
+            inputs = self._bundle.engine(name).inputs if constants else ()
+            named = [(tensor.shape[0], tensor.name) for tensor in inputs]
             sizes = {size: len(constants[key]) for size, key in named if isinstance(size, str)}
             return ProfiledFixedEngine(self, name, fixed(name, constants), sizes)
 
@@ -220,8 +221,9 @@ class ProfiledFixedEngine:
         inner = {name: value.inner if isinstance(value, Rows) else value for name, value in values.items()}
         run, kept = self._engine.bound(inner), values.get("kept")
 
-        def noted() -> None:
-            tokens = {} if kept is None else {"K": int(kept.sum())}
-            self._profiler.timed(self._name, self._sizes | tokens, run)
+        def noted(*weights: Rows) -> None:
+            tokens = {} if kept is None else {"K": self._profiler.rounded(int(kept.sum()))}
+            heads = {"h": weights[0].number} if weights else {}
+            self._profiler.timed(self._name, self._sizes | tokens | heads, run, *[rows.inner for rows in weights])
 
         return noted

@@ -20,7 +20,7 @@ from adavit.errors import BackendError
 from adavit.macs import dense_macs
 from adavit.runtime.backend import Backend, FixedEngine
 from adavit.runtime.bundle import Bundle
-from adavit.runtime.plan import SUBLAYERS, HeadSet, saved_macs, sets_of
+from adavit.runtime.plan import SUBLAYERS, HeadSet, saved_macs, set_kinds, sets_of
 from adavit.runtime.policy import Policy
 from adavit.runtime.weights import attention_weights, mlp_weights, set_weights
 
@@ -56,10 +56,23 @@ class Specialised:
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.able = backend.fixed is not None and bundle.config.get("precision") == "fp32"
+        self.able = backend.fixed is not None and bundle.config.get("precision") == "fp32" and not backend.always_gathers
         self.sets: tuple[HeadSet, ...] = ()
-        self.engines: dict[Key, FixedEngine] = {}
         self._bundle, self._backend = bundle, backend
+        self._of_any = self._engines_of_any() if backend.always_gathers else {}
+        self.engines = self._of_any
+
+    def _engines_of_any(self) -> dict[Key, FixedEngine]:
+        """Engines that are given their heads' weights with each run; by block and kind, and those for decisions."""
+        fixed, arch = self._backend.fixed, self._bundle.architecture
+        if fixed is None:
+            return {}
+        names = {
+            (block, kind.encode() or DECIDING): f"blocks.{block}.{kind or 'decide'}_set"
+            for block in range(arch.depth)
+            for kind in (*set_kinds(arch, block), "")
+        }
+        return {key: fixed(name, {}) for key, name in names.items()}
 
     def choose(self, policy: Policy) -> tuple[HeadSet, ...]:
         """The sets that save most of some images' time by their bytes, as many as memory is for; none if not able."""
@@ -88,7 +101,7 @@ class Specialised:
         """
         fixed, arch = self._backend.fixed, self._bundle.architecture
         if not sets:
-            self.engines, self.sets = {}, ()
+            self.engines, self.sets = self._of_any, ()
             return
         if fixed is None or not self.able:
             raise BackendError(f"{self._backend.name} makes no engines for sets of heads, or the bundle is not in fp32")

@@ -64,7 +64,7 @@ class State:
         self.choices = list(self._choices)
         self._arch = arch
         self._engines: Mapping[Key, FixedEngine] = {}
-        self._runs: dict[Key, Callable[[], None]] = {}
+        self._runs: dict[Key, Callable[..., None]] = {}
         self._thresholds: Thresholds | None = None
         self._token_thresholds = np.zeros((arch.depth, arch.tokens), np.float32)
         self._choice_thresholds = np.zeros((arch.depth, arch.heads + 2), np.float32)
@@ -78,7 +78,7 @@ class State:
             self._token_thresholds[...] = thresholds.tokens
             self._choice_thresholds[...] = thresholds.choices
 
-    def run_of(self, block: int, choices: bytes) -> Callable[[], None] | None:
+    def run_of(self, block: int, choices: bytes) -> Callable[..., None] | None:
         """What runs a block in one engine, or makes its decisions (`DECIDING`); None where there is no such engine."""
         key = block, choices
         run = self._runs.get(key)

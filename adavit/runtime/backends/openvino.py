@@ -47,8 +47,6 @@ class OpenVinoBackend(HostMoves):
     """
 
     name = "openvino"
-    fixed = None
-
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._bundle = bundle
         self._options = options
@@ -69,6 +67,7 @@ class OpenVinoBackend(HostMoves):
             self._making = {name: pool.submit(self._make, name, options.workers) for name in names}
             pool.shutdown(wait=False)
         self.always_gathers = self._blocks is not None
+        self.fixed = self._blocks.whole if self._blocks else None
 
     def load(self, name: str, alone: bool = False) -> Engine:
         """An engine; those of converted blocks are made in parallel from the start. See `Backend.load`."""

@@ -7,7 +7,7 @@ weights are kept in it, so that half as much is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,11 +15,21 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from adavit.runtime.backend import Engine
+from adavit.errors import BackendError
+from adavit.runtime.backend import Constants, Engine
 from adavit.runtime.backends.openvino_buffers import as_rows, to_bfloat16
 from adavit.runtime.backends.openvino_engine import OpenVinoEngine
-from adavit.runtime.backends.openvino_models import attention_model, decide_model, mlp_model
+from adavit.runtime.backends.openvino_block_engine import OpenVinoBlockEngine
+from adavit.runtime.backends.openvino_models import (
+    TOKEN_SELECT,
+    attention_model,
+    block_model,
+    decide_model,
+    mlp_model,
+    names_of,
+)
 from adavit.runtime.bundle import Bundle, EngineSpec, TensorSpec
+from adavit.runtime.plan import SUBLAYERS
 from adavit.runtime.weights import attention_weights, block_weights, mlp_weights
 
 __all__ = ["Blocks"]
@@ -34,12 +44,12 @@ class Weights(NamedTuple):
     Attributes:
         by_head: what is taken for chosen heads, with the axis of the heads.
         taken: its description, for h heads or their c channels.
-        fixed: the model's last inputs.
+        fixed: the others, by name.
     """
 
     by_head: list[tuple[Array, int]]
     taken: tuple[TensorSpec, ...]
-    fixed: list[Array]
+    fixed: dict[str, Array]
 
 
 class Blocks:
@@ -53,13 +63,16 @@ class Blocks:
 
     def __init__(self, bundle: Bundle, compile_model: Compile, bf16: bool) -> None:
         self._bundle, self._compile, self._bf16 = bundle, compile_model, bf16
-        dtype = openvino.Type.bf16 if bf16 else openvino.Type.f32
-        self._models = {
-            kind: compile_model(build(bundle.architecture, dtype), False)
-            for kind, build in (("attention", attention_model), ("mlp", mlp_model))
-        }
-        self._decides: dict[int, Any] = {}
+        self._models: dict[tuple[Any, ...], Any] = {}
         self._weights: dict[tuple[int, str], Weights] = {}
+
+    def _model(self, exact: bool, build: Callable[..., Any], *arguments: Any) -> Any:
+        """A compiled model of this architecture, the same for all that ask for the same."""
+        found = self._models.get((build, *arguments))
+        if found is None:
+            made = build(self._bundle.architecture, *arguments)
+            found = self._models[build, *arguments] = self._compile(made, exact)
+        return found
 
     def load(self, name: str) -> Engine:
         """The engine of this name, "blocks.i." and its part of the block.
@@ -71,38 +84,70 @@ class Blocks:
         _, number, part = name.split(".")
         block = int(number)
         if part == "decide":
-            return self._decide(block, spec)
+            model = self._model(True, decide_model, self._bundle.architecture.choices(block))
+            return OpenVinoEngine(spec, model, ordered(model, self._weigh(block, part).fixed))
         kind, _, role = part.partition("_")
-        weights = self._weights.get((block, kind))
-        if weights is None:
-            weigh = self._weigh_attention if kind == "attention" else self._weigh_mlp
-            weights = self._weights[block, kind] = weigh(block)
+        weights = self._weigh(block, kind)
         if role == "weights":
             return TakingEngine(replace(spec, outputs=weights.taken), weights.by_head)
         rows = [tensor for tensor in spec.inputs if tensor.shape[0] == "K"]
         numbers = [TensorSpec("heads", "int64", ("h",))] if kind == "mlp" else []
         takes = replace(spec, inputs=(*rows, *numbers, *weights.taken))
-        shared = OpenVinoEngine(takes, self._models[kind], weights.fixed, masks=kind == "attention")
+        model = self._model(False, attention_model if kind == "attention" else mlp_model, self._type)
+        shared = OpenVinoEngine(takes, model, ordered(model, weights.fixed), masks=kind == "attention")
         if role == "gather":
             return shared
         return SublayerEngine(spec, weights, shared, self._bundle.architecture.heads)
 
-    def _decide(self, block: int, spec: EngineSpec) -> OpenVinoEngine:
+    def whole(self, name: str, constants: Constants) -> OpenVinoBlockEngine:
+        """The engine of a whole block, "blocks.i." and its kind, which is given its heads' weights with each run.
+
+        Raises:
+            BundleError: as `load`.
+            BackendError: it is to have constants.
+        """
+        if constants:
+            raise BackendError("OpenVINO makes no engines for sets of heads: its engines take any set")
+        arch = self._bundle.architecture
+        _, number, part = name.split(".")
+        block, kind = int(number), part.removesuffix("_set")
+        kinds = [sublayer for sublayer in SUBLAYERS if kind in (sublayer, "both")]
+        deciding = block + bool(kinds)
+        choices = arch.choices(deciding) if deciding < arch.depth else None
+        fixed = {} if choices is None else dict(self._weigh(deciding, "decide").fixed)
+        given: dict[str, Array] = {}
+        for sublayer in kinds:
+            weights = self._weigh(block, sublayer)
+            fixed |= weights.fixed
+            if sublayer == "mlp":
+                given["heads"] = np.arange(arch.heads)
+            for (array, _), tensor in zip(weights.by_head, weights.taken, strict=True):
+                given[tensor.name] = _shaped(array, tensor.shape)
+        if not arch.adapts_heads(block):
+            fixed, given = fixed | given, {}
+        model = self._model(not kinds, block_model, kind, self._type, choices)
+        return OpenVinoBlockEngine(name, model, fixed, tuple(given))
+
+    def _weigh(self, block: int, part: str) -> Weights:
+        """The weights of a block's part, read once."""
+        found = self._weights.get((block, part))
+        if found is None:
+            weigh = {"decide": self._weigh_decide, "attention": self._weigh_attention, "mlp": self._weigh_mlp}[part]
+            found = self._weights[block, part] = weigh(block)
+        return found
+
+    def _weigh_decide(self, block: int) -> Weights:
         arch = self._bundle.architecture
         width, choices = arch.width, arch.choices(block)
         shapes: dict[str, tuple[int, ...]] = {"norm1.weight": (width,), "norm1.bias": (width,)}
         if arch.token_policy:
-            shapes |= {"attn.token_select.mlp_head.weight": (1, width), "attn.token_select.mlp_head.bias": (1,)}
+            shapes |= {f"{TOKEN_SELECT}.weight": (1, width), f"{TOKEN_SELECT}.bias": (1,)}
         if choices:
             shapes |= {"choices.weight": (width, choices), "choices.bias": (choices,)}
         found = block_weights(self._bundle, block, "decide", shapes)
         if choices:
             found["choices.weight"] = found["choices.weight"].T
-        model = self._decides.get(choices)
-        if model is None:
-            made = decide_model(arch, arch.token_policy, choices)
-            model = self._decides[choices] = self._compile(made, True)
-        return OpenVinoEngine(spec, model, [np.array(value, order="C") for value in found.values()])
+        return Weights([], (), {name: np.array(value, order="C") for name, value in found.items()})
 
     def _weigh_attention(self, block: int) -> Weights:
         arch = self._bundle.architecture
@@ -114,20 +159,22 @@ class Blocks:
         if arch.qkv_bias:
             query, value = (found[f"attn.{part}.bias"].reshape(heads, d) for part in ("query", "value"))
             by_head.append(np.concatenate([query, np.zeros_like(query), value], 1)[..., None])
-            taken.append(TensorSpec("bias", "float32", ("h", 3 * d, 1)))
+            taken.append(TensorSpec("qkv_bias", "float32", ("h", 3 * d, 1)))
         by_head.append(self._matrix(found["attn.proj.weight"].reshape(heads, d, width)))
         taken.append(TensorSpec("proj", self._dtype, ("c", width)))
-        return Weights([(array, 0) for array in by_head], tuple(taken), [found["attn.proj.bias"].copy()])
+        return Weights([(array, 0) for array in by_head], tuple(taken), {"attn.proj.bias": found["attn.proj.bias"].copy()})
 
     def _weigh_mlp(self, block: int) -> Weights:
         arch = self._bundle.architecture
         found = mlp_weights(self._bundle, block)
         by_head = self._matrix(found["mlp.fc1.weight"].T.reshape(arch.hidden, arch.heads, arch.head_width))
-        scale, bias, first, last = (
-            found[name].copy() for name in ("norm2.weight", "norm2.bias", "mlp.fc1.bias", "mlp.fc2.bias")
-        )
-        fixed = [scale, bias, first, self._matrix(found["mlp.fc2.weight"].T), last]
+        fixed = {name: found[name].copy() for name in ("norm2.weight", "norm2.bias", "mlp.fc1.bias", "mlp.fc2.bias")}
+        fixed["mlp.fc2.weight"] = self._matrix(found["mlp.fc2.weight"].T)
         return Weights([(by_head, 1)], (TensorSpec("fc1", self._dtype, (arch.hidden, "c")),), fixed)
+
+    @property
+    def _type(self) -> Any:
+        return openvino.Type.bf16 if self._bf16 else openvino.Type.f32
 
     @property
     def _dtype(self) -> str:
@@ -184,6 +231,11 @@ class SublayerEngine:
         numbers = [heads] if self._numbered else []
         weights = [_shaped(array, tensor.shape) for array, tensor in zip(taken, self._weights.taken, strict=True)]
         self._gather.run([*inputs[: self._rows], *numbers, *weights], outputs)
+
+
+def ordered(model: Any, weights: Mapping[str, Array]) -> list[Array]:
+    """Weights in the order in which a compiled model takes them."""
+    return [weights[name] for name in names_of(model.inputs) if name in weights]
 
 
 def _shaped(array: Array, shape: tuple[int | str, ...]) -> Array:

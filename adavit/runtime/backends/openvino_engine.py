@@ -12,11 +12,11 @@ from adavit.runtime.backends.openvino_buffers import as_rows
 from adavit.runtime.backends.openvino_models import mask_of
 from adavit.runtime.bundle import EngineSpec
 
-__all__ = ["OpenVinoEngine"]
+__all__ = ["OpenVinoEngine", "Requests"]
 
 
 class OpenVinoEngine:
-    """A compiled model, which other engines may share, with a request for every thread that runs it at once.
+    """A compiled model, which other engines may share, with the weights of one of them.
 
     Args:
         spec: what it takes and fills.
@@ -29,11 +29,10 @@ class OpenVinoEngine:
         self, spec: EngineSpec, compiled: Any, weights: Sequence[npt.NDArray[Any]] = (), masks: bool = False
     ) -> None:
         self.spec = spec
-        self._compiled = compiled
         self._weights = [as_rows(array) for array in weights]
         self._masks = masks
         self._rounds = [tensor.shape[0] == "K" for tensor in (*spec.inputs, *spec.outputs)]
-        self._requests: list[Request] = []
+        self._requests = Requests(spec.name, compiled)
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`. Requests read and write the memory that is there: nothing is copied."""
@@ -45,15 +44,36 @@ class OpenVinoEngine:
             normed.array[normed.number :] = 0  # what is masked has to be finite
             further.insert(0, mask_of(normed.number, len(normed.array)))
         tensors[len(inputs) : len(inputs)] = further
+        self._requests.run(tensors)
+
+
+class Requests:
+    """Inference requests of a compiled model, one for every thread that runs it at once.
+
+    Args:
+        name: of the engine.
+        compiled: the model.
+    """
+
+    def __init__(self, name: str, compiled: Any) -> None:
+        self._name, self._compiled = name, compiled
+        self._idle: list[Request] = []
+
+    def run(self, tensors: list[Any]) -> None:
+        """Runs on the inputs, then the outputs.
+
+        Raises:
+            BackendError: OpenVINO failed.
+        """
         try:
-            request = self._requests.pop()
+            request = self._idle.pop()
         except IndexError:
             request = Request(self._compiled)
         try:
             request.run(tensors)
         except RuntimeError as error:
-            raise BackendError(f"engine {self.spec.name} failed: {one_line(error)}") from error
-        self._requests.append(request)
+            raise BackendError(f"engine {self._name} failed: {one_line(error)}") from error
+        self._idle.append(request)
 
 
 class Request:

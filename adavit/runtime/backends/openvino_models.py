@@ -1,10 +1,13 @@
-"""The parts of a block as OpenVINO models that take their weights as inputs, and the mask for rows that are not there.
+"""Blocks and their parts as OpenVINO models that take their weights as inputs, and the mask for rows that are not there.
 
-Weights are left factors, or transposed right ones: what OpenVINO rearranges least where they are no constants.
+Weights are left factors, or transposed right ones: what OpenVINO rearranges least where they are no constants. The
+weights of h kept heads with c = h * d channels are qkv [h, 3d, D], qkv_bias [h, 3d, 1] where the model has one, and
+proj [c, D]; fc1 [hidden, c] and heads [h], the heads' numbers. The others have their names in a checkpoint's block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,10 +17,21 @@ import openvino.opset13 as opset
 
 from adavit.architecture import Architecture
 
-__all__ = ["attention_model", "decide_model", "mask_of", "mask_scores", "mlp_model"]
+__all__ = [
+    "TOKEN_SELECT",
+    "attention_model",
+    "block_model",
+    "decide_model",
+    "mask_of",
+    "mask_scores",
+    "mlp_model",
+    "names_of",
+    "there_of",
+]
 
 ANY = -1
 """A size that varies."""
+TOKEN_SELECT = "attn.token_select.mlp_head"
 MASKED = -1e30
 """Added to the scores of rows that are not there: the softmax makes exact zeros of them."""
 
@@ -30,6 +44,12 @@ def mask_of(count: int, rows: int) -> Any:
     return openvino.Tensor(mask)
 
 
+@lru_cache(1024)
+def there_of(count: int, rows: int) -> Any:
+    """Which are there, bool [rows, 1], where `count` of some rows are."""
+    return openvino.Tensor((np.arange(rows) < count)[:, None])
+
+
 def mask_scores(model: Any) -> bool:
     """Gives a model with attention a last input, `mask_of`, which is added to every row of the scores.
 
@@ -40,7 +60,7 @@ def mask_scores(model: Any) -> bool:
     for node in model.get_ops():
         if node.get_type_name() == "Softmax":
             scores = node.input_value(0)
-            mask = _parameter(ANY)
+            mask = opset.parameter(openvino.PartialShape([ANY]), np.float32)
             added = opset.add(scores, opset.convert(mask, scores.get_element_type().to_string()))
             node.input(0).replace_source_output(added.output(0))
             model.add_parameters([mask])
@@ -48,86 +68,156 @@ def mask_scores(model: Any) -> bool:
     return masks
 
 
-def decide_model(arch: Architecture, tokens: bool, choices: int) -> Any:
-    """`blocks.i.decide`: x [N, D], the norm's scale and bias [D], then what decides -> normed, then the logits.
-
-    Args:
-        arch: the model's shapes.
-        tokens: whether tokens are decided on: by a vector [1, D] and an offset [1].
-        choices: how many heads and sub-layers are decided on, by weights [choices, D] and offsets [choices].
-    """
-    x, scale, bias = inputs = [_parameter(arch.tokens, arch.width), _parameter(arch.width), _parameter(arch.width)]
-    outputs = [_normed(arch, x, scale, bias)]
-    if tokens:
-        vector, offset = _parameter(1, arch.width), _parameter(1)
-        inputs += [vector, offset]
-        logits = opset.add(opset.matmul(vector, outputs[0], False, True), offset)
-        outputs.append(opset.reshape(logits, _ints(-1, 1), False))
-    if choices:
-        weights, offsets = _parameter(choices, arch.width), _parameter(choices)
-        inputs += [weights, offsets]
-        first = opset.slice(x, _ints(0), _ints(1), _ints(1), _ints(0))
-        outputs.append(opset.add(opset.matmul(first, weights, False, True), offsets))
-    return openvino.Model([opset.result(output) for output in outputs], inputs, "decide")
+def decide_model(arch: Architecture, choices: int) -> Any:
+    """`blocks.i.decide`, for so many `choices` of heads and sub-layers."""
+    take = Inputs()
+    x = take("x", arch.tokens, arch.width)
+    normed, tokens, chosen = _decisions(arch, take, x, choices)
+    outputs = {"normed": normed}
+    if tokens is not None:
+        outputs["tokens"] = opset.reshape(tokens, _ints(-1, 1), False)
+    if chosen is not None:
+        outputs["choices"] = chosen
+    return _model("decide", take, outputs)
 
 
 def attention_model(arch: Architecture, dtype: Any) -> Any:
-    """`blocks.i.attention_gather`.
-
-    The inputs are x and normed [K, D]; of the kept heads qkv [h, 3d, D], their bias [h, 3d, 1] if the model has one,
-    and the output projection [h * d, D]; the mask [K]; the projection's bias [D].
-
-    Args:
-        arch: the model's shapes.
-        dtype: of the weights.
-    """
-    d, width = arch.head_width, arch.width
-    x, normed = rows = [_parameter(ANY, width), _parameter(ANY, width)]
-    qkv, projection = _parameter(ANY, 3 * d, width, dtype=dtype), _parameter(ANY, width, dtype=dtype)
-    biases = [_parameter(ANY, 3 * d, 1)] if arch.qkv_bias else []
-    mask, offset = _parameter(ANY), _parameter(width)
-    product = opset.matmul(_float(qkv), normed, False, True)  # [h, 3d, K]
-    for bias in biases:
-        product = opset.add(product, bias)
-    query, key, value = opset.split(product, opset.constant(np.int64(1)), 3).outputs()
-    scores = opset.add(opset.matmul(opset.transpose(query, _ints(0, 2, 1)), key, False, False), mask)
-    mixed = opset.matmul(opset.softmax(scores, -1), opset.transpose(value, _ints(0, 2, 1)), False, False)
-    joined = opset.reshape(opset.transpose(mixed, _ints(1, 0, 2)), _ints(0, -1), True)
-    update = opset.add(opset.matmul(joined, _float(projection), False, False), offset)
-    inputs = [*rows, qkv, *biases, projection, mask, offset]
-    return openvino.Model([opset.result(opset.add(update, x))], inputs, "attention")
+    """`blocks.i.attention_gather`, with the mask [K] behind the weights of heads, which are of this type."""
+    take = Inputs()
+    x, normed = (take(name, ANY, arch.width) for name in ("x", "normed"))
+    return _model("attention", take, {"y": _attention(arch, take, dtype, x, normed, masks=True)})
 
 
 def mlp_model(arch: Architecture, dtype: Any) -> Any:
-    """`blocks.i.mlp_gather`.
+    """`blocks.i.mlp_gather`, with weights of this type."""
+    take = Inputs()
+    return _model("mlp", take, {"y": _mlp(arch, take, dtype, take("x", ANY, arch.width))})
 
-    The inputs are x [K, D]; the kept heads' numbers [h] and their columns of the first layer [hidden, h * d]; the
-    norm's scale and bias [D]; the first layer's bias [hidden], the second layer [D, hidden] and its bias [D].
+
+def block_model(arch: Architecture, kind: str, dtype: Any, choices: int | None) -> Any:
+    """`blocks.i.attention_set`, `mlp_set` or `both_set`, by its kind, or `decide_set`.
+
+    Where tokens are decided on, `kept` [K] are the numbers of the kept ones, and behind them those of others, in whose
+    place nothing changes: `there` [K, 1] says which are kept, and the mask [K] that attention adds.
 
     Args:
         arch: the model's shapes.
-        dtype: of the weights.
+        kind: "attention", "mlp", "both" or "decide".
+        dtype: of the weights of heads.
+        choices: how many heads and sub-layers are decided on; None where no block comes behind.
     """
+    take = Inputs()
+    x = take("x", arch.tokens, arch.width)
+    outputs = {}
+    if kind != "decide":
+        x = outputs["y"] = _sublayers(arch, take, dtype, kind, x)
+    if choices is not None:
+        outputs["next_normed"], tokens, chosen = _decisions(arch, take, x, choices)
+        if tokens is not None:
+            outputs["next_kept"] = opset.greater(tokens, take("token_thresholds", arch.tokens))
+        if chosen is not None:
+            outputs["next_choices"] = opset.greater(chosen, take("choice_thresholds", choices))
+    return _model(f"{kind}_set", take, outputs)
+
+
+class Inputs:
+    """Makes a model's inputs, by the names that they get.
+
+    Attributes:
+        made: all of them.
+    """
+
+    def __init__(self) -> None:
+        self.made: list[Any] = []
+
+    def __call__(self, name: str, *shape: int, dtype: Any = np.float32) -> Any:
+        """A further input."""
+        self.made.append(opset.parameter(openvino.PartialShape(list(shape)), dtype, name=name))
+        return self.made[-1]
+
+
+def names_of(ports: Sequence[Any]) -> list[str]:
+    """The names of a compiled model's inputs, or its outputs, as they are given here."""
+    return [port.get_node().get_friendly_name() for port in ports]
+
+
+def _model(name: str, take: Inputs, outputs: Mapping[str, Any]) -> Any:
+    results = [opset.result(output, name=key) for key, output in outputs.items()]
+    return openvino.Model(results, take.made, name)
+
+
+def _sublayers(arch: Architecture, take: Inputs, dtype: Any, kind: str, x: Any) -> Any:
+    """The kept sub-layers on the kept tokens of x [N, D], put back where they were: [N, D]."""
+    normed = None if kind == "mlp" else take("normed", arch.tokens, arch.width)
+    rows, by_row = x, opset.constant(np.int64(0))
+    if arch.token_policy:
+        kept = take("kept", ANY, dtype=np.int32)
+        rows = opset.gather(x, kept, by_row)
+        normed = normed and opset.gather(normed, kept, by_row)
+    y = rows
+    if normed:
+        y = _attention(arch, take, dtype, y, normed, masks=arch.token_policy)
+    if kind != "attention":
+        y = _mlp(arch, take, dtype, y)
+    if arch.token_policy:
+        y = opset.scatter_update(x, kept, opset.select(take("there", ANY, 1, dtype=np.bool_), y, rows), by_row)
+    return y
+
+
+def _attention(arch: Architecture, take: Inputs, dtype: Any, x: Any, normed: Any, masks: bool) -> Any:
+    """The attention sub-layer, residual included: [K, D] -> [K, D]."""
+    d, width = arch.head_width, arch.width
+    product = opset.matmul(_float(take("qkv", ANY, 3 * d, width, dtype=dtype)), normed, False, True)  # [h, 3d, K]
+    if arch.qkv_bias:
+        product = opset.add(product, take("qkv_bias", ANY, 3 * d, 1))
+    projection = _float(take("proj", ANY, width, dtype=dtype))
+    query, key, value = opset.split(product, opset.constant(np.int64(1)), 3).outputs()
+    scores = opset.matmul(opset.transpose(query, _ints(0, 2, 1)), key, False, False)
+    if masks:
+        scores = opset.add(scores, take("mask", ANY))
+    mixed = opset.matmul(opset.softmax(scores, -1), opset.transpose(value, _ints(0, 2, 1)), False, False)
+    joined = opset.reshape(opset.transpose(mixed, _ints(1, 0, 2)), _ints(0, -1), True)
+    update = opset.add(opset.matmul(joined, projection, False, False), take("attn.proj.bias", width))
+    return opset.add(update, x)
+
+
+def _mlp(arch: Architecture, take: Inputs, dtype: Any, x: Any) -> Any:
+    """The MLP sub-layer, residual included: [K, D] -> [K, D]."""
     width, hidden = arch.width, arch.hidden
-    x, kept = _parameter(ANY, width), _parameter(ANY, dtype=np.int64)
-    first = _parameter(hidden, ANY, dtype=dtype)
-    scale, bias, offset = _parameter(width), _parameter(width), _parameter(hidden)
-    second, last = _parameter(width, hidden, dtype=dtype), _parameter(width)
-    by_head = opset.reshape(_normed(arch, x, scale, bias), _ints(0, arch.heads, arch.head_width), True)
-    joined = opset.reshape(opset.gather(by_head, kept, opset.constant(np.int64(1))), _ints(0, -1), True)
-    inner = opset.gelu(opset.add(opset.matmul(joined, _float(first), False, True), offset), "erf")
-    update = opset.add(opset.matmul(inner, _float(second), False, True), last)
-    inputs = [x, kept, first, scale, bias, offset, second, last]
-    return openvino.Model([opset.result(opset.add(update, x))], inputs, "mlp")
+    heads = take("heads", ANY, dtype=np.int64)
+    first = _float(take("fc1", hidden, ANY, dtype=dtype))
+    by_head = opset.reshape(_normed(arch, take, "norm2", x), _ints(0, arch.heads, arch.head_width), True)
+    joined = opset.reshape(opset.gather(by_head, heads, opset.constant(np.int64(1))), _ints(0, -1), True)
+    inner = opset.gelu(opset.add(opset.matmul(joined, first, False, True), take("mlp.fc1.bias", hidden)), "erf")
+    second = _float(take("mlp.fc2.weight", width, hidden, dtype=dtype))
+    update = opset.add(opset.matmul(inner, second, False, True), take("mlp.fc2.bias", width))
+    return opset.add(update, x)
 
 
-def _normed(arch: Architecture, x: Any, scale: Any, bias: Any) -> Any:
+def _decisions(arch: Architecture, take: Inputs, x: Any, choices: int) -> tuple[Any, Any, Any]:
+    """norm1 of x [N, D], the logits of tokens [1, N] and of choices [1, C]; None where there are none.
+
+    Products are sums of products by element: OpenVINO would take bfloat16 for a MatMul, but keeps to float32 what
+    comes behind the last one.
+    """
+    tokens = chosen = None
+    normed = _normed(arch, take, "norm1", x)
+    if arch.token_policy:
+        vector, offset = take(f"{TOKEN_SELECT}.weight", 1, arch.width), take(f"{TOKEN_SELECT}.bias", 1)
+        tokens = opset.add(opset.reduce_sum(opset.multiply(normed, vector), _ints(-1), False), offset)
+        tokens = opset.reshape(tokens, _ints(1, -1), False)
+    if choices:
+        weights, offsets = take("choices.weight", choices, arch.width), take("choices.bias", choices)
+        first = opset.slice(x, _ints(0), _ints(1), _ints(1), _ints(0))
+        chosen = opset.add(opset.reduce_sum(opset.multiply(first, weights), _ints(-1), False), offsets)
+        chosen = opset.reshape(chosen, _ints(1, -1), False)
+    return normed, tokens, chosen
+
+
+def _normed(arch: Architecture, take: Inputs, name: str, x: Any) -> Any:
+    scale, bias = take(f"{name}.weight", arch.width), take(f"{name}.bias", arch.width)
     normed = opset.mvn(x, _ints(-1), True, arch.norm_epsilon, "inside_sqrt")
     return opset.add(opset.multiply(normed, scale), bias)
-
-
-def _parameter(*shape: int, dtype: Any = np.float32) -> Any:
-    return opset.parameter(openvino.PartialShape(list(shape)), dtype)
 
 
 def _float(weights: Any) -> Any:
