@@ -241,39 +241,25 @@ class ImageRun:
     def _run(self, index: int, state: State, scratch: Scratch) -> bool:
         """Runs what the policy keeps of a block; returns whether norm1 and the policy of the next are known by it."""
         choices = state.choices[index]
-        run = state.run_of(index, choices.tobytes())
+        key, weights = choices.tobytes(), ()
+        run = state.run_of(index, key)
         if run is None:
-            attention, mlp = choices[-2:].tolist()
-            if not (attention or mlp):
+            run = state.run_of(index, key[-2:])
+            if run is not None:
+                weights = self._dispatcher.head_weights.of(index, key)
+            if run is None or weights is None or self._dispatcher.plan.masks:
+                if choices[-2:].any():
+                    self._run_sublayers(index, state, scratch)
                 return False
-            run = self._run_of_any(index, state, attention, mlp)
-            if run is None:
-                self._run_sublayers(index, state, scratch, attention, mlp)
-                return False
-        run()
+        run(*weights)
         if self._observe:
             attention, mlp = choices[-2:].tolist()
             self._show(f"blocks.{index}.{sublayers_run(attention, mlp)}_set", state)
         return True
 
-    def _run_of_any(self, index: int, state: State, attention: bool, mlp: bool) -> Callable[[], None] | None:
-        """What runs a block in one engine with its heads' weights; None where there is none, or the plan masks heads."""
-        run = state.run_of(index, sublayers_run(attention, mlp).encode())
-        if run is None or not self._arch.adapts_heads(index):
-            return run
-        heads = state.choices[index][:-2].nonzero()[0]
-        gathers = self._dispatcher.plan.gathers[np.count_nonzero(state.tokens[index])][len(heads)]
-        if (attention and not gathers[0]) or (mlp and not gathers[1]):
-            return None
-        found, weights = self._dispatcher.head_weights, []
-        if attention:
-            weights += found.attention(index, heads)
-        if mlp:
-            weights += [found.named(heads)[0], *found.mlp(index, heads)]
-        return partial(run, *weights)
-
-    def _run_sublayers(self, index: int, state: State, scratch: Scratch, attention: bool, mlp: bool) -> None:
+    def _run_sublayers(self, index: int, state: State, scratch: Scratch) -> None:
         """Runs the kept sub-layers one by one on the kept tokens of the state, whose rows they change."""
+        attention, mlp = state.choices[index][-2:].tolist()
         backend, block = self._backend, self._dispatcher.engines.blocks[index]
         kept, heads = state.tokens[index].nonzero()[0], state.choices[index][:-2].nonzero()[0]
         count, all_kept = len(kept), len(kept) == self._arch.tokens

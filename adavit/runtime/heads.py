@@ -44,6 +44,7 @@ class HeadWeights:
         self._budget = budget
         self._kept: dict[Key, Gathered] = {}
         self._named: dict[bytes, tuple[Any, Any]] = {}
+        self._of: dict[tuple[int, bytes], list[Any]] = {}
         self._bytes = 0
         self._lock = threading.Lock()
         self._random = random.Random(0)
@@ -73,6 +74,27 @@ class HeadWeights:
     def mlp(self, block: int, heads: Index) -> list[Any]:
         """Rows of what a block's MLP needs of these heads, as `mlp_weights` makes it."""
         return self._get(block, "mlp_weights", heads)
+
+    def of(self, block: int, choices: bytes) -> Sequence[Any] | None:
+        """What a block's engine for any heads is given; see `FixedEngine.bound`. None where no head is kept.
+
+        Args:
+            block: its position.
+            choices: whether it keeps each head, then each sub-layer: the bytes of bool [H + 2].
+        """
+        found = self._of.get((block, choices))
+        if found is None:
+            kept = np.frombuffer(choices, bool)
+            heads, (attention, mlp), found = kept[:-2].nonzero()[0], kept[-2:], []
+            if not len(heads):
+                return None
+            if self._bundle.architecture.adapts_heads(block):
+                found += self.attention(block, heads) if attention else []
+                found += [self.named(heads)[0], *self.mlp(block, heads)] if mlp else []
+            if len(self._of) >= SETS:
+                self._of.clear()
+            self._of[block, choices] = found
+        return found
 
     def _get(self, block: int, kind: str, heads: Index) -> list[Any]:
         key = block, kind, heads.tobytes()
@@ -105,6 +127,8 @@ class HeadWeights:
         with self._lock:
             if size > self._budget or key in self._kept:
                 return
+            if self._bytes + size > self._budget:
+                self._of.clear()
             while self._bytes + size > self._budget:
                 self._bytes -= _size(self._kept.pop(self._random.choice(list(self._kept))))
             self._kept[key] = found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,6 +91,11 @@ class EnginePlan:
         return cls(
             [[(gathers("attention", k, h), gathers("mlp", k, h)) for h in heads] for k in range(arch.tokens + 1)]
         )
+
+    @cached_property
+    def masks(self) -> bool:
+        """Whether there are kept heads whose weights are not gathered."""
+        return not all(both == (True, True) for by_heads in self.gathers[1:] for both in by_heads[1:])
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values: by sub-layer and h, a digit 0 or 1 for every K; and the sets."""

@@ -3,13 +3,14 @@
 A backend prepares constants once; weights that are gathered for an image it rearranges on every call, and to mask the
 dropped heads costs their MACs. In one engine there is nothing to do between the sub-layers of a block. Policies keep
 few sets of heads in a block, so that some dozens of engines serve most images. Blocks without an engine for their set
-are run as ever; results are the same to rounding.
+are run as ever; results are the same to rounding. A backend that always gathers has engines for any set instead.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import groupby
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from adavit.architecture import Architecture
 from adavit.errors import BackendError
 from adavit.macs import dense_macs
-from adavit.runtime.backend import Backend, FixedEngine
+from adavit.runtime.backend import Backend, Constants, FixedEngine
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.plan import SUBLAYERS, HeadSet, saved_macs, set_kinds, sets_of
 from adavit.runtime.policy import Policy
@@ -48,11 +49,12 @@ class Specialised:
         backend: makes the engines; only some can fix an engine's inputs.
 
     Attributes:
-        able: whether the backend can, and the bundle is in fp32: what quantised weights are folded into is another
-            matter.
+        able: whether the backend can, and is the faster for it, and the bundle is in fp32: what quantised weights are
+            folded into is another matter.
         sets: those that have engines.
         engines: by block and its choices: for each head, then for each sub-layer, whether it is kept, as the bytes of
-            bool [H + 2]; or `DECIDING`. Replaced as a whole.
+            bool [H + 2]; or by the last two of these alone, for any heads, whose weights a run is given; or by
+            `DECIDING`. Replaced as a whole.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
@@ -63,16 +65,18 @@ class Specialised:
         self.engines = self._of_any
 
     def _engines_of_any(self) -> dict[Key, FixedEngine]:
-        """Engines that are given their heads' weights with each run; by block and kind, and those for decisions."""
-        fixed, arch = self._backend.fixed, self._bundle.architecture
-        if fixed is None:
+        """Engines that are given their heads' weights with each run."""
+        if (fixed := self._backend.fixed) is None:
             return {}
-        names = {
-            (block, kind.encode() or DECIDING): f"blocks.{block}.{kind or 'decide'}_set"
-            for block in range(arch.depth)
-            for kind in (*set_kinds(arch, block), "")
-        }
-        return {key: fixed(name, {}) for key, name in names.items()}
+        arch, engines = self._bundle.architecture, self._deciding(fixed)
+        for block in range(arch.depth):
+            for kind in set_kinds(arch, block):
+                engines[block, bytes(_sublayers(kind))] = fixed(f"blocks.{block}.{kind}_set", {})
+        return engines
+
+    def _deciding(self, fixed: Callable[[str, Constants], FixedEngine]) -> dict[Key, FixedEngine]:
+        blocks = range(self._bundle.architecture.depth)
+        return {(block, DECIDING): fixed(f"blocks.{block}.decide_set", {}) for block in blocks}
 
     def choose(self, policy: Policy) -> tuple[HeadSet, ...]:
         """The sets that save most of some images' time by their bytes, as many as memory is for; none if not able."""
@@ -105,7 +109,7 @@ class Specialised:
             return
         if fixed is None or not self.able:
             raise BackendError(f"{self._backend.name} makes no engines for sets of heads, or the bundle is not in fp32")
-        engines = {(block, DECIDING): fixed(f"blocks.{block}.decide_set", {}) for block in range(arch.depth)}
+        engines = self._deciding(fixed)
         for block, of_block in groupby(sorted(sets), key=lambda found: found.block):
             attention, mlp = attention_weights(self._bundle, block), mlp_weights(self._bundle, block)
             for found in of_block:
@@ -126,4 +130,9 @@ def set_bytes(arch: Architecture, found: HeadSet) -> int:
 def _choices(arch: Architecture, found: HeadSet) -> npt.NDArray[np.bool_]:
     """What a block chooses that runs a set: bool [H + 2]."""
     heads = np.isin(np.arange(arch.heads), found.heads)
-    return np.append(heads, [found.kind in (part, "both") for part in SUBLAYERS])
+    return np.append(heads, _sublayers(found.kind))
+
+
+def _sublayers(kind: str) -> list[bool]:
+    """Which of the sub-layers run."""
+    return [kind in (part, "both") for part in SUBLAYERS]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from adavit.runtime.backends.openvino_buffers import OpenVinoBuffer, as_rows, rounded
 from adavit.runtime.backends.openvino_engine import Requests
-from adavit.runtime.backends.openvino_models import mask_of, names_of, there_of
+from adavit.runtime.backends.openvino_models import mask_of, names_of
 
 __all__ = ["OpenVinoBlockEngine"]
 
@@ -32,33 +31,28 @@ class OpenVinoBlockEngine:
         self._given = [self._names.index(key) for key in given]
 
     def bound(self, values: Mapping[str, Any]) -> Callable[..., None]:
-        """See `FixedEngine.bound`. Kept tokens are rounded up by some that are not kept, which stay as they are."""
+        """See `FixedEngine.bound`. Kept tokens are rounded up by further ones of the class token."""
         known = self._fixed | {key: as_rows(values[key]).tensor for key in self._names if key in values}
         tensors = [known.get(key) for key in self._names]
-        rows = self._rows_of(values["kept"]) if "kept" in self._names else None
+        run, at_given = self._requests.run, self._given
+        at_kept, at_mask = (self._names.index(key) if key in self._names else None for key in ("kept", "mask"))
+        if at_kept is not None:
+            kept = values["kept"]
+            numbers = OpenVinoBuffer.empty(kept.shape, "int32")
 
-        def run(*weights: Any) -> None:
-            for position, given in zip(self._given, weights, strict=True):
-                tensors[position] = given.tensor
-            if rows is not None:
-                rows(tensors)
-            self._requests.run(list(tensors))
+        def bound(*weights: Any) -> None:
+            now = tensors.copy()
+            for position, given in zip(at_given, weights, strict=True):
+                now[position] = given.tensor
+            if at_kept is not None:
+                found = kept.nonzero()[0]
+                count = len(found)
+                rows = rounded(count, len(kept))
+                numbers.array[:count] = found
+                numbers.array[count:rows] = 0
+                now[at_kept] = numbers.rows(rows).tensor
+                if at_mask is not None:
+                    now[at_mask] = mask_of(count, rows)
+            run(now)
 
-        return run
-
-    def _rows_of(self, kept: npt.NDArray[np.bool_]) -> Callable[[list[Any]], None]:
-        """What sets a run's tensors for the tokens that are kept when it comes to it, bool [N]."""
-        order = OpenVinoBuffer.empty(kept.shape, "int32")
-        of_kept, of_there = self._names.index("kept"), self._names.index("there")
-        of_mask = self._names.index("mask") if "mask" in self._names else None
-
-        def set_rows(tensors: list[Any]) -> None:
-            count = int(np.count_nonzero(kept))
-            rows = rounded(count, len(kept))
-            order.array[:] = np.argsort(~kept, kind="stable")
-            tensors[of_kept] = order.rows(rows).tensor
-            tensors[of_there] = there_of(count, rows)
-            if of_mask is not None:
-                tensors[of_mask] = mask_of(count, rows)
-
-        return set_rows
+        return bound

@@ -26,7 +26,6 @@ __all__ = [
     "mask_scores",
     "mlp_model",
     "names_of",
-    "there_of",
 ]
 
 ANY = -1
@@ -42,12 +41,6 @@ def mask_of(count: int, rows: int) -> Any:
     mask = np.zeros(rows, np.float32)
     mask[count:] = MASKED
     return openvino.Tensor(mask)
-
-
-@lru_cache(1024)
-def there_of(count: int, rows: int) -> Any:
-    """Which are there, bool [rows, 1], where `count` of some rows are."""
-    return openvino.Tensor((np.arange(rows) < count)[:, None])
 
 
 def mask_scores(model: Any) -> bool:
@@ -97,8 +90,8 @@ def mlp_model(arch: Architecture, dtype: Any) -> Any:
 def block_model(arch: Architecture, kind: str, dtype: Any, choices: int | None) -> Any:
     """`blocks.i.attention_set`, `mlp_set` or `both_set`, by its kind, or `decide_set`.
 
-    Where tokens are decided on, `kept` [K] are the numbers of the kept ones, and behind them those of others, in whose
-    place nothing changes: `there` [K, 1] says which are kept, and the mask [K] that attention adds.
+    Where tokens are decided on, `kept` [K] are the numbers of the kept ones, and behind them the first of them again,
+    whose row comes out the same every time; attention takes it once by the `mask` [K].
 
     Args:
         arch: the model's shapes.
@@ -160,7 +153,7 @@ def _sublayers(arch: Architecture, take: Inputs, dtype: Any, kind: str, x: Any) 
     if kind != "attention":
         y = _mlp(arch, take, dtype, y)
     if arch.token_policy:
-        y = opset.scatter_update(x, kept, opset.select(take("there", ANY, 1, dtype=np.bool_), y, rows), by_row)
+        y = opset.scatter_update(x, kept, y, by_row)
     return y
 
 
