@@ -119,7 +119,8 @@ class HeadWeights:
 
     def _shape(self, tensor: TensorSpec, heads: int) -> tuple[int, ...]:
         """Of what is gathered of so many heads."""
-        sizes = {"h": heads, "c": heads * self._bundle.architecture.head_width}
+        channels = heads * self._bundle.architecture.head_width
+        sizes = {"h": heads, "c": channels, "c+2": channels + 2}
         return tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
 
     def _keep(self, key: Key, found: Gathered) -> None:

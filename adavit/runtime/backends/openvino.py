@@ -30,6 +30,8 @@ __all__ = ["OpenVinoBackend"]
 PREPARED_KEPT = 512
 """Of the operators that a model prepares: enough for every rounded number of tokens with every number of heads."""
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+BY_IMAGE = {"stem", "head"}
+"""Engines that the dispatcher runs for one image at a time: of a fixed shape, they take a tenth to a fifth less time."""
 DECISIONS = {"tokens", "choices"}
 """Outputs that are compared with thresholds; engines that have them stay in float32."""
 
@@ -88,6 +90,8 @@ class OpenVinoBackend(HostMoves):
         found = [[port.any_name for port in ports] for ports in (model.inputs, model.outputs)]
         if found != [[tensor.name for tensor in tensors] for tensors in (spec.inputs, spec.outputs)]:
             raise BackendError(f"engine {spec.name} has other inputs or outputs than config.json says; export again")
+        if name in BY_IMAGE:
+            model.reshape({port: [1, *port.partial_shape[1:]] for port in model.inputs})
         masks = any("K" in tensor.shape for tensor in spec.inputs) and mask_scores(model)
         exact = any(tensor.name in DECISIONS for tensor in spec.outputs) or self._is_performer(name)
         return OpenVinoEngine(spec, self._compile(model, exact, streams), masks=masks)

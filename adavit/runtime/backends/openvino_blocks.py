@@ -17,7 +17,7 @@ import openvino
 
 from adavit.errors import BackendError
 from adavit.runtime.backend import Constants, Engine
-from adavit.runtime.backends.openvino_buffers import as_rows, to_bfloat16
+from adavit.runtime.backends.openvino_buffers import as_rows, from_bfloat16, to_bfloat16
 from adavit.runtime.backends.openvino_engine import OpenVinoEngine
 from adavit.runtime.backends.openvino_block_engine import OpenVinoBlockEngine
 from adavit.runtime.backends.openvino_models import (
@@ -38,17 +38,47 @@ Array = npt.NDArray[Any]
 Compile = Callable[[Any, bool], Any]
 
 
+class ByHead(NamedTuple):
+    """Weights of which a model takes the shares of the kept heads.
+
+    Attributes:
+        spec: what is taken, for h heads or their c channels, as "c" or with the bias as "c+2".
+        array: the weights of all heads, [..., H, ...].
+        axis: of the heads.
+        bias: the last two columns of what is taken, or None.
+    """
+
+    spec: TensorSpec
+    array: Array
+    axis: int = 0
+    bias: Array | None = None
+
+    def fill(self, heads: npt.NDArray[Any], into: Array) -> None:
+        """Takes the shares of heads [h]."""
+        if self.bias is not None:
+            into[:, -2:] = self.bias
+            into = into[:, :-2]
+        before, behind = self.array.shape[: self.axis], self.array.shape[self.axis + 1 :]
+        self.array.take(heads, self.axis, out=into.reshape(*before, len(heads), *behind), mode="clip")
+
+    def of(self, heads: npt.NDArray[Any]) -> Array:
+        """The shares of heads [h], a copy."""
+        channels = len(heads) * self.array.shape[self.axis + 1]
+        sizes = {"h": len(heads), "c": channels, "c+2": channels + 2}
+        into = np.empty([sizes.get(size, size) for size in self.spec.shape], self.array.dtype)
+        self.fill(heads, into)
+        return into
+
+
 class Weights(NamedTuple):
     """What a sub-layer's model takes of one block.
 
     Attributes:
-        by_head: what is taken for chosen heads, with the axis of the heads.
-        taken: its description, for h heads or their c channels.
+        by_head: what is taken for chosen heads.
         fixed: the others, by name.
     """
 
-    by_head: list[tuple[Array, int]]
-    taken: tuple[TensorSpec, ...]
+    by_head: tuple[ByHead, ...]
     fixed: dict[str, Array]
 
 
@@ -89,10 +119,10 @@ class Blocks:
         kind, _, role = part.partition("_")
         weights = self._weigh(block, kind)
         if role == "weights":
-            return TakingEngine(replace(spec, outputs=weights.taken), weights.by_head)
+            return TakingEngine(replace(spec, outputs=tuple(share.spec for share in weights.by_head)), weights)
         rows = [tensor for tensor in spec.inputs if tensor.shape[0] == "K"]
         numbers = [TensorSpec("heads", "int64", ("h",))] if kind == "mlp" else []
-        takes = replace(spec, inputs=(*rows, *numbers, *weights.taken))
+        takes = replace(spec, inputs=(*rows, *numbers, *(share.spec for share in weights.by_head)))
         model = self._model(False, attention_model if kind == "attention" else mlp_model, self._type)
         shared = OpenVinoEngine(takes, model, ordered(model, weights.fixed), masks=kind == "attention")
         if role == "gather":
@@ -115,18 +145,16 @@ class Blocks:
         deciding = block + bool(kinds)
         choices = arch.choices(deciding) if deciding < arch.depth else None
         fixed = {} if choices is None else dict(self._weigh(deciding, "decide").fixed)
-        given: dict[str, Array] = {}
+        given: list[str] = []
         for sublayer in kinds:
             weights = self._weigh(block, sublayer)
             fixed |= weights.fixed
-            if sublayer == "mlp":
-                given["heads"] = np.arange(arch.heads)
-            for (array, _), tensor in zip(weights.by_head, weights.taken, strict=True):
-                given[tensor.name] = _shaped(array, tensor.shape)
-        if not arch.adapts_heads(block):
-            fixed, given = fixed | given, {}
+            given += ["heads"] * (sublayer == "mlp") + [share.spec.name for share in weights.by_head]
+            if not arch.adapts_heads(block):
+                heads = np.arange(arch.heads)
+                fixed |= {"heads": heads} | {share.spec.name: share.of(heads) for share in weights.by_head}
         model = self._model(not kinds, block_model, kind, self._type, choices)
-        return OpenVinoBlockEngine(name, model, fixed, tuple(given))
+        return OpenVinoBlockEngine(name, model, fixed, [key for key in given if key not in fixed])
 
     def _weigh(self, block: int, part: str) -> Weights:
         """The weights of a block's part, read once."""
@@ -147,30 +175,34 @@ class Blocks:
         found = block_weights(self._bundle, block, "decide", shapes)
         if choices:
             found["choices.weight"] = found["choices.weight"].T
-        return Weights([], (), {name: np.array(value, order="C") for name, value in found.items()})
+        return Weights((), {name: np.array(value, order="C") for name, value in found.items()})
 
     def _weigh_attention(self, block: int) -> Weights:
         arch = self._bundle.architecture
         heads, d, width = arch.heads, arch.head_width, arch.width
         found = attention_weights(self._bundle, block)
         matrices = [found[f"attn.{part}.weight"].T.reshape(heads, d, width) for part in ("query", "key", "value")]
-        by_head = [self._matrix(np.concatenate(matrices, 1))]
-        taken = [TensorSpec("qkv", self._dtype, ("h", 3 * d, width))]
+        qkv = self._matrix(np.concatenate(matrices, 1))
+        by_head = [ByHead(TensorSpec("qkv", self._dtype, ("h", 3 * d, width)), qkv)]
         if arch.qkv_bias:
             query, value = (found[f"attn.{part}.bias"].reshape(heads, d) for part in ("query", "value"))
-            by_head.append(np.concatenate([query, np.zeros_like(query), value], 1)[..., None])
-            taken.append(TensorSpec("qkv_bias", "float32", ("h", 3 * d, 1)))
-        by_head.append(self._matrix(found["attn.proj.weight"].reshape(heads, d, width)))
-        taken.append(TensorSpec("proj", self._dtype, ("c", width)))
-        return Weights([(array, 0) for array in by_head], tuple(taken), {"attn.proj.bias": found["attn.proj.bias"].copy()})
+            bias = np.concatenate([query, np.zeros_like(query), value], 1)[..., None]
+            by_head.append(ByHead(TensorSpec("qkv_bias", "float32", ("h", 3 * d, 1)), bias))
+        projection = self._matrix(found["attn.proj.weight"].reshape(heads, d, width))
+        by_head.append(ByHead(TensorSpec("proj", self._dtype, ("c", width)), projection))
+        return Weights(tuple(by_head), {"attn.proj.bias": found["attn.proj.bias"].copy()})
 
     def _weigh_mlp(self, block: int) -> Weights:
         arch = self._bundle.architecture
         found = mlp_weights(self._bundle, block)
-        by_head = self._matrix(found["mlp.fc1.weight"].T.reshape(arch.hidden, arch.heads, arch.head_width))
-        fixed = {name: found[name].copy() for name in ("norm2.weight", "norm2.bias", "mlp.fc1.bias", "mlp.fc2.bias")}
+        first = self._matrix(found["mlp.fc1.weight"].T.reshape(arch.hidden, arch.heads, arch.head_width))
+        rest = found["mlp.fc1.bias"].copy()
+        rounded = from_bfloat16(to_bfloat16(rest)) if self._bf16 else rest
+        bias = self._matrix(np.stack([rounded, rest - rounded], 1))
+        by_head = ByHead(TensorSpec("fc1", self._dtype, (arch.hidden, "c+2")), first, 1, bias)
+        fixed = {name: found[name].copy() for name in ("norm2.weight", "norm2.bias", "mlp.fc2.bias")}
         fixed["mlp.fc2.weight"] = self._matrix(found["mlp.fc2.weight"].T)
-        return Weights([(by_head, 1)], (TensorSpec("fc1", self._dtype, (arch.hidden, "c")),), fixed)
+        return Weights((by_head,), fixed)
 
     @property
     def _type(self) -> Any:
@@ -190,19 +222,18 @@ class TakingEngine:
 
     Args:
         spec: what it takes and fills.
-        sources: for each output the weights, and the axis of the heads.
+        weights: the block's.
     """
 
-    def __init__(self, spec: EngineSpec, sources: Sequence[tuple[Array, int]]) -> None:
+    def __init__(self, spec: EngineSpec, weights: Weights) -> None:
         self.spec = spec
-        self._sources = sources
+        self._by_head = weights.by_head
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`."""
         heads = as_rows(inputs[0]).array
-        for (source, axis), rows in zip(self._sources, outputs, strict=True):
-            shape = (*source.shape[:axis], len(heads), *source.shape[axis + 1 :])
-            source.take(heads, axis, out=rows.array.reshape(shape), mode="clip")
+        for share, rows in zip(self._by_head, outputs, strict=True):
+            share.fill(heads, rows.array)
 
 
 class SublayerEngine:
@@ -223,21 +254,15 @@ class SublayerEngine:
         self._numbered = any(tensor.name == "heads" for tensor in gather.spec.inputs)
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """See `Engine.run`; for chosen heads the weights are copied every time."""
-        heads, taken = self._all, [source for source, _ in self._weights.by_head]
+        """See `Engine.run`; the weights are copied every time."""
+        heads = self._all
         for channels in inputs[self._rows :]:
             heads = as_rows(channels).array.reshape(len(self._all), -1)[:, 0].nonzero()[0]
-            taken = [source.take(heads, axis) for source, axis in self._weights.by_head]
         numbers = [heads] if self._numbered else []
-        weights = [_shaped(array, tensor.shape) for array, tensor in zip(taken, self._weights.taken, strict=True)]
+        weights = [share.of(heads) for share in self._weights.by_head]
         self._gather.run([*inputs[: self._rows], *numbers, *weights], outputs)
 
 
 def ordered(model: Any, weights: Mapping[str, Array]) -> list[Array]:
     """Weights in the order in which a compiled model takes them."""
     return [weights[name] for name in names_of(model.inputs) if name in weights]
-
-
-def _shaped(array: Array, shape: tuple[int | str, ...]) -> Array:
-    """An array in the shape of its description, where one size may be a name."""
-    return array.reshape([-1 if isinstance(size, str) else size for size in shape])

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-__all__ = ["OpenVinoBuffer", "Rows", "as_rows", "rounded", "to_bfloat16"]
+__all__ = ["OpenVinoBuffer", "Rows", "as_rows", "from_bfloat16", "rounded", "to_bfloat16"]
 
 STEP = 16
 """Numbers of tokens are rounded up to all tokens less a multiple of this."""
@@ -25,6 +25,11 @@ def to_bfloat16(array: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """The nearest bfloat16 of finite numbers, which numpy knows as uint16 only; ties go to the even one."""
     bits = np.ascontiguousarray(array).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(array: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """The numbers that `to_bfloat16` made."""
+    return (array.astype(np.uint32) << 16).view(np.float32)
 
 
 def _tensor(array: Array) -> Any:

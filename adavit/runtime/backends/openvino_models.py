@@ -2,7 +2,7 @@
 
 Weights are left factors, or transposed right ones: what OpenVINO rearranges least where they are no constants. The
 weights of h kept heads with c = h * d channels are qkv [h, 3d, D], qkv_bias [h, 3d, 1] where the model has one, and
-proj [c, D]; fc1 [hidden, c] and heads [h], the heads' numbers. The others have their names in a checkpoint's block.
+proj [c, D]; fc1 [hidden, c + 2] and heads [h], the heads' numbers. The others have their names in a checkpoint's block.
 """
 
 from __future__ import annotations
@@ -175,13 +175,18 @@ def _attention(arch: Architecture, take: Inputs, dtype: Any, x: Any, normed: Any
 
 
 def _mlp(arch: Architecture, take: Inputs, dtype: Any, x: Any) -> Any:
-    """The MLP sub-layer, residual included: [K, D] -> [K, D]."""
+    """The MLP sub-layer, residual included: [K, D] -> [K, D].
+
+    The first layer's bias is two columns of its weights, for inputs of one: an addition of its own would keep the GELU
+    from being computed with the product. Two, since one is rounded to bfloat16, the other is the rest.
+    """
     width, hidden = arch.width, arch.hidden
     heads = take("heads", ANY, dtype=np.int64)
     first = _float(take("fc1", hidden, ANY, dtype=dtype))
     by_head = opset.reshape(_normed(arch, take, "norm2", x), _ints(0, arch.heads, arch.head_width), True)
     joined = opset.reshape(opset.gather(by_head, heads, opset.constant(np.int64(1))), _ints(0, -1), True)
-    inner = opset.gelu(opset.add(opset.matmul(joined, first, False, True), take("mlp.fc1.bias", hidden)), "erf")
+    ones = opset.broadcast(opset.constant(np.float32(1)), opset.concat([_rows_of(x), _ints(2)], 0))
+    inner = opset.gelu(opset.matmul(opset.concat([joined, ones], 1), first, False, True), "erf")
     second = _float(take("mlp.fc2.weight", width, hidden, dtype=dtype))
     update = opset.add(opset.matmul(inner, second, False, True), take("mlp.fc2.bias", width))
     return opset.add(update, x)
@@ -211,6 +216,11 @@ def _normed(arch: Architecture, take: Inputs, name: str, x: Any) -> Any:
     scale, bias = take(f"{name}.weight", arch.width), take(f"{name}.bias", arch.width)
     normed = opset.mvn(x, _ints(-1), True, arch.norm_epsilon, "inside_sqrt")
     return opset.add(opset.multiply(normed, scale), bias)
+
+
+def _rows_of(x: Any) -> Any:
+    """The number of rows, [1]."""
+    return opset.gather(opset.shape_of(x, "i64"), _ints(0), opset.constant(np.int64(0)))
 
 
 def _float(weights: Any) -> Any:
