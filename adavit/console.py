@@ -194,7 +194,7 @@ def run_lines(report: dict[str, Any]) -> list[str]:
         f"{report['iterations']} runs",
         *([f"backend     {report['choice']['reason']}"] if report["choice"] else []),
         *([f"plan        tuned on this machine: {report['plan']}"] if report["plan"] else []),
-        *([f"engines     {report['specialised']} for frequent sets of heads"] if report["specialised"] else []),
+        *([f"engines     {report['specialised']} for what blocks keep most often"] if report["specialised"] else []),
         f"MACs        {macs['executed_mean'] / 1e9:.3f} G of {macs['dense'] / 1e9:.3f} G dense "
         f"({macs['executed_mean'] / macs['dense']:.1%})",
         f"usage       tokens {used['tokens']:.1%}, heads {used['heads']:.1%}, sub-layers {used['sublayers']:.1%}",

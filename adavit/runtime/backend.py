@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from adavit.errors import BackendError
 from adavit.runtime.bundle import Bundle, EngineSpec
 
-__all__ = ["Backend", "Buffer", "Constants", "Engine", "FixedEngine", "Options", "create_backend", "names"]
+__all__ = ["Backend", "Buffer", "Constants", "Engine", "FixedEngine", "Options", "Sizes", "create_backend", "names"]
 
 Index = npt.NDArray[np.intp]
 Constants = Mapping[str, npt.NDArray[Any]]
@@ -94,6 +94,22 @@ class FixedEngine(Protocol):
         ...
 
 
+class Sizes(NamedTuple):
+    """What a block runs with.
+
+    Attributes:
+        block: its position.
+        kind: the sub-layers that it runs: "attention", "mlp" or "both".
+        tokens: how many are kept.
+        heads: how many are kept.
+    """
+
+    block: int
+    kind: str
+    tokens: int
+    heads: int
+
+
 class Backend(Protocol):
     """Loads a bundle's engines and moves what they compute; one object per runtime.
 
@@ -123,6 +139,13 @@ class Backend(Protocol):
         Raises:
             BundleError: there is no such engine, or its file is not the one that was exported.
             BackendError: the backend refuses the engine.
+        """
+        ...
+
+    def prepare(self, used: Mapping[Sizes, float]) -> int:
+        """Prepares engines for the sizes that come most often, by how often an image has them, to run them faster.
+
+        Returns for how many, none where that is no faster; what was prepared before stays.
         """
         ...
 

@@ -241,21 +241,25 @@ class ImageRun:
     def _run(self, index: int, state: State, scratch: Scratch) -> bool:
         """Runs what the policy keeps of a block; returns whether norm1 and the policy of the next are known by it."""
         choices = state.choices[index]
-        key, weights = choices.tobytes(), ()
-        run = state.run_of(index, key)
+        key = choices.tobytes()
+        run = state.run_of(index, key) or self._run_of_any(index, state, key)
         if run is None:
-            run = state.run_of(index, key[-2:])
-            if run is not None:
-                weights = self._dispatcher.head_weights.of(index, key)
-            if run is None or weights is None or self._dispatcher.plan.masks:
-                if choices[-2:].any():
-                    self._run_sublayers(index, state, scratch)
-                return False
-        run(*weights)
+            if choices[-2:].any():
+                self._run_sublayers(index, state, scratch)
+            return False
+        run()
         if self._observe:
             attention, mlp = choices[-2:].tolist()
             self._show(f"blocks.{index}.{sublayers_run(attention, mlp)}_set", state)
         return True
+
+    def _run_of_any(self, index: int, state: State, choices: bytes) -> Callable[[], None] | None:
+        """What runs a block in one engine that is given its heads' weights; None where there is no such engine."""
+        run = state.run_of(index, choices[-2:])
+        if run is None or self._dispatcher.plan.masks:
+            return None
+        weights = self._dispatcher.head_weights.of(index, choices)
+        return None if weights is None else partial(run, *weights)
 
     def _run_sublayers(self, index: int, state: State, scratch: Scratch) -> None:
         """Runs the kept sub-layers one by one on the kept tokens of the state, whose rows they change."""

@@ -110,8 +110,9 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         seen = Evaluation(len(images), macs=[result.macs], policies=[result.policy])
         seen.held, seen.held_at = list(images[:, None]), list(range(len(images)))
     used = Policy.concatenate(seen.policies)
-    if options.specialise and not runtime.dispatcher.plan.sets:
-        _specialise(runtime, used if given else None, options.batch)
+    engines = len(runtime.dispatcher.plan.sets)
+    if options.specialise and not engines:
+        engines = _specialise(runtime, used if given else None, options.batch)
     if options.record_policy:
         used.save(options.record_policy)
     plan = Plan(
@@ -131,7 +132,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         **summarise(runtime, plan, measured, float(np.concatenate(seen.macs).mean()), used.usage()),
         "choice": {**asdict(runtime.choice), "reason": str(runtime.choice)} if runtime.choice else None,
         "plan": runtime.dispatcher.plan.origin,
-        "specialised": len(runtime.dispatcher.specialised.sets),
+        "specialised": engines,
         "budget": None if budget is None else {"macs": budget, "offsets": asdict(runtime.offsets)},
         "images": seen.images,
         "input": "images" if given else "random",
@@ -162,17 +163,17 @@ def tune_bundle(path: Path | None, options: RunOptions, progress: Progress) -> d
     return {**tune(runtime, progress, used), "skipped": seen.skipped}
 
 
-def _specialise(runtime: Runtime, used: Policy | None, batch: int) -> None:
-    """Makes engines for sets of heads, by what some of the images used, or else by further random ones."""
+def _specialise(runtime: Runtime, used: Policy | None, batch: int) -> int:
+    """Makes engines for what some of the images used, or else further random ones; returns how many."""
     if not runtime.dispatcher.specialised.able:
-        return
+        return 0
     if used is not None:
         used = used[:: math.ceil(len(used) / SPECIALISING_IMAGES)]
     else:
         images = _random_images(runtime, SPECIALISING_IMAGES)
         starts = range(0, SPECIALISING_IMAGES, batch)
         used = Policy.concatenate([runtime.run(images[start : start + batch]).policy for start in starts])
-    runtime.specialise(used)
+    return runtime.specialise(used)
 
 
 def _meet_latency(

@@ -7,7 +7,8 @@ changes times and never results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,9 +17,21 @@ import numpy as np
 
 from adavit.architecture import Architecture
 from adavit.macs import attention_macs, mlp_macs
+from adavit.runtime.backend import Sizes
 from adavit.runtime.policy import Policy
 
-__all__ = ["SETS", "SUBLAYERS", "EnginePlan", "HeadSet", "ruled", "saved_macs", "set_kinds", "sets_of", "sublayers_run"]
+__all__ = [
+    "SETS",
+    "SUBLAYERS",
+    "EnginePlan",
+    "HeadSet",
+    "ruled",
+    "saved_macs",
+    "set_kinds",
+    "sets_of",
+    "sizes_of",
+    "sublayers_run",
+]
 
 SUBLAYERS = ("attention", "mlp")
 SETS = (*SUBLAYERS, "both")
@@ -58,6 +71,13 @@ def sets_of(policy: Policy) -> Iterator[tuple[int, HeadSet]]:
         attention, mlp = policy.sublayers[image, block].tolist()
         if heads := tuple(policy.heads[image, block].nonzero()[0].tolist()):
             yield image, HeadSet(block, sublayers_run(attention, mlp), heads)
+
+
+def sizes_of(policy: Policy) -> Mapping[Sizes, float]:
+    """The sizes that images' blocks run with, by how often an image has them."""
+    tokens = policy.tokens.sum(2)
+    found = (Sizes(s.block, s.kind, int(tokens[image, s.block]), len(s.heads)) for image, s in sets_of(policy))
+    return {sizes: times / len(policy) for sizes, times in Counter(found).items()}
 
 
 def set_kinds(arch: Architecture, block: int) -> tuple[str, ...]:

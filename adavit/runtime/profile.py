@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from adavit.runtime.backend import Backend, Buffer, Constants, Engine, FixedEngine
+from adavit.runtime.backend import Backend, Buffer, Constants, Engine, FixedEngine, Sizes
 from adavit.runtime.bundle import Bundle, EngineSpec
 
 __all__ = ["Event", "Profiler"]
@@ -127,6 +127,10 @@ class Profiler:
             for _ in range(COSTED):
                 engine.run(rows, rows)
         return median(later.end - earlier.end for earlier, later in pairwise(events))
+
+    def prepare(self, used: Mapping[Sizes, float]) -> int:
+        """See `Backend.prepare`."""
+        return self._backend.prepare(used)
 
     def rounded(self, tokens: int) -> int:
         """See `Backend.rounded`."""

@@ -24,6 +24,7 @@ from adavit.runtime.choose import Choice, choose
 from adavit.runtime.dispatcher import Dispatcher, Observer
 from adavit.runtime.images import ImageLike
 from adavit.runtime.kept_plan import recalled_plan
+from adavit.runtime.plan import sizes_of
 from adavit.runtime.policy import Policy
 
 __all__ = ["Prediction", "Result", "Runtime", "load"]
@@ -216,9 +217,10 @@ class Runtime:
         return Result(*self.dispatcher.run(images, offsets, policy, observe), self.architecture)
 
     def specialise(self, policy: Policy) -> int:
-        """Makes engines of whole blocks for the sets of heads that some images used most, whose weights are constants.
+        """Makes engines of whole blocks for what some images used most.
 
-        Later images that use the same sets run faster; results are the same to rounding. The engines of an earlier
+        In ONNX Runtime for sets of heads, whose weights are constants there; in OpenVINO for numbers of tokens and
+        heads. Later images that use the same run faster; results are the same to rounding. The engines of an earlier
         call, or of a tuned plan, are replaced. It takes some milliseconds an engine, and at most 192 MiB.
 
         Args:
@@ -233,8 +235,10 @@ class Runtime:
         """
         policy.check(self.architecture, len(policy))
         specialised = self.dispatcher.specialised
+        if not specialised.able:
+            return 0
         self.dispatcher.specialise(specialised.choose(policy))
-        return len(specialised.sets)
+        return len(specialised.sets) + self.backend.prepare(sizes_of(policy))
 
     def run_dense(self, images: Float) -> Float:
         """Logits [B, C] of the dense twin: the same weights with every policy on, as one graph.

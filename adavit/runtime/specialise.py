@@ -49,8 +49,8 @@ class Specialised:
         backend: makes the engines; only some can fix an engine's inputs.
 
     Attributes:
-        able: whether the backend can, and is the faster for it, and the bundle is in fp32: what quantised weights are
-            folded into is another matter.
+        able: whether the backend can, and the bundle is in fp32: what quantised weights are folded into is another
+            matter.
         sets: those that have engines.
         engines: by block and its choices: for each head, then for each sub-layer, whether it is kept, as the bytes of
             bool [H + 2]; or by the last two of these alone, for any heads, whose weights a run is given; or by
@@ -58,7 +58,7 @@ class Specialised:
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.able = backend.fixed is not None and bundle.config.get("precision") == "fp32" and not backend.always_gathers
+        self.able = backend.fixed is not None and bundle.config.get("precision") == "fp32"
         self.sets: tuple[HeadSet, ...] = ()
         self._bundle, self._backend = bundle, backend
         self._of_any = self._engines_of_any() if backend.always_gathers else {}
@@ -80,7 +80,7 @@ class Specialised:
 
     def choose(self, policy: Policy) -> tuple[HeadSet, ...]:
         """The sets that save most of some images' time by their bytes, as many as memory is for; none if not able."""
-        if not self.able:
+        if not self.able or self._backend.always_gathers:
             return ()
         arch, saved = self._bundle.architecture, defaultdict[HeadSet, float](float)
         tokens = policy.tokens.sum(2)

@@ -6,7 +6,7 @@ Rows are moved by the bundle's engines `rows.*`, since the host does not reach t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.errors import BackendError
-from adavit.runtime.backend import Engine, Index
+from adavit.runtime.backend import Engine, Index, Sizes
 from adavit.runtime.backends.device import ALIGNMENT, Block, Device, size_of
 from adavit.runtime.bundle import EngineSpec, TensorSpec
 
@@ -136,6 +136,10 @@ class DeviceMoves(ABC):
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> DeviceBuffer:
         """See `Backend.buffer`."""
         return DeviceBuffer(self._device, shape, dtype)
+
+    def prepare(self, used: Mapping[Sizes, float]) -> int:
+        """See `Backend.prepare`: nothing."""
+        return 0
 
     def upload(self, array: npt.NDArray[Any]) -> DeviceBuffer:
         """See `Backend.upload`."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from adavit.runtime.backend import Sizes
 
 __all__ = ["HostBuffer", "HostMoves"]
 
@@ -42,6 +45,10 @@ class HostMoves:
     def rounded(self, tokens: int) -> int:
         """See `Backend.rounded`: as many."""
         return tokens
+
+    def prepare(self, used: Mapping[Sizes, float]) -> int:
+        """See `Backend.prepare`: nothing."""
+        return 0
 
     def timings(self) -> dict[str, float]:
         """See `Backend.timings`: there is nothing to tell."""

@@ -7,11 +7,12 @@ makes exact zeros of them. Rows of the other parts do not depend on each other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from adavit.errors import BackendError, one_line
-from adavit.runtime.backend import Engine, Options
+from adavit.runtime.backend import Engine, Options, Sizes
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle
 
@@ -31,7 +32,7 @@ PREPARED_KEPT = 512
 """Of the operators that a model prepares: enough for every rounded number of tokens with every number of heads."""
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 BY_IMAGE = {"stem", "head"}
-"""Engines that the dispatcher runs for one image at a time: of a fixed shape, they take a tenth to a fifth less time."""
+"""Engines that run for one image at a time: of a fixed shape, they take a tenth to a fifth less time."""
 DECISIONS = {"tokens", "choices"}
 """Outputs that are compared with thresholds; engines that have them stay in float32."""
 
@@ -49,6 +50,7 @@ class OpenVinoBackend(HostMoves):
     """
 
     name = "openvino"
+
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._bundle = bundle
         self._options = options
@@ -125,6 +127,10 @@ class OpenVinoBackend(HostMoves):
             return self._core.compile_model(model, "CPU", properties)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO refuses {model.get_friendly_name()}: {one_line(error)}") from None
+
+    def prepare(self, used: Mapping[Sizes, float]) -> int:
+        """See `Backend.prepare`."""
+        return self._blocks.prepare(used) if self._blocks else 0
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> OpenVinoBuffer:
         """See `Backend.buffer`."""

@@ -7,8 +7,10 @@ weights are kept in it, so that half as much is read.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +18,10 @@ import numpy.typing as npt
 import openvino
 
 from adavit.errors import BackendError
-from adavit.runtime.backend import Constants, Engine
-from adavit.runtime.backends.openvino_buffers import as_rows, from_bfloat16, to_bfloat16
-from adavit.runtime.backends.openvino_engine import OpenVinoEngine
-from adavit.runtime.backends.openvino_block_engine import OpenVinoBlockEngine
+from adavit.runtime.backend import Constants, Engine, Sizes
+from adavit.runtime.backends.openvino_block_engine import BlockModels, OpenVinoBlockEngine
+from adavit.runtime.backends.openvino_buffers import as_rows, from_bfloat16, rounded, to_bfloat16
+from adavit.runtime.backends.openvino_engine import OpenVinoEngine, Requests
 from adavit.runtime.backends.openvino_models import (
     TOKEN_SELECT,
     attention_model,
@@ -36,6 +38,11 @@ __all__ = ["Blocks"]
 
 Array = npt.NDArray[Any]
 Compile = Callable[[Any, bool], Any]
+
+PREPARED = 64
+"""Sizes that whole blocks are compiled for at most: 2 to 4 MB and 30 to 50 ms each."""
+OFTEN = 1 / 16
+"""How often an image has to have them."""
 
 
 class ByHead(NamedTuple):
@@ -65,7 +72,8 @@ class ByHead(NamedTuple):
         """The shares of heads [h], a copy."""
         channels = len(heads) * self.array.shape[self.axis + 1]
         sizes = {"h": len(heads), "c": channels, "c+2": channels + 2}
-        into = np.empty([sizes.get(size, size) for size in self.spec.shape], self.array.dtype)
+        shape = [sizes[size] if isinstance(size, str) else size for size in self.spec.shape]
+        into = np.empty(shape, self.array.dtype)
         self.fill(heads, into)
         return into
 
@@ -94,14 +102,15 @@ class Blocks:
     def __init__(self, bundle: Bundle, compile_model: Compile, bf16: bool) -> None:
         self._bundle, self._compile, self._bf16 = bundle, compile_model, bf16
         self._models: dict[tuple[Any, ...], Any] = {}
+        self._whole: dict[tuple[str, int | None], BlockModels] = {}
         self._weights: dict[tuple[int, str], Weights] = {}
 
     def _model(self, exact: bool, build: Callable[..., Any], *arguments: Any) -> Any:
         """A compiled model of this architecture, the same for all that ask for the same."""
-        found = self._models.get((build, *arguments))
+        key = (build, *arguments)
+        found = self._models.get(key)
         if found is None:
-            made = build(self._bundle.architecture, *arguments)
-            found = self._models[build, *arguments] = self._compile(made, exact)
+            found = self._models[key] = self._compile(build(self._bundle.architecture, *arguments), exact)
         return found
 
     def load(self, name: str) -> Engine:
@@ -153,8 +162,34 @@ class Blocks:
             if not arch.adapts_heads(block):
                 heads = np.arange(arch.heads)
                 fixed |= {"heads": heads} | {share.spec.name: share.of(heads) for share in weights.by_head}
-        model = self._model(not kinds, block_model, kind, self._type, choices)
-        return OpenVinoBlockEngine(name, model, fixed, [key for key in given if key not in fixed])
+        return OpenVinoBlockEngine(
+            self._whole_models(block, kind), arch.heads, fixed, [key for key in given if key not in fixed]
+        )
+
+    def _whole_models(self, block: int, kind: str) -> BlockModels:
+        """The models of a block as a whole, the same for all blocks that decide on as much behind it."""
+        arch, deciding = self._bundle.architecture, block + (kind != "decide")
+        choices = arch.choices(deciding) if deciding < arch.depth else None
+        found = self._whole.get((kind, choices))
+        if found is None:
+            make = partial(block_model, arch, kind, self._type, choices)
+            found = BlockModels(arch.head_width, make, lambda model: self._compile(model, kind == "decide"))
+            self._whole[kind, choices] = found
+        return found
+
+    def prepare(self, used: Mapping[Sizes, float]) -> int:
+        """Compiles whole blocks for the sizes that come most often. See `Backend.prepare`."""
+        arch, times = self._bundle.architecture, defaultdict[tuple[BlockModels, int, int], float](float)
+        for (block, kind, tokens, heads), often in used.items():
+            rows = rounded(tokens, arch.tokens) if arch.token_policy else 0
+            times[self._whole_models(block, kind), rows, heads] += often
+        wanted = [key for key in sorted(times, key=times.__getitem__, reverse=True) if times[key] >= OFTEN][:PREPARED]
+        prepared: dict[BlockModels, dict[tuple[int, int], Requests]] = {models: {} for models in self._whole.values()}
+        for models, rows, heads in wanted:
+            prepared[models][rows, heads] = models.prepared.get((rows, heads)) or models.prepare(rows, heads)
+        for models, found in prepared.items():
+            models.prepared = found
+        return len(wanted)
 
     def _weigh(self, block: int, part: str) -> Weights:
         """The weights of a block's part, read once."""

@@ -1,4 +1,4 @@
-"""Blocks and their parts as OpenVINO models that take their weights as inputs, and the mask for rows that are not there.
+"""Blocks and their parts as OpenVINO models that take their weights as inputs; the mask for rows that are not there.
 
 Weights are left factors, or transposed right ones: what OpenVINO rearranges least where they are no constants. The
 weights of h kept heads with c = h * d channels are qkv [h, 3d, D], qkv_bias [h, 3d, 1] where the model has one, and
