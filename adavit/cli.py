@@ -126,7 +126,7 @@ def _export(
 @click.option(
     "--parallel",
     type=click.Choice(["operators", "samples"]),
-    help="What the threads share.  [default: operators for one image a run and for OpenVINO, else samples]",
+    help="What the threads share.  [default: operators for one image a run, else samples]",
 )
 @click.option("--record-policy", type=PATH, metavar="FILE", help="Write what every image used (npz).")
 @click.option("--replay-policy", type=PATH, metavar="FILE", help="Follow a recorded policy instead of deciding.")
@@ -144,7 +144,7 @@ def _export(
     "--specialise/--no-specialise",
     default=True,
     show_default=True,
-    help="Make engines for the sets of heads that some of the images use most.",
+    help="Make engines for what some of the images keep most.",
 )
 @click.option("--tune", is_flag=True, help="Instead: measure engines and policies, and keep the plan that is fastest.")
 @click.option("--top", type=click.IntRange(1, 100), default=1, show_default=True, help="Classes shown per image.")

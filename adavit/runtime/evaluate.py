@@ -144,8 +144,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
 
 
 def _load(folder: Path, options: RunOptions) -> Runtime:
-    whole = options.batch == 1 or options.backend == "openvino"  # whose batches were 1.1 to 1.2 times as fast so
-    parallel = options.parallel or ("operators" if whole else "samples")
+    parallel = options.parallel or ("operators" if options.batch == 1 else "samples")
     how = options.backend, options.threads, options.provider, parallel, options.budget, options.cuda_graphs
     return load(folder, *how)
 

@@ -1,6 +1,8 @@
 """OpenVINO beside ONNX Runtime: the same numbers, from any thread, decisions in float32."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +35,15 @@ from adavit.runtime.backend import Options
 from adavit.runtime.backends.openvino import OpenVinoBackend
 from adavit.runtime.backends.openvino_buffers import rounded, to_bfloat16
 from adavit.runtime.bundle import Bundle
+from adavit.runtime.heads import HeadWeights
+from adavit.runtime.state import Scratch, Thresholds
+
+
+def computes_bf16() -> bool:
+    """Whether this CPU does."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +136,89 @@ def test_decisions_stay_in_float32_where_the_rest_is_bf16(
     core = AbleCore(openvino.Core())
     monkeypatch.setattr(openvino, "Core", lambda: core)
     loaded = adavit.load(tiny_bundle, backend="openvino", provider=provider, threads=1)
-    assert set(core.asked) == {"stem", "head", "empty", "decide", "attention", "mlp"}
+    whole = {"attention_set", "mlp_set", "both_set", "decide_set"}
+    assert set(core.asked) == {"stem", "head", "empty", "decide", "attention", "mlp"} | whole
     for name, precision in core.asked.items():
-        assert precision == ("f32" if name == "decide" else wanted), name
+        assert precision == ("f32" if name.startswith("decide") else wanted), name
     assert loaded.backend.versions()["precision"] == ("fp32" if wanted == "f32" else "bf16")
+
+
+@pytest.mark.skipif(not computes_bf16(), reason="this CPU does not compute in bf16")
+def test_what_a_block_in_bf16_decides_for_the_next_is_float32(wide: tuple[Path, Path]) -> None:
+    loaded, exact = adavit.load(wide[0], "openvino", 1, "bf16"), adavit.load(wide[0], threads=1)
+    scratch, normed = Scratch(WIDE, exact.backend), exact.backend.buffer((WIDE.tokens, WIDE.width))
+    thresholds, tokens, compared = Thresholds.of(loaded.offsets, WIDE), np.empty((WIDE.tokens, WIDE.width)), 0
+
+    def compare(_: int, engine: str, found: Any) -> None:
+        nonlocal tokens, compared
+        kind, _, block = engine.partition(".")
+        if kind != "decisions":
+            tokens = found.copy()
+            return
+        index, outputs = int(block), [normed.rows(WIDE.tokens), *scratch.logits[int(block)]]
+        exact.dispatcher.engines.blocks[index].decide.run([tokens], outputs)
+        of_tokens = scratch.decided[index][0].array[:, 0] - thresholds.tokens[index]
+        clear = np.abs(of_tokens) > 1e-4  # a product in bf16 is off by 1e-2
+        np.testing.assert_array_equal(found[: WIDE.tokens][clear], of_tokens[clear] > 0)
+        if WIDE.choices(index):
+            chosen = scratch.decided[index][1].array[0]
+            clear = np.abs(chosen) > 1e-4
+            np.testing.assert_array_equal(found[WIDE.tokens :][clear], chosen[clear] > 0)
+        compared += 1
+
+    for seed in range(24):
+        loaded.run(random_images(WIDE, 1, seed=seed), observe=compare)
+    assert compared == 24 * WIDE.depth
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_models_for_frequent_sizes_compute_the_same(seed: int, loaded: Runtime) -> None:
+    images, policy = random_images(WIDE, 2, seed=seed), random_policy(WIDE, 2, seed)
+    for some in (policy[:1], policy):  # the second replaces the first
+        assert 0 < loaded.specialise(some) <= (some.sublayers.any(2) & some.heads.any(2)).sum()
+        wanted = forced(random_model(WIDE), images, policy)
+        np.testing.assert_allclose(loaded.run(images, policy=policy).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_size_is_compiled_once_it_is_frequent_and_then_run(wide: tuple[Path, Path]) -> None:
+    loaded = adavit.load(wide[0], backend="openvino", provider="fp32", threads=1)
+    dense, image = Policy.dense(WIDE, 1), random_images(WIDE, 1)
+    before = loaded.run(image, policy=dense).logits
+    rare = Policy.concatenate([Policy.dense(WIDE, 20), random_policy(WIDE, 1, 0)])
+    kinds = {WIDE.choices(block + 1) if block + 1 < WIDE.depth else None for block in range(WIDE.depth)}
+    assert loaded.specialise(rare) == len(kinds)  # one for all blocks that decide on as much
+    ran: list[tuple[int, int]] = []
+    for models in loaded.backend._blocks._whole.values():  # type: ignore[attr-defined]
+        for size, requests in models.prepared.items():
+            requests.run = noted(ran, size, requests.run)
+    np.testing.assert_allclose(loaded.run(image, policy=dense).logits, before, atol=1e-5)
+    assert ran == [(WIDE.tokens, WIDE.heads)] * WIDE.depth
+
+
+def noted(into: list[Any], what: Any, call: Callable[..., None]) -> Callable[..., None]:
+    """A call that is noted."""
+
+    def run(*arguments: Any) -> None:
+        into.append(what)
+        call(*arguments)
+
+    return run
+
+
+def test_weights_that_are_put_out_are_held_no_longer(loaded: Runtime) -> None:
+    engines = loaded.dispatcher.engines.blocks
+    kept = HeadWeights(loaded.bundle, loaded.backend, engines, 0)
+    first, second = (bytes([heads == kept_head for heads in range(WIDE.heads)] + [1, 1]) for kept_head in (0, 1))
+    sized = HeadWeights(loaded.bundle, loaded.backend, engines, sum(rows.array.nbytes for rows in kept.of(1, first)))
+    weights = sized.of(1, first)
+    assert weights is not None
+    assert sized.of(1, first) is weights
+    held = weakref.ref(weights[0].array.base)
+    assert sized.of(1, second) is not None
+    del weights
+    gc.collect()
+    assert held() is None
 
 
 def test_precisions_that_are_not_there(tiny_bundle: Path) -> None:

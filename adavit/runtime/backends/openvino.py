@@ -129,8 +129,8 @@ class OpenVinoBackend(HostMoves):
             raise BackendError(f"OpenVINO refuses {model.get_friendly_name()}: {one_line(error)}") from None
 
     def prepare(self, used: Mapping[Sizes, float]) -> int:
-        """See `Backend.prepare`."""
-        return self._blocks.prepare(used) if self._blocks else 0
+        """See `Backend.prepare`; none where samples run in parallel: each worker would hold its own, and be slower."""
+        return self._blocks.prepare(used) if self._blocks and self._options.workers == 1 else 0
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> OpenVinoBuffer:
         """See `Backend.buffer`."""
