@@ -5,7 +5,8 @@ from pathlib import Path
 from click.testing import CliRunner
 
 import adavit
-from adavit.cli import run
+from adavit.cli import export, run
+from adavit.runtime.bundle import Bundle
 from adavit.runtime.evaluate import demo_bundle
 
 DEMO = Path(adavit.__file__).parent / "demo"
@@ -25,3 +26,15 @@ def test_without_arguments_the_demo_runs_on_its_own_images() -> None:
     assert (report["model"], report["images"], report["accuracy"]["n"]) == ("adavit-demo", 20, 20)
     assert report["accuracy"]["top1"] > 0.6
     assert report["macs"]["executed_mean"] < report["macs"]["dense"]
+
+
+def test_an_export_of_the_demo_has_its_operating_points(tmp_path: Path) -> None:
+    done = CliRunner().invoke(export, ["demo", "--output", str(tmp_path / "demo")])
+    assert done.exit_code == 0, done.output
+    exported, shipped = Bundle.open(tmp_path / "demo"), Bundle.open(demo_bundle())
+    assert exported.config["checkpoint"] == shipped.config["checkpoint"]
+    assert exported.budgets == shipped.budgets
+    assert set(exported.engines) == set(shipped.engines)
+    larger = CliRunner().invoke(export, ["demo", "--output", str(tmp_path / "larger"), "--image-size", "32"])
+    assert larger.exit_code == 0, larger.output
+    assert Bundle.open(tmp_path / "larger").budgets is None

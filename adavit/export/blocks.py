@@ -20,6 +20,7 @@ __all__ = [
     "add_attention",
     "add_bias",
     "add_choice_logits",
+    "add_head",
     "add_mlp",
     "add_norm",
     "add_second_layer",
@@ -68,6 +69,14 @@ def add_choice_logits(graph: Graph, arch: Architecture, part: Weights, block: in
     weight, bias = (np.concatenate([part[f"{name}.mlp_head.{kind}"] for name in names]) for kind in ("weight", "bias"))
     first = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0))
     return graph.op("Gemm", first, graph.weight("choices.weight", weight.T), graph.weight("choices.bias", bias))
+
+
+def add_head(graph: Graph, arch: Architecture, weights: Weights, classes: str) -> None:
+    """Adds the model's head: the class tokens [B, D] of the last block to the output logits [B, C]."""
+    normed = add_norm(graph, arch, weights, "norm", classes)
+    weight = graph.weight("head.weight", weights["head.weight"].T)
+    logits = graph.op("Add", graph.op("MatMul", normed, weight), graph.weight("head.bias", weights["head.bias"]))
+    graph.output("logits", logits, ["B", arch.classes])
 
 
 def attention_graph(arch: Architecture, weights: Weights, block: int, opset: int) -> Graph:

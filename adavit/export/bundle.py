@@ -21,6 +21,7 @@ from adavit.export.write import write_bundle
 from adavit.files import folder_beside
 from adavit.model import AdaViT, load_checkpoint, read_metadata, resize
 from adavit.precision_options import CalibrationOptions
+from adavit.runtime.bundle import Bundle
 from adavit.runtime.evaluate import demo_bundle
 from adavit.runtime.images import Preprocessor
 from adavit.runtime.session import load
@@ -81,12 +82,14 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         model = resize(model, options.image_size)
     labels = _labels(options.labels or (DEMO / "labels.txt" if demo else None), model.arch.classes)
     with_dense = demo if options.with_dense is None else options.with_dense
-    about = {
+    about: dict[str, Any] = {
         "name": "adavit-demo" if demo else source.stem,
         "opset": options.opset,
         "checkpoint": {"file": source.name, "sha256": _hash(source)},
         "precision": "fp32",
     }
+    if demo and options.image_size is None and options.calibration.precision == "fp32":
+        about["budgets"] = Bundle.open(demo_bundle()).config["budgets"]  # of the same weights
     calibrated = None
     with folder_beside(output) as folder:
         exported = folder if options.calibration.precision == "fp32" else folder / ".fp32"

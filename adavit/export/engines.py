@@ -34,6 +34,7 @@ def engine_count(arch: Architecture, with_dense: bool) -> int:
 
 def _graphs(arch: Architecture, weights: Weights, opset: int, with_dense: bool) -> Iterator[Graph]:
     yield _stem(arch, weights, opset)
+    yield sets.stem_graph(arch, weights, opset)
     for block in range(arch.depth):
         yield blocks.decide_graph(arch, weights, block, opset)
         yield blocks.attention_graph(arch, weights, block, opset)
@@ -58,21 +59,14 @@ def _images(graph: Graph, arch: Architecture) -> str:
 
 def _stem(arch: Architecture, weights: Weights, opset: int) -> Graph:
     graph = Graph("stem", opset)
-    graph.output("x", add_stem(graph, arch, weights, _images(graph, arch)), ["B", arch.tokens, arch.width])
+    images = _images(graph, arch)
+    graph.output("x", add_stem(graph, arch, weights, images), ["B", arch.tokens, arch.width])
     return graph
-
-
-def _add_head(graph: Graph, arch: Architecture, weights: Weights, classes: str) -> None:
-    """The class tokens [B, D] of the last block to the output logits [B, C]."""
-    normed = blocks.add_norm(graph, arch, weights, "norm", classes)
-    weight = graph.weight("head.weight", weights["head.weight"].T)
-    logits = graph.op("Add", graph.op("MatMul", normed, weight), graph.weight("head.bias", weights["head.bias"]))
-    graph.output("logits", logits, ["B", arch.classes])
 
 
 def _head(arch: Architecture, weights: Weights, opset: int) -> Graph:
     graph = Graph("head", opset)
-    _add_head(graph, arch, weights, graph.input("x", ["B", arch.width]))
+    blocks.add_head(graph, arch, weights, graph.input("x", ["B", arch.width]))
     return graph
 
 
@@ -85,5 +79,5 @@ def _dense(arch: Architecture, weights: Weights, opset: int) -> Graph:
         normed = blocks.add_norm(graph, arch, part, "norm1", x)
         x = blocks.add_attention(graph, arch, part, x, normed, batched=True)
         x = blocks.add_mlp(graph, arch, part, x)
-    _add_head(graph, arch, weights, graph.op("Gather", x, graph.weight("first", np.int64(0)), axis=1))
+    blocks.add_head(graph, arch, weights, graph.op("Gather", x, graph.weight("first", np.int64(0)), axis=1))
     return graph

@@ -14,21 +14,34 @@ from adavit.architecture import Architecture
 from adavit.export.blocks import (
     add_bias,
     add_choice_logits,
+    add_head,
     add_norm,
     add_token_logits,
 )
 from adavit.export.graph import CONTRIB, Graph
+from adavit.export.stem import add_stem
 from adavit.export.weights import Weights
 from adavit.runtime.plan import set_kinds
 
-__all__ = ["set_graphs"]
+__all__ = ["set_graphs", "stem_graph"]
 
 ATTENTION = "attention"
 """The name of the node that lacks its number of heads."""
 
 
+def stem_graph(arch: Architecture, weights: Weights, opset: int) -> Graph:
+    """The stem with the first block's decisions: images [1, 3, S, S] -> x [1, N, D], and next_* as of `set_graphs`."""
+    graph = Graph("stem_set", opset)
+    images = graph.input("images", [1, 3, arch.image_size, arch.image_size])
+    graph.output("x", add_stem(graph, arch, weights, images), [1, arch.tokens, arch.width])
+    _add_decisions(graph, arch, weights.under("blocks.0"), 0, graph.op("Squeeze", "x", graph.ints(0)))
+    return graph
+
+
 def set_graphs(arch: Architecture, weights: Weights, block: int, opset: int) -> Iterator[Graph]:
     """What a block may be run by in one engine: for each of `set_kinds`, and `decide` for its decisions alone.
+
+    The first block's are the stem's.
 
     For each kind: x, norm1(x) [N, D] and the kept tokens [N] -> the tokens y [N, D] behind the block.
 
@@ -37,17 +50,22 @@ def set_graphs(arch: Architecture, weights: Weights, block: int, opset: int) -> 
 
     But for the last block, next_normed is the next block's norm1(y); next_kept [1, N] and next_choices [1, H + 2] are
     its decisions: what exceeds token_thresholds [N] and choice_thresholds [H + 2]. y may be where x is, and
-    next_normed where normed is. `decide` has x as its input, and as next_* what belongs to this block.
+    next_normed where normed is. `decide` has x as its input, and as next_* what belongs to this block. Behind the last
+    block there are the head's logits [1, C] instead.
     """
-    deciding = Graph(f"blocks.{block}.decide_set", opset)
-    x = deciding.input("x", [arch.tokens, arch.width])
-    _add_decisions(deciding, arch, weights.under(f"blocks.{block}"), block, x)
-    yield deciding
+    if block:
+        deciding = Graph(f"blocks.{block}.decide_set", opset)
+        x = deciding.input("x", [arch.tokens, arch.width])
+        _add_decisions(deciding, arch, weights.under(f"blocks.{block}"), block, x)
+        yield deciding
     for kind in set_kinds(arch, block):
         graph = Graph(f"blocks.{block}.{kind}_set", opset)
         _add_sublayers(graph, arch, weights.under(f"blocks.{block}"), arch.adapts_heads(block), kind)
         if block + 1 < arch.depth:
             _add_decisions(graph, arch, weights.under(f"blocks.{block + 1}"), block + 1, "y")
+        else:
+            first = graph.op("Slice", "y", graph.ints(0), graph.ints(1), graph.ints(0))
+            add_head(graph, arch, weights, first)
         yield graph
 
 

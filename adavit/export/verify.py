@@ -187,8 +187,12 @@ def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> floa
             by = before if before.endswith("_set") and _block(before) == int(block) - 1 else f"blocks.{block}.{alone}"
             _same_decisions(by, runtime.architecture, found, wanted, int(block))
             continue
+        if engine == "head":
+            last = before.endswith("_set") and _block(before) == runtime.architecture.depth - 1
+            _difference(before if last else engine, found, wanted.logits)
+            continue
         behind = engine.split("_")[0].replace(".both", ".mlp")  # whichever of the engines that end with it ran
-        _difference(engine, found, wanted.logits if engine == "head" else wanted.tokens[behind])
+        _difference(engine, found, wanted.tokens[behind])
         before = engine
     return float(np.abs(result.logits[0] - wanted.logits).max())
 
@@ -212,17 +216,21 @@ def _same_decisions(engine: str, arch: Architecture, found: Bool, wanted: Refere
     by_kind = np.split(differing, [arch.tokens, arch.tokens + arch.heads])
     for kind, which in zip(("tokens", "heads", "sublayers"), by_kind, strict=True):
         if count := int(which.sum()):
-            raise VerificationError(f"block {_block(engine)}, engine {engine}: {count} decisions on {kind} differ")
+            raise VerificationError(f"{_named(engine)}: {count} decisions on {kind} differ")
 
 
 def _block(engine: str) -> int:
-    """The number in the name of a block's engine."""
-    return int(engine.split(".")[1])
+    """The number in the name of a block's engine; -1 of the stem's."""
+    return int(engine.split(".")[1]) if engine.startswith("blocks.") else -1
+
+
+def _named(engine: str) -> str:
+    """An engine, behind its block if it is of one."""
+    return (f"block {_block(engine)}, " if engine.startswith("blocks.") else "") + f"engine {engine}"
 
 
 def _difference(engine: str, found: Float, wanted: Float) -> float:
     worst = float(np.abs(found - wanted).max()) if found.shape == wanted.shape else np.inf
     if not worst <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
-        where = f"block {_block(engine)}, " if engine.startswith("blocks.") else ""
-        raise VerificationError(f"{where}engine {engine}: differs from the checkpoint by up to {worst:.3g}")
+        raise VerificationError(f"{_named(engine)}: differs from the checkpoint by up to {worst:.3g}")
     return worst

@@ -85,7 +85,8 @@ class FixedEngine(Protocol):
         """A run on these values, prepared once for many; one thread makes it at a time.
 
         It takes the weights of heads where these are no constants: what `attention_weights` fills, if attention runs,
-        then the heads' numbers and what `mlp_weights` fills, if the MLP does; none in a block that keeps all heads.
+        then the heads' numbers and what `mlp_weights` fills, if the MLP does; none in a block that keeps all heads. The
+        stem's run takes the image.
 
         Args:
             values: what the other inputs and the outputs read and fill, by name: rows of buffers, or contiguous arrays

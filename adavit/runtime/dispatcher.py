@@ -15,6 +15,8 @@ all of it, and decides for the next block:
     blocks.i.attention_set, .mlp_set, .both_set  x, norm1(x), kept tokens -> the same of the next block
     blocks.i.decide_set                          x -> norm1(x), kept tokens, where no block before did that
 
+The stem's does that for the first block, and the last block's makes the logits.
+
 A batch's images go through block after block side by side: a block's weights are then still in the cache for the next
 image. Workers take the image that waits longest and run one block of it, so that none of them idles.
 """
@@ -37,7 +39,7 @@ from adavit.runtime.engines import BlockEngines, Engines
 from adavit.runtime.heads import HeadWeights
 from adavit.runtime.plan import EnginePlan, HeadSet, sublayers_run
 from adavit.runtime.policy import Policy
-from adavit.runtime.specialise import DECIDING, Specialised
+from adavit.runtime.specialise import DECIDING, STEM, Specialised
 from adavit.runtime.state import Scratch, State, Thresholds
 
 __all__ = ["Dispatcher", "Observer"]
@@ -178,7 +180,7 @@ class ImageRun:
         self._observe = observe
         self._state: State | None = None
         self._block = 0
-        self._decided = False
+        self._decided = False  # whether what comes behind is known: the block's decisions, or the logits
 
     def step(self, scratch: Scratch, alone: bool) -> bool:
         """Runs the stem, or then the next block; where no other image waits, everything to the end.
@@ -205,17 +207,22 @@ class ImageRun:
         return False
 
     def _start(self) -> State:
-        """Runs the stem."""
+        """Runs the stem, with the first block's decisions where one engine does both."""
         state = self._dispatcher.take_state()
         state.start(self._thresholds, self._dispatcher.specialised.engines)
         image = self._images[self._position : self._position + 1]
-        self._dispatcher.engines.stem.run([image], [state.image.rows(1)])
-        self._show("stem", state)
+        if run := state.run_of(STEM, DECIDING):
+            run(image)
+            self._decided = True
+        else:
+            self._dispatcher.engines.stem.run([image], [state.image.rows(1)])
+        self._show("stem_set" if self._decided else "stem", state)
         return state
 
     def _finish(self, state: State) -> None:
-        """Runs the head on the class token, and gives the state back."""
-        self._dispatcher.engines.head.run([state.x.rows(1)], [state.logits.rows(1)])
+        """Runs the head on the class token, where the last block's engine has not, and gives the state back."""
+        if not self._decided:
+            self._dispatcher.engines.head.run([state.x.rows(1)], [state.logits.rows(1)])
         self._logits[self._position] = self._backend.fetch(state.logits)[0][0]
         if self._observe:
             self._observe(self._position, "head", self._logits[self._position])
@@ -239,7 +246,7 @@ class ImageRun:
             state.decide(index, self._backend.fetch(*scratch.decided[index]))
 
     def _run(self, index: int, state: State, scratch: Scratch) -> bool:
-        """Runs what the policy keeps of a block; returns whether norm1 and the policy of the next are known by it."""
+        """Runs what the policy keeps of a block; returns whether what comes behind is known by it."""
         choices = state.choices[index]
         key = choices.tobytes()
         run = state.run_of(index, key) or self._run_of_any(index, state, key)

@@ -18,7 +18,7 @@ def part_of(event: Event) -> str | None:
     names = event.name.split(".")
     if names[0] == "blocks":
         return f"block {names[1]}"
-    return None if event.name in MOVES else event.name
+    return None if event.name in MOVES else event.name.removesuffix("_set")
 
 
 def kind_of(event: Event, part: str) -> str:

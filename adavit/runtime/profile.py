@@ -225,9 +225,12 @@ class ProfiledFixedEngine:
         inner = {name: value.inner if isinstance(value, Rows) else value for name, value in values.items()}
         run, kept = self._engine.bound(inner), values.get("kept")
 
-        def noted(*weights: Rows) -> None:
-            tokens = {} if kept is None else {"K": self._profiler.rounded(int(kept.sum()))}
-            heads = {"h": weights[0].number} if weights else {}
-            self._profiler.timed(self._name, self._sizes | tokens | heads, run, *[rows.inner for rows in weights])
+        def noted(*given: Any) -> None:
+            sizes = self._sizes if kept is None else self._sizes | {"K": self._profiler.rounded(int(kept.sum()))}
+            weights = [rows for rows in given if isinstance(rows, Rows)]
+            if weights:
+                sizes = sizes | {"h": weights[0].number}
+            values = [rows.inner for rows in weights] or given
+            self._profiler.timed(self._name, sizes, run, *values)
 
         return noted

@@ -25,7 +25,7 @@ from adavit.runtime.plan import SUBLAYERS, HeadSet, saved_macs, set_kinds, sets_
 from adavit.runtime.policy import Policy
 from adavit.runtime.weights import attention_weights, mlp_weights, set_weights
 
-__all__ = ["DECIDING", "Key", "Specialised"]
+__all__ = ["DECIDING", "STEM", "Key", "Specialised"]
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ COPIES = 2.0
 LEAST = 2e-4
 """Share of the dense MACs that an engine has to save of an image's time, to be worth its memory."""
 
+STEM = -1
+"""In the place of a block, for the stem."""
 Key = tuple[int, bytes]
 DECIDING = b""
 """In the place of choices, for the engine that makes a block's decisions."""
@@ -68,14 +70,15 @@ class Specialised:
         """Engines that are given their heads' weights with each run."""
         if (fixed := self._backend.fixed) is None:
             return {}
-        arch, engines = self._bundle.architecture, self._deciding(fixed)
+        arch, engines = self._bundle.architecture, self._deciding(fixed, first=0)
         for block in range(arch.depth):
             for kind in set_kinds(arch, block):
                 engines[block, bytes(_sublayers(kind))] = fixed(f"blocks.{block}.{kind}_set", {})
         return engines
 
-    def _deciding(self, fixed: Callable[[str, Constants], FixedEngine]) -> dict[Key, FixedEngine]:
-        blocks = range(self._bundle.architecture.depth)
+    def _deciding(self, fixed: Callable[[str, Constants], FixedEngine], first: int) -> dict[Key, FixedEngine]:
+        """Engines for the decisions of the blocks from the first on."""
+        blocks = range(first, self._bundle.architecture.depth)
         return {(block, DECIDING): fixed(f"blocks.{block}.decide_set", {}) for block in blocks}
 
     def choose(self, policy: Policy) -> tuple[HeadSet, ...]:
@@ -107,9 +110,9 @@ class Specialised:
         if not sets:
             self.engines, self.sets = self._of_any, ()
             return
-        if fixed is None or not self.able:
+        if fixed is None or not self.able or self._backend.always_gathers:
             raise BackendError(f"{self._backend.name} makes no engines for sets of heads, or the bundle is not in fp32")
-        engines = self._deciding(fixed)
+        engines = {(STEM, DECIDING): fixed("stem_set", {}), **self._deciding(fixed, first=1)}
         for block, of_block in groupby(sorted(sets), key=lambda found: found.block):
             attention, mlp = attention_weights(self._bundle, block), mlp_weights(self._bundle, block)
             for found in of_block:

@@ -13,7 +13,7 @@ from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.runtime.backend import Backend, Buffer, FixedEngine
 from adavit.runtime.budget import Offsets
 from adavit.runtime.policy import Policy
-from adavit.runtime.specialise import DECIDING, Key
+from adavit.runtime.specialise import DECIDING, STEM, Key
 
 __all__ = ["Scratch", "State", "Thresholds"]
 
@@ -116,13 +116,18 @@ class State:
         rows = self._arch.tokens
         x = self.x.rows(rows)
         values = {"x": x, "y": x, "normed": self.normed.rows(rows), "kept": self.tokens[block]}
-        return values | (self._deciding(block + 1) if block + 1 < self._arch.depth else {})
+        if block + 1 == self._arch.depth:
+            return values | {"logits": self.logits.rows(1)}
+        return values | self._deciding(block + 1)
 
     def _deciding(self, block: int) -> dict[str, Any]:
-        """What a block's decisions are made of, and where they go."""
+        """What a block's decisions are made of, and where they go; with the stem, those of the first."""
         rows = self._arch.tokens
+        x = self.x.rows(rows)
+        if block == STEM:
+            x, block = self.image.rows(1), 0
         values = {
-            "x": self.x.rows(rows),
+            "x": x,
             "next_normed": self.normed.rows(rows),
             "token_thresholds": self._token_thresholds[block],
             "next_kept": self.tokens[block][None],

@@ -14,24 +14,28 @@ from adavit.runtime.bundle import Bundle
 from adavit.runtime.onnx_file import weights_of
 from adavit.runtime.plan import HeadSet
 
-__all__ = ["attention_weights", "block_weights", "mlp_weights", "set_weights"]
+__all__ = ["attention_weights", "block_weights", "engine_weights", "mlp_weights", "set_weights"]
 
 Float = npt.NDArray[np.float32]
 
 
 def block_weights(bundle: Bundle, block: int, engine: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Float]:
-    """Weights of a block by name, from one of its engines; linear layers as [in, out].
+    """Weights of a block by name, from one of its engines; as `engine_weights`."""
+    return engine_weights(bundle, f"blocks.{block}.{engine}", f"blocks.{block}.", shapes)
+
+
+def engine_weights(bundle: Bundle, source: str, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Float]:
+    """Weights of an engine by name, with or without a prefix there; linear layers as [in, out].
 
     Raises:
         BundleError: the engine's file is not what was exported, or lacks one, or has it in another shape.
     """
-    source = f"blocks.{block}.{engine}"
     try:
         stored, found = weights_of(bundle.read(source)), {}
     except BundleError as error:
         raise BundleError(f"{bundle.path}: engine {source}: {error}") from None
     for name, shape in shapes.items():
-        value = stored.get(f"blocks.{block}.{name}", stored.get(name))
+        value = stored.get(prefix + name, stored.get(name))
         if value is None:
             raise BundleError(f"{bundle.path}: engine {source} has no weights {name}; export again")
         if value.shape != shape:

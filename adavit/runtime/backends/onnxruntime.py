@@ -285,16 +285,20 @@ class OnnxRuntimeFixedEngine:
     def bound(self, values: Mapping[str, Any]) -> Callable[[], None]:
         """See `FixedEngine.bound`."""
         binding = self._session.io_binding()
+        given = [tensor.name for tensor in self._spec.inputs if tensor.name == "images"]
         try:
             for tensor in self._spec.inputs:
-                binding.bind_ortvalue_input(tensor.name, _as_value(self._ort, values[tensor.name]))
+                if tensor.name not in given:
+                    binding.bind_ortvalue_input(tensor.name, _as_value(self._ort, values[tensor.name]))
             for tensor in self._spec.outputs:
                 binding.bind_ortvalue_output(tensor.name, _as_value(self._ort, values[tensor.name]))
         except KeyError as error:
             raise BackendError(f"engine {self._spec.name} takes {error}, which is unknown; export again") from None
         call = self._session.run_with_iobinding
 
-        def run() -> None:
+        def run(*arrays: Any) -> None:
+            for name, array in zip(given, arrays, strict=True):
+                binding.bind_ortvalue_input(name, _as_value(self._ort, array))
             try:
                 call(binding)
             except Exception as error:

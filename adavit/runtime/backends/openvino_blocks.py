@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from adavit.errors import BackendError
 from adavit.runtime.backend import Constants, Engine, Sizes
 from adavit.runtime.backends.openvino_block_engine import BlockModels, OpenVinoBlockEngine
 from adavit.runtime.backends.openvino_buffers import as_rows, from_bfloat16, rounded, to_bfloat16
@@ -32,7 +31,7 @@ from adavit.runtime.backends.openvino_models import (
 )
 from adavit.runtime.bundle import Bundle, EngineSpec, TensorSpec
 from adavit.runtime.plan import SUBLAYERS
-from adavit.runtime.weights import attention_weights, block_weights, mlp_weights
+from adavit.runtime.weights import attention_weights, block_weights, engine_weights, mlp_weights
 
 __all__ = ["Blocks"]
 
@@ -138,22 +137,18 @@ class Blocks:
             return shared
         return SublayerEngine(spec, weights, shared, self._bundle.architecture.heads)
 
-    def whole(self, name: str, constants: Constants) -> OpenVinoBlockEngine:
+    def whole(self, name: str, _: Constants) -> OpenVinoBlockEngine:
         """The engine of a whole block, "blocks.i." and its kind, which is given its heads' weights with each run.
 
         Raises:
             BundleError: as `load`.
-            BackendError: it is to have constants.
         """
-        if constants:
-            raise BackendError("OpenVINO makes no engines for sets of heads: its engines take any set")
         arch = self._bundle.architecture
-        _, number, part = name.split(".")
+        number, part = name.split(".")[1:]
         block, kind = int(number), part.removesuffix("_set")
         kinds = [sublayer for sublayer in SUBLAYERS if kind in (sublayer, "both")]
         deciding = block + bool(kinds)
-        choices = arch.choices(deciding) if deciding < arch.depth else None
-        fixed = {} if choices is None else dict(self._weigh(deciding, "decide").fixed)
+        fixed = dict(self._weigh(deciding, "decide" if deciding < arch.depth else "head").fixed)
         given: list[str] = []
         for sublayer in kinds:
             weights = self._weigh(block, sublayer)
@@ -195,7 +190,7 @@ class Blocks:
         """The weights of a block's part, read once."""
         found = self._weights.get((block, part))
         if found is None:
-            weigh = {"decide": self._weigh_decide, "attention": self._weigh_attention, "mlp": self._weigh_mlp}[part]
+            weigh: Callable[[int], Weights] = getattr(self, f"_weigh_{part}")
             found = self._weights[block, part] = weigh(block)
         return found
 
@@ -211,6 +206,14 @@ class Blocks:
         if choices:
             found["choices.weight"] = found["choices.weight"].T
         return Weights((), {name: np.array(value, order="C") for name, value in found.items()})
+
+    def _weigh_head(self, _: int) -> Weights:
+        arch = self._bundle.architecture
+        shapes: dict[str, tuple[int, ...]] = {"norm.weight": (arch.width,), "norm.bias": (arch.width,)}
+        shapes |= {"head.weight": (arch.width, arch.classes), "head.bias": (arch.classes,)}
+        found = engine_weights(self._bundle, "head", "", shapes)
+        fixed = {name: value.copy() for name, value in found.items()}
+        return Weights((), fixed | {"head.weight": self._matrix(found["head.weight"].T)})
 
     def _weigh_attention(self, block: int) -> Weights:
         arch = self._bundle.architecture

@@ -97,14 +97,16 @@ def block_model(arch: Architecture, kind: str, dtype: Any, choices: int | None) 
         arch: the model's shapes.
         kind: "attention", "mlp", "both" or "decide".
         dtype: of the weights of heads.
-        choices: how many heads and sub-layers are decided on; None where no block comes behind.
+        choices: how many heads and sub-layers are decided on; None where the head comes behind.
     """
     take = Inputs()
     x = take("x", arch.tokens, arch.width)
     outputs = {}
     if kind != "decide":
         x = outputs["y"] = _sublayers(arch, take, dtype, kind, x)
-    if choices is not None:
+    if choices is None:
+        outputs["logits"] = _head(arch, take, dtype, x)
+    else:
         outputs["next_normed"], tokens, chosen = _decisions(arch, take, x, choices)
         if tokens is not None:
             outputs["next_kept"] = opset.greater(tokens, take("token_thresholds", arch.tokens))
@@ -210,6 +212,14 @@ def _decisions(arch: Architecture, take: Inputs, x: Any, choices: int) -> tuple[
         chosen = opset.add(opset.reduce_sum(opset.multiply(first, weights), _ints(-1), False), offsets)
         chosen = opset.reshape(chosen, _ints(1, -1), False)
     return normed, tokens, chosen
+
+
+def _head(arch: Architecture, take: Inputs, dtype: Any, x: Any) -> Any:
+    """The logits [1, C] of x [N, D]."""
+    first = opset.slice(x, _ints(0), _ints(1), _ints(1), _ints(0))
+    weights = _float(take("head.weight", arch.classes, arch.width, dtype=dtype))
+    product = opset.matmul(_normed(arch, take, "norm", first), weights, False, True)
+    return opset.add(product, take("head.bias", arch.classes))
 
 
 def _normed(arch: Architecture, take: Inputs, name: str, x: Any) -> Any:
