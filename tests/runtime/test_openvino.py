@@ -188,22 +188,14 @@ def test_a_size_is_compiled_once_it_is_frequent_and_then_run(wide: tuple[Path, P
     rare = Policy.concatenate([Policy.dense(WIDE, 20), random_policy(WIDE, 1, 0)])
     kinds = {WIDE.choices(block + 1) if block + 1 < WIDE.depth else None for block in range(WIDE.depth)}
     assert loaded.specialise(rare) == len(kinds)  # one for all blocks that decide on as much
-    ran: list[tuple[int, int]] = []
-    for models in loaded.backend._blocks._whole.values():  # type: ignore[attr-defined]
-        for size, requests in models.prepared.items():
-            requests.run = noted(ran, size, requests.run)
+    blocks = range(WIDE.depth)
+    of_any = [loaded.dispatcher.specialised.engines[block, bytes([1, 1])]._any for block in blocks]  # type: ignore[attr-defined]
+    for requests in of_any:
+        requests._idle = [None]  # would fail
     np.testing.assert_allclose(loaded.run(image, policy=dense).logits, before, atol=1e-5)
-    assert ran == [(WIDE.tokens, WIDE.heads)] * WIDE.depth
-
-
-def noted(into: list[Any], what: Any, call: Callable[..., None]) -> Callable[..., None]:
-    """A call that is noted."""
-
-    def run(*arguments: Any) -> None:
-        into.append(what)
-        call(*arguments)
-
-    return run
+    dense.heads[0, 1, 0] = False
+    with pytest.raises(AttributeError):
+        loaded.run(image, policy=dense)
 
 
 def test_weights_that_are_put_out_are_held_no_longer(loaded: Runtime) -> None:

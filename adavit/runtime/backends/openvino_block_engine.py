@@ -24,23 +24,18 @@ class BlockModels:
 
     Attributes:
         names: of its inputs, then its outputs.
-        prepared: what runs it for so many tokens, as they are rounded, and heads. May be replaced as a whole.
+        any: compiled for any numbers.
+        prepared: compiled for so many tokens, as they are rounded, and heads. May be replaced as a whole.
     """
 
     def __init__(self, head_width: int, make: Callable[[], Any], compile_model: Callable[[Any], Any]) -> None:
         self._head_width, self._make, self._compile = head_width, make, compile_model
-        model = make()
-        compiled = compile_model(model)
-        self.names = [*names_of(compiled.inputs), *names_of(compiled.outputs)]
-        self.prepared: dict[tuple[int, int], Requests] = {}
-        self._any = Requests(model.get_friendly_name(), compiled)
+        self.any = compile_model(make())
+        self.names = [*names_of(self.any.inputs), *names_of(self.any.outputs)]
+        self.prepared: dict[tuple[int, int], Any] = {}
 
-    def run(self, tokens: int, heads: int, tensors: list[Any]) -> None:
-        """Runs on the inputs, then the outputs, with so many tokens, as they are rounded, and heads."""
-        self.prepared.get((tokens, heads), self._any).run(tensors)
-
-    def prepare(self, tokens: int, heads: int) -> Requests:
-        """What runs it for so many tokens, as they are rounded, and heads alone."""
+    def prepare(self, tokens: int, heads: int) -> Any:
+        """Compiles it for so many tokens, as they are rounded, and heads alone."""
         channels = heads * self._head_width
         by_name = dict.fromkeys(("kept", "mask"), tokens) | dict.fromkeys(("qkv", "qkv_bias", "heads"), heads)
         by_name |= {"proj": channels, "fc1": channels + 2}
@@ -49,13 +44,14 @@ class BlockModels:
         for port, name in zip(model.inputs, names_of(model.inputs), strict=True):
             shapes[port] = [by_name[name] if size.is_dynamic else size for size in port.partial_shape]
         model.reshape(shapes)
-        return Requests(model.get_friendly_name(), self._compile(model))
+        return self._compile(model)
 
 
 class OpenVinoBlockEngine:
-    """A block with its weights.
+    """A block with its weights, and requests of its own, in which they stay set.
 
     Args:
+        name: of the engine.
         models: run it, and others with other weights.
         heads: how many there are.
         fixed: the weights that are the same in every run, by the names of the model's inputs.
@@ -63,15 +59,18 @@ class OpenVinoBlockEngine:
     """
 
     def __init__(
-        self, models: BlockModels, heads: int, fixed: Mapping[str, npt.NDArray[Any]], given: Sequence[str]
+        self, name: str, models: BlockModels, heads: int, fixed: Mapping[str, npt.NDArray[Any]], given: Sequence[str]
     ) -> None:
-        self._models, self._heads = models, heads
+        self._name, self._models, self._heads = name, models, heads
+        self._any = Requests(name, models.any)
+        self._prepared: Mapping[tuple[int, int], Any] = {}
+        self._requests: dict[tuple[int, int], Requests] = {}
         self._fixed = {key: as_rows(array).tensor for key, array in fixed.items()}
         self._given = [models.names.index(key) for key in given]
 
     def bound(self, values: Mapping[str, Any]) -> Callable[..., None]:
         """See `FixedEngine.bound`. Kept tokens are rounded up by further ones of the class token."""
-        names, run, at_given = self._models.names, self._models.run, self._given
+        names, at_given = self._models.names, self._given
         known = self._fixed | {key: as_rows(values[key]).tensor for key in names if key in values}
         tensors = [known.get(key) for key in names]
         at_kept, at_mask = (names.index(key) if key in names else None for key in ("kept", "mask"))
@@ -92,6 +91,17 @@ class OpenVinoBlockEngine:
                 now[at_kept] = numbers.rows(rows).tensor
                 if at_mask is not None:
                     now[at_mask] = mask_of(count, rows)
-            run(rows, weights[0].number if weights else self._heads, now)
+            self._requests_of(rows, weights[0].number if weights else self._heads).run(now)
 
         return bound
+
+    def _requests_of(self, tokens: int, heads: int) -> Requests:
+        """What runs it with so many tokens, as they are rounded, and heads."""
+        if self._prepared is not self._models.prepared:
+            self._prepared, self._requests = self._models.prepared, {}
+        found = self._requests.get((tokens, heads))
+        if found is None:
+            compiled = self._prepared.get((tokens, heads))
+            found = self._any if compiled is None else Requests(self._name, compiled)
+            self._requests[tokens, heads] = found
+        return found

@@ -20,7 +20,7 @@ import openvino
 from adavit.runtime.backend import Constants, Engine, Sizes
 from adavit.runtime.backends.openvino_block_engine import BlockModels, OpenVinoBlockEngine
 from adavit.runtime.backends.openvino_buffers import as_rows, from_bfloat16, rounded, to_bfloat16
-from adavit.runtime.backends.openvino_engine import OpenVinoEngine, Requests
+from adavit.runtime.backends.openvino_engine import OpenVinoEngine
 from adavit.runtime.backends.openvino_models import (
     TOKEN_SELECT,
     attention_model,
@@ -103,6 +103,7 @@ class Blocks:
         self._models: dict[tuple[Any, ...], Any] = {}
         self._whole: dict[tuple[str, int | None], BlockModels] = {}
         self._weights: dict[tuple[int, str], Weights] = {}
+        self._all_heads: dict[tuple[int, str], dict[str, Array]] = {}
 
     def _model(self, exact: bool, build: Callable[..., Any], *arguments: Any) -> Any:
         """A compiled model of this architecture, the same for all that ask for the same."""
@@ -155,11 +156,18 @@ class Blocks:
             fixed |= weights.fixed
             given += ["heads"] * (sublayer == "mlp") + [share.spec.name for share in weights.by_head]
             if not arch.adapts_heads(block):
-                heads = np.arange(arch.heads)
-                fixed |= {"heads": heads} | {share.spec.name: share.of(heads) for share in weights.by_head}
-        return OpenVinoBlockEngine(
-            self._whole_models(block, kind), arch.heads, fixed, [key for key in given if key not in fixed]
-        )
+                fixed |= self._of_all_heads(block, sublayer)
+        given = [key for key in given if key not in fixed]
+        return OpenVinoBlockEngine(name, self._whole_models(block, kind), arch.heads, fixed, given)
+
+    def _of_all_heads(self, block: int, sublayer: str) -> dict[str, Array]:
+        """What a sub-layer is given where all heads are kept, taken once."""
+        found = self._all_heads.get((block, sublayer))
+        if found is None:
+            heads = np.arange(self._bundle.architecture.heads)
+            shares = {share.spec.name: share.of(heads) for share in self._weigh(block, sublayer).by_head}
+            found = self._all_heads[block, sublayer] = {"heads": heads} | shares
+        return found
 
     def _whole_models(self, block: int, kind: str) -> BlockModels:
         """The models of a block as a whole, the same for all blocks that decide on as much behind it."""
@@ -179,7 +187,7 @@ class Blocks:
             rows = rounded(tokens, arch.tokens) if arch.token_policy else 0
             times[self._whole_models(block, kind), rows, heads] += often
         wanted = [key for key in sorted(times, key=times.__getitem__, reverse=True) if times[key] >= OFTEN][:PREPARED]
-        prepared: dict[BlockModels, dict[tuple[int, int], Requests]] = {models: {} for models in self._whole.values()}
+        prepared: dict[BlockModels, dict[tuple[int, int], Any]] = {models: {} for models in self._whole.values()}
         for models, rows, heads in wanted:
             prepared[models][rows, heads] = models.prepared.get((rows, heads)) or models.prepare(rows, heads)
         for models, found in prepared.items():
