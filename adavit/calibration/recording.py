@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.calibration.linear import unit
+from adavit.runtime.dispatcher import of_engines
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
 from adavit.statistics import Statistics
@@ -94,11 +95,8 @@ class Recorder:
         arch = self.runtime.architecture
         states: list[tuple[str, Float]] = []
 
-        def observe(_: int, name: str, x: Float) -> None:
-            if not name.startswith("decisions."):
-                states.append((name, x.copy()))
-
         replayed = Policy.dense(arch, 1) if self.naive else None
+        observe = of_engines(lambda _, name, x: states.append((name, x.copy())))
         result = self.runtime.run(image[None], replayed, observe)
         used = result.policy
         self.images += 1

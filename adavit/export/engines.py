@@ -59,8 +59,7 @@ def _images(graph: Graph, arch: Architecture) -> str:
 
 def _stem(arch: Architecture, weights: Weights, opset: int) -> Graph:
     graph = Graph("stem", opset)
-    images = _images(graph, arch)
-    graph.output("x", add_stem(graph, arch, weights, images), ["B", arch.tokens, arch.width])
+    graph.output("x", add_stem(graph, arch, weights, _images(graph, arch)), ["B", arch.tokens, arch.width])
     return graph
 
 

@@ -146,7 +146,7 @@ class Backend(Protocol):
     def prepare(self, used: Mapping[Sizes, float]) -> int:
         """Prepares engines for the sizes that come most often, by how often an image has them, to run them faster.
 
-        Returns for how many, none where that is no faster; what was prepared before stays.
+        Those that were prepared before, for others, are dropped. Returns for how many: 0 where that is no faster.
         """
         ...
 

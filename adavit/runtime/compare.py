@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from adavit.architecture import TOKEN_LOGIT
 from adavit.errors import InputError
+from adavit.runtime.dispatcher import of_engines
 from adavit.runtime.images import find_images
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result, Runtime, load
@@ -53,7 +54,8 @@ class Watched:
     def run(self, images: Float, policy: Policy | None = None) -> tuple[Result, list[list[dict[str, Float]]]]:
         """Runs images [B, 3, S, S]; returns the result and, by image and block, the margins [n] of each kind."""
         states: list[list[tuple[str, Float]]] = [[] for _ in images]
-        result = self.runtime.run(images, policy, lambda at, engine, x: states[at].append((engine, x.copy())))
+        observe = of_engines(lambda at, engine, x: states[at].append((engine, x.copy())))
+        result = self.runtime.run(images, policy, observe)
         depth = self.runtime.architecture.depth
         return result, [[self._margins(block, x) for block, x in enumerate(_inputs(seen, depth))] for seen in states]
 

@@ -42,7 +42,7 @@ from adavit.runtime.policy import Policy
 from adavit.runtime.specialise import DECIDING, STEM, Specialised
 from adavit.runtime.state import Scratch, State, Thresholds
 
-__all__ = ["Dispatcher", "Observer"]
+__all__ = ["DECISIONS", "Dispatcher", "Observer", "of_engines"]
 
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.intp]
@@ -50,6 +50,7 @@ Observer = Callable[[int, str, npt.NDArray[Any]], None]
 """Told, after every engine: the image's position, the engine's name, and what it made of the tokens [N, D]; before
 every block: the position, "decisions." and the block's number, and which tokens, heads and sub-layers it would keep,
 bool [N + H + 2]."""
+DECISIONS = "decisions."
 
 KEPT_WEIGHTS = 128 << 20
 """Bytes of gathered weights that a runtime keeps."""
@@ -140,6 +141,16 @@ class Dispatcher:
         self._states.append(state)
 
 
+def of_engines(observe: Observer) -> Observer:
+    """An observer that is told of engines alone."""
+
+    def observe_engine(position: int, name: str, x: npt.NDArray[Any]) -> None:
+        if not name.startswith(DECISIONS):
+            observe(position, name, x)
+
+    return observe_engine
+
+
 def taken(spare: list[Any]) -> Any:
     """One of what is spare, or None; from any thread."""
     try:
@@ -197,7 +208,7 @@ class ImageRun:
             if not self._decided:
                 self._decide(index, state, scratch)
             if self._observe:
-                self._observe(self._position, f"decisions.{index}", state.decisions(index))
+                self._observe(self._position, f"{DECISIONS}{index}", state.decisions(index))
             if self._follows:
                 state.follow(self._policy, self._position, index)
             self._decided = self._run(index, state, scratch)

@@ -53,6 +53,16 @@ def test_a_bundle_agrees_with_itself(wide: tuple[Path, Path], photos: Path) -> N
     }  # fmt: skip
 
 
+def test_blocks_that_are_skipped(photos: Path, tmp_path: Path) -> None:
+    bundle = export(random_model(WIDE, sublayers=-2.0), tmp_path)
+    loaded = adavit.load(bundle, threads=1)
+    images = np.stack([loaded.preprocess(path) for path in sorted(photos.iterdir())])
+    assert (~loaded.run(images).policy.sublayers.any(2)).any()
+    report = compared(bundle, bundle, "--images", photos)
+    assert report["free"]["flipped"] == report["replayed"]["flipped"] == 0
+    assert report["free"]["identical_policies"] == 1
+
+
 def test_flips_are_counted_where_they_happen(wide: tuple[Path, Path], shifted: Path, photos: Path) -> None:
     report = compared(wide[0], shifted, "--images", photos)
     first, second = (adavit.load(bundle, threads=1) for bundle in (wide[0], shifted))

@@ -15,7 +15,7 @@ __all__ = ["BlockModels", "OpenVinoBlockEngine"]
 
 
 class BlockModels:
-    """A `block_model` for any numbers of tokens and heads, and for some of them alone, which saves a tenth of the time.
+    """A `block_model` for any numbers of tokens and heads, and for some of them alone, which is faster.
 
     Args:
         head_width: of the model.
