@@ -39,7 +39,7 @@ Array = npt.NDArray[Any]
 Compile = Callable[[Any, bool], Any]
 
 PREPARED = 64
-"""Sizes that whole blocks are compiled for at most: 2 to 4 MB and 30 to 50 ms each."""
+"""Sizes that whole blocks are compiled for at most: 6 MB and 50 ms each."""
 OFTEN = 1 / 16
 """How often an image has to have them."""
 
