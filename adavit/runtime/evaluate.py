@@ -112,6 +112,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     used = Policy.concatenate(seen.policies)
     engines = len(runtime.dispatcher.plan.sets)
     if options.specialise and not engines:
+        progress("making engines", 0.0)
         engines = _specialise(runtime, used if given else None, options.batch)
     if options.record_policy:
         used.save(options.record_policy)

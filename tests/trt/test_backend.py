@@ -42,13 +42,17 @@ def test_the_same_results_as_in_onnx_runtime(
     images = random_images(runtime.architecture, 4)
     on_gpu = adavit.load(built, **TENSORRT, parallel=parallel, cuda_graphs=graphs)
     wanted, dense = runtime.run(images), runtime.run_dense(images)
-    for _ in range(4):
+    launched = 0
+    for _ in range(40 if graphs else 4):  # which worker gets which image, and so what runs again, is by chance
         found = on_gpu.run(images)
         assert_same_policy(found.policy, wanted.policy)
         np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-4)
         np.testing.assert_array_equal(found.macs, wanted.macs)
         np.testing.assert_allclose(on_gpu.run_dense(images), dense, atol=1e-4)
-    assert ("launch" in gpu.names()) == graphs
+        launched += "launch" in gpu.names()
+        if launched == 3:
+            break
+    assert bool(launched) == graphs
 
 
 def test_any_policy_is_replayed(built: Path, runtime: Runtime, gpu: Gpu) -> None:

@@ -64,7 +64,7 @@ class OpenVinoBackend(HostMoves):
         self._blocks: Blocks | None = None
         self._making: dict[str, Future[OpenVinoEngine]] = {}
         if bundle.config.get("precision") == "fp32":
-            self._blocks = Blocks(bundle, self._compile, self._precision == "bf16")
+            self._blocks = Blocks(bundle, self._compile, self._precision == "bf16", options.threads)
         else:
             pool = ThreadPoolExecutor(options.threads, "adavit-compile")
             names = [name for name in bundle.engines if name.startswith("blocks.")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,10 +97,11 @@ class Blocks:
         bundle: where their weights are.
         compile_model: compiles a model, in float32 if the second argument says so.
         bf16: whether to compute in it; decisions are in float32 in any case.
+        threads: that compile.
     """
 
-    def __init__(self, bundle: Bundle, compile_model: Compile, bf16: bool) -> None:
-        self._bundle, self._compile, self._bf16 = bundle, compile_model, bf16
+    def __init__(self, bundle: Bundle, compile_model: Compile, bf16: bool, threads: int) -> None:
+        self._bundle, self._compile, self._bf16, self._threads = bundle, compile_model, bf16, threads
         self._models: dict[tuple[Any, ...], Any] = {}
         self._whole: dict[tuple[str, int | None], BlockModels] = {}
         self._weights: dict[tuple[int, str], Weights] = {}
@@ -188,8 +190,12 @@ class Blocks:
             times[self._whole_models(block, kind), rows, heads] += often
         wanted = [key for key in sorted(times, key=times.__getitem__, reverse=True) if times[key] >= OFTEN][:PREPARED]
         prepared: dict[BlockModels, dict[tuple[int, int], Any]] = {models: {} for models in self._whole.values()}
-        for models, rows, heads in wanted:
+
+        def prepare(models: BlockModels, rows: int, heads: int) -> None:
             prepared[models][rows, heads] = models.prepared.get((rows, heads)) or models.prepare(rows, heads)
+
+        with ThreadPoolExecutor(self._threads, "adavit-compile") as pool:
+            list(pool.map(prepare, *zip(*wanted, strict=True)))
         for models, found in prepared.items():
             models.prepared = found
         return len(wanted)
