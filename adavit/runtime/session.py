@@ -306,6 +306,6 @@ class Runtime:
             raise InputError(f"images is a {type(images).__name__}: expected a numpy array, {wanted}")
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, side, side) or not len(images):
             raise InputError(f"images is {images.dtype} {list(images.shape)}: expected {wanted}")
-        if not (math.isfinite(images.max()) and math.isfinite(images.min())):  # of which NaN is both, where there is one
+        if not (math.isfinite(images.max()) and math.isfinite(images.min())):  # NaN is both where there is one
             raise InputError("images hold NaN or infinite values; check the preprocessing")
         return np.ascontiguousarray(images)
