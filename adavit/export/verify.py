@@ -15,6 +15,7 @@ from adavit.errors import VerificationError
 from adavit.model import AdaViT, Output
 from adavit.model.adavit import Block, BlockLogits
 from adavit.model.policy import BlockPolicy, decide
+from adavit.runtime.dispatcher import DECISIONS
 from adavit.runtime.plan import HeadSet, sets_of
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
@@ -181,8 +182,8 @@ def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> floa
     result = runtime.run(wanted.image[None], replay, lambda _, engine, x: seen.append((engine, x.copy())))
     before = ""
     for engine, found in seen:
-        part, _, block = engine.partition(".")
-        if part == "decisions":
+        if engine.startswith(DECISIONS):
+            block = engine.removeprefix(DECISIONS)
             alone = "decide_set" if runtime.dispatcher.specialised.sets else "decide"
             by = before if before.endswith("_set") and _block(before) == int(block) - 1 else f"blocks.{block}.{alone}"
             _same_decisions(by, runtime.architecture, found, wanted, int(block))

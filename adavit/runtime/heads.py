@@ -108,7 +108,7 @@ class HeadWeights:
         """The weights of heads, as new buffers with their number of rows."""
         found = []
         for tensor in self._outputs(block, kind):
-            shape = self._shape(tensor, len(heads))
+            shape = tensor.of_heads(len(heads), self._bundle.architecture.head_width)
             found.append((self._backend.buffer(shape, tensor.dtype), shape[0]))
         getattr(self._blocks[block], kind).run([heads], [buffer.rows(count) for buffer, count in found])
         return found
@@ -116,12 +116,6 @@ class HeadWeights:
     def _outputs(self, block: int, kind: str) -> tuple[TensorSpec, ...]:
         engine: Engine = getattr(self._blocks[block], kind)
         return engine.spec.outputs
-
-    def _shape(self, tensor: TensorSpec, heads: int) -> tuple[int, ...]:
-        """Of what is gathered of so many heads."""
-        channels = heads * self._bundle.architecture.head_width
-        sizes = {"h": heads, "c": channels, "c+2": channels + 2}
-        return tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
 
     def _keep(self, key: Key, found: Gathered) -> None:
         size = _size(found)

@@ -30,6 +30,7 @@ __all__ = [
     "set_kinds",
     "sets_of",
     "sizes_of",
+    "sublayers_of",
     "sublayers_run",
 ]
 
@@ -83,6 +84,11 @@ def sizes_of(policy: Policy) -> Mapping[Sizes, float]:
 def set_kinds(arch: Architecture, block: int) -> tuple[str, ...]:
     """The combinations of sub-layers that a block may run."""
     return SETS if arch.adapts_sublayers(block) else ("both",)
+
+
+def sublayers_of(kind: str) -> tuple[str, ...]:
+    """The sub-layers that one of SETS runs; none of anything else."""
+    return tuple(part for part in SUBLAYERS if kind in (part, "both"))
 
 
 def sublayers_run(attention: bool, mlp: bool) -> str:
@@ -176,8 +182,7 @@ def saved_macs(arch: Architecture, kind: str, kept_tokens: int, kept_heads: int)
 
     Against the faster ones of the other engines; kind is one of SETS.
     """
-    parts = SUBLAYERS if kind == "both" else (kind,)
-    return CALLS + sum(_saved_macs(arch, part, kept_tokens, kept_heads) for part in parts)
+    return CALLS + sum(_saved_macs(arch, part, kept_tokens, kept_heads) for part in sublayers_of(kind))
 
 
 def _saved_macs(arch: Architecture, kind: str, kept_tokens: int, kept_heads: int) -> float:

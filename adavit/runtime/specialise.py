@@ -21,7 +21,7 @@ from adavit.errors import BackendError
 from adavit.macs import dense_macs
 from adavit.runtime.backend import Backend, Constants, FixedEngine
 from adavit.runtime.bundle import Bundle
-from adavit.runtime.plan import SUBLAYERS, HeadSet, saved_macs, set_kinds, sets_of
+from adavit.runtime.plan import SUBLAYERS, HeadSet, saved_macs, set_kinds, sets_of, sublayers_of
 from adavit.runtime.policy import Policy
 from adavit.runtime.weights import attention_weights, mlp_weights, set_weights
 
@@ -138,4 +138,4 @@ def _choices(arch: Architecture, found: HeadSet) -> npt.NDArray[np.bool_]:
 
 def _sublayers(kind: str) -> list[bool]:
     """Which of the sub-layers run."""
-    return [kind in (part, "both") for part in SUBLAYERS]
+    return [part in sublayers_of(kind) for part in SUBLAYERS]

@@ -282,7 +282,7 @@ class OnnxRuntimeFixedEngine:
     def __init__(self, ort: ModuleType, session: Any, spec: EngineSpec) -> None:
         self._ort, self._session, self._spec = ort, session, spec
 
-    def bound(self, values: Mapping[str, Any]) -> Callable[[], None]:
+    def bound(self, values: Mapping[str, Any]) -> Callable[..., None]:
         """See `FixedEngine.bound`."""
         binding = self._session.io_binding()
         given = [tensor.name for tensor in self._spec.inputs if tensor.name == "images"]

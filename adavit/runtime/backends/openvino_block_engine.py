@@ -40,7 +40,7 @@ class BlockModels:
         by_name = dict.fromkeys(("kept", "mask"), tokens) | dict.fromkeys(("qkv", "qkv_bias", "heads"), heads)
         by_name |= {"proj": channels, "fc1": channels + 2}
         model = self._make()
-        shapes = {port: port.partial_shape for port in model.inputs}
+        shapes: dict[Any, list[Any]] = {}
         for port, name in zip(model.inputs, names_of(model.inputs), strict=True):
             shapes[port] = [by_name[name] if size.is_dynamic else size for size in port.partial_shape]
         model.reshape(shapes)
@@ -65,14 +65,14 @@ class OpenVinoBlockEngine:
         self._any = Requests(name, models.any)
         self._prepared: Mapping[tuple[int, int], Any] = {}
         self._requests: dict[tuple[int, int], Requests] = {}
-        self._fixed = {key: as_rows(array).tensor for key, array in fixed.items()}
+        self._fixed = {key: as_rows(array) for key, array in fixed.items()}  # tensors do not keep their memory
         self._given = [models.names.index(key) for key in given]
 
     def bound(self, values: Mapping[str, Any]) -> Callable[..., None]:
         """See `FixedEngine.bound`. Kept tokens are rounded up by further ones of the class token."""
         names, at_given = self._models.names, self._given
-        known = self._fixed | {key: as_rows(values[key]).tensor for key in names if key in values}
-        tensors = [known.get(key) for key in names]
+        known = self._fixed | {key: as_rows(values[key]) for key in names if key in values}
+        tensors = [known[key].tensor if key in known else None for key in names]
         at_kept, at_mask = (names.index(key) if key in names else None for key in ("kept", "mask"))
         if at_kept is not None:
             kept = values["kept"]

@@ -31,7 +31,7 @@ from adavit.runtime.backends.openvino_models import (
     names_of,
 )
 from adavit.runtime.bundle import Bundle, EngineSpec, TensorSpec
-from adavit.runtime.plan import SUBLAYERS
+from adavit.runtime.plan import sublayers_of
 from adavit.runtime.weights import attention_weights, block_weights, engine_weights, mlp_weights
 
 __all__ = ["Blocks"]
@@ -70,10 +70,7 @@ class ByHead(NamedTuple):
 
     def of(self, heads: npt.NDArray[Any]) -> Array:
         """The shares of heads [h], a copy."""
-        channels = len(heads) * self.array.shape[self.axis + 1]
-        sizes = {"h": len(heads), "c": channels, "c+2": channels + 2}
-        shape = [sizes[size] if isinstance(size, str) else size for size in self.spec.shape]
-        into = np.empty(shape, self.array.dtype)
+        into = np.empty(self.spec.of_heads(len(heads), self.array.shape[self.axis + 1]), self.array.dtype)
         self.fill(heads, into)
         return into
 
@@ -149,18 +146,18 @@ class Blocks:
         arch = self._bundle.architecture
         number, part = name.split(".")[1:]
         block, kind = int(number), part.removesuffix("_set")
-        kinds = [sublayer for sublayer in SUBLAYERS if kind in (sublayer, "both")]
-        deciding = block + bool(kinds)
+        sublayers = sublayers_of(kind)
+        deciding = block + bool(sublayers)
         fixed = dict(self._weigh(deciding, "decide" if deciding < arch.depth else "head").fixed)
         given: list[str] = []
-        for sublayer in kinds:
+        for sublayer in sublayers:
             weights = self._weigh(block, sublayer)
             fixed |= weights.fixed
             given += ["heads"] * (sublayer == "mlp") + [share.spec.name for share in weights.by_head]
             if not arch.adapts_heads(block):
                 fixed |= self._of_all_heads(block, sublayer)
         given = [key for key in given if key not in fixed]
-        return OpenVinoBlockEngine(name, self._whole_models(block, kind), arch.heads, fixed, given)
+        return OpenVinoBlockEngine(name, self._whole_models(kind, deciding), arch.heads, fixed, given)
 
     def _of_all_heads(self, block: int, sublayer: str) -> dict[str, Array]:
         """What a sub-layer is given where all heads are kept, taken once."""
@@ -171,9 +168,9 @@ class Blocks:
             found = self._all_heads[block, sublayer] = {"heads": heads} | shares
         return found
 
-    def _whole_models(self, block: int, kind: str) -> BlockModels:
-        """The models of a block as a whole, the same for all blocks that decide on as much behind it."""
-        arch, deciding = self._bundle.architecture, block + (kind != "decide")
+    def _whole_models(self, kind: str, deciding: int) -> BlockModels:
+        """The models of a block as a whole that decides for another one, the same where that decides on as much."""
+        arch = self._bundle.architecture
         choices = arch.choices(deciding) if deciding < arch.depth else None
         found = self._whole.get((kind, choices))
         if found is None:
@@ -187,7 +184,7 @@ class Blocks:
         arch, times = self._bundle.architecture, defaultdict[tuple[BlockModels, int, int], float](float)
         for (block, kind, tokens, heads), often in used.items():
             rows = rounded(tokens, arch.tokens) if arch.token_policy else 0
-            times[self._whole_models(block, kind), rows, heads] += often
+            times[self._whole_models(kind, block + 1), rows, heads] += often
         wanted = [key for key in sorted(times, key=times.__getitem__, reverse=True) if times[key] >= OFTEN][:PREPARED]
         prepared: dict[BlockModels, dict[tuple[int, int], Any]] = {models: {} for models in self._whole.values()}
 

@@ -143,20 +143,19 @@ def _model(name: str, take: Inputs, outputs: Mapping[str, Any]) -> Any:
 
 def _sublayers(arch: Architecture, take: Inputs, dtype: Any, kind: str, x: Any) -> Any:
     """The kept sub-layers on the kept tokens of x [N, D], put back where they were: [N, D]."""
-    normed = None if kind == "mlp" else take("normed", arch.tokens, arch.width)
-    rows, by_row = x, opset.constant(np.int64(0))
-    if arch.token_policy:
-        kept = take("kept", ANY, dtype=np.int32)
-        rows = opset.gather(x, kept, by_row)
-        normed = normed and opset.gather(normed, kept, by_row)
-    y = rows
-    if normed:
-        y = _attention(arch, take, dtype, y, normed, masks=arch.token_policy)
+    kept = take("kept", ANY, dtype=np.int32) if arch.token_policy else None
+    by_row = opset.constant(np.int64(0))
+
+    def taken(tokens: Any) -> Any:
+        return tokens if kept is None else opset.gather(tokens, kept, by_row)
+
+    rows = taken(x)
+    if kind != "mlp":
+        normed = taken(take("normed", arch.tokens, arch.width))
+        rows = _attention(arch, take, dtype, rows, normed, masks=arch.token_policy)
     if kind != "attention":
-        y = _mlp(arch, take, dtype, y)
-    if arch.token_policy:
-        y = opset.scatter_update(x, kept, y, by_row)
-    return y
+        rows = _mlp(arch, take, dtype, rows)
+    return rows if kept is None else opset.scatter_update(x, kept, rows, by_row)
 
 
 def _attention(arch: Architecture, take: Inputs, dtype: Any, x: Any, normed: Any, masks: bool) -> Any:
