@@ -3,9 +3,11 @@
 import gc
 import json
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -115,6 +117,7 @@ class AbleCore:
     def __init__(self, core: Any) -> None:
         self.core = core
         self.asked: dict[str, str] = {}
+        self.threads: list[tuple[str, int, int]] = []
 
     def get_property(self, device: str, name: str) -> list[str]:
         return ["FP32", "BF16"]
@@ -124,6 +127,7 @@ class AbleCore:
 
     def compile_model(self, model: Any, device: str, properties: dict[str, Any]) -> Any:
         self.asked[model.friendly_name] = properties["INFERENCE_PRECISION_HINT"]
+        self.threads.append((model.friendly_name, properties["INFERENCE_NUM_THREADS"], properties["NUM_STREAMS"]))
         return self.core.compile_model(model, device, {**properties, "INFERENCE_PRECISION_HINT": "f32"})
 
 
@@ -141,6 +145,28 @@ def test_decisions_stay_in_float32_where_the_rest_is_bf16(
     for name, precision in core.asked.items():
         assert precision == ("f32" if name.startswith("decide") else wanted), name
     assert loaded.backend.versions()["precision"] == ("fp32" if wanted == "f32" else "bf16")
+
+
+def test_each_worker_has_copies_and_a_thread_of_its_own(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    core = AbleCore(openvino.Core())
+    monkeypatch.setattr(openvino, "Core", lambda: core)
+    loaded = adavit.load(tiny_bundle, backend="openvino", provider="fp32", threads=2, parallel="samples")
+    assert all(compiled % 2 == 0 for compiled in Counter(core.threads).values())
+    assert {(threads, streams) for _, threads, streams in core.threads} == {(1, 1)}
+    requests = loaded.dispatcher.engines.head._requests  # type: ignore[attr-defined]
+    together = Barrier(2)
+
+    def use(_: int) -> None:
+        together.wait(60)
+        loaded.run(random_images(loaded.architecture, 1))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(use, range(2)))
+    assert [len(idle) for idle in requests._idle] == [1, 1]
+    loaded.run_dense(random_images(loaded.architecture, 1))
+    assert core.threads[-1] == ("dense", 2, 1)
 
 
 @pytest.mark.skipif(not computes_bf16(), reason="this CPU does not compute in bf16")

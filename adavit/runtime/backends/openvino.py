@@ -21,7 +21,7 @@ try:
 
     from adavit.runtime.backends.openvino_blocks import Blocks
     from adavit.runtime.backends.openvino_buffers import OpenVinoBuffer, rounded
-    from adavit.runtime.backends.openvino_engine import OpenVinoEngine
+    from adavit.runtime.backends.openvino_engine import Compiled, OpenVinoEngine
     from adavit.runtime.backends.openvino_models import mask_scores
 except ImportError as error:
     raise BackendError(f"OpenVINO does not import ({error}); run: pip install 'adavit[openvino]'") from None
@@ -68,7 +68,7 @@ class OpenVinoBackend(HostMoves):
         else:
             pool = ThreadPoolExecutor(options.threads, "adavit-compile")
             names = [name for name in bundle.engines if name.startswith("blocks.")]
-            self._making = {name: pool.submit(self._make, name, options.workers) for name in names}
+            self._making = {name: pool.submit(self._make, name) for name in names}
             pool.shutdown(wait=False)
         self.always_gathers = self._blocks is not None
         self.fixed = self._blocks.whole if self._blocks else None
@@ -80,14 +80,14 @@ class OpenVinoBackend(HostMoves):
         try:
             if making := self._making.get(name):
                 return making.result()
-            return self._make(name, 1 if alone else self._options.workers)
+            return self._make(name, 1 if alone else None)
         except BaseException:
             for making in self._making.values():
                 making.cancel()
             raise
 
-    def _make(self, name: str, streams: int) -> OpenVinoEngine:
-        """The engine of a file, for so many threads that run it at once."""
+    def _make(self, name: str, copies: int | None = None) -> OpenVinoEngine:
+        """The engine of a file."""
         model, spec = self._read(name), self._bundle.engines[name]
         found = [[port.any_name for port in ports] for ports in (model.inputs, model.outputs)]
         if found != [[tensor.name for tensor in tensors] for tensors in (spec.inputs, spec.outputs)]:
@@ -96,7 +96,7 @@ class OpenVinoBackend(HostMoves):
             model.reshape({port: [1, *port.partial_shape[1:]] for port in model.inputs})
         masks = any("K" in tensor.shape for tensor in spec.inputs) and mask_scores(model)
         exact = any(tensor.name in DECISIONS for tensor in spec.outputs) or self._is_performer(name)
-        return OpenVinoEngine(spec, self._compile(model, exact, streams), masks=masks)
+        return OpenVinoEngine(spec, self._compile(model, exact, copies), masks=masks)
 
     def _read(self, name: str) -> Any:
         """The model of an engine's file."""
@@ -110,12 +110,13 @@ class OpenVinoBackend(HostMoves):
         """Whether an engine is the T2T stem: its many small operators lose more by conversions than bf16 gains."""
         return name == "stem" and self._bundle.architecture.stem == "t2t"
 
-    def _compile(self, model: Any, exact: bool, streams: int | None = None) -> Any:
-        """Compiles a model, to compute in float32 if it has to be exact, for so many threads that run it at once."""
+    def _compile(self, model: Any, exact: bool, copies: int | None = None) -> Compiled:
+        """Compiles a model, to compute in float32 if it has to be exact: so many copies, by default one a worker."""
+        copies = copies or self._options.workers
         properties = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": self._options.threads,
-            "NUM_STREAMS": streams or self._options.workers,
+            "INFERENCE_NUM_THREADS": self._options.threads // copies,
+            "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "f32" if exact else PRECISIONS[self._precision],
             "ENABLE_CPU_PINNING": False,
             "CPU_RUNTIME_CACHE_CAPACITY": PREPARED_KEPT,
@@ -124,13 +125,13 @@ class OpenVinoBackend(HostMoves):
         if any(shape.is_dynamic for shape in rows):
             properties["SNIPPETS_MODE"] = "DISABLE"  # fused attention may be wrong from the second number of tokens on
         try:
-            return self._core.compile_model(model, "CPU", properties)
+            return Compiled([self._core.compile_model(model, "CPU", properties) for _ in range(copies)])
         except RuntimeError as error:
             raise BackendError(f"OpenVINO refuses {model.get_friendly_name()}: {one_line(error)}") from None
 
     def prepare(self, used: Mapping[Sizes, float]) -> int:
-        """See `Backend.prepare`; none where samples run in parallel: each worker would hold its own, and be slower."""
-        return self._blocks.prepare(used) if self._blocks and self._options.workers == 1 else 0
+        """See `Backend.prepare`."""
+        return self._blocks.prepare(used, self._options.workers) if self._blocks else 0
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> OpenVinoBuffer:
         """See `Backend.buffer`."""

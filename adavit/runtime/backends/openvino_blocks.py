@@ -39,8 +39,8 @@ __all__ = ["Blocks"]
 Array = npt.NDArray[Any]
 Compile = Callable[[Any, bool], Any]
 
-PREPARED = 64
-"""Sizes that whole blocks are compiled for at most: 6 MB and 50 ms each."""
+PREPARED = 48
+"""Models that whole blocks are compiled to at most, for frequent sizes: 6 MB and 50 ms each."""
 OFTEN = 1 / 16
 """How often an image has to have them."""
 
@@ -179,13 +179,14 @@ class Blocks:
             self._whole[kind, choices] = found
         return found
 
-    def prepare(self, used: Mapping[Sizes, float]) -> int:
-        """Compiles whole blocks for the sizes that come most often. See `Backend.prepare`."""
+    def prepare(self, used: Mapping[Sizes, float], copies: int) -> int:
+        """Compiles whole blocks, so many copies, for the sizes that come most often. See `Backend.prepare`."""
         arch, times = self._bundle.architecture, defaultdict[tuple[BlockModels, int, int], float](float)
         for (block, kind, tokens, heads), often in used.items():
             rows = rounded(tokens, arch.tokens) if arch.token_policy else 0
             times[self._whole_models(kind, block + 1), rows, heads] += often
-        wanted = [key for key in sorted(times, key=times.__getitem__, reverse=True) if times[key] >= OFTEN][:PREPARED]
+        frequent = [key for key in sorted(times, key=times.__getitem__, reverse=True) if times[key] >= OFTEN]
+        wanted = frequent[: PREPARED // copies]
         prepared: dict[BlockModels, dict[tuple[int, int], Any]] = {models: {} for models in self._whole.values()}
 
         def prepare(models: BlockModels, rows: int, heads: int) -> None:

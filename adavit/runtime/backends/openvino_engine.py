@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from adavit.runtime.backends.openvino_buffers import as_rows
 from adavit.runtime.backends.openvino_models import mask_of
 from adavit.runtime.bundle import EngineSpec
 
-__all__ = ["OpenVinoEngine", "Requests"]
+__all__ = ["Compiled", "OpenVinoEngine", "Requests"]
 
 
 class OpenVinoEngine:
@@ -47,17 +49,44 @@ class OpenVinoEngine:
         self._requests.run(tensors)
 
 
+class Compiled:
+    """A model, compiled once for every worker. Compiled once with as many streams, it takes a sixth longer.
+
+    Args:
+        copies: what was compiled.
+
+    Attributes:
+        copies: as given; inputs, outputs: the model's ports.
+    """
+
+    def __init__(self, copies: Sequence[Any]) -> None:
+        self.copies = copies
+        self.inputs, self.outputs = copies[0].inputs, copies[0].outputs
+
+
+class Worker(threading.local):
+    """The thread that asks. Threads are numbered in turn, so that a pool's have numbers behind each other."""
+
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self.number = next(self._numbers)
+
+
+WORKER = Worker()
+
+
 class Requests:
-    """Inference requests of a compiled model, one for every thread that runs it at once.
+    """Inference requests of a compiled model, one for every thread that runs it at once, of the thread's own copy.
 
     Args:
         name: of the engine.
         compiled: the model.
     """
 
-    def __init__(self, name: str, compiled: Any) -> None:
-        self._name, self._compiled = name, compiled
-        self._idle: list[Request] = []
+    def __init__(self, name: str, compiled: Compiled) -> None:
+        self._name, self._copies = name, compiled.copies
+        self._idle: list[list[Request]] = [[] for _ in self._copies]
 
     def run(self, tensors: list[Any]) -> None:
         """Runs on the inputs, then the outputs.
@@ -65,15 +94,16 @@ class Requests:
         Raises:
             BackendError: OpenVINO failed.
         """
+        copy = WORKER.number % len(self._copies)
         try:
-            request = self._idle.pop()
+            request = self._idle[copy].pop()
         except IndexError:
-            request = Request(self._compiled)
+            request = Request(self._copies[copy])
         try:
             request.run(tensors)
         except RuntimeError as error:
             raise BackendError(f"engine {self._name} failed: {one_line(error)}") from error
-        self._idle.append(request)
+        self._idle[copy].append(request)
 
 
 class Request:
