@@ -155,7 +155,7 @@ def test_each_worker_has_copies_and_a_thread_of_its_own(tiny_bundle: Path, monke
     loaded = adavit.load(tiny_bundle, backend="openvino", provider="fp32", threads=2, parallel="samples")
     assert all(compiled % 2 == 0 for compiled in Counter(core.threads).values())
     assert {(threads, streams) for _, threads, streams in core.threads} == {(1, 1)}
-    requests = loaded.dispatcher.engines.head._requests  # type: ignore[attr-defined]
+    requests = loaded.dispatcher.engines.stem._requests  # type: ignore[attr-defined]
     together = Barrier(2)
 
     def use(_: int) -> None:
