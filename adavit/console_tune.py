@@ -30,6 +30,9 @@ def tune_lines(report: dict[str, Any]) -> list[str]:
     for gain in report["gains"]:
         numbers = f"{gain['speedup']:.2f}x", f"{gain['ideal']:.2f}x", f"{gain['speedup'] / gain['ideal']:.2f}"
         rows.append((gain["dropped"], f"{gain['macs']:.0%}", f"{gain['ms']:.2f}", *numbers))
+    sets = f"{len(report['gathers']['sets'])} sets of heads have engines of their own"
+    if not report["gathers"]["sets"]:
+        sets += "; --images finds the frequent ones"
     plans = ", ".join(f"{name} {time:.2f} ms an image" for name, time in report["plans_ms"].items())
     return [
         *lines,
@@ -38,6 +41,5 @@ def tune_lines(report: dict[str, Any]) -> list[str]:
         f"model       {report['model']} on {report['backend']}, {report['threads']} threads",
         f"plan        {report['taken']} is taken ({plans}); "
         + (f"kept in {report['plan']}" if report["plan"] else "not kept"),
-        f"sets        {len(report['gathers']['sets'])} sets of heads have engines of their own"
-        + ("" if report["gathers"]["sets"] else "; --images finds the frequent ones"),
+        *([f"sets        {sets}"] if report["engines_by_set"] else []),
     ]

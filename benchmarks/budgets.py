@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from fashion_mnist import DATA, pictures, write_pictures
 
 import adavit
 from adavit.macs import dense_macs
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.budget import Offsets
-from adavit.training.idx import read_idx
 from adavit.training.report import RandomPolicy
 
 EXPORT = [sys.executable, "-c", "from adavit.cli import export; export(prog_name='adavit-export')"]
@@ -34,22 +33,12 @@ WIDEST, BISECTIONS, COMPARED, CLOSE = 16.0, 16, 1000, 0.002
 Row = dict[str, float]
 
 
-def pictures(data: Path, part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """A random part of a set, uint8 [n, 28, 28], and its labels."""
-    images, labels = (read_idx(data / f"{part}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
-    chosen = np.random.default_rng(0).permutation(len(images))[:count]
-    return images[chosen], labels[chosen].astype(int)
-
-
 def calibrate(bundle: Path, budgets: str, data: Path, count: int, folder: Path) -> Path:
     """A copy of the bundle in a folder, with operating points from training images."""
     names = (bundle / "labels.txt").read_text().splitlines()
-    for position, (image, label) in enumerate(zip(*pictures(data, "train", count), strict=True)):
-        path = folder / "images" / names[label] / f"{position}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+    photos = write_pictures(data, "train", count, names, folder / "images")
     copy = shutil.copytree(bundle, folder / "bundle", dirs_exist_ok=True)
-    options = ["--budgets", budgets, "--calibration-images", str(folder / "images")]
+    options = ["--budgets", budgets, "--calibration-images", str(photos)]
     subprocess.run([*EXPORT, str(copy), *options], check=True)
     return copy
 
@@ -124,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--bundle", type=Path, default=Path(adavit.__file__).parent / "demo" / "bundle")
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--budgets", default="0.25,0.3,0.35,0.38,0.4,0.45,0.5,0.6,0.7")
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--calibration-images", type=int, default=2048)

@@ -1,7 +1,10 @@
-"""Reproduces the README's table and plot: python benchmarks/run.py --output results
+"""Reproduces the README's numbers: python benchmarks/run.py --output results
 
-Every row is one `adavit-run` in a process of its own, adaptive and dense alternating in the same backend; the masked
-PyTorch model and a random policy of the same usage are measured beside the first backend's.
+Every row is one `adavit-run` in a process of its own, adaptive and dense alternating in the same backend: random models
+of published shapes at every batch size, and for single images with every policy on, with policies by chance of the same
+usage, and without engines for frequent choices; then the demo on test images of Fashion-MNIST. The masked PyTorch model
+is measured beside the first backend's single images. Memory and load times are of processes of their own, too. Writes
+results.json and latency.png.
 """
 
 from __future__ import annotations
@@ -19,20 +22,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import BIASES, random_model
+from fashion_mnist import DATA, write_pictures
+from latency_plot import plot
+from models import ARCHITECTURES, BIASES, random_model
 
+import adavit
 from adavit.export import ExportOptions, export_bundle
 from adavit.runtime import Policy
 
-COMMAND = [sys.executable, "-c", "from adavit.cli import run; run()"]
+RUN = [sys.executable, "-c", "from adavit.cli import run; run()"]
+MEMORY = [sys.executable, str(Path(__file__).parent / "memory.py")]
+DEMO = Path(adavit.__file__).parent / "demo" / "bundle"
+DEMO_ROWS = {"at 35 %": (1, "--budget", "0.35"), "as trained": (1,), "as trained, batches": (32,)}
+"""Batch size and options of `adavit-run`."""
+
+Row = dict[str, Any]
 
 
-def measure(bundle: Path, batch: int, threads: int, seconds: float, *more: str) -> dict[str, Any]:
-    """One `adavit-run`, as its JSON report."""
-    options = ["--batch", str(batch), "--threads", str(threads), "--seconds", str(seconds), "--json", "-", *more]
-    done = subprocess.run([*COMMAND, str(bundle), *options], check=True, capture_output=True, text=True)
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
+def output_of(command: list[str]) -> Row:
+    """The JSON that a process prints."""
+    found: Row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
 
 
 def shuffled(policy: Policy, seed: int) -> Policy:
@@ -56,32 +66,76 @@ def masked_milliseconds(name: str, profile: str, seed: int, threads: int) -> flo
     return statistics.median(times[2:])
 
 
-def benchmark(name: str, profile: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every row of one model and profile."""
-    checkpoint, bundle, recorded = (folder / f"{name}-{profile}{end}" for end in (".pth", "", ".npz"))
-    torch.save(random_model(name, profile, arguments.seed).state_dict(), checkpoint)
-    export_bundle(checkpoint, bundle, ExportOptions(with_dense=True), lambda *_: None)
-    rows = []
-    for backend, batch in itertools.product(arguments.backends, arguments.batches):
-        how = "--backend", backend, "--record-policy", str(recorded)
-        report = measure(bundle, batch, arguments.threads, arguments.seconds, *how)
-        report["masked_pytorch_ms"] = report["random_policy_ms"] = None
-        if batch == 1 and backend == arguments.backends[0]:
-            report["masked_pytorch_ms"] = masked_milliseconds(name, profile, arguments.seed, arguments.threads)
-            shuffled(Policy.load(recorded), arguments.seed).save(recorded)
-            replayed = "--backend", backend, "--replay-policy", str(recorded)
-            replay = measure(bundle, 1, arguments.threads, arguments.seconds, *replayed)
-            report["random_policy_ms"] = replay["latency_ms"]["p50"]
-        rows.append({**report, "model": name, "profile": profile})
-        print(line(rows[-1]), flush=True)
-    return rows
+class Benchmark:
+    """Measures rows, and prints each.
+
+    Args:
+        arguments: of the command line.
+        folder: for checkpoints and bundles.
+
+    Attributes:
+        rows: reports of `adavit-run`, with the model's name, its profile and the policy: "own", "everything on" or
+            "random"; and memory: for each bundle and backend, load seconds and peak MiB of adaptive and dense.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self._arguments, self._folder = arguments, folder
+        self._limits = ["--threads", str(arguments.threads), "--seconds", str(arguments.seconds), "--json", "-"]
+        self.rows: list[Row] = []
+        self.memory: list[Row] = []
+
+    def measure(
+        self, bundle: Path, model: str, profile: str, backend: str, batch: int, *options: str, policy: str = "own"
+    ) -> Row:
+        """One `adavit-run`."""
+        command = [*RUN, str(bundle), "--backend", backend, "--batch", str(batch), *self._limits, *options]
+        report = output_of(command) | {"model": model, "profile": profile, "policy": policy, "predictions": []}
+        self.rows.append(report)
+        print(line(report), flush=True)
+        return report
+
+    def of_random_model(self, name: str, profile: str) -> None:
+        """Every row of one model and profile."""
+        given = self._arguments
+        checkpoint, bundle, recorded = (self._folder / f"{name}-{profile}{end}" for end in (".pth", "", ".npz"))
+        torch.save(random_model(name, profile, given.seed).state_dict(), checkpoint)
+        export_bundle(checkpoint, bundle, ExportOptions(with_dense=True), lambda *_: None)
+        for backend, batch in itertools.product(given.backends, given.batches):
+            self.measure(bundle, name, profile, backend, batch)
+        replay = "--replay-policy", str(recorded)
+        for backend in given.backends:
+            own = self.measure(bundle, name, profile, backend, 1, "--record-policy", str(recorded), "--no-specialise")
+            if backend == given.backends[0]:
+                own["masked_pytorch_ms"] = masked_milliseconds(name, profile, given.seed, given.threads)
+                shuffled(Policy.load(recorded), given.seed).save(recorded)
+                self.measure(bundle, name, profile, backend, 1, *replay, policy="random")
+            Policy.dense(ARCHITECTURES[name], own["images"]).save(recorded)
+            self.measure(bundle, name, profile, backend, 1, *replay, policy="everything on")
+            self.remember(bundle, name, profile, backend)
+
+    def of_demo(self) -> None:
+        """Every row of the demo."""
+        names = (DEMO / "labels.txt").read_text(encoding="utf-8").splitlines()
+        images = write_pictures(self._arguments.data, "t10k", self._arguments.test_images, names, self._folder / "test")
+        for backend, (profile, (batch, *options)) in itertools.product(self._arguments.backends, DEMO_ROWS.items()):
+            self.measure(DEMO, "demo", profile, backend, batch, "--images", str(images), *options)
+
+    def remember(self, bundle: Path, model: str, profile: str, backend: str) -> None:
+        """Load time and peak memory of a bundle and its dense twin."""
+        command = [*MEMORY, str(bundle), "--backend", backend, "--threads", str(self._arguments.threads)]
+        found = {"adaptive": output_of(command), "dense": output_of([*command, "--dense"])}
+        self.memory.append({"model": model, "profile": profile, "backend": backend, **found})
+        cells = [f"{kind} {of['peak_mib']:.0f} MiB, loaded in {of['load_s']:.2f} s" for kind, of in found.items()]
+        print(f"{model} {profile}, {backend}: " + "; ".join(cells), flush=True)
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """A row of the table."""
     share = row["macs"]["executed_mean"] / row["macs"]["dense"]
+    accuracy = "" if row["accuracy"] is None else f", {row['accuracy']['top1']:.1%} right"
     cells = [
         f"{row['model']} {row['profile']}",
+        row["policy"] + accuracy + ("" if row["specialised"] else ", not specialised"),
         row["backend"],
         str(row["batch"]),
         f"{share:.0%}",
@@ -94,33 +148,8 @@ def line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Latency against executed MACs, each relative to the dense twin's, with the ideal line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
-    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="ideal: time follows MACs")
-    markers = {1: "o", 8: "s", 32: "^"}
-    for number, (name, profile) in enumerate(BIASES):
-        for row in (row for row in rows if (row["model"], row["profile"]) == (name, profile)):
-            at = row["macs"]["executed_mean"] / row["macs"]["dense"], 1 / row["speedup"]
-            first = row["backend"] == rows[0]["backend"]
-            label = f"{name}, {profile}" if first and row["batch"] == rows[0]["batch"] else None
-            filled = {} if first else {"markerfacecolor": "none"}
-            axes.plot(*at, markers.get(row["batch"], "d"), color=f"C{number}", label=label, **filled)
-            axes.annotate(str(row["batch"]), at, (5, -3), textcoords="offset points", fontsize="x-small")
-    axes.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="executed MACs / dense MACs (numbers: batch)")
-    axes.set_title("filled: " + ", hollow: ".join(dict.fromkeys(row["backend"] for row in rows)), fontsize="medium")
-    axes.set_ylabel("latency / latency of the dense twin")
-    axes.legend(loc="lower right", fontsize="small")
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
-    """Measures, prints the table, writes results.json and latency.png."""
+    """Measures, prints, and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
@@ -128,14 +157,23 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--backends", nargs="+", default=["onnxruntime", "openvino"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--test-images", type=int, default=520)
     arguments = parser.parse_args()
+    if not arguments.data.is_dir():
+        parser.error(f"{arguments.data} is no folder; install Debian's dataset-fashion-mnist, or name one with --data")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
+        benchmark = Benchmark(arguments, Path(folder))
         for name, profile in BIASES:
-            rows += benchmark(name, profile, Path(folder), arguments)
-    (arguments.output / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    plot(rows, arguments.output / "latency.png")
+            benchmark.of_random_model(name, profile)
+        benchmark.of_demo()
+    found = {"rows": benchmark.rows, "memory": benchmark.memory}
+    (arguments.output / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    plot(
+        [row for row in benchmark.rows if row["policy"] == "own" and row["specialised"]],
+        arguments.output / "latency.png",
+    )
 
 
 if __name__ == "__main__":

@@ -81,9 +81,14 @@ class Specialised:
         blocks = range(first, self._bundle.architecture.depth)
         return {(block, DECIDING): fixed(f"blocks.{block}.decide_set", {}) for block in blocks}
 
+    @property
+    def by_set(self) -> bool:
+        """Whether sets of heads get engines: able, and by a backend without engines for any set."""
+        return self.able and not self._backend.always_gathers
+
     def choose(self, policy: Policy) -> tuple[HeadSet, ...]:
-        """The sets that save most of some images' time by their bytes, as many as memory is for; none if not able."""
-        if not self.able or self._backend.always_gathers:
+        """The sets that save most of some images' time by their bytes, as many as memory is for; none if not `by_set`."""
+        if not self.by_set:
             return ()
         arch, saved = self._bundle.architecture, defaultdict[HeadSet, float](float)
         tokens = policy.tokens.sum(2)
@@ -110,7 +115,7 @@ class Specialised:
         if not sets:
             self.engines, self.sets = self._of_any, ()
             return
-        if fixed is None or not self.able or self._backend.always_gathers:
+        if fixed is None or not self.by_set:
             raise BackendError(f"{self._backend.name} makes no engines for sets of heads, or the bundle is not in fp32")
         engines = {(STEM, DECIDING): fixed("stem_set", {}), **self._deciding(fixed, first=1)}
         for block, of_block in groupby(sorted(sets), key=lambda found: found.block):

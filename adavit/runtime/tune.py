@@ -72,6 +72,7 @@ def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> di
         "plans_ms": {name: time / IMAGES for name, time in compared.items()},
         "taken": taken,
         "gathers": plan.to_dict(),
+        "engines_by_set": dispatcher.specialised.by_set,
         "plan": dispatcher.plan.origin,
     }
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import adavit
 from adavit.cli import run
+from adavit.console_tune import tune_lines
 from adavit.errors import InputError
 from adavit.runtime import Runtime, tune
 from adavit.runtime.plan import EnginePlan, ruled
@@ -117,6 +118,7 @@ def test_tuning(wide: tuple[Path, Path], cache: Path, planned: Runtime) -> None:
     report = tune.tune(loaded, quiet)
     (path,) = cache.iterdir()
     assert (report["plan"], report["backend"]) == (str(path), name)
+    assert any(line.startswith("sets ") for line in tune_lines(report)) == (name == "onnxruntime")
     assert set(report["plans_ms"]) == {"rule", "measured"}
     assert report["plans_ms"][report["taken"]] == min(report["plans_ms"].values())
     assert [gain["dropped"] for gain in report["gains"]] == ["nothing", "tokens", "heads", "sublayers"]

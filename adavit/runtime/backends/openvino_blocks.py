@@ -39,7 +39,7 @@ __all__ = ["Blocks"]
 Array = npt.NDArray[Any]
 Compile = Callable[[Any, bool], Any]
 
-PREPARED = 48
+PREPARED = 40
 """Models that whole blocks are compiled to at most, for frequent sizes: 6 MB and 50 ms each."""
 OFTEN = 1 / 16
 """How often an image has to have them."""
