@@ -87,7 +87,7 @@ class Specialised:
         return self.able and not self._backend.always_gathers
 
     def choose(self, policy: Policy) -> tuple[HeadSet, ...]:
-        """The sets that save most of some images' time by their bytes, as many as memory is for; none if not `by_set`."""
+        """The sets that save most of some images' time by their bytes, as memory allows; none if not `by_set`."""
         if not self.by_set:
             return ()
         arch, saved = self._bundle.architecture, defaultdict[HeadSet, float](float)
