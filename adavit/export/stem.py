@@ -3,9 +3,11 @@
 The T2T stem is restructured exactly, and stays in the layout of pictures, [B, channels, places], so that nothing is
 transposed. Every linear layer behind an unfold is a convolution. Layer normalisation divides by a deviation that is the
 same for all channels of a place, so that it may do so behind the linear layer; taking the mean away is part of the
-weights. The first unfold takes its own mean away in the convolution; what the second unfold's variance is made of, see
-`_unfolded_variance`. The performer's factor 1/m cancels between numerator and denominator (where it scales the 1e-8),
-and its output projection is applied to the 64 x 32 context instead of to every token.
+weights. What the second unfold's variance is made of, see `_unfolded_variance`. The first unfold, of pixels, is made,
+by a convolution that copies, and has its mean taken away before any weight meets it: of a patch of one colour nothing
+but rounding is left then, which is divided by a deviation of 0.003. The performer's factor 1/m cancels between
+numerator and denominator (where it scales the 1e-8), and its output projection is applied to the 64 x 32 context
+instead of to every token.
 """
 
 from __future__ import annotations
@@ -60,12 +62,13 @@ def _tokens_to_token(graph: Graph, arch: Architecture, weights: Weights, images:
     width, side = PERFORMER_WIDTH, arch.image_size
     first, second = (weights.under(f"tokens_to_token.attention{i}") for i in (1, 2))
 
-    unfold = _centred(np.eye(UNFOLDED)).reshape(UNFOLDED, 3, 7, 7)
-    x = graph.op("Conv", images, graph.weight("unfold", unfold), kernel_shape=[7, 7], strides=[4, 4], pads=[2] * 4)
+    unfold = graph.weight("unfold", np.eye(UNFOLDED, dtype=np.float32).reshape(UNFOLDED, 3, 7, 7))
+    x = graph.op("Conv", images, unfold, kernel_shape=[7, 7], strides=[4, 4], pads=[2] * 4)
     x = graph.op("Reshape", x, graph.ints(0, UNFOLDED, -1))
-    deviation = _deviation(graph, _mean_square(graph, x, UNFOLDED))
+    x = graph.op("Sub", x, _mean(graph, x, UNFOLDED))
+    x = graph.op("Div", x, _deviation(graph, _mean_square(graph, x, UNFOLDED)))
     weight, bias = _behind_norm(first, "norm1", "kqv")
-    kqv = graph.op("MatMul", graph.weight("attention1.kqv.weight", weight), graph.op("Div", x, deviation))
+    kqv = graph.op("MatMul", graph.weight("attention1.kqv.weight", _centred(weight)), x)
     x = _performer(graph, first, "attention1", graph.op("Add", kqv, graph.weight("attention1.kqv.bias", bias)))
 
     weight, bias = _behind_norm(second, "norm1", "kqv")

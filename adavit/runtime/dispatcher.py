@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -41,6 +40,7 @@ from adavit.runtime.plan import EnginePlan, HeadSet, sublayers_run
 from adavit.runtime.policy import Policy
 from adavit.runtime.specialise import DECIDING, STEM, Specialised
 from adavit.runtime.state import Scratch, State, Thresholds
+from adavit.runtime.worker import worker_pool
 
 __all__ = ["DECISIONS", "Dispatcher", "Observer", "of_engines"]
 
@@ -79,7 +79,7 @@ class Dispatcher:
         self.backend = backend
         self.plan = plan
         self._workers = workers
-        self._pool = ThreadPoolExecutor(workers, "adavit") if workers > 1 else None
+        self._pool = worker_pool(workers) if workers > 1 else None
         self._scratch: list[Scratch] = []
         self._states: list[State] = []
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from adavit.errors import BackendError, one_line
 from adavit.runtime.backends.openvino_buffers import as_rows
 from adavit.runtime.backends.openvino_models import mask_of
 from adavit.runtime.bundle import EngineSpec
+from adavit.runtime.worker import WORKER
 
 __all__ = ["Compiled", "OpenVinoEngine", "Requests"]
 
@@ -62,18 +61,6 @@ class Compiled:
     def __init__(self, copies: Sequence[Any]) -> None:
         self.copies = copies
         self.inputs, self.outputs = copies[0].inputs, copies[0].outputs
-
-
-class Worker(threading.local):
-    """The thread that asks. Threads are numbered in turn, so that a pool's have numbers behind each other."""
-
-    _numbers = itertools.count()
-
-    def __init__(self) -> None:
-        self.number = next(self._numbers)
-
-
-WORKER = Worker()
 
 
 class Requests:
