@@ -113,7 +113,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     engines = len(runtime.dispatcher.plan.sets)
     if options.specialise and not engines:
         progress("making engines", 0.0)
-        engines = _specialise(runtime, used if given else None, options.batch)
+        engines = _specialise(runtime, used if given or replayed else None, options.batch)
     if options.record_policy:
         used.save(options.record_policy)
     plan = Plan(
@@ -164,7 +164,7 @@ def tune_bundle(path: Path | None, options: RunOptions, progress: Progress) -> d
 
 
 def _specialise(runtime: Runtime, used: Policy | None, batch: int) -> int:
-    """Makes engines for what some of the images used, or else further random ones; returns how many."""
+    """Makes engines for what some images used, by default further random ones; returns how many."""
     if not runtime.dispatcher.specialised.able:
         return 0
     if used is not None:

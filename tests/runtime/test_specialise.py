@@ -272,3 +272,5 @@ def test_the_command(wide: tuple[Path, Path], tmp_path: Path) -> None:
     assert specialised() > 0
     assert specialised("--images", tmp_path / "images") > 0
     assert specialised("--no-specialise") == 0
+    keeping((1, 3), 8).save(tmp_path / "kept.npz")
+    assert specialised("--replay-policy", tmp_path / "kept.npz") == len(sets_with((1, 3)))
