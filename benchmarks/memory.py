@@ -1,6 +1,7 @@
 """Load time and peak memory of a bundle, or of its dense twin: python benchmarks/memory.py BUNDLE [--dense]
 
-Runs random images one by one, with engines for what they use most often, in this process and nothing else. Prints JSON.
+Runs random images one by one, or all of them where samples run in parallel, with engines for what they use most often,
+in this process and nothing else. Prints JSON.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ class Benchmark:
 
     Attributes:
         rows: reports of `adavit-run`, with the model's name, its profile and the policy: "own", "everything on" or
-            "random"; and memory: for each bundle and backend, load seconds and peak MiB of adaptive and dense.
+            "random".
+        memory: for each bundle and backend, load seconds and peak MiB of adaptive and dense.
     """
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
@@ -123,7 +124,8 @@ class Benchmark:
     def remember(self, bundle: Path, model: str, profile: str, backend: str) -> None:
         """Load time and peak memory of a bundle and its dense twin."""
         command = [*MEMORY, str(bundle), "--backend", backend, "--threads", str(self._arguments.threads)]
-        found = {"adaptive": output_of(command), "dense": output_of([*command, "--dense"])}
+        kinds = {"adaptive": (), "adaptive, samples": ("--parallel", "samples"), "dense": ("--dense",)}
+        found = {kind: output_of([*command, *options]) for kind, options in kinds.items()}
         self.memory.append({"model": model, "profile": profile, "backend": backend, **found})
         cells = [f"{kind} {of['peak_mib']:.0f} MiB, loaded in {of['load_s']:.2f} s" for kind, of in found.items()]
         print(f"{model} {profile}, {backend}: " + "; ".join(cells), flush=True)
