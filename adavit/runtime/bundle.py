@@ -32,7 +32,7 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
     def of_heads(self, heads: int, head_width: int) -> tuple[int, ...]:
-        """The shape for so many heads, "h", with their channels "c", or "c+2" with two columns of a bias."""
+        """The shape for so many heads, "h", with their channels "c", or "c+2" with two rows of a bias."""
         channels = heads * head_width
         sizes = {"h": heads, "c": channels, "c+2": channels + 2}
         return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)

@@ -50,27 +50,24 @@ class ByHead(NamedTuple):
 
     Attributes:
         spec: what is taken, for h heads or their c channels, as "c" or with the bias as "c+2".
-        array: the weights of all heads, [..., H, ...].
-        axis: of the heads.
-        bias: the last two columns of what is taken, or None.
+        array: the weights of all heads, [H, ...].
+        bias: the last two rows of what is taken, or None.
     """
 
     spec: TensorSpec
     array: Array
-    axis: int = 0
     bias: Array | None = None
 
     def fill(self, heads: npt.NDArray[Any], into: Array) -> None:
         """Takes the shares of heads [h]."""
         if self.bias is not None:
-            into[:, -2:] = self.bias
-            into = into[:, :-2]
-        before, behind = self.array.shape[: self.axis], self.array.shape[self.axis + 1 :]
-        self.array.take(heads, self.axis, out=into.reshape(*before, len(heads), *behind), mode="clip")
+            into[-2:] = self.bias
+            into = into[:-2]
+        self.array.take(heads, 0, out=into.reshape(len(heads), *self.array.shape[1:]), mode="clip")
 
     def of(self, heads: npt.NDArray[Any]) -> Array:
         """The shares of heads [h], a copy."""
-        into = np.empty(self.spec.of_heads(len(heads), self.array.shape[self.axis + 1]), self.array.dtype)
+        into = np.empty(self.spec.of_heads(len(heads), self.array.shape[1]), self.array.dtype)
         self.fill(heads, into)
         return into
 
@@ -245,11 +242,11 @@ class Blocks:
     def _weigh_mlp(self, block: int) -> Weights:
         arch = self._bundle.architecture
         found = mlp_weights(self._bundle, block)
-        first = self._matrix(found["mlp.fc1.weight"].T.reshape(arch.hidden, arch.heads, arch.head_width))
+        first = self._matrix(found["mlp.fc1.weight"].reshape(arch.heads, arch.head_width, arch.hidden))
         rest = found["mlp.fc1.bias"].copy()
         rounded = from_bfloat16(to_bfloat16(rest)) if self._bf16 else rest
-        bias = self._matrix(np.stack([rounded, rest - rounded], 1))
-        by_head = ByHead(TensorSpec("fc1", self._dtype, (arch.hidden, "c+2")), first, 1, bias)
+        bias = self._matrix(np.stack([rounded, rest - rounded]))
+        by_head = ByHead(TensorSpec("fc1", self._dtype, ("c+2", arch.hidden)), first, bias)
         fixed = {name: found[name].copy() for name in ("norm2.weight", "norm2.bias", "mlp.fc2.bias")}
         fixed["mlp.fc2.weight"] = self._matrix(found["mlp.fc2.weight"].T)
         return Weights((by_head,), fixed)

@@ -1,8 +1,9 @@
 """Blocks and their parts as OpenVINO models that take their weights as inputs; the mask for rows that are not there.
 
-Weights are left factors, or transposed right ones: what OpenVINO rearranges least where they are no constants. The
-weights of h kept heads with c = h * d channels are qkv [h, 3d, D], qkv_bias [h, 3d, 1] where the model has one, and
-proj [c, D]; fc1 [hidden, c + 2] and heads [h], the heads' numbers. The others have their names in a checkpoint's block.
+Weights are the factors that OpenVINO rearranges fastest where they are no constants: qkv left ones, the others right
+ones, of which fc2 is transposed. Those of h kept heads with c = h * d channels are qkv [h, 3d, D], qkv_bias [h, 3d, 1]
+where the model has one, and proj [c, D]; fc1 [c + 2, hidden] and heads [h], the heads' numbers. The others have their
+names in a checkpoint's block.
 """
 
 from __future__ import annotations
@@ -178,16 +179,16 @@ def _attention(arch: Architecture, take: Inputs, dtype: Any, x: Any, normed: Any
 def _mlp(arch: Architecture, take: Inputs, dtype: Any, x: Any) -> Any:
     """The MLP sub-layer, residual included: [K, D] -> [K, D].
 
-    The first layer's bias is two columns of its weights, for inputs of one: an addition of its own would keep the GELU
+    The first layer's bias is two rows of its weights, for inputs of one: an addition of its own would keep the GELU
     from being computed with the product. Two, since one is rounded to bfloat16, the other is the rest.
     """
     width, hidden = arch.width, arch.hidden
     heads = take("heads", ANY, dtype=np.int64)
-    first = _float(take("fc1", hidden, ANY, dtype=dtype))
+    first = _float(take("fc1", ANY, hidden, dtype=dtype))
     by_head = opset.reshape(_normed(arch, take, "norm2", x), _ints(0, arch.heads, arch.head_width), True)
     joined = opset.reshape(opset.gather(by_head, heads, opset.constant(np.int64(1))), _ints(0, -1), True)
     ones = opset.broadcast(opset.constant(np.float32(1)), opset.concat([_rows_of(x), _ints(2)], 0))
-    inner = opset.gelu(opset.matmul(opset.concat([joined, ones], 1), first, False, True), "erf")
+    inner = opset.gelu(opset.matmul(opset.concat([joined, ones], 1), first, False, False), "erf")
     second = _float(take("mlp.fc2.weight", width, hidden, dtype=dtype))
     update = opset.add(opset.matmul(inner, second, False, True), take("mlp.fc2.bias", width))
     return opset.add(update, x)
