@@ -24,6 +24,8 @@ import adavit
 from adavit.macs import dense_macs
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.budget import Offsets
+from adavit.runtime.bundle import Bundle
+from adavit.runtime.evaluate import demo_bundle
 from adavit.training.report import RandomPolicy
 
 EXPORT = [sys.executable, "-c", "from adavit.cli import export; export(prog_name='adavit-export')"]
@@ -35,8 +37,7 @@ Row = dict[str, float]
 
 def calibrate(bundle: Path, budgets: str, data: Path, count: int, folder: Path) -> Path:
     """A copy of the bundle in a folder, with operating points from training images."""
-    names = (bundle / "labels.txt").read_text().splitlines()
-    photos = write_pictures(data, "train", count, names, folder / "images")
+    photos = write_pictures(data, "train", count, Bundle.open(bundle).labels, folder / "images")
     copy = shutil.copytree(bundle, folder / "bundle", dirs_exist_ok=True)
     options = ["--budgets", budgets, "--calibration-images", str(photos)]
     subprocess.run([*EXPORT, str(copy), *options], check=True)
@@ -112,7 +113,7 @@ def main() -> None:
     """Calibrates, runs, prints the table, and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--bundle", type=Path, default=Path(adavit.__file__).parent / "demo" / "bundle")
+    parser.add_argument("--bundle", type=Path, default=demo_bundle())
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--budgets", default="0.25,0.3,0.35,0.38,0.4,0.45,0.5,0.6,0.7")
     parser.add_argument("--calibrate", action="store_true")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ def pictures(data: Path, part: str, count: int) -> tuple[np.ndarray, np.ndarray]
     return images[chosen], labels[chosen].astype(int)
 
 
-def write_pictures(data: Path, part: str, count: int, names: list[str], folder: Path) -> Path:
+def write_pictures(data: Path, part: str, count: int, names: Sequence[str], folder: Path) -> Path:
     """Writes such a part as a folder of class-named folders."""
     for position, (image, label) in enumerate(zip(*pictures(data, part, count), strict=True)):
         path = folder / names[label] / f"{position}.png"

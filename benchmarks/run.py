@@ -26,13 +26,13 @@ from fashion_mnist import DATA, write_pictures
 from latency_plot import plot
 from models import ARCHITECTURES, BIASES, random_model
 
-import adavit
 from adavit.export import ExportOptions, export_bundle
 from adavit.runtime import Policy
+from adavit.runtime.bundle import Bundle
+from adavit.runtime.evaluate import demo_bundle
 
 RUN = [sys.executable, "-c", "from adavit.cli import run; run()"]
 MEMORY = [sys.executable, str(Path(__file__).parent / "memory.py")]
-DEMO = Path(adavit.__file__).parent / "demo" / "bundle"
 DEMO_ROWS = {"at 35 %": (1, "--budget", "0.35"), "as trained": (1,), "as trained, batches": (32,)}
 """Batch size and options of `adavit-run`."""
 
@@ -116,10 +116,11 @@ class Benchmark:
 
     def of_demo(self) -> None:
         """Every row of the demo."""
-        names = (DEMO / "labels.txt").read_text(encoding="utf-8").splitlines()
-        images = write_pictures(self._arguments.data, "t10k", self._arguments.test_images, names, self._folder / "test")
-        for backend, (profile, (batch, *options)) in itertools.product(self._arguments.backends, DEMO_ROWS.items()):
-            self.measure(DEMO, "demo", profile, backend, batch, "--images", str(images), *options)
+        given, demo = self._arguments, demo_bundle()
+        names = Bundle.open(demo).labels
+        images = write_pictures(given.data, "t10k", given.test_images, names, self._folder / "test")
+        for backend, (profile, (batch, *options)) in itertools.product(given.backends, DEMO_ROWS.items()):
+            self.measure(demo, "demo", profile, backend, batch, "--images", str(images), *options)
 
     def remember(self, bundle: Path, model: str, profile: str, backend: str) -> None:
         """Load time and peak memory of a bundle and its dense twin."""

@@ -68,6 +68,7 @@ def _tokens_to_token(graph: Graph, arch: Architecture, weights: Weights, images:
     x = graph.op("Sub", x, _mean(graph, x, UNFOLDED))
     x = graph.op("Div", x, _deviation(graph, _mean_square(graph, x, UNFOLDED)))
     weight, bias = _behind_norm(first, "norm1", "kqv")
+    # Centred weights take away what rounding left of the mean.
     kqv = graph.op("MatMul", graph.weight("attention1.kqv.weight", _centred(weight)), x)
     x = _performer(graph, first, "attention1", graph.op("Add", kqv, graph.weight("attention1.kqv.bias", bias)))
 

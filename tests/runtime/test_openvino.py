@@ -161,6 +161,9 @@ def test_each_worker_has_copies_and_a_thread_of_its_own(tiny_bundle: Path, monke
     monkeypatch.setattr(requests, "run", lambda tensors: (together.wait(60), Requests.run(requests, tensors)))
     loaded.run(random_images(loaded.architecture, 2))
     assert [len(idle) for idle in requests._idle] == [1, 1]
+    before = len(core.threads)
+    assert loaded.specialise(Policy.dense(loaded.architecture, 1)) == (len(core.threads) - before) / 2 > 0
+    assert {(threads, streams) for _, threads, streams in core.threads} == {(1, 1)}
     loaded.run_dense(random_images(loaded.architecture, 1))
     assert core.threads[-1] == ("dense", 2, 1)
 

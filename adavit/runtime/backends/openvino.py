@@ -64,7 +64,7 @@ class OpenVinoBackend(HostMoves):
         self._blocks: Blocks | None = None
         self._making: dict[str, Future[OpenVinoEngine]] = {}
         if bundle.config.get("precision") == "fp32":
-            self._blocks = Blocks(bundle, self._compile, self._precision == "bf16", options.threads)
+            self._blocks = Blocks(bundle, self._compile, self._precision == "bf16", options)
         else:
             pool = ThreadPoolExecutor(options.threads, "adavit-compile")
             names = [name for name in bundle.engines if name.startswith("blocks.")]
@@ -131,7 +131,7 @@ class OpenVinoBackend(HostMoves):
 
     def prepare(self, used: Mapping[Sizes, float]) -> int:
         """See `Backend.prepare`."""
-        return self._blocks.prepare(used, self._options.workers) if self._blocks else 0
+        return self._blocks.prepare(used) if self._blocks else 0
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> OpenVinoBuffer:
         """See `Backend.buffer`."""

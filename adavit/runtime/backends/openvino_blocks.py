@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from adavit.runtime.backend import Constants, Engine, Sizes
+from adavit.runtime.backend import Constants, Engine, Options, Sizes
 from adavit.runtime.backends.openvino_block_engine import BlockModels, OpenVinoBlockEngine
 from adavit.runtime.backends.openvino_buffers import as_rows, from_bfloat16, rounded, to_bfloat16
 from adavit.runtime.backends.openvino_engine import OpenVinoEngine
@@ -91,11 +91,11 @@ class Blocks:
         bundle: where their weights are.
         compile_model: compiles a model, in float32 if the second argument says so.
         bf16: whether to compute in it; decisions are in float32 in any case.
-        threads: that compile.
+        options: the threads that compile, and the workers, each of which has a copy of what is compiled.
     """
 
-    def __init__(self, bundle: Bundle, compile_model: Compile, bf16: bool, threads: int) -> None:
-        self._bundle, self._compile, self._bf16, self._threads = bundle, compile_model, bf16, threads
+    def __init__(self, bundle: Bundle, compile_model: Compile, bf16: bool, options: Options) -> None:
+        self._bundle, self._compile, self._bf16, self._options = bundle, compile_model, bf16, options
         self._models: dict[tuple[Any, ...], Any] = {}
         self._whole: dict[tuple[str, int | None], BlockModels] = {}
         self._weights: dict[tuple[int, str], Weights] = {}
@@ -176,20 +176,20 @@ class Blocks:
             self._whole[kind, choices] = found
         return found
 
-    def prepare(self, used: Mapping[Sizes, float], copies: int) -> int:
-        """Compiles whole blocks, so many copies, for the sizes that come most often. See `Backend.prepare`."""
+    def prepare(self, used: Mapping[Sizes, float]) -> int:
+        """Compiles whole blocks for the sizes that come most often. See `Backend.prepare`."""
         arch, times = self._bundle.architecture, defaultdict[tuple[BlockModels, int, int], float](float)
         for (block, kind, tokens, heads), often in used.items():
             rows = rounded(tokens, arch.tokens) if arch.token_policy else 0
             times[self._whole_models(kind, block + 1), rows, heads] += often
         frequent = [key for key in sorted(times, key=times.__getitem__, reverse=True) if times[key] >= OFTEN]
-        wanted = frequent[: PREPARED // copies]
+        wanted = frequent[: PREPARED // self._options.workers]
         prepared: dict[BlockModels, dict[tuple[int, int], Any]] = {models: {} for models in self._whole.values()}
 
         def prepare(models: BlockModels, rows: int, heads: int) -> None:
             prepared[models][rows, heads] = models.prepared.get((rows, heads)) or models.prepare(rows, heads)
 
-        with ThreadPoolExecutor(self._threads, "adavit-compile") as pool:
+        with ThreadPoolExecutor(self._options.threads, "adavit-compile") as pool:
             list(pool.map(prepare, *zip(*wanted, strict=True)))
         for models, found in prepared.items():
             models.prepared = found
