@@ -116,7 +116,8 @@ class Backend(Protocol):
 
     Attributes:
         name: as it is asked for.
-        always_gathers: whether engines that gather weights are the faster ones, whatever the policy.
+        always_gathers: whether engines that gather weights are the faster ones, whatever the policy. Its fixed engines
+            then are for any heads, and neither read nor leave norm1 of the tokens.
     """
 
     name: str

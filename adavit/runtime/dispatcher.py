@@ -15,7 +15,8 @@ all of it, and decides for the next block:
     blocks.i.attention_set, .mlp_set, .both_set  x, norm1(x), kept tokens -> the same of the next block
     blocks.i.decide_set                          x -> norm1(x), kept tokens, where no block before did that
 
-The stem's does that for the first block, and the last block's makes the logits.
+The stem's does that for the first block, and the last block's makes the logits. Engines of a backend that always
+gathers have no norm1(x) between blocks: they compute it of the kept tokens.
 
 A batch's images go through block after block side by side: a block's weights are then still in the cache for the next
 image. Workers take the image that waits longest and run one block of it, so that none of them idles.
@@ -187,6 +188,7 @@ class ImageRun:
         self._dispatcher, self._backend, self._arch = dispatcher, dispatcher.backend, dispatcher.arch
         self._images, self._position = images, position
         self._policy, self._follows, self._thresholds = policy, follows, thresholds
+        self._plan = dispatcher.plan  # to the end, whatever comes in its place
         self._logits = logits
         self._observe = observe
         self._state: State | None = None
@@ -246,8 +248,9 @@ class ImageRun:
             self._observe(self._position, engine, self._backend.fetch(state.x)[0])
 
     def _decide(self, index: int, state: State, scratch: Scratch) -> None:
-        """Computes norm1(x), and this block's row of the policy."""
-        if run := state.run_of(index, DECIDING):
+        """Computes norm1(x), where the block's engines need it, and this block's row of the policy."""
+        run = state.run_of(index, DECIDING)
+        if run and not (self._plan.masks and self._backend.always_gathers):
             run()
             return
         rows = self._arch.tokens
@@ -274,7 +277,7 @@ class ImageRun:
     def _run_of_any(self, index: int, state: State, choices: bytes) -> Callable[[], None] | None:
         """What runs a block in one engine that is given its heads' weights; None where there is no such engine."""
         run = state.run_of(index, choices[-2:])
-        if run is None or self._dispatcher.plan.masks:
+        if run is None or self._plan.masks:
             return None
         weights = self._dispatcher.head_weights.of(index, choices)
         return None if weights is None else partial(run, *weights)
@@ -317,7 +320,7 @@ class ImageRun:
             return "attention"
         inputs, outputs = [x.rows(count), normed.rows(count)], [out.rows(count)]
         if block.attention_gather is not None:
-            if self._dispatcher.plan.gathers[count][len(heads)][0]:
+            if self._plan.gathers[count][len(heads)][0]:
                 weights = self._dispatcher.head_weights.attention(index, heads)
                 block.attention_gather.run([*inputs, *weights], outputs)
                 return "attention_gather"
@@ -333,7 +336,7 @@ class ImageRun:
         inputs, outputs = [x.rows(count)], [out.rows(count)]
         if block.mlp_gather is not None:
             named = self._dispatcher.head_weights.named(heads)
-            if self._dispatcher.plan.gathers[count][len(heads)][1]:
+            if self._plan.gathers[count][len(heads)][1]:
                 weights = self._dispatcher.head_weights.mlp(index, heads)
                 block.mlp_gather.run([*inputs, named[0], *weights], outputs)
                 return "mlp_gather"

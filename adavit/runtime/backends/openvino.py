@@ -23,6 +23,7 @@ try:
     from adavit.runtime.backends.openvino_buffers import OpenVinoBuffer, rounded
     from adavit.runtime.backends.openvino_engine import Compiled, OpenVinoEngine
     from adavit.runtime.backends.openvino_models import mask_scores
+    from adavit.runtime.backends.openvino_stem import compute_in_bf16, unfold
 except ImportError as error:
     raise BackendError(f"OpenVINO does not import ({error}); run: pip install 'adavit[openvino]'") from None
 
@@ -94,8 +95,12 @@ class OpenVinoBackend(HostMoves):
             raise BackendError(f"engine {spec.name} has other inputs or outputs than config.json says; export again")
         if name in BY_IMAGE:
             model.reshape({port: [1, *port.partial_shape[1:]] for port in model.inputs})
+        unfold(model)
+        performer = self._is_performer(name)
+        if performer and self._precision == "bf16":
+            compute_in_bf16(model)
         masks = any("K" in tensor.shape for tensor in spec.inputs) and mask_scores(model)
-        exact = any(tensor.name in DECISIONS for tensor in spec.outputs) or self._is_performer(name)
+        exact = any(tensor.name in DECISIONS for tensor in spec.outputs) or performer
         return OpenVinoEngine(spec, self._compile(model, exact, copies), masks=masks)
 
     def _read(self, name: str) -> Any:

@@ -23,7 +23,6 @@ from adavit.runtime.backends.openvino_block_engine import BlockModels, OpenVinoB
 from adavit.runtime.backends.openvino_buffers import as_rows, from_bfloat16, rounded, to_bfloat16
 from adavit.runtime.backends.openvino_engine import OpenVinoEngine
 from adavit.runtime.backends.openvino_models import (
-    TOKEN_SELECT,
     attention_model,
     block_model,
     decide_model,
@@ -43,6 +42,7 @@ PREPARED = 40
 """Models that whole blocks are compiled to at most, for frequent sizes: 6 MB and 50 ms each."""
 OFTEN = 1 / 16
 """How often an image has to have them."""
+TOKEN_SELECT = "attn.token_select.mlp_head"
 
 
 class ByHead(NamedTuple):
@@ -212,9 +212,16 @@ class Blocks:
         if choices:
             shapes |= {"choices.weight": (width, choices), "choices.bias": (choices,)}
         found = block_weights(self._bundle, block, "decide", shapes)
+        fixed = {name: found[name].copy() for name in ("norm1.weight", "norm1.bias")}
+        if arch.token_policy:
+            vector = found[f"{TOKEN_SELECT}.weight"].astype(np.float64)
+            offset = found[f"{TOKEN_SELECT}.bias"] + vector @ fixed["norm1.bias"]
+            folded = {"token_select.weight": vector * fixed["norm1.weight"], "token_select.bias": offset}
+            fixed |= {name: value.astype(np.float32) for name, value in folded.items()}
         if choices:
-            found["choices.weight"] = found["choices.weight"].T
-        return Weights((), {name: np.array(value, order="C") for name, value in found.items()})
+            fixed["choices.weight"] = np.array(found["choices.weight"].T, order="C")
+            fixed["choices.bias"] = found["choices.bias"].copy()
+        return Weights((), fixed)
 
     def _weigh_head(self, _: int) -> Weights:
         arch = self._bundle.architecture
@@ -237,7 +244,9 @@ class Blocks:
             by_head.append(ByHead(TensorSpec("qkv_bias", "float32", ("h", 3 * d, 1)), bias))
         projection = self._matrix(found["attn.proj.weight"].reshape(heads, d, width))
         by_head.append(ByHead(TensorSpec("proj", self._dtype, ("c", width)), projection))
-        return Weights(tuple(by_head), {"attn.proj.bias": found["attn.proj.bias"].copy()})
+        norm = self._weigh(block, "decide").fixed
+        fixed = {name: norm[name] for name in ("norm1.weight", "norm1.bias")}
+        return Weights(tuple(by_head), fixed | {"attn.proj.bias": found["attn.proj.bias"].copy()})
 
     def _weigh_mlp(self, block: int) -> Weights:
         arch = self._bundle.architecture

@@ -19,7 +19,6 @@ import openvino.opset13 as opset
 from adavit.architecture import Architecture
 
 __all__ = [
-    "TOKEN_SELECT",
     "attention_model",
     "block_model",
     "decide_model",
@@ -31,7 +30,6 @@ __all__ = [
 
 ANY = -1
 """A size that varies."""
-TOKEN_SELECT = "attn.token_select.mlp_head"
 MASKED = -1e30
 """Added to the scores of rows that are not there: the softmax makes exact zeros of them."""
 
@@ -66,12 +64,11 @@ def decide_model(arch: Architecture, choices: int) -> Any:
     """`blocks.i.decide`, for so many `choices` of heads and sub-layers."""
     take = Inputs()
     x = take("x", arch.tokens, arch.width)
-    normed, tokens, chosen = _decisions(arch, take, x, choices)
-    outputs = {"normed": normed}
-    if tokens is not None:
-        outputs["tokens"] = opset.reshape(tokens, _ints(-1, 1), False)
-    if chosen is not None:
-        outputs["choices"] = chosen
+    outputs = {"normed": _normed(arch, take, "norm1", x)}
+    if arch.token_policy:
+        outputs["tokens"] = opset.reshape(_token_logits(arch, take, x), _ints(-1, 1), False)
+    if choices:
+        outputs["choices"] = _choice_logits(arch, take, x, choices)
     return _model("decide", take, outputs)
 
 
@@ -108,11 +105,12 @@ def block_model(arch: Architecture, kind: str, dtype: Any, choices: int | None) 
     if choices is None:
         outputs["logits"] = _head(arch, take, dtype, x)
     else:
-        outputs["next_normed"], tokens, chosen = _decisions(arch, take, x, choices)
-        if tokens is not None:
-            outputs["next_kept"] = opset.greater(tokens, take("token_thresholds", arch.tokens))
-        if chosen is not None:
-            outputs["next_choices"] = opset.greater(chosen, take("choice_thresholds", choices))
+        if arch.token_policy:
+            thresholds = take("token_thresholds", arch.tokens)
+            outputs["next_kept"] = opset.greater(_token_logits(arch, take, x), thresholds)
+        if choices:
+            thresholds = take("choice_thresholds", choices)
+            outputs["next_choices"] = opset.greater(_choice_logits(arch, take, x, choices), thresholds)
     return _model(f"{kind}_set", take, outputs)
 
 
@@ -146,14 +144,9 @@ def _sublayers(arch: Architecture, take: Inputs, dtype: Any, kind: str, x: Any) 
     """The kept sub-layers on the kept tokens of x [N, D], put back where they were: [N, D]."""
     kept = take("kept", ANY, dtype=np.int32) if arch.token_policy else None
     by_row = opset.constant(np.int64(0))
-
-    def taken(tokens: Any) -> Any:
-        return tokens if kept is None else opset.gather(tokens, kept, by_row)
-
-    rows = taken(x)
+    rows = x if kept is None else opset.gather(x, kept, by_row)
     if kind != "mlp":
-        normed = taken(take("normed", arch.tokens, arch.width))
-        rows = _attention(arch, take, dtype, rows, normed, masks=arch.token_policy)
+        rows = _attention(arch, take, dtype, rows, _normed(arch, take, "norm1", rows), masks=arch.token_policy)
     if kind != "attention":
         rows = _mlp(arch, take, dtype, rows)
     return rows if kept is None else opset.scatter_update(x, kept, rows, by_row)
@@ -194,24 +187,23 @@ def _mlp(arch: Architecture, take: Inputs, dtype: Any, x: Any) -> Any:
     return opset.add(update, x)
 
 
-def _decisions(arch: Architecture, take: Inputs, x: Any, choices: int) -> tuple[Any, Any, Any]:
-    """norm1 of x [N, D], the logits of tokens [1, N] and of choices [1, C]; None where there are none.
+def _token_logits(arch: Architecture, take: Inputs, x: Any) -> Any:
+    """The logits of tokens [1, N] of x [N, D]; `token_select` has the scale and the bias of norm1 in it.
 
-    Products are sums of products by element: OpenVINO would take bfloat16 for a MatMul, but keeps to float32 what
-    comes behind the last one.
+    Products are sums of products by element, here and of choices: OpenVINO would take bfloat16 for a MatMul, but keeps
+    to float32 what comes behind the last one.
     """
-    tokens = chosen = None
-    normed = _normed(arch, take, "norm1", x)
-    if arch.token_policy:
-        vector, offset = take(f"{TOKEN_SELECT}.weight", 1, arch.width), take(f"{TOKEN_SELECT}.bias", 1)
-        tokens = opset.add(opset.reduce_sum(opset.multiply(normed, vector), _ints(-1), False), offset)
-        tokens = opset.reshape(tokens, _ints(1, -1), False)
-    if choices:
-        weights, offsets = take("choices.weight", choices, arch.width), take("choices.bias", choices)
-        first = opset.slice(x, _ints(0), _ints(1), _ints(1), _ints(0))
-        chosen = opset.add(opset.reduce_sum(opset.multiply(first, weights), _ints(-1), False), offsets)
-        chosen = opset.reshape(chosen, _ints(1, -1), False)
-    return normed, tokens, chosen
+    vector, offset = take("token_select.weight", 1, arch.width), take("token_select.bias", 1)
+    logits = opset.add(opset.reduce_sum(opset.multiply(_centred(arch, x), vector), _ints(-1), False), offset)
+    return opset.reshape(logits, _ints(1, -1), False)
+
+
+def _choice_logits(arch: Architecture, take: Inputs, x: Any, choices: int) -> Any:
+    """The logits of heads and sub-layers [1, C] of x [N, D]."""
+    weights, offsets = take("choices.weight", choices, arch.width), take("choices.bias", choices)
+    first = opset.slice(x, _ints(0), _ints(1), _ints(1), _ints(0))
+    logits = opset.add(opset.reduce_sum(opset.multiply(first, weights), _ints(-1), False), offsets)
+    return opset.reshape(logits, _ints(1, -1), False)
 
 
 def _head(arch: Architecture, take: Inputs, dtype: Any, x: Any) -> Any:
@@ -224,8 +216,12 @@ def _head(arch: Architecture, take: Inputs, dtype: Any, x: Any) -> Any:
 
 def _normed(arch: Architecture, take: Inputs, name: str, x: Any) -> Any:
     scale, bias = take(f"{name}.weight", arch.width), take(f"{name}.bias", arch.width)
-    normed = opset.mvn(x, _ints(-1), True, arch.norm_epsilon, "inside_sqrt")
-    return opset.add(opset.multiply(normed, scale), bias)
+    return opset.add(opset.multiply(_centred(arch, x), scale), bias)
+
+
+def _centred(arch: Architecture, x: Any) -> Any:
+    """Rows of mean 0 and variance 1."""
+    return opset.mvn(x, _ints(-1), True, arch.norm_epsilon, "inside_sqrt")
 
 
 def _rows_of(x: Any) -> Any:
