@@ -37,8 +37,10 @@ from adavit.runtime.backend import Options
 from adavit.runtime.backends.openvino import OpenVinoBackend
 from adavit.runtime.backends.openvino_buffers import rounded, to_bfloat16
 from adavit.runtime.backends.openvino_engine import Requests
+from adavit.runtime.backends.openvino_stem import compute_in_bf16, unfold
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.heads import HeadWeights
+from adavit.runtime.plan import EnginePlan
 from adavit.runtime.state import Scratch, Thresholds
 
 
@@ -60,6 +62,28 @@ def test_any_policy(seed: int, batch: int, loaded: Runtime) -> None:
     images, policy = random_images(WIDE, batch, seed=seed), random_policy(WIDE, batch, seed)
     wanted = forced(random_model(WIDE), images, policy)
     np.testing.assert_allclose(loaded.run(images, policy=policy).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_plan_that_masks_or_not_and_changes_on_the_way(first: bool, wide: tuple[Path, Path]) -> None:
+    fresh = adavit.load(wide[0], backend="openvino", provider="fp32", threads=1)
+    masking, gathering = (EnginePlan.where(WIDE, lambda kind, k, h, gathers=gathers: gathers) for gathers in (0, 1))
+    plans = (masking, gathering) if first else (gathering, masking)
+    ran = []
+
+    def change(_: int, engine: str, __: Any) -> None:
+        ran.append(engine)
+        fresh.dispatcher.plan = plans[1]
+
+    for seed in range(6):
+        images, policy = random_images(WIDE, 1, seed=seed), random_policy(WIDE, 1, seed)
+        fresh.dispatcher.plan = plans[0]
+        wanted = forced(random_model(WIDE), images, policy)
+        np.testing.assert_allclose(
+            fresh.run(images, policy=policy, observe=change).logits, wanted, atol=1e-4, rtol=1e-4
+        )
+    assert any(engine.endswith(".attention" if first else "_set") for engine in ran)
+    assert not any(engine.endswith("_set" if first else ".attention_gather") for engine in ran)
 
 
 def test_a_first_image_of_its_class_token_alone_spoils_no_later_one(golden_bundles: Callable[[str], Path]) -> None:
@@ -194,6 +218,51 @@ def test_what_a_block_in_bf16_decides_for_the_next_is_float32(wide: tuple[Path, 
     for seed in range(24):
         loaded.run(random_images(WIDE, 1, seed=seed), observe=compare)
     assert compared == 24 * WIDE.depth
+
+
+def stem_model(bundle: Path, engine: str = "stem") -> Any:
+    """The stem of a bundle as OpenVINO reads it, or its dense twin."""
+    import openvino
+
+    return openvino.Core().read_model(Bundle.open(bundle).read(engine))
+
+
+def run_in_float32(model: Any, images: Any) -> Any:
+    import openvino
+
+    return openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([images])[0]
+
+
+@pytest.mark.parametrize("engine", ["stem", "dense"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_unfold_of_pixels_is_an_operator(engine: str, batch: int, golden_bundles: Callable[[str], Path]) -> None:
+    images, changed = golden("t2t_small")[0][:batch], stem_model(golden_bundles("t2t_small"), engine)
+    unfold(changed)
+    kinds = Counter(node.get_type_name() for node in changed.get_ops())
+    before = Counter(node.get_type_name() for node in stem_model(golden_bundles("t2t_small"), engine).get_ops())
+    assert kinds["ExtractImagePatches"] == 1
+    assert kinds["Convolution"] == before["Convolution"] - 1
+    wanted = run_in_float32(stem_model(golden_bundles("t2t_small"), engine), images)
+    np.testing.assert_array_equal(run_in_float32(changed, images), wanted)
+
+
+def test_large_layers_of_the_stem_alone_compute_in_bf16(golden_bundles: Callable[[str], Path]) -> None:
+    model = stem_model(golden_bundles("t2t_small"))
+    compute_in_bf16(model)
+    found = {
+        value.get_node().input_value(0).get_node().get_friendly_name()
+        for node in model.get_ops()
+        if node.get_type_name() in ("MatMul", "Convolution") and node.get_element_type().to_string() == "bf16"
+        for value in node.input_values()
+    }
+    assert {"attention1.kqv.weight", "attention2.kqv.weight", "project.weight"} < found
+    assert not {name for name in found if "mlp" in name or name.endswith((".w", "proj.weight"))}
+    assert [output.get_element_type().to_string() for output in model.outputs] == ["f32"]
+    images = golden("t2t_small")[0]
+    exact = run_in_float32(stem_model(golden_bundles("t2t_small")), images)
+    error = np.abs(run_in_float32(model, images) - exact).max() / exact.std()
+    assert error < 0.1
+    assert error > 0 or not computes_bf16()
 
 
 @settings(max_examples=10, deadline=None)
