@@ -192,6 +192,7 @@ def _compare(
 
     if bundle is not None or not options["images"]:
         raise click.UsageError("--compare A B takes --images and no other BUNDLE")
+    _refuse(options, "--compare runs the trained policies once")
     images, backend, threads, provider = (options[key] for key in ("images", "backend", "threads", "provider"))
     return compare_bundles(*compare, images, backend, threads, provider, progress)
 
@@ -200,7 +201,12 @@ def _tune(bundle: Path | None, options: dict[str, Any], progress: console.Progre
     """Tunes a bundle on this machine."""
     from adavit.runtime.evaluate import RunOptions, tune_bundle
 
-    unused = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile")
-    if given := [f"--{name.replace('_', '-')}" for name in unused if options[name] not in (None, ())]:
-        raise click.UsageError(f"--tune measures by itself, without {given[0]}")
+    _refuse(options, "--tune measures by itself")
     return tune_bundle(bundle, RunOptions(**options), progress)
+
+
+def _refuse(options: dict[str, Any], mode: str) -> None:
+    """Refuses options of a measurement in a mode that is none."""
+    unused = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile")
+    if given := [f"--{name.replace('_', '-')}" for name in unused if options[name] is not None]:
+        raise click.UsageError(f"{mode}, without {given[0]}")

@@ -52,7 +52,8 @@ class Command(click.Command):
             package = (error.name or "").split(".")[0]
             if package not in MODULES:
                 raise
-            message = f"{package} is not installed; run: pip install 'adavit[{MODULES[package]}]'"
+            extra = "train" if ctx.find_root().info_name == "adavit-train" else MODULES[package]
+            message = f"{package} is not installed; run: pip install 'adavit[{extra}]'"
         except BrokenPipeError:
             raise
         except OSError as error:

@@ -37,7 +37,7 @@ class BackendError(AdaViTError):
 
 
 class InputError(AdaViTError):
-    """Images, labels or a policy handed to the runtime do not fit the bundle."""
+    """What a caller gave cannot be used: images, labels, a policy, a budget, options or paths."""
 
 
 class VerificationError(AdaViTError):

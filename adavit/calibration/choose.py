@@ -19,8 +19,8 @@ from adavit.runtime.budget import MAX_OFFSET, TRAINED, Offsets
 
 __all__ = ["CLOSE", "Line", "best_stops", "meet"]
 
-PLACES = 3
-"""On the way down, where budgets are spent from; evenly spaced, the trained policy the first."""
+PARTS = 3
+"""Of the way down; budgets are spent from where each begins, the trained policy the first, and where the last ends."""
 CLOSE = 0.003
 """How near to a budget the MACs on all images are to be, relative to it."""
 MISSED = 0.02
@@ -78,7 +78,7 @@ def _candidates(trial: Trial, path: Way, level: float) -> list[Stop]:
     arch, last = trial.runtime.architecture, float(len(path.stops) - 1)
     middle = next(position for position, stop in enumerate(path.stops) if stop.offsets == TRAINED)
     found: list[Stop | None] = []
-    for place in dict.fromkeys(round(middle * (1 - part / PLACES)) for part in range(PLACES + 1)):
+    for place in dict.fromkeys(round(middle * (1 - part / PARTS)) for part in range(PARTS + 1)):
         base = path.stops[place].offsets
         found.append(_moved(trial, base, level))
         if place < middle:

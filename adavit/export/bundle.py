@@ -184,5 +184,4 @@ def _preprocessor(source: Path, model: AdaViT, crop_ratio: float | None) -> Prep
 
 
 def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -46,7 +46,7 @@ class Policy:
 
     @classmethod
     def empty(cls, arch: Architecture, batch: int) -> Policy:
-        """One to be filled."""
+        """One to be filled, with no values yet."""
         choices = np.empty((batch, arch.depth, arch.heads + 2), bool)
         return cls(np.empty((batch, arch.depth, arch.tokens), bool), choices[..., :-2], choices[..., -2:])
 

@@ -29,6 +29,12 @@ def fails(words: str, *arguments: object, code: int = 1) -> None:
         assert found.output.startswith("adavit-train: error: ") and found.output.count("\n") == 1
 
 
+def test_a_package_that_is_missing(idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "adavit.training.runs", raising=False)
+    fails("run: pip install 'adavit[train]'", "dense", "--data", idx_folder, "-o", tmp_path / "dense", *SMALL)
+
+
 @pytest.fixture
 def dense(tmp_path: Path, idx_folder: Path) -> Path:
     found = call("dense", "--data", idx_folder, "-o", tmp_path / "dense", *SMALL)

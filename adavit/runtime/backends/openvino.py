@@ -112,7 +112,7 @@ class OpenVinoBackend(HostMoves):
             raise BackendError(f"OpenVINO refuses engine {name}: {one_line(error)}") from None
 
     def _is_performer(self, name: str) -> bool:
-        """Whether an engine is the T2T stem: its many small operators lose more by conversions than bf16 gains."""
+        """Whether an engine is the T2T stem, which stays in float32 but for its large layers: `compute_in_bf16`."""
         return name == "stem" and self._bundle.architecture.stem == "t2t"
 
     def _compile(self, model: Any, exact: bool, copies: int | None = None) -> Compiled:
