@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import wait
 from functools import partial
 from typing import Any
 
@@ -103,26 +104,33 @@ class Dispatcher:
         used = Policy.empty(self.arch, batch) if replay is None else replay
         thresholds = Thresholds.of(offsets, self.arch)
         run = partial(ImageRun, self, images, used, replay is not None, thresholds, logits, observe)
-        for start in range(0, batch, SIDE_BY_SIDE):
-            positions = range(start, min(start + SIDE_BY_SIDE, batch))
+        together = max(SIDE_BY_SIDE, self._workers)
+        for start in range(0, batch, together):
+            positions = range(start, min(start + together, batch))
             waiting = deque(map(run, positions))
             if self._pool is None or len(waiting) == 1:
                 self._work(waiting)
             else:
-                list(self._pool.map(self._work, [waiting] * min(self._workers, len(waiting))))
+                workers = [self._pool.submit(self._work, waiting) for _ in range(min(self._workers, len(waiting)))]
+                wait(workers)
+                for worker in workers:
+                    worker.result()
         return logits, used
 
     def _work(self, waiting: deque[ImageRun]) -> None:
-        """Runs a block of the image that waits longest, until none waits."""
+        """Runs a block of the image that waits longest, until none waits; after a failure, none does."""
         scratch = taken(self._scratch) or Scratch(self.arch, self.backend)
-        while True:
-            try:
-                run = waiting.popleft()
-            except IndexError:  # another worker may have taken the last one since
-                break
-            if run.step(scratch, alone=not waiting):
-                waiting.append(run)
-        self._scratch.append(scratch)
+        run = first_of(waiting)
+        try:
+            while run is not None:
+                if run.step(scratch, alone=not waiting):
+                    waiting.append(run)
+                run = first_of(waiting)
+        finally:
+            while run is not None:
+                run.abandon()
+                run = first_of(waiting)
+            self._scratch.append(scratch)
 
     def specialise(self, sets: tuple[HeadSet, ...]) -> None:
         """Makes engines for sets of heads in the place of those there are, which nothing idle holds any longer.
@@ -131,14 +139,17 @@ class Dispatcher:
             BackendError, BundleError: as `Specialised.make`.
         """
         self.specialised.make(sets)
-        self._states = []
+        idle, self._states = self._states, []
+        while state := taken(idle):
+            self.give_state(state)
 
     def take_state(self) -> State:
         """What holds an image on its way, to be given back."""
         return taken(self._states) or State(self.arch, self.backend)
 
     def give_state(self, state: State) -> None:
-        """Takes it back, for other images."""
+        """Takes it back, for other images; it holds no engines that were replaced."""
+        state.keep(self.specialised.engines)
         self._states.append(state)
 
 
@@ -156,6 +167,14 @@ def taken(spare: list[Any]) -> Any:
     """One of what is spare, or None; from any thread."""
     try:
         return spare.pop()
+    except IndexError:
+        return None
+
+
+def first_of(waiting: deque[ImageRun]) -> ImageRun | None:
+    """The image that waits longest, or None: another worker may have taken the last one since."""
+    try:
+        return waiting.popleft()
     except IndexError:
         return None
 
@@ -202,7 +221,7 @@ class ImageRun:
         """
         state, depth = self._state, self._arch.depth
         if state is None:
-            state = self._state = self._start()
+            state = self._start()
             if not alone:
                 return True
         while self._block < depth:
@@ -219,9 +238,14 @@ class ImageRun:
         self._finish(state)
         return False
 
+    def abandon(self) -> None:
+        """Gives back what it holds, where it is not done."""
+        if self._state is not None:
+            self._dispatcher.give_state(self._state)
+
     def _start(self) -> State:
         """Runs the stem, with the first block's decisions where one engine does both."""
-        state = self._dispatcher.take_state()
+        state = self._state = self._dispatcher.take_state()
         state.start(self._thresholds, self._dispatcher.specialised.engines)
         image = self._images[self._position : self._position + 1]
         if run := state.run_of(STEM, DECIDING):
@@ -292,7 +316,7 @@ class ImageRun:
         if not all_kept:
             rows = scratch.rows
             backend.gather(state.x, kept, rows)
-            if attention:
+            if attention and len(heads):
                 normed = scratch.normed_rows
                 backend.gather(state.normed, kept, normed)
         if attention:

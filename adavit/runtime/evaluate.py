@@ -204,7 +204,7 @@ def _evaluate(
             policy = replayed[seen.images : seen.images + len(batch)]
         result = runtime.run(pixels, policy=policy)
         for row in range(-seen.images % stride, len(batch), stride):
-            seen.held.append(pixels[row : row + 1])
+            seen.held.append(pixels[row : row + 1].copy())  # not the batch
             seen.held_at.append(seen.images + row)
         _gather(runtime, seen, batch, result, options.top)
         progress("running images", min(1.0, done * options.batch / len(files)))

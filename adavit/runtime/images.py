@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from adavit.errors import BundleError, InputError
 
@@ -48,6 +48,8 @@ class Preprocessor:
         picture = decode(image)
         width, height = picture.size
         short = min(width, height)
+        if not short:
+            raise InputError(f"{_name(image)}: {width}x{height} pixels is no picture")
         if max(width, height) > 64 * short:
             raise InputError(f"{_name(image)}: {width}x{height} pixels is too elongated; crop it first")
         size = self.short_side * width // short, self.short_side * height // short
@@ -109,7 +111,9 @@ def decode(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
         try:
             return _rgb(image)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow decodes when it must, not when it opens
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # Pillow decodes when it must, not when it opens; damaged pictures raise anything
             raise InputError(f"image: not a readable image ({type(error).__name__})") from None
     if not isinstance(image, str | Path):
         raise InputError(f"{type(image).__name__}: an image is a path, a PIL image or a uint8 array")
@@ -118,20 +122,30 @@ def decode(image: ImageLike) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
-                return _rgb(ImageOps.exif_transpose(opened))
+                return _rgb(opened)
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise InputError(f"{path}: too many pixels to decode safely; make it smaller") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
+    except MemoryError:
+        raise
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Exception as error:
         reason = "it is empty" if path.is_file() and path.stat().st_size == 0 else type(error).__name__
         raise InputError(f"{path}: not a readable image ({reason})") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB; of 16-bit grey, which Pillow would clip at 255, the upper eight bits."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """Any mode as RGB, upright; of 16-bit grey, which Pillow would clip at 255, the upper eight bits."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise InputError("a picture of floating-point values has no known range; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # "I" is what Pillow makes of 16 bits in some formats
+        grey = np.asarray(image).astype(np.int64)
+        if grey.size and not 0 <= grey.min() <= grey.max() <= 0xFFFF:
+            raise InputError("a picture with values beyond 16 bits has no known range; convert it to 8 or 16 bits")
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 

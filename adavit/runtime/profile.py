@@ -220,7 +220,7 @@ class ProfiledFixedEngine:
     def __init__(self, profiler: Profiler, name: str, engine: FixedEngine, sizes: dict[str, int]) -> None:
         self._profiler, self._name, self._engine, self._sizes = profiler, name, engine, sizes
 
-    def bound(self, values: Mapping[str, Any]) -> Callable[[], None]:
+    def bound(self, values: Mapping[str, Any]) -> Callable[..., None]:
         """See `FixedEngine.bound`."""
         inner = {name: value.inner if isinstance(value, Rows) else value for name, value in values.items()}
         run, kept = self._engine.bound(inner), values.get("kept")

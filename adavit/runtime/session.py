@@ -239,7 +239,8 @@ class Runtime:
         if not specialised.able:
             return 0
         self.dispatcher.specialise(specialised.choose(policy))
-        return len(specialised.sets) + self.backend.prepare(sizes_of(policy))
+        prepared = 0 if self.dispatcher.plan.masks else self.backend.prepare(sizes_of(policy))
+        return len(specialised.sets) + prepared
 
     def run_dense(self, images: Float) -> Float:
         """Runs the dense twin: the same weights with every policy on, as one graph.
@@ -323,4 +324,4 @@ class Runtime:
             raise InputError(f"images is {images.dtype} {list(images.shape)}: expected {wanted}")
         if not (math.isfinite(images.max()) and math.isfinite(images.min())):  # NaN is both where there is one
             raise InputError("images hold NaN or infinite values; check the preprocessing")
-        return np.ascontiguousarray(images)
+        return np.require(images, requirements=["C", "W"])  # OpenVINO takes no memory that is read-only

@@ -69,10 +69,14 @@ class State:
         self._token_thresholds = np.zeros((arch.depth, arch.tokens), np.float32)
         self._choice_thresholds = np.zeros((arch.depth, arch.heads + 2), np.float32)
 
-    def start(self, thresholds: Thresholds, engines: Mapping[Key, FixedEngine]) -> None:
-        """Begins an image: what it decides by, and the blocks' own engines."""
+    def keep(self, engines: Mapping[Key, FixedEngine]) -> None:
+        """Holds the blocks' own engines, and lets go of any others."""
         if engines is not self._engines:
             self._runs, self._engines = {}, engines
+
+    def start(self, thresholds: Thresholds, engines: Mapping[Key, FixedEngine]) -> None:
+        """Begins an image: what it decides by, and the blocks' own engines."""
+        self.keep(engines)
         if thresholds is not self._thresholds:
             self._thresholds = thresholds
             self._token_thresholds[...] = thresholds.tokens

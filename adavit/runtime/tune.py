@@ -57,6 +57,7 @@ def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> di
     )
     taken = min(compared, key=compared.__getitem__)
     plan = replace(plans[taken], sets=() if used is None else dispatcher.specialised.choose(used))
+    dispatcher.plan = plan
     gains = _gains(runtime, images[:1], progress)
     dispatcher.specialise(plan.sets)
     measured = {"taken": taken, "staircase": asdict(staircase)}

@@ -49,6 +49,22 @@ def test_16_bit_grey_keeps_its_upper_bits(tmp_path: Path) -> None:
     shallow = Preprocessor(28, 1.0)(np.full((28, 28), 9, np.uint8))
     assert np.array_equal(Preprocessor(28, 1.0)(path), shallow)
     assert np.array_equal(Preprocessor(28, 1.0)(Image.open(path)), shallow)
+    (tmp_path / "deep.pgm").write_bytes(b"P5 28 28 65535\n" + np.full((28, 28), 256 * 9 + 5, ">u2").tobytes())
+    assert np.array_equal(Preprocessor(28, 1.0)(tmp_path / "deep.pgm"), shallow)
+
+
+@pytest.mark.parametrize("values", [np.full((28, 28), 0.5, np.float32), np.full((28, 28), 1 << 20, np.int32)])
+def test_grey_of_no_known_range(values: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    with pytest.raises(InputError, match=r"deep.tif: a picture .* has no known range; convert it"):
+        Preprocessor(28)(tmp_path / "deep.tif")
+    with pytest.raises(InputError, match="no known range"):
+        Preprocessor(28)(Image.fromarray(values))
+
+
+def test_a_picture_without_pixels() -> None:
+    with pytest.raises(InputError, match="image: 0x5 pixels is no picture"):
+        Preprocessor(28)(Image.new("RGB", (0, 5)))
 
 
 def test_paths_pictures_and_arrays_are_the_same_to_it(tmp_path: Path) -> None:
@@ -67,6 +83,20 @@ def test_photographs_are_turned_upright(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned by a quarter
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(Preprocessor(32)(tmp_path / "a.png"), Preprocessor(32)(image))
+    np.testing.assert_array_equal(Preprocessor(32)(Image.open(tmp_path / "a.png")), Preprocessor(32)(image))
+
+
+def test_whatever_a_decoder_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture().save(tmp_path / "a.png")
+    opened = Image.open(tmp_path / "a.png")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("damaged")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    for image in (tmp_path / "a.png", opened):
+        with pytest.raises(InputError, match=r"not a readable image \(RuntimeError\)"):
+            Preprocessor(32)(image)
 
 
 def test_what_it_writes_it_reads_again() -> None:

@@ -1,8 +1,12 @@
 """What callers hand to a runtime: right from many threads, refused in one line when wrong."""
 
+import gc
 import sys
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ from PIL import Image
 import adavit
 from adavit.errors import BackendError, InputError
 from adavit.runtime import Policy, Prediction, Runtime, dispatcher
+from adavit.runtime.state import Scratch
 
 IMAGES = random_images(tiny(), 3)
 
@@ -57,6 +62,36 @@ def test_images_need_not_be_contiguous(runtime: Runtime) -> None:
     turned = np.asfortranarray(IMAGES)
     assert not turned.flags.c_contiguous
     np.testing.assert_array_equal(runtime.run(turned).logits, runtime.run(IMAGES).logits)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_images_may_be_read_only(backend: str, tiny_bundle: Path) -> None:
+    loaded, images = adavit.load(tiny_bundle, backend, threads=1), IMAGES.copy()
+    wanted = loaded.run(images).logits
+    images.setflags(write=False)
+    np.testing.assert_array_equal(loaded.run(images).logits, wanted)
+
+
+def test_as_many_images_at_once_as_there_are_threads(tiny_bundle: Path) -> None:
+    loaded, together = adavit.load(tiny_bundle, threads=20, parallel="samples"), Barrier(20)
+    loaded.run(random_images(tiny(), 20), observe=lambda _, engine, __: engine == "stem" and together.wait(60))
+
+
+def test_bindings_do_not_hold_what_they_are_given_once(tiny_bundle: Path) -> None:
+    loaded = adavit.load(tiny_bundle, threads=1)
+    arch, engine = loaded.architecture, loaded.dispatcher.engines.blocks[1].decide
+    outputs = [
+        loaded.backend.buffer((arch.tokens, arch.width)).rows(arch.tokens),
+        *Scratch(arch, loaded.backend).logits[1],
+    ]
+    held = []
+    for seed in range(4):
+        x = np.random.default_rng(seed).standard_normal((arch.tokens, arch.width), dtype=np.float32)
+        held.append(weakref.ref(x))
+        engine.run([x], outputs)
+        del x
+    gc.collect()
+    assert sum(array() is not None for array in held) <= 1
 
 
 def test_running_changes_nothing_it_was_given(runtime: Runtime) -> None:
@@ -187,6 +222,25 @@ def test_a_failing_engine_leaves_a_runtime_that_works(tiny_bundle: Path, monkeyp
         with pytest.raises(BackendError, match="failed"):
             runtime.run(IMAGES)
     np.testing.assert_array_equal(runtime.run(IMAGES).logits, wanted)
+
+
+def test_a_failing_observer_is_told_no_more_and_nothing_is_lost(tiny_bundle: Path) -> None:
+    runtime, images = adavit.load(tiny_bundle, threads=2, parallel="samples"), random_images(tiny(), 12)
+    runtime.run(images)
+    before, told = len(runtime.dispatcher._states), 0
+
+    def fail(position: int, *_: Any) -> None:
+        nonlocal told
+        told += 1
+        if position == 5:
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        runtime.run(images, observe=fail)
+    after = told
+    time.sleep(0.2)
+    assert told == after
+    assert len(runtime.dispatcher._states) == before
 
 
 def test_runtimes_side_by_side_do_not_disturb_each_other(tiny_bundle: Path, runtime: Runtime) -> None:

@@ -292,6 +292,22 @@ def test_a_size_is_compiled_once_it_is_frequent_and_then_run(wide: tuple[Path, P
         loaded.run(image, policy=dense)
 
 
+def test_models_for_other_sizes_are_dropped(wide: tuple[Path, Path]) -> None:
+    loaded = adavit.load(wide[0], backend="openvino", provider="fp32", threads=1)
+    image, dense, half = random_images(WIDE, 1), Policy.dense(WIDE, 1), Policy.dense(WIDE, 1)
+    half.tokens[..., 1:72] = False
+    assert loaded.specialise(dense) > 0
+    loaded.run(image, policy=dense)
+    blocks = loaded.dispatcher.specialised.engines.values()
+    before = [weakref.ref(model) for block in blocks for model in block._models.prepared.values()]  # type: ignore[attr-defined]
+    assert loaded.specialise(half) > 0
+    gc.collect()
+    assert before
+    assert not any(model() for model in before)
+    loaded.dispatcher.plan = EnginePlan.where(WIDE, lambda kind, k, h: False)
+    assert loaded.specialise(dense) == 0  # whole blocks do not run
+
+
 def test_weights_that_are_put_out_are_held_no_longer(loaded: Runtime) -> None:
     engines = loaded.dispatcher.engines.blocks
     kept = HeadWeights(loaded.bundle, loaded.backend, engines, 0)

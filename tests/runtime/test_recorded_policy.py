@@ -47,6 +47,16 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def packed(damage: bytes) -> bytes:
+    """Policies whose deflated bytes are others."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **dict.fromkeys(("tokens", "heads", "sublayers"), MASK))
+    data = bytearray(buffer.getvalue())
+    start = data.index(b"tokens.npy") + len("tokens.npy") + 20
+    data[start : start + len(damage)] = damage
+    return bytes(data)
+
+
 MASK = np.ones((1, 3, 3), bool)
 NOT_POLICIES = {
     "empty": b"",
@@ -58,6 +68,8 @@ NOT_POLICIES = {
     "flat": npz(tokens=MASK, heads=MASK, sublayers=MASK[0]),
     "objects": npz(tokens=MASK, heads=MASK, sublayers=np.array([{}], object)),
     "cut": npz(tokens=MASK, heads=MASK, sublayers=MASK)[:-100],
+    "damaged": npz(tokens=MASK, heads=MASK, sublayers=MASK).replace(b"NUMPY", b"\xff\xff\xff\xff\xff"),
+    "badly packed": packed(b"\xff" * 40),
 }
 
 

@@ -170,6 +170,33 @@ def test_engines_that_are_replaced_are_freed(loaded: Runtime) -> None:
     assert not any(engine() for engine in before)
 
 
+def test_an_image_under_way_frees_them_too_and_batches_are_not_held(loaded: Runtime) -> None:
+    loaded.specialise(keeping((0, 1)))
+    images = random_images(WIDE, 1)
+    replaced: list[weakref.ref[Any]] = []
+
+    def replace(*_: Any) -> None:
+        if not replaced:
+            replaced.extend(weakref.ref(engine) for engine in loaded.dispatcher.specialised.engines.values())
+            loaded.specialise(keeping((4, 5)))
+
+    loaded.run(images, policy=keeping((0, 1)), observe=replace)
+    batch = weakref.ref(images)
+    del images
+    gc.collect()
+    assert replaced
+    assert not any(engine() for engine in replaced)
+    loaded.run(random_images(WIDE, 1), policy=keeping((4, 5)))  # by its engine
+    assert batch() is None
+    for seed in range(3):
+        images = random_images(WIDE, 1, seed=seed)
+        batch = weakref.ref(images)
+        loaded.run(images, policy=keeping((4, 5)))
+        del images
+        gc.collect()
+        assert batch() is None
+
+
 def test_the_sets_that_save_most_get_the_memory(loaded: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     choose = loaded.dispatcher.specialised.choose
     often, seldom = keeping((1, 3), 9), keeping((0, 2), 1)

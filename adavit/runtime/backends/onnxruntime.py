@@ -33,7 +33,7 @@ HIDING_INT8 = [*UNWANTED, "CommonSubexpressionElimination"]
 TOKENS = {"x", "normed", "channels"}
 """Inputs that are rows of the same few buffers in every run."""
 MOST_BINDINGS = 1024
-"""Of an engine: for each number of tokens and pair of buffers one, of 1 KB or less."""
+"""Of an engine: for each number of tokens and pair of buffers one, of 1 KB or less beside the buffers, which last."""
 
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
@@ -250,11 +250,12 @@ class OnnxRuntimeEngine:
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`. Everything is bound where it is: nothing is copied or allocated.
 
-        A binding is used again, by one thread at a time. Engines that take tokens alone get and fill the same few
-        buffers, and keep a binding for each number of their rows; others bind anew what differs from their last run.
+        A binding is used again, by one thread at a time. Engines that take rows of tokens alone get and fill the same
+        few buffers, and keep a binding for each number of rows; else what differs from the last run is bound anew.
         """
         values = [*inputs, *outputs]
-        key = tuple(map(id, values)) if self._takes_tokens else None
+        lasting = self._takes_tokens and not any(isinstance(value, np.ndarray) for value in values)
+        key = tuple(map(id, values)) if lasting else None
         bound = self._bindings.pop(key, None)
         binding, before = bound or (self._session.io_binding(), [None] * len(values))
         if bound is None or key is None:
@@ -286,6 +287,7 @@ class OnnxRuntimeFixedEngine:
         """See `FixedEngine.bound`."""
         binding = self._session.io_binding()
         given = [tensor.name for tensor in self._spec.inputs if tensor.name == "images"]
+        blank = _as_value(self._ort, np.zeros(1, np.float32))
         try:
             for tensor in self._spec.inputs:
                 if tensor.name not in given:
@@ -303,5 +305,8 @@ class OnnxRuntimeFixedEngine:
                 call(binding)
             except Exception as error:
                 raise BackendError(f"engine {self._spec.name} failed: {one_line(error)}") from error
+            finally:
+                for name in given:  # a batch is not to live as long as the binding
+                    binding.bind_ortvalue_input(name, blank)
 
         return run

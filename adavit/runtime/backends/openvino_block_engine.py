@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from adavit.runtime.backends.openvino_buffers import OpenVinoBuffer, as_rows, rounded
-from adavit.runtime.backends.openvino_engine import Requests
+from adavit.runtime.backends.openvino_engine import Compiled, Requests
 from adavit.runtime.backends.openvino_models import mask_of, names_of
 
 __all__ = ["BlockModels", "OpenVinoBlockEngine"]
@@ -28,13 +28,13 @@ class BlockModels:
         prepared: compiled for so many tokens, as they are rounded, and heads. May be replaced as a whole.
     """
 
-    def __init__(self, head_width: int, make: Callable[[], Any], compile_model: Callable[[Any], Any]) -> None:
+    def __init__(self, head_width: int, make: Callable[[], Any], compile_model: Callable[[Any], Compiled]) -> None:
         self._head_width, self._make, self._compile = head_width, make, compile_model
         self.any = compile_model(make())
         self.names = [*names_of(self.any.inputs), *names_of(self.any.outputs)]
-        self.prepared: dict[tuple[int, int], Any] = {}
+        self.prepared: dict[tuple[int, int], Compiled] = {}
 
-    def prepare(self, tokens: int, heads: int) -> Any:
+    def prepare(self, tokens: int, heads: int) -> Compiled:
         """Compiles it for so many tokens, as they are rounded, and heads alone."""
         channels = heads * self._head_width
         by_name = dict.fromkeys(("kept", "mask"), tokens) | dict.fromkeys(("qkv", "qkv_bias", "heads"), heads)
@@ -63,8 +63,6 @@ class OpenVinoBlockEngine:
     ) -> None:
         self._name, self._models, self._heads = name, models, heads
         self._any = Requests(name, models.any)
-        self._prepared: Mapping[tuple[int, int], Any] = {}
-        self._requests: dict[tuple[int, int], Requests] = {}
         self._fixed = {key: as_rows(array) for key, array in fixed.items()}  # tensors do not keep their memory
         self._given = [models.names.index(key) for key in given]
 
@@ -97,11 +95,5 @@ class OpenVinoBlockEngine:
 
     def _requests_of(self, tokens: int, heads: int) -> Requests:
         """What runs it with so many tokens, as they are rounded, and heads."""
-        if self._prepared is not self._models.prepared:
-            self._prepared, self._requests = self._models.prepared, {}
-        found = self._requests.get((tokens, heads))
-        if found is None:
-            compiled = self._prepared.get((tokens, heads))
-            found = self._any if compiled is None else Requests(self._name, compiled)
-            self._requests[tokens, heads] = found
-        return found
+        compiled = self._models.prepared.get((tokens, heads))
+        return self._any if compiled is None else compiled.requests_of(self._name)

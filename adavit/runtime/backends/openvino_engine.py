@@ -61,6 +61,14 @@ class Compiled:
     def __init__(self, copies: Sequence[Any]) -> None:
         self.copies = copies
         self.inputs, self.outputs = copies[0].inputs, copies[0].outputs
+        self._requests: dict[str, Requests] = {}
+
+    def requests_of(self, name: str) -> Requests:
+        """The requests of an engine, by its name, which last as long as the model."""
+        found = self._requests.get(name)
+        if found is None:
+            found = self._requests.setdefault(name, Requests(name, self))
+        return found
 
 
 class Requests:
