@@ -1,5 +1,6 @@
 """ONNX Runtime's GPU providers: the CPU's in their place, on a device that puts copies off."""
 
+import gc
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -38,6 +39,10 @@ def test_what_is_bound_on_the_device_is_what_is_computed(tiny_bundle: Path, runt
         np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-4)
         np.testing.assert_allclose(on_gpu.run_dense(images), runtime.run_dense(images), atol=1e-4)
     copies = [kind for call, kind in gpu.calls if call == "copy"]
+    del on_gpu
+    gc.collect()
+    assert not gpu.memory
+    assert set(gpu.alive.values()) == {0}
     arch = runtime.architecture
     assert sum(size for kind, size in copies if kind == 2) <= 4 * 4 * 3 * (
         arch.depth * (arch.tokens + arch.heads + 2) + 2 * arch.classes

@@ -5,10 +5,11 @@ Rows are moved by the bundle's engines `rows.*`, since the host does not reach t
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -118,14 +119,27 @@ class DeviceBuffer:
         return part
 
 
+class Closable(Protocol):
+    """An engine that holds more than memory of the host."""
+
+    def close(self) -> None:
+        """Frees it; nothing may be running."""
+        ...
+
+
 class DeviceMoves(ABC):
-    """What `Backend` says of buffers and moving rows; a backend adds `load`."""
+    """What `Backend` says of buffers and moving rows; a backend adds `load`, which notes its engines.
+
+    Once nothing refers to it, they are closed, and what they ran on is freed.
+    """
 
     fixed = None
     always_gathers = False
 
     def __init__(self, device: Device) -> None:
         self._device = device
+        self._engines: list[Closable] = []  # all that were loaded
+        weakref.finalize(self, _close, device, self._engines)
         self._moves: dict[str, Engine] = {}
         self._temporaries: dict[tuple[Any, ...], DeviceBuffer] = {}
 
@@ -203,6 +217,16 @@ class DeviceMoves(ABC):
         if key not in self._temporaries:
             self._temporaries[key] = self.buffer(shape, dtype)
         return self._temporaries[key]
+
+
+def _close(device: Device, engines: list[Closable]) -> None:
+    """Frees engines, then what they ran on."""
+    with device.lock:
+        device.synchronise()
+        for engine in engines:
+            engine.close()
+        engines.clear()
+        device.close()
 
 
 def _decoded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:

@@ -86,7 +86,9 @@ class OnnxRuntimeGpuBackend(DeviceMoves):
         except Exception as error:
             raise BackendError(f"ONNX Runtime refuses engine {spec.name}: {one_line(error)}") from None
         require_provider(session, spec, self._provider)
-        return OnnxRuntimeGpuEngine(self._ort, self._device, session, spec, on_stream)
+        engine = OnnxRuntimeGpuEngine(self._ort, self._device, session, spec, on_stream)
+        self._engines.append(engine)
+        return engine
 
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version and the provider in use."""
@@ -105,6 +107,10 @@ class OnnxRuntimeGpuEngine:
         self._options = ort.RunOptions()
         if on_stream:
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def close(self) -> None:
+        """Frees the session."""
+        self._session = None
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`."""

@@ -6,7 +6,6 @@ All engines run on one stream and share one scratch memory. Rows are moved by th
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import deque
 from importlib import import_module
 from typing import Any
@@ -50,9 +49,7 @@ class TensorRtBackend(DeviceMoves):
         self._messages = Messages()
         self._logger = _logger(trt, self._messages)
         self._runtime = self._make_runtime()
-        self._engines: list[TensorRtEngine] = []
         super().__init__(Device(cuda))
-        weakref.finalize(self, _close, self._device, self._engines)
 
     def load(self, name: str, alone: bool = False) -> TensorRtEngine:
         """See `Backend.load`: the bytes that are hashed are the bytes that are deserialised."""
@@ -107,16 +104,6 @@ class TensorRtRtxBackend(TensorRtBackend):
     """The same with TensorRT-RTX."""
 
     name = "tensorrt-rtx"
-
-
-def _close(device: Device, engines: list[TensorRtEngine]) -> None:
-    """Frees engines and contexts, then what they ran on."""
-    with device.lock:
-        device.synchronise()
-        for engine in engines:
-            engine.close()
-        engines.clear()
-        device.close()
 
 
 def import_tensorrt(flavour: str) -> Any:
