@@ -73,6 +73,8 @@ class Architecture:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
         if self.image_size % self.patch_size:
             raise ValueError(f"image side {self.image_size} is not a multiple of the patch side {self.patch_size}")
+        if self.stem == "t2t" and self.patch_size != 16:
+            raise ValueError(f"patch side is {self.patch_size}: the stem 't2t' makes patches of 16 pixels")
         if self.keep > self.depth:
             raise ValueError(f"keep is {self.keep}, more than the depth {self.depth}")
 

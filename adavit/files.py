@@ -7,17 +7,43 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["folder_beside", "sha256", "write_beside"]
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["folder_beside", "read_arrays", "sha256", "write_beside"]
 
 
 def sha256(data: bytes) -> str:
     """SHA-256 of `data`, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def read_arrays(path: Path, names: Iterable[str], most: int) -> list[npt.NDArray[Any]]:
+    """Arrays of an .npz file, which may be hostile.
+
+    Args:
+        path: of the file.
+        names: of the arrays.
+        most: bytes that all of it may take, unpacked.
+
+    Raises:
+        ValueError: it is no such file, lacks one of them, or is larger.
+    """
+    try:
+        with zipfile.ZipFile(path) as packed:
+            size = sum(member.file_size for member in packed.infolist())
+        if size > most:
+            raise ValueError(f"it takes {size} bytes unpacked, over {most}")
+        with np.load(path, allow_pickle=False) as data:
+            return [data[name] for name in names]
+    except Exception as error:  # a damaged archive raises anything
+        raise ValueError(str(error)) from None
 
 
 @contextmanager

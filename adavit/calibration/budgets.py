@@ -13,9 +13,10 @@ from adavit.budget_options import BudgetOptions
 from adavit.calibration.choose import CLOSE, best_stops, meet
 from adavit.calibration.trial import Trial
 from adavit.calibration.walk import Stop
-from adavit.errors import InputError
+from adavit.errors import BundleError, InputError
 from adavit.files import write_beside
 from adavit.runtime.budget import MAX_OFFSET, TRAINED, Budgets, Offsets, OperatingPoint
+from adavit.runtime.bundle import Bundle
 from adavit.runtime.session import load
 
 __all__ = ["add_budgets"]
@@ -46,7 +47,7 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
 
     Raises:
         InputError: the images or budgets are not usable, or a budget is out of the policies' reach.
-        BundleError: the bundle is not usable.
+        BundleError: the bundle is not usable, or was exported anew meanwhile.
     """
     options.check()
     if not options.budgets:
@@ -54,7 +55,11 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
     runtime = load(bundle, threads=threads, parallel="samples")
     trial, skipped = Trial.of_files(runtime, options.calibration_images, progress)
     budgets = calibrate(trial, options.budgets)
-    config = {**runtime.bundle.config, "budgets": budgets.to_dict()}
+    Budgets.from_dict(budgets.to_dict(), runtime.architecture.depth)
+    config = Bundle.open(bundle).config  # others may have written to it meanwhile
+    if config["engines"] != runtime.bundle.config["engines"]:
+        raise BundleError(f"{bundle}: was exported anew meanwhile; calibrate it again")
+    config = {**config, "budgets": budgets.to_dict()}
     with write_beside(bundle / "config.json") as file:
         file.write((json.dumps(config, indent=2) + "\n").encode())
     return {**budgets.to_dict(), "skipped": skipped}
@@ -64,8 +69,10 @@ def calibrate(trial: Trial, asked: Sequence[float]) -> Budgets:
     """Operating points for the budgets asked for, the trained policy, and some between them.
 
     Raises:
-        InputError: a budget is out of the policies' reach.
+        InputError: a budget is out of the policies' reach, two are the trained policy's, or there are no policies.
     """
+    if not trial.runtime.architecture.adapts:
+        raise InputError("this model has no policies, and so takes the same MACs at any budget")
     least, most = (trial.run(Offsets(*(3 * [end])), 1).macs for end in (-MAX_OFFSET, MAX_OFFSET))
     for budget in asked:
         if not least <= budget <= most:
@@ -73,17 +80,21 @@ def calibrate(trial: Trial, asked: Sequence[float]) -> Budgets:
                 f"a budget of {budget:g} is out of reach: this model's policies can set the MACs from {least:.3f} to "
                 f"{most:.3f} of the dense ones"
             )
-    points = [_point(trial, level, stop, level in asked) for level, stop in best_stops(trial, asked).items()]
-    if all(point.offsets != TRAINED for point in points):
-        points.append(OperatingPoint(round(trial.trained.macs, 6), TRAINED, trial.trained.to_dict()))
-    points = _sorted(points)
+    macs = trial.trained.macs
+    near = [budget for budget in asked if abs(macs - budget) <= CLOSE * budget]
+    if len(near) > 1:
+        both = " and ".join(f"{budget:g}" for budget in near)
+        raise InputError(f"budgets of {both} are all what the trained policy takes ({macs:.4f}); ask for one of them")
+    trained = OperatingPoint(near[0] if near else round(macs, 6), TRAINED, trial.trained.to_dict())
+    stops = {level: stop for level, stop in best_stops(trial, asked).items() if level not in near}
+    points = _sorted([trained, *(_point(level, stop, level in asked) for level, stop in stops.items())])
     for _ in range(ROUNDS):
-        points = _sorted([*points, *(_astray(trial, low, high) for low, high in pairwise(points))])
+        points = _sorted([trained, *points, *(_astray(trial, low, high) for low, high in pairwise(points))])
     return Budgets(tuple(points), {"images": len(trial), "labelled": trial.labels is not None})
 
 
-def _point(trial: Trial, budget: float, stop: Stop, asked: bool) -> OperatingPoint:
-    """The point at a budget; the trained policy if it takes as much. A budget that nobody asks for is what is taken.
+def _point(budget: float, stop: Stop, asked: bool) -> OperatingPoint:
+    """The point at a budget. One that nobody asks for is what is taken.
 
     Raises:
         InputError: the stop comes not near the budget asked for.
@@ -91,8 +102,6 @@ def _point(trial: Trial, budget: float, stop: Stop, asked: bool) -> OperatingPoi
     outcome = stop.outcome
     if not asked:
         return OperatingPoint(round(outcome.macs, 6), stop.offsets, outcome.to_dict())
-    if abs(trial.trained.macs - budget) <= CLOSE * budget:
-        return OperatingPoint(budget, TRAINED, trial.trained.to_dict())
     if abs(outcome.macs - budget) > FAR * budget:
         raise InputError(
             f"a budget of {budget:g} cannot be met: the nearest found is {outcome.macs:.4f}; "
@@ -111,9 +120,9 @@ def _astray(trial: Trial, low: OperatingPoint, high: OperatingPoint) -> Operatin
 
 
 def _sorted(points: Sequence[OperatingPoint | None]) -> list[OperatingPoint]:
-    """By budget; of two at the same one, the first given."""
+    """By budget; of two at the same one, or of the trained policy, the first given."""
     found: dict[float, OperatingPoint] = {}
     for point in points:
-        if point is not None:
+        if point is not None and (point.offsets != TRAINED or not found):
             found.setdefault(point.budget, point)
     return [found[budget] for budget in sorted(found)]

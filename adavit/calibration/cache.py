@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from adavit.calibration.histogram import BINS, Histogram
 from adavit.calibration.ranges import Ranges
 from adavit.calibration.recording import Seen
 from adavit.errors import InputError
-from adavit.files import write_beside
+from adavit.files import read_arrays, write_beside
 
 __all__ = ["Origin", "load_ranges", "save_ranges"]
 
@@ -50,10 +49,8 @@ def load_ranges(path: Path) -> tuple[Ranges, Origin]:
     if not path.is_file():
         raise InputError(f"{path}: no such calibration cache; give --calibration-images to make one")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError("it is too large")
-        with np.load(path, allow_pickle=False) as data:
-            counts, about = data["counts"], json.loads(str(data["about"]))
+        counts, described = read_arrays(path, ("counts", "about"), MAX_BYTES)
+        about = json.loads(str(described))
         if about["version"] != VERSION:
             raise ValueError(f"its version is {about['version']!r}")
         if counts.dtype != np.int64 or counts.shape != (len(about["sites"]), BINS):
@@ -64,5 +61,5 @@ def load_ranges(path: Path) -> tuple[Ranges, Origin]:
             found = ranges.histograms.setdefault(unit, {})[site] = Histogram()
             found.counts, found.width, found.peak = row, float(width), float(peak)
         return ranges, dict(about["origin"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a calibration cache ({error}); delete it and calibrate again") from None

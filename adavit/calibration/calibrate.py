@@ -87,19 +87,19 @@ def _search(
     progress: Progress,
 ) -> dict[str, Assignment]:
     """The assignment of mixed precision; its sensitivity table goes into the report."""
-    bundles, assigned = {"fp32": runtime.bundle}, {}
-    for precision in ("fp16", "int8"):
-        assigned = assign(runtime.bundle, ranges, precision)
+    bundles = {"fp32": runtime.bundle}
+    assigned = {precision: assign(runtime.bundle, ranges, precision) for precision in ("fp16", "int8")}
+    for precision, units in assigned.items():
         part = folder / f".{precision}"
         part.mkdir()
-        write_converted(runtime.bundle, part, ranges, assigned, options, progress)
+        write_converted(runtime.bundle, part, ranges, units, options, progress)
         bundles[precision] = Bundle.open(part)
     images, labels = read_images(find_images(options.calibration_images, runtime.labels), runtime.preprocess)
     measure = Measure(bundles, runtime.options, options.decision_precision, images, labels)
-    search = Search(measure, assigned, options.max_drop, progress)
+    search = Search(measure, assigned["int8"], assigned["fp16"], options.max_drop, progress)
     found = search.run()
     report |= search.report()
-    for precision in ("fp16", "int8"):
+    for precision in assigned:
         shutil.rmtree(folder / f".{precision}")
     return found
 

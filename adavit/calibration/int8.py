@@ -44,7 +44,7 @@ def to_int8(model: onnx.ModelProto, thresholds: Mapping[str, float], head_width:
     layers = [layer for layer in linear_layers(model) if layer.site in thresholds and layer.weight not in GATHERED]
     if not layers:
         return model
-    scales = {layer.tensor: thresholds[layer.site] / ACTIVATION_LEVELS for layer in layers}
+    scales = {layer.tensor: (thresholds[layer.site] or 1.0) / ACTIVATION_LEVELS for layer in layers}  # 0: all are 0
     with model_optimizer(), tempfile.TemporaryDirectory() as folder:
         source, target, cache = (Path(folder) / name for name in ("engine.onnx", "int8.onnx", "scales"))
         onnx.save(model, source)  # A copy: Model Optimizer writes over what it reads.

@@ -130,10 +130,15 @@ class Search:
         loss: of the assignment found.
     """
 
-    def __init__(self, measure: Measure, assigned: Assigned, max_drop: float, progress: Progress) -> None:
-        self._measure, self._int8, self._max_drop = measure, assigned, max_drop
+    def __init__(self, measure: Measure, int8: Assigned, fp16: Assigned, max_drop: float, progress: Progress) -> None:
+        self._measure, self._int8, self._max_drop = measure, int8, max_drop
+        back = "put back for accuracy"
+        self._back = {
+            name: Assignment(found.precision, back if found.reason is None else f"{back}; {found.reason}")
+            for name, found in fp16.items()
+        }
         self._progress = progress
-        units = [name for name, found in assigned.items() if found.precision == "int8" and name != "dense"]
+        units = [name for name, found in int8.items() if found.precision == "int8" and name != "dense"]
         losses = {}
         for done, unit in enumerate(units, 1):
             losses[unit] = measure.loss(self._with(other for other in units if other != unit), SENSITIVITY_IMAGES)
@@ -143,8 +148,8 @@ class Search:
         self.loss = Loss(0.0, 1.0, 0.0)
 
     def _with(self, put_back: Iterable[str]) -> dict[str, Assignment]:
-        """The int8 assignment with some sub-layers in fp16."""
-        return {**self._int8, **{unit: Assignment("fp16", "put back for accuracy") for unit in put_back}}
+        """The int8 assignment with some sub-layers as in fp16's."""
+        return {**self._int8, **{unit: self._back[unit] for unit in put_back}}
 
     def run(self) -> dict[str, Assignment]:
         """Puts back the most sensitive sub-layers until the drop is within bounds, then takes back what can be.

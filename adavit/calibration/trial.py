@@ -91,7 +91,7 @@ class Trial:
             InputError: there are no images, or too few.
         """
         files = find_images(paths, runtime.labels)
-        most = min(MOST_IMAGES, MOST_BYTES // (4 * 3 * runtime.architecture.image_size**2))
+        most = max(FEWEST_IMAGES, min(MOST_IMAGES, MOST_BYTES // (4 * 3 * runtime.architecture.image_size**2)))
         pixels, labels, skipped = [], [], []
         for position in np.random.default_rng(0).permutation(len(files)):
             try:

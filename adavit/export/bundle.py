@@ -12,7 +12,7 @@ from typing import Any
 
 from adavit.budget_options import BudgetOptions
 from adavit.calibration.budgets import add_budgets
-from adavit.errors import BundleError, InputError, VerificationError
+from adavit.errors import BundleError, CheckpointError, InputError, VerificationError
 from adavit.export.engines import engine_count, make_engines
 from adavit.export.graph import OPSETS
 from adavit.export.verify import verify
@@ -177,7 +177,11 @@ def _labels(path: Path | None, classes: int) -> list[str]:
 
 def _preprocessor(source: Path, model: AdaViT, crop_ratio: float | None) -> Preprocessor:
     if crop_ratio is None:
-        crop_ratio = float(read_metadata(source).get("crop_ratio", Preprocessor.crop_ratio))
+        noted = read_metadata(source).get("crop_ratio", str(Preprocessor.crop_ratio))
+        try:
+            crop_ratio = float(noted)
+        except ValueError:
+            raise CheckpointError(f"{source}: its crop ratio is {noted[:80]!r}; name one with --crop-ratio") from None
     if not 0.1 <= crop_ratio <= 1:
         raise InputError(f"crop ratio {crop_ratio} is out of range; choose 0.1 to 1")
     return Preprocessor(model.arch.image_size, crop_ratio)

@@ -93,7 +93,7 @@ def _read_safetensors(path: Path) -> tuple[State, int | None]:
     with _opened(path) as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     noted = read_metadata(path).get("num_heads", "")
-    return normalise_state(path, state), int(noted) if noted.isdigit() else None
+    return normalise_state(path, state), int(noted) if noted.isdecimal() and len(noted) < 6 else None
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -134,9 +134,11 @@ def normalise_state(path: Path, state: dict[Any, Any]) -> State:
             raise CheckpointError(f"{path}: {key!r} is a {kind}, not a tensor; save model.state_dict()")
         if not value.is_floating_point() or value.layout != torch.strided:
             raise CheckpointError(f"{path}: {key} is {value.dtype}; export needs floating-point weights")
+        if value.is_meta or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise CheckpointError(f"{path}: {key} has no weights of its own; save model.state_dict()")
         name = key.removeprefix("module.")
         parts = {name: value}
-        if ".attn.qkv." in name and value.shape[0] % 3 == 0:
+        if ".attn.qkv." in name and value.ndim and value.shape[0] % 3 == 0:
             names = [name.replace(".qkv.", f".{part}.") for part in ("query", "key", "value")]
             parts = dict(zip(names, value.chunk(3), strict=True))
         for part, tensor in parts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ __all__ = ["SCHEMA_VERSION", "Bundle", "EngineSpec", "TensorSpec"]
 SCHEMA_VERSION = 1
 MAX_TEXT = 16 << 20
 MAX_ENGINE = (2 << 30) - 1  # A protobuf message cannot be larger.
+ENGINE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool")
 
 
@@ -218,6 +220,8 @@ def _object(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _engine(name: str, spec: dict[str, Any]) -> EngineSpec:
+    if not ENGINE_NAME.fullmatch(name):  # files are named after it
+        raise ValueError(f"an engine is named {name[:80]!r}")
     size = spec["bytes"]
     if type(size) is not int or not 0 < size <= MAX_ENGINE:
         raise ValueError(f"engine {name} is said to have {size!r} bytes")

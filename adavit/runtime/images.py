@@ -163,7 +163,7 @@ def find_images(paths: Iterable[str | Path], labels: Sequence[str]) -> list[Imag
     Args:
         paths: files and folders.
         labels: the bundle's class names. Class folders carry these names, or are as many as the classes and
-            stand for them in sorted order.
+            stand for them in sorted order, where none carries one.
 
     Raises:
         InputError: a path is not there, a folder holds no image, or class folders fit no class.
@@ -189,7 +189,7 @@ def _in_folder(folder: Path, labels: Sequence[str]) -> list[ImageFile]:
     names = [child.name for child in classes]
     index = {label: i for i, label in enumerate(labels)}
     if strangers := [name for name in names if name not in index]:
-        if len(names) != len(labels):
+        if len(names) != len(labels) or len(strangers) < len(names):
             raise InputError(f"{folder}: class folder {strangers[0]!r} is none of the bundle's {len(labels)} labels")
         index = {name: i for i, name in enumerate(names)}
     return [ImageFile(path, index[child.name]) for child in classes for path in _images_of(child)]

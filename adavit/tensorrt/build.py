@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adavit.errors import BackendError, BundleError
@@ -131,5 +131,6 @@ def _describe(folder: Path, key: str, entry: dict[str, Any]) -> None:
     with write_beside(path) as file:
         file.write((json.dumps(config, indent=2) + "\n").encode())
     if replaced:
-        for old in {Path(engine["file"]).parent.name for engine in replaced["engines"].values()}:
-            shutil.rmtree(folder / FOLDER / old, ignore_errors=True)
+        for old in {PurePosixPath(engine["file"]).parts for engine in replaced["engines"].values()}:
+            if len(old) == 3 and old[0] == FOLDER and ".." not in old:  # the description may be hostile
+                shutil.rmtree(folder / FOLDER / old[1], ignore_errors=True)

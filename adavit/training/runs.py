@@ -158,8 +158,8 @@ def _run(trainer: Trainer, train: LabelledImages, test: LabelledImages, options:
     )
     trainer.run(train, test, intervals, options["workers"])
     if leads:
-        plot_log(read_log(folder / LOG), folder / "plot.png")
         _write_weights(trainer, train.classes, folder / WEIGHTS)
+        plot_log(read_log(folder / LOG), folder / "plot.png")
         click.echo(f"{folder / WEIGHTS}: {trainer.metric:.2f} % of the test images right")
 
 

@@ -19,9 +19,9 @@ from adavit.calibration import choose
 from adavit.calibration.budgets import add_budgets, calibrate
 from adavit.calibration.trial import Outcome, Trial
 from adavit.calibration.walk import EVEN_STEP, STEP, walk
-from adavit.errors import InputError
+from adavit.errors import BundleError, InputError
 from adavit.runtime import Runtime
-from adavit.runtime.budget import TRAINED, Budgets, Offsets
+from adavit.runtime.budget import TRAINED, Budgets, Offsets, OperatingPoint
 
 KINDS = ("tokens", "heads", "sublayers")
 
@@ -218,6 +218,29 @@ def test_a_budget_of_the_trained_policy_is_the_trained_policy() -> None:
     land = Landscape(SCALES[0], dict.fromkeys(KINDS, 1.0))
     (point,) = calibrate(land, [0.551]).points  # type: ignore[arg-type]
     assert (point.budget, point.offsets) == (0.551, TRAINED)
+    with pytest.raises(InputError, match=r"budgets of 0.55 and 0.551 are all what the trained policy takes \(0.5500\)"):
+        calibrate(land, [0.55, 0.3, 0.551])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("zeros", [TRAINED, Offsets(*[(0.0,) * tiny().depth] * 3)], ids=["trained", "as good as"])
+def test_points_that_come_upon_the_trained_policy_leave_one_of_it(
+    zeros: Offsets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    land = Landscape(SCALES[0], dict.fromkeys(KINDS, 1.0))
+    again = calibration.Stop(zeros, land.trained)
+    made = calibration.best_stops
+    monkeypatch.setattr(calibration, "best_stops", lambda *given: {0.54: again, **made(*given), 0.56: again})
+    monkeypatch.setattr(calibration, "_astray", lambda *_: OperatingPoint(0.55, zeros, {}))
+    found = calibrate(land, [0.3, 0.8])  # type: ignore[arg-type]
+    assert Budgets.from_dict(found.to_dict(), tiny().depth) == found
+    assert found.trained.budget == pytest.approx(0.55)
+
+
+def test_a_model_without_policies(tmp_path: Path) -> None:
+    none = dict.fromkeys(("token_policy", "head_policy", "sublayer_policy"), False)
+    runtime = adavit.load(export(random_model(tiny(**none)), tmp_path), threads=1)
+    with pytest.raises(InputError, match="this model has no policies"):
+        calibrate(trial(runtime), [1.0])
 
 
 def test_steps_are_about_a_step_and_ends_are_reached() -> None:
@@ -318,6 +341,24 @@ def test_points_are_written_into_the_bundle(bundle: Path, photos: Path) -> None:
     assert runtime.run(pixels).macs.mean() / dense == pytest.approx(budget, rel=calibration.FAR)
     again = add_budgets(bundle, BudgetOptions((budget,), (photos,)), 1, quiet)
     assert again == found  # the same images give the same points
+
+
+def test_what_others_write_meanwhile_stays(bundle: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget, made = middle(bundle, photos), calibration.calibrate
+    config = read_config(bundle)
+
+    def meanwhile(*given: Any) -> Budgets:
+        write_config(bundle, config)
+        return made(*given)
+
+    monkeypatch.setattr(calibration, "calibrate", meanwhile)
+    config["engine_sets"] = {}
+    add_budgets(bundle, BudgetOptions((budget,), (photos,)), 1, quiet)
+    assert read_config(bundle).keys() >= {"engine_sets", "budgets"}
+    config["engines"]["head"]["sha256"] = "0" * 64
+    with pytest.raises(BundleError, match="was exported anew meanwhile; calibrate it again"):
+        add_budgets(bundle, BudgetOptions((budget,), (photos,)), 1, quiet)
+    assert read_config(bundle) == config
 
 
 def test_unlabelled_and_unreadable_images(bundle: Path, photos: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_cache_of_another_model_is_refused(calibrated: Calibrated, tmp_path: P
     assert "calibrated for another model" in line and "--calibration-cache" in line
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut", "version"])
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "packed", "version"])
 def test_a_damaged_cache_is_refused(calibrated: Calibrated, busy: Path, tmp_path: Path, damage: str) -> None:
     calibrated("int8")
     cache = Path(shutil.copy(cache_of(calibrated), tmp_path / "cache.npz"))
@@ -95,7 +95,9 @@ def test_a_damaged_cache_is_refused(calibrated: Calibrated, busy: Path, tmp_path
             about = json.loads(str(data["about"])) | {"version": 99}
             np.savez(cache, counts=data["counts"], about=np.asarray(json.dumps(about)))
     else:
-        cache.write_bytes({"empty": b"", "text": b"no cache", "cut": cache.read_bytes()[:-200]}[damage])
+        data = cache.read_bytes()
+        packed = data[:60] + b"\xff" * 60 + data[120:]
+        cache.write_bytes({"empty": b"", "text": b"no cache", "cut": data[:-200], "packed": packed}[damage])
     line = refused(tmp_path, busy, "--precision", "int8", "--calibration-cache", cache)
     assert "not a calibration cache" in line
 
@@ -201,9 +203,10 @@ class Pretended:
         return Loss(total, 1 - total / 100, total)
 
 
-def search(costs: dict[str, float], bound: float, rest: float = 0.0) -> Search:
-    assigned = {unit: Assignment("int8") for unit in costs}
-    return Search(Pretended(costs, rest), assigned, bound, quiet)  # type: ignore[arg-type]
+def search(costs: dict[str, float], bound: float, rest: float = 0.0, too_large: str = "") -> Search:
+    int8 = {unit: Assignment("int8") for unit in costs}
+    fp16 = {unit: Assignment("fp32", "too large") if unit == too_large else Assignment("fp16") for unit in costs}
+    return Search(Pretended(costs, rest), int8, fp16, bound, quiet)  # type: ignore[arg-type]
 
 
 def test_the_most_sensitive_are_put_back_first_and_no_more_than_needed() -> None:
@@ -213,6 +216,13 @@ def test_the_most_sensitive_are_put_back_first_and_no_more_than_needed() -> None
     assert [unit for unit, part in assigned.items() if part.precision == "fp16"] == ["b", "d"]
     assert found.loss.drop == pytest.approx(0.6)
     assert not [part for part in search({"a": 0.1}, bound=1).run().values() if part.precision != "int8"]
+
+
+def test_what_fp16_cannot_hold_is_put_back_to_fp32() -> None:
+    assigned = search({"a": 0.1, "b": 2.0, "c": 2.0}, bound=0.7, too_large="b").run()
+    assert assigned["b"] == Assignment("fp32", "put back for accuracy; too large")
+    assert assigned["c"] == Assignment("fp16", "put back for accuracy")
+    assert assigned["a"] == Assignment("int8")
 
 
 def test_a_bound_that_cannot_be_met_says_what_was_the_best() -> None:

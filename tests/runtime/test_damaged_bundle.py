@@ -150,6 +150,7 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("engines/stem/sha256", None, "no file or hash"),
     ("engines/stem/sha256", "0" * 64, "altered since export"),
     ("engines/stem", [], "damaged"),
+    *((f"engines/{name}", {}, f"an engine is named {name!r}") for name in ("..", "a..b", "\\evil", "a b", "")),
     ("engines", [], "damaged"),
     ("engines", {}, "has no engine"),
     ("architecture", None, "damaged"),

@@ -208,3 +208,5 @@ def test_image_sets_that_fit_nothing_are_refused(labelled: Path, tmp_path: Path)
     ):
         with pytest.raises(InputError, match=message):
             find_images(paths, ["x", "y", "z"])
+    with pytest.raises(InputError, match="class folder 'dog' is none of the bundle's 2 labels"):
+        find_images([labelled], ["bee", "dogs"])  # one of which is there: no place in an order is meant

@@ -81,6 +81,15 @@ def test_what_is_no_policy_is_refused(kind: str, tmp_path: Path) -> None:
         Policy.load(path)
 
 
+def test_a_policy_that_unpacks_to_more_than_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "policy.npz"
+    np.savez_compressed(path, **dict.fromkeys(("tokens", "heads", "sublayers"), np.zeros((1, 1000, 1000), bool)))
+    monkeypatch.setattr("adavit.runtime.policy.MOST_BYTES", 2_000_000)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(InputError, match=r"takes 30\d+ bytes unpacked, over 2000000"):
+        Policy.load(path)
+
+
 def test_no_such_policy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such policy file; record one with"):
         Policy.load(tmp_path / "policy.npz")

@@ -33,6 +33,7 @@ from adavit.precision_options import CalibrationOptions
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.engine_sets import engine_sets
 from adavit.runtime.evaluate import demo_bundle
+from adavit.tensorrt import build
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
 
@@ -158,6 +159,19 @@ def test_sets_lie_side_by_side_and_one_of_the_same_key_is_replaced(bundle: Path)
     kept = {str(Path(engine.file).parent) for built in found for engine in built.engines.values()}
     assert kept == {str(path.relative_to(bundle)) for path in (bundle / "tensorrt").iterdir()}
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("file", ["tensorrt/../b.engine", "a/../b.engine", "b.engine", "tensorrt/b.engine", "/x/y/z"])
+def test_a_hostile_set_that_is_replaced_takes_nothing_along(file: str, bundle: Path) -> None:
+    config = read_config(bundle)
+    write_config(bundle, config | {"engine_sets": {"old": {"engines": {"stem": {"file": file}}}}})
+    kept = bundle / "tensorrt" / "kept" / "stem.engine"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"1")
+    before = sorted(bundle.rglob("*"))
+    build._describe(bundle, "old", {"engines": {}})
+    assert sorted(bundle.rglob("*")) == before
+    assert read_config(bundle)["engine_sets"] == {"old": {"engines": {}}}
 
 
 def test_profiles_follow_the_statistics(bundle: Path) -> None:
