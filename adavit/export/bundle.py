@@ -20,6 +20,7 @@ from adavit.export.weights import Weights
 from adavit.export.write import write_bundle
 from adavit.files import folder_beside
 from adavit.model import AdaViT, load_checkpoint, read_metadata, resize
+from adavit.model.checkpoint import read_classes
 from adavit.precision_options import CalibrationOptions
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.evaluate import demo_bundle
@@ -80,7 +81,8 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     model = load_checkpoint(source, options.heads)
     if options.image_size is not None:
         model = resize(model, options.image_size)
-    labels = _labels(options.labels or (DEMO / "labels.txt" if demo else None), model.arch.classes)
+    noted = read_classes(source)
+    labels = _labels(options.labels or (DEMO / "labels.txt" if demo else None), noted, model.arch.classes)
     with_dense = demo if options.with_dense is None else options.with_dense
     about: dict[str, Any] = {
         "name": "adavit-demo" if demo else source.stem,
@@ -161,9 +163,10 @@ def _check_output(output: Path, force: bool) -> None:
         raise BundleError(f"{output}: already there; add --force to replace it")
 
 
-def _labels(path: Path | None, classes: int) -> list[str]:
+def _labels(path: Path | None, noted: list[str], classes: int) -> list[str]:
     if path is None:
-        return [str(index) for index in range(classes)]
+        fits = len(set(noted)) == len(noted) == classes
+        return noted if fits else [str(index) for index in range(classes)]
     try:
         labels = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -104,6 +104,16 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def read_classes(path: Path) -> list[str]:
+    """The class names noted in a safetensors file, in the order of the logits; none where there are none."""
+    try:
+        found = json.loads(read_metadata(path).get("classes", "[]"))
+    except (ValueError, RecursionError):
+        return []
+    known = isinstance(found, list) and all(isinstance(name, str) and name.strip() for name in found)
+    return [" ".join(name.split()) for name in found] if known else []
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open

@@ -11,6 +11,7 @@ import torch
 from adavit.architecture import Architecture
 from adavit.model import AdaViT, load_checkpoint, save_safetensors
 from adavit.model import policy as P
+from adavit.model.checkpoint import read_classes
 from adavit.runtime import Runtime, load
 from adavit.training import start
 from adavit.training.augment import usual_crop
@@ -82,7 +83,11 @@ def evaluate(options: Options) -> Options:
     _set_threads(options)
     model = _open_model(options["source"], options["heads"], options["threads"])
     arch = _shapes(model)
-    test = open_images(options["data"], "test", options["corrupt"], _class_names(options["labels"]))
+    names = _class_names(options["labels"])
+    test = open_images(options["data"], "test", options["corrupt"], names)
+    known = list(model.labels) if isinstance(model, Runtime) else read_classes(options["source"])
+    if names is None and sorted(known) == sorted(test.classes):  # the model's own order
+        test = open_images(options["data"], "test", options["corrupt"], known)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def run(model: AdaViT | Runtime, chance: RandomPolicy | None = None) -> Predictions:

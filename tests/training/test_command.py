@@ -3,9 +3,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from adavit.export import ExportOptions, export_bundle
 from adavit.model import load_checkpoint
@@ -108,6 +110,29 @@ def test_an_adaptive_model_cannot_teach(tmp_path: Path, idx_folder: Path, dense:
     second = ("adapt", "--data", idx_folder, *SHORT, "-o", tmp_path / "second", "--from", adaptive)
     fails("the teacher has policies; give a dense model with --teacher", *second)
     assert call(*second, "--teacher", dense).exit_code == 0
+
+
+def test_a_model_keeps_its_order_of_classes(tmp_path: Path) -> None:
+    data, names = tmp_path / "folders", ["zebra", "mole", "ant"]
+    for part in ("train", "val"):
+        for label, name in enumerate(names):
+            folder = data / part / name
+            folder.mkdir(parents=True)
+            for seed in range(8):
+                level = np.random.default_rng(seed).integers(0, 40, (8, 8, 3)) + 100 * label
+                Image.fromarray(level.astype(np.uint8)).save(folder / f"{seed}.png")
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join(names) + "\n")
+    learning = ("--steps", 60, "--learning-rate", 0.01, "--labels", labels)
+    done = call("dense", "--data", data, "-o", tmp_path / "run", *SMALL, *learning)
+    assert done.exit_code == 0, done.output
+    weights = tmp_path / "run" / "weights.safetensors"
+    export_bundle(weights, tmp_path / "bundle", ExportOptions(verify=False), lambda *_: None)
+    assert (tmp_path / "bundle" / "labels.txt").read_text().split() == names
+    for source in (weights, tmp_path / "bundle"):
+        report = tmp_path / "report.json"
+        assert call("evaluate", source, "--data", data, "--json", report).exit_code == 0
+        assert json.loads(report.read_text())["accuracy"] > 0.9
 
 
 def test_evaluating_on_other_classes_is_refused(tmp_path: Path, idx_folder: Path, dense: Path) -> None:
