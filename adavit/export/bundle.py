@@ -168,7 +168,7 @@ def _labels(path: Path | None, noted: list[str], classes: int) -> list[str]:
         fits = len(set(noted)) == len(noted) == classes
         return noted if fits else [str(index) for index in range(classes)]
     try:
-        labels = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        labels = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as labels ({type(error).__name__})") from None
     if len(labels) != classes or not all(labels) or len(set(labels)) != classes:

@@ -189,7 +189,12 @@ def _set_threads(options: Options) -> None:
 
 
 def _class_names(path: Path | None) -> list[str] | None:
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()] if path else None
+    if path is None:
+        return None
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as labels ({type(error).__name__})") from None
 
 
 def _teacher(options: Options, source: AdaViT, arch: Architecture, policy: PolicySettings) -> Teacher | None:

@@ -139,3 +139,5 @@ def test_evaluating_on_other_classes_is_refused(tmp_path: Path, idx_folder: Path
     labels = tmp_path / "labels.txt"
     labels.write_text("a\nb\nc\nd\ne\n")
     fails("5 classes, the model has 4", "evaluate", dense, "--data", idx_folder, "--labels", labels)
+    labels.write_bytes(b"\xff\xfe")
+    fails("labels.txt: cannot be read as labels", "evaluate", dense, "--data", idx_folder, "--labels", labels)
