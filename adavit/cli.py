@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
 import click
+from click.core import ParameterSource
 
 from adavit import console
 from adavit.budget_options import BudgetOptions, budget_options
@@ -17,6 +19,8 @@ from adavit.tensorrt.options import BuildOptions, build_options
 from adavit.version import __version__
 
 PATH = click.Path(path_type=Path)
+EXPORTING = ("with_dense", "opset", "labels", "image_size", "crop_ratio", "verify", "force", "precision")
+"""Options that only an export of a checkpoint follows."""
 
 
 @click.command(cls=console.Command, name="adavit-export")
@@ -59,6 +63,7 @@ def export(
         if source is not None and (source / "config.json").is_file() and (build.target or budgets.budgets):
             if output is not None or check is not None:
                 raise click.UsageError("to add to a BUNDLE, leave out --output and --check")
+            _refuse_given({*EXPORTING, "heads"}, "to add to a BUNDLE")
             report = _add(source, build, budgets, threads, progress)
         else:
             options |= {"build": build, "budgets": budgets, "calibration": calibration}
@@ -70,6 +75,15 @@ def export(
             lines += calibration_lines(calibrated)
         for line in lines:
             click.echo(line)
+
+
+def _refuse_given(names: Collection[str], purpose: str) -> None:
+    """Refuses options that would be ignored."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and option.name in names:
+            raise click.UsageError(f"{purpose}, leave out {option.opts[0]}")
 
 
 def _add(
@@ -98,6 +112,7 @@ def _export(
     if check is not None:
         if against is None or source is not None or output is not None:
             raise click.UsageError("--check BUNDLE takes --against CHECKPOINT and neither CHECKPOINT nor --output")
+        _refuse_given({*EXPORTING, "target", "budgets"}, "to check a BUNDLE")
         return check_bundle(check, against, options["heads"], threads, progress)
     if source is None or output is None:
         raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")

@@ -173,5 +173,8 @@ def test_exports_whose_budgets_are_refused(checkpoint: Path, bundle: Path, photo
         assert not target.exists()
     given = ("--budgets", "0.5", "--calibration-images", photos, "--output", target)
     assert "leave out --output and --check" in refusal(invoke(export, bundle, *given), code=2)
+    for ignored in (("--precision", "int8"), ("--no-dense",), ("--labels", photos)):
+        line = refusal(invoke(export, bundle, *given[:4], *ignored), code=2)
+        assert f"to add to a BUNDLE, leave out --{ignored[0][2:].replace('no-', 'with-')}" in line
     assert read_config(bundle) == before
     assert not target.exists()

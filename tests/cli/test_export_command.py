@@ -76,6 +76,8 @@ def test_an_existing_bundle_needs_force(checkpoint: Path, bundle: Path) -> None:
         (["-o", "b"], "give a CHECKPOINT and --output BUNDLE"),
         (["--check", "b"], "--check BUNDLE takes --against CHECKPOINT"),
         (["--check", "b", "--against", "a", "-o", "c"], "--check BUNDLE takes --against CHECKPOINT"),
+        (["--check", "b", "--against", "a", "--opset", "20"], "to check a BUNDLE, leave out --opset"),
+        (["--check", "b", "--against", "a", "--budgets", "0.5"], "to check a BUNDLE, leave out --budgets"),
         (["a", "-o", "b", "--opset", "new"], "'new' is not a valid integer"),
         (["a", "-o", "b", "--threads", "0"], "0 is not in the range"),
         (["a", "-o", "b", "--nope"], "No such option"),
