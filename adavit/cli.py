@@ -57,6 +57,7 @@ def export(
     Fashion-MNIST model that comes with this package. To a BUNDLE, --target adds TensorRT engines and
     --budgets operating points.
     """
+    console.check_target("--json", json_file)
     calibration = CalibrationOptions.taken_from(options)
     build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
     with console.Progress() as progress:
@@ -74,7 +75,7 @@ def export(
         if calibrated := cast(dict[str, Any], report.get("calibration")):
             lines += calibration_lines(calibrated)
         for line in lines:
-            click.echo(line)
+            click.echo(console.printable(line))
 
 
 def _refuse_given(names: Collection[str], purpose: str) -> None:
@@ -124,7 +125,7 @@ def _export(
 @click.option("--images", type=PATH, multiple=True, help="Image file or folder; class-named folders give accuracy.")
 @click.option("--batch", type=click.IntRange(1, 4096), default=1, show_default=True, help="Images per run.")
 @click.option("--iterations", type=click.IntRange(1), help="Measured runs.")
-@click.option("--seconds", type=click.FloatRange(0.01), help="Length of the measurement.  [default: 3]")
+@click.option("--seconds", type=console.Finite(0.01), help="Length of the measurement.  [default: 3]")
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Runs before the measurement.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all this process may use]")
 @click.option(
@@ -184,6 +185,9 @@ def run(
         raise click.UsageError("give one of --budget, --latency-ms and --replay-policy")
     if options["profile"] and Path(options["profile"]).is_dir():
         raise click.UsageError(f"--profile {options['profile']} is a folder; a BUNDLE goes before --profile")
+    for name, target in (("json", json_file), ("record-policy", options["record_policy"])):
+        console.check_target(f"--{name}", target)
+    console.check_target("--profile", options["profile"] or None)
     with console.Progress() as progress:
         if compare is not None:
             report, lines = _compare(bundle, compare, options, progress), compare_lines
@@ -196,7 +200,7 @@ def run(
     console.write_json(report, json_file)
     if json_file != "-":
         for line in lines(report):
-            click.echo(line)
+            click.echo(console.printable(line))
 
 
 def _compare(

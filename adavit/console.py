@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import math
 import sys
 import time
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from adavit.errors import AdaViTError
+from adavit.errors import AdaViTError, InputError
 from adavit.files import write_beside
 
-__all__ = ["Command", "Progress", "export_lines", "run_lines", "write_json"]
+__all__ = ["Command", "Finite", "Progress", "check_target", "export_lines", "printable", "run_lines", "write_json"]
 
 MODULES = {  # An optional package that is missing, and the extra that brings it.
     "torch": "export",
@@ -28,6 +32,20 @@ MODULES = {  # An optional package that is missing, and the extra that brings it
 }
 
 
+OUT_OF_MEMORY = "out of memory; use a smaller --batch, smaller or fewer images"
+
+
+class Finite(click.FloatRange):
+    """A range of numbers, of which NaN and infinity are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.FloatRange`."""
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
+
+
 class Command(click.Command):
     """A command whose failures are one line on stderr: exit code 2 for usage, 1 for the rest, 130 for Ctrl-C."""
 
@@ -35,14 +53,21 @@ class Command(click.Command):
         """Reads the command line; a mistake in it is one line too."""
         try:
             return super().make_context(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
         except click.UsageError as error:
             error.ctx = None  # Without it, click leaves out the usage lines.
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # names that its encoding lacks are no reason to stop
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = partial(_warn, ctx.info_name)
+                return super().invoke(ctx)
         except click.UsageError as error:
             error.ctx = None
             raise
@@ -59,12 +84,20 @@ class Command(click.Command):
         except OSError as error:
             message = _disk_message(error)
         except MemoryError:
-            message = "out of memory; use a smaller --batch or fewer images"
+            message = OUT_OF_MEMORY
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # torch's word for it
+                raise
+            message = OUT_OF_MEMORY
         except KeyboardInterrupt:
             click.echo(f"{ctx.info_name}: interrupted", err=True)
             ctx.exit(130)
         click.echo(f"{ctx.info_name}: error: {' '.join(message.split())}", err=True)
         ctx.exit(1)
+
+
+def _warn(command: str | None, message: Warning | str, *_: Any) -> None:
+    click.echo(f"{command}: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _disk_message(error: OSError) -> str:
@@ -83,7 +116,7 @@ class Progress:
     WIDTH = 24
 
     def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
+        self._shown = sys.stderr is not None and sys.stderr.isatty()
         self._last = 0.0
         self._dirty = False
 
@@ -110,6 +143,22 @@ class Progress:
             sys.stderr.flush()
 
 
+def printable(line: str) -> str:
+    """A line whose names, which come from files, cannot command the terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+
+
+def check_target(option: str, target: str | Path | None) -> None:
+    """Refuses what no file can be written to, before any work is done for it."""
+    if target is None or str(target) == "-":
+        return
+    path = Path(target)
+    if path.is_dir():
+        raise InputError(f"{option} {path}: is a folder; name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: no such folder to write into; make it first")
+
+
 def write_json(report: dict[str, Any], target: str | None) -> None:
     """Writes a report to a file, beside it first, or to standard output for "-"."""
     if target is None:
@@ -118,7 +167,7 @@ def write_json(report: dict[str, Any], target: str | None) -> None:
     if target == "-":
         click.echo(text, nl=False)
     else:
-        with write_beside(Path(target)) as file:
+        with write_beside(Path(target).resolve()) as file:
             file.write(text.encode())
 
 

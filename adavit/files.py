@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -50,8 +51,19 @@ def read_arrays(path: Path, names: Iterable[str], most: int) -> list[npt.NDArray
 def write_beside(path: Path) -> Iterator[IO[Any]]:
     """A binary file that becomes `path` when the block ends well, and vanishes when it does not.
 
-    What a killed process left is swept up by the next call.
+    What a killed process left is swept up by the next call. A device or a pipe is written to as it is.
+
+    Raises:
+        OSError: it cannot be written; the message names `path`.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder to write into; make it first", str(path))
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
     _remove_left(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".{os.getpid()}.tmp", dir=path.parent)
     try:

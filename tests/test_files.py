@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all, whatever happens while they are written."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,23 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
         raise Stopped
     assert (tmp_path / "a").read_text() == "old"
     assert names(tmp_path) == ["a"]
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit((tmp_path / "pipe").read_bytes)
+        with write_beside(tmp_path / "pipe") as file:
+            file.write(b"all")
+        assert found.result(30) == b"all"
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    for path, why in ((tmp_path, "is a folder; name a file"), (tmp_path / "no" / "a", "no such folder to write into")):
+        with pytest.raises(OSError, match=why) as found, write_beside(path):
+            pass
+        assert found.value.filename == str(path)
 
 
 def test_what_a_killed_writer_left_is_swept_up_and_nothing_else(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from adavit.files import folder_beside
 from adavit.model import AdaViT, load_checkpoint, read_metadata, resize
 from adavit.model.checkpoint import read_classes
 from adavit.precision_options import CalibrationOptions
-from adavit.runtime.bundle import Bundle
+from adavit.runtime.bundle import Bundle, is_bundle
 from adavit.runtime.evaluate import demo_bundle
 from adavit.runtime.images import Preprocessor
 from adavit.runtime.session import load
@@ -157,7 +157,7 @@ def _check_output(output: Path, force: bool) -> None:
         raise BundleError(f"{output}: is there and is no folder; choose another --output")
     if not output.exists():
         return
-    if any(output.iterdir()) and not (output / "config.json").is_file():
+    if any(output.iterdir()) and not is_bundle(output):
         raise BundleError(f"{output}: is a folder, but not a bundle; choose another --output")
     if not force:
         raise BundleError(f"{output}: already there; add --force to replace it")

@@ -52,6 +52,8 @@ def load_checkpoint(path: str | Path, heads: int | None = None) -> AdaViT:
         arch = infer_architecture(state, heads if heads is not None else noted)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if noted not in (None, arch.heads):
+        raise CheckpointError(f"{path}: {arch.heads} heads asked for, but it notes {noted}")
     with torch.device("meta"):
         model = AdaViT(arch)
     lint(path, state, model)
@@ -80,12 +82,14 @@ def read_state(path: Path) -> tuple[State, int | None]:
         raise CheckpointError(
             f"{path}: {reason}; save only the weights with torch.save(model.state_dict(), ...) or as safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        if isinstance(error, PermissionError):
-            raise CheckpointError(f"{path}: no permission to read it") from None
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or a truncated one; save it again") from None
+    except PermissionError:
+        raise CheckpointError(f"{path}: no permission to read it") from None
     except zipfile.BadZipFile:
         raise CheckpointError(f"{path}: a truncated PyTorch checkpoint; copy it again") from None
+    except MemoryError:
+        raise
+    except Exception:  # of a damaged file, torch raises anything
+        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or a truncated one; save it again") from None
     return _weights_of(path, content)
 
 

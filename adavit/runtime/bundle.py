@@ -209,6 +209,14 @@ def _text(folder: Path, name: str) -> str:
         raise BundleError(f"{path}: cannot be read as text; export again") from None
 
 
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder holds a bundle, of any version: other models have a config.json too."""
+    try:
+        return {"schema_version", "engines"} <= _object(folder, "config.json").keys()
+    except BundleError:
+        return False
+
+
 def _object(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(_text(folder, name))

@@ -93,7 +93,7 @@ class Policy:
 
     def save(self, path: str | Path) -> None:
         """Writes the policy to `path` (npz), beside it first, then renamed."""
-        with write_beside(Path(path)) as file:
+        with write_beside(Path(path).resolve()) as file:
             np.savez_compressed(file, tokens=self.tokens, heads=self.heads, sublayers=self.sublayers)
 
     @classmethod

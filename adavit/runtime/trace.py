@@ -44,5 +44,5 @@ def write_trace(path: Path, title: str, events: Sequence[Event]) -> None:
                 "args": event.sizes,
             }
         )
-    with write_beside(path) as file:
+    with write_beside(path.resolve()) as file:
         file.write(json.dumps({"traceEvents": written, "displayTimeUnit": "ms"}).encode())

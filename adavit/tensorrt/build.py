@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -61,6 +62,9 @@ def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progre
                 (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         except BrokenProcessPool:
             raise BackendError(f"the {flavour} builder died; if memory ran out, build with fewer --jobs") from None
+        finally:
+            with suppress(OSError):  # where there is a set
+                (folder / FOLDER).rmdir()
     entry = {
         "flavour": flavour,
         "version": builder.version,

@@ -32,7 +32,7 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}); download it again") from None
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UNSIGNED_BYTE or content[3] == 0:
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UNSIGNED_BYTE or not 1 <= content[3] <= 4:
         raise DataError(f"{path}: not an IDX file of unsigned bytes")
     start = 4 + 4 * content[3]
     if len(content) < start:

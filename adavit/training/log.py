@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adavit.files import write_beside
+from adavit.training.errors import TrainingError
 
 __all__ = ["Log", "Progress", "read_log"]
 
@@ -16,18 +17,28 @@ Record = dict[str, Any]
 
 
 def read_log(path: Path) -> list[Record]:
-    """The records of a log; a last line that a kill cut short is left out."""
+    """The records of a log.
+
+    Raises:
+        TrainingError: it is damaged, but for a last line that a kill cut short, which is left out.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     records: list[Record] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+            if not isinstance(record["step"], int):
+                raise TypeError("a step is a whole number")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number == len(lines):
+                break
+            raise TrainingError(f"{path}: line {number} is damaged; mend it, or move the file away") from None
+        records.append(record)
     return records
 
 
 class Log:
-    """Appends records, one JSON object a line; those at or after `step` are dropped first, to resume there."""
+    """Appends records, one JSON object a line; those after `step` are dropped first, to resume there."""
 
     def __init__(self, path: Path, step: int) -> None:
         kept = "".join(json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step)

@@ -8,12 +8,14 @@ from typing import Any
 
 import click
 
+from adavit.console import Finite
+
 __all__ = ["AMOUNT", "PATH", "POSITIVE", "SHARE", "data_options", "run_options", "teacher_options"]
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
-SHARE = click.FloatRange(0, 1)
-AMOUNT = click.FloatRange(min=0)
+SHARE = Finite(0, 1)
+AMOUNT = Finite(min=0)
 
 Decorated = Callable[..., Any]
 
@@ -22,7 +24,7 @@ DATA = (
     click.option("--labels", type=PATH, help="Text file with one class name a line, in label order."),
     click.option("--corrupt", type=click.Choice(["refuse", "skip"]), default="refuse", show_default=True,
                  help="What to do with unreadable images."),
-    click.option("--crop", type=click.FloatRange(0, 1, min_open=True), help="Share of the resized short side that "
+    click.option("--crop", type=Finite(0.1, 1), help="Share of the resized short side that "
                  "evaluation keeps.  [default: 1 up to 64 pixels, else 0.9]"),
     click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
 )  # fmt: skip
@@ -30,7 +32,7 @@ DATA = (
 RUN = (
     click.option("--output", "-o", type=PATH, required=True, help="Folder for checkpoint, log, plot and weights."),
     click.option("--resume", is_flag=True, help="Go on where the run in --output stopped; give the same options."),
-    click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True,
+    click.option("--epochs", type=Finite(min=0, min_open=True), default=10.0, show_default=True,
                  help="Passes over the training images."),
     click.option("--steps", type=POSITIVE, help="Optimiser steps, instead of --epochs."),
     click.option("--batch", type=POSITIVE, default=128, show_default=True, help="Images a step, over all processes."),
@@ -44,7 +46,7 @@ RUN = (
     click.option("--augment", type=click.Choice(["none", "shift", "crop"]),
                  help="Augmentation.  [default: shift up to 64 pixels, else crop]"),
     click.option("--mirror/--no-mirror", default=True, show_default=True, help="Mirror half of the images."),
-    click.option("--token-drop", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
+    click.option("--token-drop", type=Finite(0, 1, max_open=True), default=0.0, show_default=True,
                  help="Share of the patch tokens that a step leaves out, at random: cheaper steps."),
     click.option("--ema", type=SHARE, default=0.999, show_default=True, help="Decay of the weights' average."),
     click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True,
@@ -64,7 +66,7 @@ TEACHER = (
     click.option("--teacher", type=PATH, help="Model to distil from: dense weights, or a classifier as .onnx.  "
                  "[default of adapt: --from]"),
     click.option("--logit-weight", type=AMOUNT, default=1.0, show_default=True, help="Of the teacher's soft labels."),
-    click.option("--distillation-temperature", type=click.FloatRange(0, min_open=True), default=1.0,
+    click.option("--distillation-temperature", type=Finite(0, min_open=True), default=1.0,
                  show_default=True, help="Of the soft labels."),
 )  # fmt: skip
 

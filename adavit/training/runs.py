@@ -42,7 +42,7 @@ POLICY_OPTIONS = (
     "anneal", "attention_weight", "diversity_weight", "entropy_weight", "floor", "floor_weight", "hidden_weight",
     "temperature",
 )  # fmt: skip
-WEIGHTS = "weights.safetensors"
+WEIGHTS, PLOT = "weights.safetensors", "plot.png"
 
 
 def train_dense(options: Options) -> None:
@@ -155,7 +155,7 @@ def _run(trainer: Trainer, train: LabelledImages, test: LabelledImages, options:
     folder, leads = options["output"], trainer.world.leads
     if options["resume"]:
         trainer.resume()
-    elif (folder / CHECKPOINT).exists():
+    elif any((folder / name).exists() for name in (CHECKPOINT, WEIGHTS, PLOT)):
         raise TrainingError(f"{folder}: holds a run; pass --resume to go on with it, or choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     intervals = Intervals(
@@ -164,7 +164,7 @@ def _run(trainer: Trainer, train: LabelledImages, test: LabelledImages, options:
     trainer.run(train, test, intervals, options["workers"])
     if leads:
         _write_weights(trainer, train.classes, folder / WEIGHTS)
-        plot_log(read_log(folder / LOG), folder / "plot.png")
+        plot_log(read_log(folder / LOG), folder / PLOT)
         click.echo(f"{folder / WEIGHTS}: {trainer.metric:.2f} % of the test images right")
 
 
@@ -203,10 +203,16 @@ def _teacher(options: Options, source: AdaViT, arch: Architecture, policy: Polic
         return None
     if not options["teacher"]:
         check_teacher(source, arch)
-        return source
-    teacher = open_teacher(options["teacher"], arch)
+        teacher: Teacher = source
+    else:
+        teacher = open_teacher(options["teacher"], arch)
     if policy.listens and isinstance(teacher, OnnxTeacher):
         raise TrainingError("an ONNX teacher gives logits alone; leave --attention-weight and --hidden-weight at 0")
+    if policy.listens and isinstance(teacher, AdaViT) and teacher.arch.tokens != arch.tokens:
+        raise TrainingError(
+            f"the teacher has {teacher.arch.tokens} tokens, the student {arch.tokens}: they have nothing to compare "
+            "inside; leave --attention-weight and --hidden-weight at 0"
+        )
     return teacher
 
 

@@ -1,9 +1,11 @@
 import io
 import sys
 
+import click
 import pytest
+from click.testing import CliRunner
 
-from adavit.console import Progress, table
+from adavit.console import Command, Finite, Progress, printable, table
 
 
 class Terminal(io.StringIO):
@@ -28,6 +30,35 @@ def test_progress_is_silent_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     with Progress() as progress:
         progress("exporting", 1.0)
     assert sys.stderr.getvalue() == ""
+
+
+def test_no_terminal_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with Progress() as progress:
+        progress("exporting", 1.0)
+
+
+def test_names_do_not_command_the_terminal() -> None:
+    assert printable("a\x1b[31m\n\x07 b \u65e5") == "a\\x1b[31m\\x0a\\x07 b \u65e5"
+
+
+@click.command(cls=Command, name="some")
+@click.option("--share", type=Finite())
+def some(share: float | None) -> None:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 17592219598864 bytes")
+
+
+@pytest.mark.parametrize("share", ["nan", "inf", "-inf"])
+def test_numbers_are_finite(share: str) -> None:
+    done = CliRunner().invoke(some, ["--share", share])
+    assert done.exit_code == 2
+    assert f"{share} is not a finite number" in done.output
+
+
+def test_memory_that_torch_lacks_is_one_line() -> None:
+    done = CliRunner().invoke(some)
+    assert (done.exit_code, done.output.count("\n")) == (1, 1)
+    assert "some: error: out of memory; use a smaller --batch" in done.output
 
 
 def test_columns_are_aligned() -> None:

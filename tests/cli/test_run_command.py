@@ -82,6 +82,11 @@ def test_the_table(tiny_bundle: Path, labelled: Path, tmp_path: Path) -> None:
     for part in ("MACs ", "usage ", "speedup ", "ideal", "efficiency", "accuracy ", "top-1", "top-5", "of 3 images"):
         assert part in done.stdout
     assert json.loads((tmp_path / "report.json").read_text())["images"] == 3
+    (tmp_path / "link.json").symlink_to("report.json")
+    (tmp_path / "report.json").write_text("old")
+    assert invoke(run, tiny_bundle, *SHORT, "--json", tmp_path / "link.json").exit_code == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "report.json").read_text())["input"] == "random"
 
 
 def test_single_files_have_no_accuracy(tiny_bundle: Path, labelled: Path) -> None:
@@ -173,6 +178,7 @@ def test_unreadable_images_are_reported_and_the_rest_done(tiny_bundle: Path, tmp
         (["--iterations", "2", "--seconds", "1"], "give --iterations or --seconds, not both"),
         (["--iterations", "0"], "0 is not in the range"),
         (["--seconds", "0"], "0.0 is not in the range"),
+        (["--seconds", "nan"], "nan is not a finite number"),
         (["--batch", "0"], "0 is not in the range"),
         (["--threads", "0"], "0 is not in the range"),
         (["--threads", "many"], "'many' is not a valid integer"),
@@ -203,8 +209,13 @@ def test_wrong_inputs(tiny_bundle: Path, labelled: Path, tmp_path: Path) -> None
         ([tiny_bundle, "--images", tiny_bundle], "holds no image file"),
         ([tiny_bundle, "--images", tmp_path], "class folder 'bird' is none of the bundle's 5 labels"),
         ([tiny_bundle, "--provider", "Nope"], "no provider 'Nope' here"),
-        ([tiny_bundle, "--record-policy", tmp_path / "no" / "policy.npz"], "No such file or directory"),
-        ([tiny_bundle, "--json", tmp_path / "no" / "report.json"], "No such file or directory"),
+        ([tiny_bundle, "--record-policy", tmp_path / "no" / "policy.npz"], "no such folder to write into; make it"),
+        (
+            [tiny_bundle, "--json", tmp_path / "no" / "report.json"],
+            f"--json {tmp_path / 'no' / 'report.json'}: no such",
+        ),
+        ([tiny_bundle, "--json", ""], "--json .: is a folder; name a file"),
+        ([tiny_bundle, "--profile", tmp_path / "no" / "trace.json"], "no such folder to write into; make it first"),
     ):
         message_found = refusal(invoke(run, *arguments, *SHORT))
         assert message in message_found

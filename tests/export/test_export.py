@@ -144,6 +144,9 @@ def test_what_is_no_bundle_is_never_replaced(force: bool, checkpoint: Path, tmp_
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "thesis.txt").touch()
     assert "is a folder, but not a bundle" in fault(BundleError, checkpoint, tmp_path, force=force)
+    (tmp_path / "bundle" / "config.json").write_text('{"model_type": "bert"}')  # of another model
+    assert "is a folder, but not a bundle" in fault(BundleError, checkpoint, tmp_path, force=force)
+    assert (tmp_path / "bundle" / "thesis.txt").is_file()
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "bundle").touch()
     assert "is no folder" in fault(BundleError, checkpoint, tmp_path / "file", force=force)

@@ -119,6 +119,8 @@ def test_heads_can_be_given_or_noted(tmp_path: Path) -> None:
     assert_loads(path, model, heads=4)
     torch.save({"model": model.state_dict(), "args": Namespace(num_heads=4)}, path)
     assert_loads(path, model)
+    assert_loads(path, model, heads=4)
+    assert "6 heads asked for, but it notes 4" in fault(path, heads=6)
 
 
 def test_heads_that_contradict_the_policy_are_refused(checkpoint: Path) -> None:
@@ -240,6 +242,15 @@ def test_a_truncated_file_is_refused(name: str, share: float, state: State, tmp_
 def test_what_is_no_checkpoint_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     assert "not a PyTorch checkpoint" in fault(tmp_path / name) or "not a safetensors file" in fault(tmp_path / name)
+
+
+def test_whatever_reading_raises(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> None:
+        raise AssertionError("storage key not found")
+
+    torch.save(state, tmp_path / "model.pth")
+    monkeypatch.setattr("adavit.model.checkpoint.load_safely", fail)
+    assert "not a PyTorch checkpoint, or a truncated one" in fault(tmp_path / "model.pth")
 
 
 def test_no_such_file(tmp_path: Path) -> None:

@@ -84,9 +84,18 @@ def test_dense_then_adapt_then_evaluate(tmp_path: Path, idx_folder: Path, dense:
 def test_a_finished_run_is_neither_overwritten_nor_lost(tmp_path: Path, idx_folder: Path, dense: Path) -> None:
     again = ("dense", "--data", idx_folder, "-o", dense.parent, *SMALL)
     fails("holds a run; pass --resume", *again)
+    (dense.parent / "checkpoint.pth").rename(tmp_path / "kept.pth")
+    fails("holds a run; pass --resume", *again)  # whose weights are there
+    (tmp_path / "kept.pth").rename(dense.parent / "checkpoint.pth")
     before = load_checkpoint(dense).head.weight
     assert call(*again, "--resume").exit_code == 0
     assert torch.equal(load_checkpoint(dense).head.weight, before)
+
+
+def test_nothing_asked_is_help() -> None:
+    found = call()
+    assert found.exit_code == 2
+    assert "Commands:" in found.output
 
 
 def test_wrong_inputs_are_one_line(tmp_path: Path, idx_folder: Path, dense: Path) -> None:

@@ -35,6 +35,7 @@ def test_idx_plain_and_gzipped(tmp_path: Path, packed: bool) -> None:
         (b"", "not an IDX file"),
         (b"\0\0\x0d\x01\0\0\0\0", "not an IDX file"),
         (b"\0\0\x08\x03\0\0", "truncated IDX header"),
+        (b"\0\0\x08\xff" + bytes(4 * 255), "not an IDX file"),
         (idx_bytes(np.zeros((2, 3), np.uint8))[:-1], "truncated: its header promises 6 bytes, it has 5"),
         (idx_bytes(np.zeros((2, 3), np.uint8)) + b"x", "too long"),
         (b"\0\0\x08\x03" + b"\xff" * 12, "truncated"),

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from adavit.training.errors import TrainingError
 from adavit.training.log import Log, Progress, read_log
 from adavit.training.plot import plot_log
 
@@ -16,6 +17,15 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     assert [record["step"] for record in read_log(path)] == [1, 2, 3]
     Log(path, 2).write({"step": 3, "loss": 0.5})
     assert read_log(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("line", ["x", "[1]", "1", '{"a": 1}', '{"step": "x"}', "[" * 100_000])
+def test_a_damaged_log_is_kept(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(TrainingError, match=r"log.jsonl: line 2 is damaged; mend it"):
+        Log(path, 2)
+    assert line in path.read_text()
 
 
 def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
