@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -336,6 +337,22 @@ def test_an_engine_it_refuses(bundle: Path) -> None:
     rewrite_engine(bundle, "head", b"not a model")
     with pytest.raises(BackendError, match="OpenVINO refuses engine head: "):
         adavit.load(bundle, backend="openvino", threads=1)
+
+
+def test_an_unfold_that_cannot_be_made_an_operator(golden_bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle = shutil.copytree(golden_bundles("t2t_small"), tmp_path / "bundle")
+    images, logits = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["B", 3, None, None])  # of any size
+        for name in ("images", "logits")
+    )
+    weights = onnx.numpy_helper.from_array(np.ones((3, 3, 9, 9), np.float32), "unfold")
+    node = onnx.helper.make_node("Conv", ["images", "unfold"], ["logits"])
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "dense", [images], [logits], [weights]), ir_version=10
+    )
+    rewrite_engine(bundle, "dense", model.SerializeToString())
+    with pytest.raises(BackendError, match="OpenVINO refuses engine dense: "):
+        adavit.load(bundle, backend="openvino", threads=1).run_dense(golden("t2t_small")[0])
 
 
 def test_a_block_without_its_weights(bundle: Path) -> None:

@@ -95,10 +95,13 @@ class OpenVinoBackend(HostMoves):
             raise BackendError(f"engine {spec.name} has other inputs or outputs than config.json says; export again")
         if name in BY_IMAGE:
             model.reshape({port: [1, *port.partial_shape[1:]] for port in model.inputs})
-        unfold(model)
         performer = self._is_performer(name)
-        if performer and self._precision == "bf16":
-            compute_in_bf16(model)
+        try:
+            unfold(model)
+            if performer and self._precision == "bf16":
+                compute_in_bf16(model)
+        except Exception as error:  # of a graph that no export makes
+            raise BackendError(f"OpenVINO refuses engine {name}: {one_line(error)}") from None
         masks = any("K" in tensor.shape for tensor in spec.inputs) and mask_scores(model)
         exact = any(tensor.name in DECISIONS for tensor in spec.outputs) or performer
         return OpenVinoEngine(spec, self._compile(model, exact, copies), masks=masks)

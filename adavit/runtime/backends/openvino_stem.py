@@ -17,7 +17,7 @@ LARGE = ("kqv.weight", "project.weight")
 def unfold(model: Any) -> None:
     """Makes the unfold of pixels an operator of its own: exactly the same, in a third of the convolution's time."""
     for node in model.get_ordered_ops():
-        if UNFOLD not in _names_of_inputs(node):
+        if node.get_type_name() != "Convolution" or UNFOLD not in _names_of_inputs(node):
             continue
         made = node.get_attributes()
         begin, end = (opset.constant([0, 0, *made[key]]) for key in ("pads_begin", "pads_end"))
