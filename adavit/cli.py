@@ -21,6 +21,8 @@ from adavit.version import __version__
 PATH = click.Path(path_type=Path)
 EXPORTING = ("with_dense", "opset", "labels", "image_size", "crop_ratio", "verify", "force", "precision")
 """Options that only an export of a checkpoint follows."""
+MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile")
+"""Options of a measurement alone."""
 
 
 @click.command(cls=console.Command, name="adavit-export")
@@ -64,7 +66,7 @@ def export(
         if source is not None and (source / "config.json").is_file() and (build.target or budgets.budgets):
             if output is not None or check is not None:
                 raise click.UsageError("to add to a BUNDLE, leave out --output and --check")
-            _refuse_given({*EXPORTING, "heads"}, "to add to a BUNDLE")
+            _refuse({*EXPORTING, "heads"}, "to add to a BUNDLE, leave out")
             report = _add(source, build, budgets, threads, progress)
         else:
             options |= {"build": build, "budgets": budgets, "calibration": calibration}
@@ -78,13 +80,13 @@ def export(
             click.echo(console.printable(line))
 
 
-def _refuse_given(names: Collection[str], purpose: str) -> None:
-    """Refuses options that would be ignored."""
+def _refuse(names: Collection[str], mode: str) -> None:
+    """Refuses options that would be ignored; `mode` says by what, and ends where the option is named."""
     context = click.get_current_context()
     for option in context.command.params:
         given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
         if given and option.name in names:
-            raise click.UsageError(f"{purpose}, leave out {option.opts[0]}")
+            raise click.UsageError(f"{mode} {option.opts[0]}")
 
 
 def _add(
@@ -113,7 +115,7 @@ def _export(
     if check is not None:
         if against is None or source is not None or output is not None:
             raise click.UsageError("--check BUNDLE takes --against CHECKPOINT and neither CHECKPOINT nor --output")
-        _refuse_given({*EXPORTING, "target", "budgets"}, "to check a BUNDLE")
+        _refuse({*EXPORTING, "target", "budgets"}, "to check a BUNDLE, leave out")
         return check_bundle(check, against, options["heads"], threads, progress)
     if source is None or output is None:
         raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")
@@ -211,7 +213,7 @@ def _compare(
 
     if bundle is not None or not options["images"]:
         raise click.UsageError("--compare A B takes --images and no other BUNDLE")
-    _refuse(options, "--compare runs the trained policies once")
+    _refuse(MEASURING, "--compare runs the trained policies once, without")
     images, backend, threads, provider = (options[key] for key in ("images", "backend", "threads", "provider"))
     return compare_bundles(*compare, images, backend, threads, provider, progress)
 
@@ -220,12 +222,5 @@ def _tune(bundle: Path | None, options: dict[str, Any], progress: console.Progre
     """Tunes a bundle on this machine."""
     from adavit.runtime.evaluate import RunOptions, tune_bundle
 
-    _refuse(options, "--tune measures by itself")
+    _refuse(MEASURING, "--tune measures by itself, without")
     return tune_bundle(bundle, RunOptions(**options), progress)
-
-
-def _refuse(options: dict[str, Any], mode: str) -> None:
-    """Refuses options of a measurement in a mode that is none."""
-    unused = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile")
-    if given := [f"--{name.replace('_', '-')}" for name in unused if options[name] is not None]:
-        raise click.UsageError(f"{mode}, without {given[0]}")

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from adavit.errors import AdaViTError, InputError
-from adavit.files import write_beside
+from adavit.files import check_place, write_beside
 
 __all__ = ["Command", "Finite", "Progress", "check_target", "export_lines", "printable", "run_lines", "write_json"]
 
@@ -152,11 +152,10 @@ def check_target(option: str, target: str | Path | None) -> None:
     """Refuses what no file can be written to, before any work is done for it."""
     if target is None or str(target) == "-":
         return
-    path = Path(target)
-    if path.is_dir():
-        raise InputError(f"{option} {path}: is a folder; name a file")
-    if not path.parent.is_dir():
-        raise InputError(f"{option} {path}: no such folder to write into; make it first")
+    try:
+        check_place(Path(target))
+    except OSError as error:
+        raise InputError(f"{option} {error.filename}: {error.strerror}") from None
 
 
 def write_json(report: dict[str, Any], target: str | None) -> None:

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["folder_beside", "read_arrays", "sha256", "write_beside"]
+__all__ = ["check_place", "folder_beside", "read_arrays", "sha256", "write_beside"]
 
 
 def sha256(data: bytes) -> str:
@@ -47,6 +47,14 @@ def read_arrays(path: Path, names: Iterable[str], most: int) -> list[npt.NDArray
         raise ValueError(str(error)) from None
 
 
+def check_place(path: Path) -> None:
+    """Raises OSError, which names `path` and says what to do, where no file can be."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder to write into; make it first", str(path))
+
+
 @contextmanager
 def write_beside(path: Path) -> Iterator[IO[Any]]:
     """A binary file that becomes `path` when the block ends well, and vanishes when it does not.
@@ -56,10 +64,7 @@ def write_beside(path: Path) -> Iterator[IO[Any]]:
     Raises:
         OSError: it cannot be written; the message names `path`.
     """
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file", str(path))
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no such folder to write into; make it first", str(path))
+    check_place(path)
     if path.exists() and not path.is_file():
         with path.open("wb") as file:
             yield file

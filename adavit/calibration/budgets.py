@@ -55,7 +55,7 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
     runtime = load(bundle, threads=threads, parallel="samples")
     trial, skipped = Trial.of_files(runtime, options.calibration_images, progress)
     budgets = calibrate(trial, options.budgets)
-    Budgets.from_dict(budgets.to_dict(), runtime.architecture.depth)
+    Budgets.from_dict(budgets.to_dict(), runtime.architecture.depth)  # what no reader would take is not written
     config = Bundle.open(bundle).config  # others may have written to it meanwhile
     if config["engines"] != runtime.bundle.config["engines"]:
         raise BundleError(f"{bundle}: was exported anew meanwhile; calibrate it again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from adavit.export.graph import OPSETS
 from adavit.export.verify import verify
 from adavit.export.weights import Weights
 from adavit.export.write import write_bundle
-from adavit.files import folder_beside
+from adavit.files import folder_beside, sha256
 from adavit.model import AdaViT, load_checkpoint, read_metadata, resize
 from adavit.model.checkpoint import read_classes
 from adavit.precision_options import CalibrationOptions
@@ -87,7 +86,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     about: dict[str, Any] = {
         "name": "adavit-demo" if demo else source.stem,
         "opset": options.opset,
-        "checkpoint": {"file": source.name, "sha256": _hash(source)},
+        "checkpoint": {"file": source.name, "sha256": sha256(source.read_bytes())},
         "precision": "fp32",
     }
     if demo and options.image_size is None and options.calibration.precision == "fp32":
@@ -188,7 +187,3 @@ def _preprocessor(source: Path, model: AdaViT, crop_ratio: float | None) -> Prep
     if not 0.1 <= crop_ratio <= 1:
         raise InputError(f"crop ratio {crop_ratio} is out of range; choose 0.1 to 1")
     return Preprocessor(model.arch.image_size, crop_ratio)
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -16,7 +16,7 @@ from adavit.files import sha256
 from adavit.runtime.budget import Budgets
 from adavit.runtime.images import Preprocessor
 
-__all__ = ["SCHEMA_VERSION", "Bundle", "EngineSpec", "TensorSpec"]
+__all__ = ["SCHEMA_VERSION", "Bundle", "EngineSpec", "TensorSpec", "is_bundle"]
 
 SCHEMA_VERSION = 1
 MAX_TEXT = 16 << 20

@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import wait
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,7 @@ __all__ = ["DECISIONS", "Dispatcher", "Observer", "of_engines"]
 
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.intp]
+T = TypeVar("T")
 Observer = Callable[[int, str, npt.NDArray[Any]], None]
 """Told, after every engine: the image's position, the engine's name, and what it made of the tokens [N, D]; before
 every block: the position, "decisions." and the block's number, and which tokens, heads and sub-layers it would keep,
@@ -119,17 +120,17 @@ class Dispatcher:
 
     def _work(self, waiting: deque[ImageRun]) -> None:
         """Runs a block of the image that waits longest, until none waits; after a failure, none does."""
-        scratch = taken(self._scratch) or Scratch(self.arch, self.backend)
-        run = first_of(waiting)
+        scratch = taken(self._scratch.pop) or Scratch(self.arch, self.backend)
+        run = taken(waiting.popleft)
         try:
             while run is not None:
                 if run.step(scratch, alone=not waiting):
                     waiting.append(run)
-                run = first_of(waiting)
+                run = taken(waiting.popleft)
         finally:
             while run is not None:
                 run.abandon()
-                run = first_of(waiting)
+                run = taken(waiting.popleft)
             self._scratch.append(scratch)
 
     def specialise(self, sets: tuple[HeadSet, ...]) -> None:
@@ -140,12 +141,12 @@ class Dispatcher:
         """
         self.specialised.make(sets)
         idle, self._states = self._states, []
-        while state := taken(idle):
+        while state := taken(idle.pop):
             self.give_state(state)
 
     def take_state(self) -> State:
         """What holds an image on its way, to be given back."""
-        return taken(self._states) or State(self.arch, self.backend)
+        return taken(self._states.pop) or State(self.arch, self.backend)
 
     def give_state(self, state: State) -> None:
         """Takes it back, for other images; it holds no engines that were replaced."""
@@ -163,18 +164,10 @@ def of_engines(observe: Observer) -> Observer:
     return observe_engine
 
 
-def taken(spare: list[Any]) -> Any:
-    """One of what is spare, or None; from any thread."""
+def taken(pop: Callable[[], T]) -> T | None:
+    """What it takes from a list or queue, or None where none is left; from any thread."""
     try:
-        return spare.pop()
-    except IndexError:
-        return None
-
-
-def first_of(waiting: deque[ImageRun]) -> ImageRun | None:
-    """The image that waits longest, or None: another worker may have taken the last one since."""
-    try:
-        return waiting.popleft()
+        return pop()
     except IndexError:
         return None
 

@@ -17,7 +17,6 @@ __all__ = ["Policy"]
 
 Bool = npt.NDArray[np.bool_]
 
-
 MOST_BYTES = 4 << 30
 """Of a recorded policy; 50,000 images of T2T-ViT-19 take 190 MB."""
 

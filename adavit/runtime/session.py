@@ -221,8 +221,8 @@ class Runtime:
 
         In ONNX Runtime for sets of heads, whose weights are constants there; in OpenVINO for numbers of tokens and
         heads. Later images that use the same run faster; results are the same to rounding. The engines of an earlier
-        call, or of a tuned plan, are replaced. It takes some milliseconds an engine and at most
-        192 MiB in ONNX Runtime, 50 ms a size and about 240 MB in OpenVINO.
+        call, or of a tuned plan, are replaced. It takes some milliseconds an engine and at most 192 MiB in ONNX
+        Runtime, 50 ms a size and about 240 MB in OpenVINO.
 
         Args:
             policy: of images like those to come, at the budget to come: some dozens or hundreds of them.

@@ -282,12 +282,12 @@ class OnnxRuntimeFixedEngine:
 
     def __init__(self, ort: ModuleType, session: Any, spec: EngineSpec) -> None:
         self._ort, self._session, self._spec = ort, session, spec
+        self._given = [tensor.name for tensor in spec.inputs if tensor.name == "images"]
+        self._blank = _as_value(ort, np.zeros(1, np.float32))
 
     def bound(self, values: Mapping[str, Any]) -> Callable[..., None]:
         """See `FixedEngine.bound`."""
-        binding = self._session.io_binding()
-        given = [tensor.name for tensor in self._spec.inputs if tensor.name == "images"]
-        blank = _as_value(self._ort, np.zeros(1, np.float32))
+        binding, given = self._session.io_binding(), self._given
         try:
             for tensor in self._spec.inputs:
                 if tensor.name not in given:
@@ -307,6 +307,6 @@ class OnnxRuntimeFixedEngine:
                 raise BackendError(f"engine {self._spec.name} failed: {one_line(error)}") from error
             finally:
                 for name in given:  # a batch is not to live as long as the binding
-                    binding.bind_ortvalue_input(name, blank)
+                    binding.bind_ortvalue_input(name, self._blank)
 
         return run

@@ -23,7 +23,7 @@ try:
     from adavit.runtime.backends.openvino_buffers import OpenVinoBuffer, rounded
     from adavit.runtime.backends.openvino_engine import Compiled, OpenVinoEngine
     from adavit.runtime.backends.openvino_models import mask_scores
-    from adavit.runtime.backends.openvino_stem import compute_in_bf16, unfold
+    from adavit.runtime.backends.openvino_stem import restructure
 except ImportError as error:
     raise BackendError(f"OpenVINO does not import ({error}); run: pip install 'adavit[openvino]'") from None
 
@@ -34,6 +34,8 @@ PREPARED_KEPT = 512
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 BY_IMAGE = {"stem", "head"}
 """Engines that run for one image at a time: of a fixed shape, they take a tenth to a fifth less time."""
+WITH_STEM = {"stem", "dense"}
+"""Engines that a stem is part of."""
 DECISIONS = {"tokens", "choices"}
 """Outputs that are compared with thresholds; engines that have them stay in float32."""
 
@@ -95,15 +97,14 @@ class OpenVinoBackend(HostMoves):
             raise BackendError(f"engine {spec.name} has other inputs or outputs than config.json says; export again")
         if name in BY_IMAGE:
             model.reshape({port: [1, *port.partial_shape[1:]] for port in model.inputs})
-        performer = self._is_performer(name)
-        try:
-            unfold(model)
-            if performer and self._precision == "bf16":
-                compute_in_bf16(model)
-        except Exception as error:  # of a graph that no export makes
-            raise BackendError(f"OpenVINO refuses engine {name}: {one_line(error)}") from None
+        t2t = self._bundle.architecture.stem == "t2t"
+        if t2t and name in WITH_STEM:
+            try:
+                restructure(model, bf16=name == "stem" and self._precision == "bf16")
+            except Exception as error:  # of a graph that no export makes
+                raise BackendError(f"OpenVINO refuses engine {name}: {one_line(error)}") from None
         masks = any("K" in tensor.shape for tensor in spec.inputs) and mask_scores(model)
-        exact = any(tensor.name in DECISIONS for tensor in spec.outputs) or performer
+        exact = any(tensor.name in DECISIONS for tensor in spec.outputs) or (t2t and name == "stem")
         return OpenVinoEngine(spec, self._compile(model, exact, copies), masks=masks)
 
     def _read(self, name: str) -> Any:
@@ -113,10 +114,6 @@ class OpenVinoBackend(HostMoves):
             return self._core.read_model(data)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO refuses engine {name}: {one_line(error)}") from None
-
-    def _is_performer(self, name: str) -> bool:
-        """Whether an engine is the T2T stem, which stays in float32 but for its large layers: `compute_in_bf16`."""
-        return name == "stem" and self._bundle.architecture.stem == "t2t"
 
     def _compile(self, model: Any, exact: bool, copies: int | None = None) -> Compiled:
         """Compiles a model, to compute in float32 if it has to be exact: so many copies, by default one a worker."""
