@@ -17,7 +17,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["check_place", "folder_beside", "read_arrays", "sha256", "write_beside"]
+from adavit.errors import InputError
+
+__all__ = ["check_place", "folder_beside", "read_arrays", "read_labels", "sha256", "write_beside"]
 
 
 def sha256(data: bytes) -> str:
@@ -45,6 +47,18 @@ def read_arrays(path: Path, names: Iterable[str], most: int) -> list[npt.NDArray
             return [data[name] for name in names]
     except Exception as error:  # a damaged archive raises anything
         raise ValueError(str(error)) from None
+
+
+def read_labels(path: Path) -> list[str]:
+    """The lines of a text file, stripped; blank ones are kept.
+
+    Raises:
+        InputError: it cannot be read as text.
+    """
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as labels ({type(error).__name__})") from None
 
 
 def check_place(path: Path) -> None:

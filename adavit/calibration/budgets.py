@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -14,9 +13,8 @@ from adavit.calibration.choose import CLOSE, best_stops, meet
 from adavit.calibration.trial import Trial
 from adavit.calibration.walk import Stop
 from adavit.errors import BundleError, InputError
-from adavit.files import write_beside
 from adavit.runtime.budget import MAX_OFFSET, TRAINED, Budgets, Offsets, OperatingPoint
-from adavit.runtime.bundle import Bundle
+from adavit.runtime.bundle import Bundle, write_config
 from adavit.runtime.session import load
 
 __all__ = ["add_budgets"]
@@ -59,9 +57,7 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
     config = Bundle.open(bundle).config  # others may have written to it meanwhile
     if config["engines"] != runtime.bundle.config["engines"]:
         raise BundleError(f"{bundle}: was exported anew meanwhile; calibrate it again")
-    config = {**config, "budgets": budgets.to_dict()}
-    with write_beside(bundle / "config.json") as file:
-        file.write((json.dumps(config, indent=2) + "\n").encode())
+    write_config(bundle, {**config, "budgets": budgets.to_dict()})
     return {**budgets.to_dict(), "skipped": skipped}
 
 

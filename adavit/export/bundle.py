@@ -17,7 +17,7 @@ from adavit.export.graph import OPSETS
 from adavit.export.verify import verify
 from adavit.export.weights import Weights
 from adavit.export.write import write_bundle
-from adavit.files import folder_beside, sha256
+from adavit.files import folder_beside, read_labels, sha256
 from adavit.model import AdaViT, load_checkpoint, read_metadata, resize
 from adavit.model.checkpoint import read_classes
 from adavit.precision_options import CalibrationOptions
@@ -166,10 +166,7 @@ def _labels(path: Path | None, noted: list[str], classes: int) -> list[str]:
     if path is None:
         fits = len(set(noted)) == len(noted) == classes
         return noted if fits else [str(index) for index in range(classes)]
-    try:
-        labels = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as labels ({type(error).__name__})") from None
+    labels = read_labels(path)
     if len(labels) != classes or not all(labels) or len(set(labels)) != classes:
         raise InputError(
             f"{path}: {len(labels)} lines, but the model has {classes} classes; one name a line, no two alike"

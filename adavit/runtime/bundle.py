@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from adavit.architecture import Architecture
 from adavit.errors import BundleError
-from adavit.files import sha256
+from adavit.files import sha256, write_beside
 from adavit.runtime.budget import Budgets
 from adavit.runtime.images import Preprocessor
 
-__all__ = ["SCHEMA_VERSION", "Bundle", "EngineSpec", "TensorSpec", "is_bundle"]
+__all__ = ["SCHEMA_VERSION", "Bundle", "EngineSpec", "TensorSpec", "is_bundle", "write_config"]
 
 SCHEMA_VERSION = 1
 MAX_TEXT = 16 << 20
@@ -207,6 +207,12 @@ def _text(folder: Path, name: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise BundleError(f"{path}: cannot be read as text; export again") from None
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Replaces what describes a bundle, its `config.json`."""
+    with write_beside(folder / "config.json") as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())
 
 
 def is_bundle(folder: Path) -> bool:

@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adavit.errors import BackendError, BundleError
-from adavit.files import folder_beside, write_beside
-from adavit.runtime.bundle import Bundle
+from adavit.files import folder_beside
+from adavit.runtime.bundle import Bundle, write_config
 from adavit.runtime.engine_sets import engine_sets, this_platform
 from adavit.statistics import Statistics
 from adavit.tensorrt import worker
@@ -128,12 +128,10 @@ def _free_place(bundle: Bundle, key: str) -> Path:
 
 def _describe(folder: Path, key: str, entry: dict[str, Any]) -> None:
     """Puts a set into `config.json`, then removes the folder of the set it replaces."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     replaced = config.setdefault("engine_sets", {}).get(key)
     config["engine_sets"][key] = entry
-    with write_beside(path) as file:
-        file.write((json.dumps(config, indent=2) + "\n").encode())
+    write_config(folder, config)
     if replaced:
         for old in {PurePosixPath(engine["file"]).parts for engine in replaced["engines"].values()}:
             if len(old) == 3 and old[0] == FOLDER and ".." not in old:  # the description may be hostile

@@ -9,6 +9,7 @@ import click
 import torch
 
 from adavit.architecture import Architecture
+from adavit.files import read_labels
 from adavit.model import AdaViT, load_checkpoint, save_safetensors
 from adavit.model import policy as P
 from adavit.model.checkpoint import read_classes
@@ -86,7 +87,7 @@ def evaluate(options: Options) -> Options:
     names = _class_names(options["labels"])
     test = open_images(options["data"], "test", options["corrupt"], names)
     known = list(model.labels) if isinstance(model, Runtime) else read_classes(options["source"])
-    if names is None and sorted(known) == sorted(test.classes):  # the model's own order
+    if names is None and known != test.classes and sorted(known) == sorted(test.classes):  # the model's own order
         test = open_images(options["data"], "test", options["corrupt"], known)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -189,12 +190,7 @@ def _set_threads(options: Options) -> None:
 
 
 def _class_names(path: Path | None) -> list[str] | None:
-    if path is None:
-        return None
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as labels ({type(error).__name__})") from None
+    return [label for label in read_labels(path) if label] if path else None
 
 
 def _teacher(options: Options, source: AdaViT, arch: Architecture, policy: PolicySettings) -> Teacher | None:
