@@ -144,10 +144,11 @@ class Backend(Protocol):
         """
         ...
 
-    def prepare(self, used: Mapping[Sizes, float]) -> int:
+    def prepare(self, used: Mapping[Sizes, float]) -> Mapping[Sizes, float]:
         """Prepares engines for the sizes that come most often, by how often an image has them, to run them faster.
 
-        Those that were prepared before, for others, are dropped. Returns for how many: 0 where that is no faster.
+        Those that were prepared before, for others, are dropped. Returns the sizes it was done for, any of which may
+        stand for further ones; none where that is no faster.
         """
         ...
 

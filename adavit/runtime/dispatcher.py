@@ -25,7 +25,7 @@ image. Workers take the image that waits longest and run one block of it, so tha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import wait
 from functools import partial
 from typing import Any, TypeVar
@@ -33,10 +33,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from adavit.runtime.backend import Backend, Buffer
+from adavit.runtime.backend import Backend, Buffer, Sizes
 from adavit.runtime.budget import Offsets
 from adavit.runtime.bundle import Bundle
-from adavit.runtime.engines import BlockEngines, Engines
+from adavit.runtime.engines import Engines
 from adavit.runtime.heads import HeadWeights
 from adavit.runtime.plan import EnginePlan, HeadSet, sublayers_run
 from adavit.runtime.policy import Policy
@@ -72,13 +72,15 @@ class Dispatcher:
 
     Attributes:
         arch: the model's shapes; backend, engines, head_weights, specialised: what runs it.
+        sizes: those that blocks have engines for, by how often an image has them.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, workers: int, plan: EnginePlan) -> None:
         self.arch = bundle.architecture
         self.engines = Engines(bundle, backend)
-        self.head_weights = HeadWeights(bundle, backend, self.engines.blocks, KEPT_WEIGHTS)
+        self.head_weights = HeadWeights(bundle, backend, self.engines.weights, KEPT_WEIGHTS)
         self.specialised = Specialised(bundle, backend)
+        self.sizes: Mapping[Sizes, float] = {}
         self.backend = backend
         self.plan = plan
         self._workers = workers
@@ -133,13 +135,20 @@ class Dispatcher:
                 run = taken(waiting.popleft)
             self._scratch.append(scratch)
 
-    def specialise(self, sets: tuple[HeadSet, ...]) -> None:
-        """Makes engines for sets of heads in the place of those there are, which nothing idle holds any longer.
+    def specialise(self, sets: tuple[HeadSet, ...], sizes: Mapping[Sizes, float] | None = None) -> None:
+        """Makes engines for sets of heads and frequent sizes in the place of those there are.
+
+        Nothing idle holds the ones before any longer.
+
+        Args:
+            sets: of heads.
+            sizes: what blocks run with, by how often an image has them; by default none. See `Backend.prepare`.
 
         Raises:
             BackendError, BundleError: as `Specialised.make`.
         """
         self.specialised.make(sets)
+        self.sizes = self.backend.prepare(sizes or {})
         idle, self._states = self._states, []
         while state := taken(idle.pop):
             self.give_state(state)
@@ -266,8 +275,7 @@ class ImageRun:
 
     def _decide(self, index: int, state: State, scratch: Scratch) -> None:
         """Computes norm1(x), where the block's engines need it, and this block's row of the policy."""
-        run = state.run_of(index, DECIDING)
-        if run and not (self._plan.masks and self._backend.always_gathers):
+        if run := state.run_of(index, DECIDING):
             run()
             return
         rows = self._arch.tokens
@@ -293,8 +301,7 @@ class ImageRun:
 
     def _run_of_any(self, index: int, state: State, choices: bytes) -> Callable[[], None] | None:
         """What runs a block in one engine that is given its heads' weights; None where there is no such engine."""
-        run = state.run_of(index, choices[-2:])
-        if run is None or self._plan.masks:
+        if (run := state.run_of(index, choices[-2:])) is None:
             return None
         weights = self._dispatcher.head_weights.of(index, choices)
         return None if weights is None else partial(run, *weights)
@@ -302,7 +309,7 @@ class ImageRun:
     def _run_sublayers(self, index: int, state: State, scratch: Scratch) -> None:
         """Runs the kept sub-layers one by one on the kept tokens of the state, whose rows they change."""
         attention, mlp = state.choices[index][-2:].tolist()
-        backend, block = self._backend, self._dispatcher.engines.blocks[index]
+        backend = self._backend
         kept, heads = state.tokens[index].nonzero()[0], state.choices[index][:-2].nonzero()[0]
         count, all_kept = len(kept), len(kept) == self._arch.tokens
         rows, normed = state.x, state.normed
@@ -313,7 +320,7 @@ class ImageRun:
                 normed = scratch.normed_rows
                 backend.gather(state.normed, kept, normed)
         if attention:
-            engine = self._attention(index, block, rows, normed, heads, count, scratch.first)
+            engine = self._attention(index, rows, normed, heads, count, scratch.first)
             rows = scratch.first
             if self._observe:
                 behind = backend.fetch(state.x)[0].copy()
@@ -321,20 +328,19 @@ class ImageRun:
                 self._observe(self._position, f"blocks.{index}.{engine}", behind)
         if mlp:
             into = state.x if all_kept and attention else scratch.second  # no engine fills what it reads
-            engine = self._mlp(index, block, rows, heads, count, into)
+            engine = self._mlp(index, rows, heads, count, into)
             rows = into
         if rows is not state.x:
             backend.scatter(rows, kept, state.x)
         if mlp:
             self._show(f"blocks.{index}.{engine}", state)
 
-    def _attention(
-        self, index: int, block: BlockEngines, x: Buffer, normed: Buffer, heads: Index, count: int, out: Buffer
-    ) -> str:
+    def _attention(self, index: int, x: Buffer, normed: Buffer, heads: Index, count: int, out: Buffer) -> str:
         """Runs attention on the first rows of x; returns the name of the engine."""
         if not len(heads):
             self._backend.add(x, count, self._dispatcher.engines.empty[0], index, out)
             return "attention"
+        block = self._dispatcher.engines.blocks[index]
         inputs, outputs = [x.rows(count), normed.rows(count)], [out.rows(count)]
         if block.attention_gather is not None:
             if self._plan.gathers[count][len(heads)][0]:
@@ -345,11 +351,12 @@ class ImageRun:
         block.attention.run(inputs, outputs)
         return "attention"
 
-    def _mlp(self, index: int, block: BlockEngines, x: Buffer, heads: Index, count: int, out: Buffer) -> str:
+    def _mlp(self, index: int, x: Buffer, heads: Index, count: int, out: Buffer) -> str:
         """Runs the MLP on the first rows of x; returns the name of the engine."""
         if not len(heads):
             self._backend.add(x, count, self._dispatcher.engines.empty[1], index, out)
             return "mlp"
+        block = self._dispatcher.engines.blocks[index]
         inputs, outputs = [x.rows(count)], [out.rows(count)]
         if block.mlp_gather is not None:
             named = self._dispatcher.head_weights.named(heads)

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from adavit.runtime.backend import Backend, Engine
 from adavit.runtime.bundle import Bundle
+from adavit.runtime.plan import SUBLAYERS
 
 __all__ = ["BlockEngines", "Engines"]
 
 
 @dataclass(frozen=True)
 class BlockEngines:
-    """One block's engines; those that gather heads' weights are there where the block has a head policy."""
+    """One block's engines; those that are given heads' weights are there where the block has a head policy."""
 
     decide: Engine
     attention: Engine
     mlp: Engine
     attention_gather: Engine | None = None
-    attention_weights: Engine | None = None
     mlp_gather: Engine | None = None
-    mlp_weights: Engine | None = None
 
 
 _ALWAYS = ("decide", "attention", "mlp")
 
 
 class Engines:
-    """All engines of a bundle but its dense twin.
+    """All engines of a bundle but its dense twin, and those that a backend has for whole blocks.
 
     Attributes:
         stem, head: what runs before the blocks, and after them.
-        blocks: each block's engines.
+        blocks: each block's engines; none where the backend always gathers, since it runs whole blocks.
+        weights: for each block, by sub-layer, what gathers the weights of heads; none where there is no head policy.
         empty: what attention and MLP of every block add without a head, each [L, D].
     """
 
@@ -42,8 +43,13 @@ class Engines:
             kinds = [field.name for field in fields(BlockEngines)] if arch.adapts_heads(index) else _ALWAYS
             return BlockEngines(**{kind: backend.load(f"blocks.{index}.{kind}") for kind in kinds})
 
+        def weights(index: int) -> Mapping[str, Engine]:
+            kinds = SUBLAYERS if arch.adapts_heads(index) else ()
+            return {kind: backend.load(f"blocks.{index}.{kind}_weights") for kind in kinds}
+
         self.stem, self.head = backend.load("stem"), backend.load("head")
-        self.blocks = [block(index) for index in range(arch.depth)]
+        self.blocks = [] if backend.always_gathers else [block(index) for index in range(arch.depth)]
+        self.weights = [weights(index) for index in range(arch.depth)]
         self.empty = backend.buffer((arch.depth, arch.width)), backend.buffer((arch.depth, arch.width))
         if arch.head_policy:
             backend.load("empty").run([], [vectors.rows(arch.depth) for vectors in self.empty])

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from adavit.runtime.backend import Backend, Buffer, Engine
-from adavit.runtime.bundle import Bundle, TensorSpec
-from adavit.runtime.engines import BlockEngines
+from adavit.runtime.bundle import Bundle
 
 __all__ = ["HeadWeights"]
 
@@ -33,14 +32,14 @@ class HeadWeights:
     Args:
         bundle: describes what the engines that gather make.
         backend: makes the buffers.
-        blocks: the engines.
+        engines: what gathers them, for each block by sub-layer.
         budget: bytes to keep at most.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, blocks: Sequence[BlockEngines], budget: int) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, engines: Sequence[Mapping[str, Engine]], budget: int) -> None:
         self._bundle = bundle
         self._backend = backend
-        self._blocks = blocks
+        self._engines = engines
         self._budget = budget
         self._kept: dict[Key, Gathered] = {}
         self._named: dict[bytes, tuple[Any, Any]] = {}
@@ -51,7 +50,7 @@ class HeadWeights:
 
     def without_budget(self) -> HeadWeights:
         """Weights that are gathered every time, as those of new sets of heads are."""
-        return HeadWeights(self._bundle, self._backend, self._blocks, 0)
+        return HeadWeights(self._bundle, self._backend, self._engines, 0)
 
     def named(self, heads: Index) -> tuple[Any, Any]:
         """As rows of buffers, the heads' numbers [h], and for each channel [D] whether it is theirs, 1 or 0."""
@@ -69,11 +68,11 @@ class HeadWeights:
 
     def attention(self, block: int, heads: Index) -> list[Any]:
         """Rows of what a block's attention needs of these heads, as `attention_weights` makes it."""
-        return self._get(block, "attention_weights", heads)
+        return self._get(block, "attention", heads)
 
     def mlp(self, block: int, heads: Index) -> list[Any]:
         """Rows of what a block's MLP needs of these heads, as `mlp_weights` makes it."""
-        return self._get(block, "mlp_weights", heads)
+        return self._get(block, "mlp", heads)
 
     def of(self, block: int, choices: bytes) -> Sequence[Any] | None:
         """What a block's engine for any heads is given; see `FixedEngine.bound`. None where no head is kept.
@@ -106,16 +105,12 @@ class HeadWeights:
 
     def _gather(self, block: int, kind: str, heads: Index) -> Gathered:
         """The weights of heads, as new buffers with their number of rows."""
-        found = []
-        for tensor in self._outputs(block, kind):
+        engine, found = self._engines[block][kind], []
+        for tensor in engine.spec.outputs:
             shape = tensor.of_heads(len(heads), self._bundle.architecture.head_width)
             found.append((self._backend.buffer(shape, tensor.dtype), shape[0]))
-        getattr(self._blocks[block], kind).run([heads], [buffer.rows(count) for buffer, count in found])
+        engine.run([heads], [buffer.rows(count) for buffer, count in found])
         return found
-
-    def _outputs(self, block: int, kind: str) -> tuple[TensorSpec, ...]:
-        engine: Engine = getattr(self._blocks[block], kind)
-        return engine.spec.outputs
 
     def _keep(self, key: Key, found: Gathered) -> None:
         size = _size(found)

@@ -7,10 +7,10 @@ changes times and never results.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,16 +98,18 @@ def sublayers_run(attention: bool, mlp: bool) -> str:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Where engines that gather weights are the faster ones, and which sets of heads have engines of their own.
+    """Where engines that gather weights are the faster ones, and which sets of heads and sizes have their own engines.
 
     Attributes:
         gathers: for K kept tokens and h kept heads, at [K][h], whether attention and MLP gather.
         sets: of heads, with engines of their own, whatever `gathers` says.
+        sizes: what blocks run with, with engines of their own, by how often an image has them.
         origin: the file that keeps it, or None for the rule that needs no measurement.
     """
 
     gathers: list[list[tuple[bool, bool]]]
     sets: tuple[HeadSet, ...] = ()
+    sizes: Mapping[Sizes, float] = field(default_factory=dict)
     origin: str | None = None
 
     @classmethod
@@ -118,18 +120,14 @@ class EnginePlan:
             [[(gathers("attention", k, h), gathers("mlp", k, h)) for h in heads] for k in range(arch.tokens + 1)]
         )
 
-    @cached_property
-    def masks(self) -> bool:
-        """Whether there are kept heads whose weights are not gathered."""
-        return not all(both == (True, True) for by_heads in self.gathers[1:] for both in by_heads[1:])
-
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values: by sub-layer and h, a digit 0 or 1 for every K; and the sets."""
+        """As plain JSON values: by sub-layer and h, a digit 0 or 1 for every K; the sets; and the sizes."""
         gathers = {
             kind: ["".join(str(int(row[heads][part])) for row in self.gathers) for heads in range(len(self.gathers[0]))]
             for part, kind in enumerate(SUBLAYERS)
         }
-        return {**gathers, "sets": [[s.block, s.kind, list(s.heads)] for s in self.sets]}
+        sets = [[s.block, s.kind, list(s.heads)] for s in self.sets]
+        return {**gathers, "sets": sets, "sizes": [[*sizes, often] for sizes, often in self.sizes.items()]}
 
     @classmethod
     def from_dict(cls, values: Any, arch: Architecture, origin: str) -> EnginePlan:
@@ -145,7 +143,7 @@ class EnginePlan:
             if any(type(line) is not str or len(line) != arch.tokens + 1 or set(line) - {"0", "1"} for line in lines):
                 raise ValueError(f"{kind} has other rows than of {arch.tokens + 1} digits 0 or 1")
         plan = cls.where(arch, lambda kind, k, h: values[kind][h][k] == "1")
-        return cls(plan.gathers, _sets(values.get("sets", []), arch), origin)
+        return cls(plan.gathers, _sets(values.get("sets", []), arch), _sizes(values.get("sizes", []), arch), origin)
 
 
 def _sets(values: Any, arch: Architecture) -> tuple[HeadSet, ...]:
@@ -160,6 +158,21 @@ def _sets(values: Any, arch: Architecture) -> tuple[HeadSet, ...]:
         if not fits or not found.heads or list(found.heads) != sorted(set(found.heads) & set(range(arch.heads))):
             raise ValueError(f"{list(found)} is no set of heads of this model")
     return sets
+
+
+def _sizes(values: Any, arch: Architecture) -> dict[Sizes, float]:
+    """Reads sizes; raises ValueError where they are not of this architecture."""
+    try:
+        found = {Sizes(block, kind, tokens, heads): often for block, kind, tokens, heads, often in values}
+    except (TypeError, ValueError):
+        raise ValueError("sizes are not [block, sub-layers, tokens, heads, how often]") from None
+    for sizes, often in found.items():
+        limits = (range(arch.depth), range(1, arch.tokens + 1), range(1, arch.heads + 1))
+        numbers = sizes.block, sizes.tokens, sizes.heads
+        fits = all(type(number) is int and number in limit for number, limit in zip(numbers, limits, strict=True))
+        if not fits or sizes.kind not in SETS or type(often) not in (int, float) or not 0 < often < math.inf:
+            raise ValueError(f"{[*sizes, often]} is no size of this model's blocks")
+    return found
 
 
 def _is_kept(arch: Architecture, found: HeadSet) -> bool:

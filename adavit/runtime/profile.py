@@ -128,7 +128,7 @@ class Profiler:
                 engine.run(rows, rows)
         return median(later.end - earlier.end for earlier, later in pairwise(events))
 
-    def prepare(self, used: Mapping[Sizes, float]) -> int:
+    def prepare(self, used: Mapping[Sizes, float]) -> Mapping[Sizes, float]:
         """See `Backend.prepare`."""
         return self._backend.prepare(used)
 

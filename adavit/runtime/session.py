@@ -168,7 +168,7 @@ class Runtime:
         self.choice = choice
         plan = recalled_plan(bundle, options, backend)
         self.dispatcher = Dispatcher(bundle, backend, options.workers, plan)
-        self.dispatcher.specialise(plan.sets)
+        self.dispatcher.specialise(plan.sets, plan.sizes)
         self._dense: Engine | None = None
         self._dense_lock = threading.Lock()
 
@@ -238,9 +238,8 @@ class Runtime:
         specialised = self.dispatcher.specialised
         if not specialised.able:
             return 0
-        self.dispatcher.specialise(specialised.choose(policy))
-        prepared = 0 if self.dispatcher.plan.masks else self.backend.prepare(sizes_of(policy))
-        return len(specialised.sets) + prepared
+        self.dispatcher.specialise(specialised.choose(policy), sizes_of(policy))
+        return len(specialised.sets) + len(self.dispatcher.sizes)
 
     def run_dense(self, images: Float) -> Float:
         """Runs the dense twin: the same weights with every policy on, as one graph.

@@ -1,10 +1,11 @@
-"""How long a sub-layer's engines take on this machine, by numbers of tokens and heads, and the plan that follows."""
+"""How long a block's engines take on this machine, by numbers of tokens and heads, and the plan that follows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, cast
 
 import numpy as np
@@ -13,12 +14,13 @@ import numpy.typing as npt
 from adavit.architecture import Architecture
 from adavit.errors import InputError
 from adavit.runtime.backend import Engine
+from adavit.runtime.budget import TRAINED
 from adavit.runtime.dispatcher import Dispatcher
-from adavit.runtime.plan import SUBLAYERS, EnginePlan
-from adavit.runtime.state import Scratch, State
+from adavit.runtime.plan import SUBLAYERS, EnginePlan, set_kinds, sublayers_of
+from adavit.runtime.state import Scratch, State, Thresholds
 from adavit.runtime.timing import median_times
 
-__all__ = ["Staircase", "measure_staircase"]
+__all__ = ["BlockStaircase", "Staircase", "measure_blocks", "measure_staircase"]
 
 STEPS = 9
 """Numbers of tokens that are measured, from one to all."""
@@ -28,12 +30,31 @@ NEW = 0.25
 
 Run = Callable[[], object]
 Key = tuple[str, int, int]
-"""What is run ("attention", "attention_gather", "attention_weights", likewise for "mlp"), tokens, heads."""
+"""What is run ("attention", "attention_gather", "attention_weights", likewise for "mlp"; "both"), tokens, heads."""
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class BlockStaircase:
+    """Milliseconds of the engines of whole blocks, which are given their heads' weights; medians of some rounds.
+
+    Attributes:
+        tokens: numbers of kept tokens.
+        heads: numbers of kept heads.
+        blocks: by what runs ("attention", "mlp", "both") and number of heads, for each number of tokens.
+        weights: by sub-layer, of gathering the heads' weights, for each number of heads; none where all are always
+            kept.
+    """
+
+    tokens: list[int]
+    heads: list[int]
+    blocks: dict[str, list[list[float]]]
+    weights: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
 class Staircase:
-    """Milliseconds of engines, medians of some rounds.
+    """Milliseconds of the engines of sub-layers, medians of some rounds.
 
     Attributes:
         tokens: numbers of kept tokens.
@@ -64,7 +85,37 @@ class Staircase:
         return EnginePlan.where(arch, lambda kind, k, h: h > 0 and bool(faster[kind][h - 1][k]))
 
 
-def measure_staircase(dispatcher: Dispatcher, progress: Callable[[str, float], None]) -> Staircase:
+def measure_blocks(dispatcher: Dispatcher, progress: Progress) -> BlockStaircase:
+    """Measures one block, where the backend runs whole ones: the others have the same shapes."""
+    arch = dispatcher.arch
+    index = next((index for index in range(arch.depth) if arch.adapts_heads(index)), 0)
+    chosen, kinds, tokens = arch.adapts_heads(index), set_kinds(arch, index), _counts(arch)
+    heads = [*range(1, arch.heads + 1)] if chosen else [arch.heads]
+    state = State(arch, dispatcher.backend)
+    state.start(Thresholds.of(TRAINED, arch), dispatcher.specialised.engines)
+    dispatcher.engines.stem.run([_noise(arch)], [state.image.rows(1)])
+
+    def run(block: Callable[..., None], weights: Sequence[Any], count: int) -> None:
+        state.tokens[index] = np.arange(arch.tokens) < count
+        block(*weights)
+
+    runs: dict[Key, Run] = _weighing(dispatcher, index, heads) if chosen else {}
+    for kind, h in product(kinds, heads):
+        choices = np.arange(arch.heads) < h, [part in sublayers_of(kind) for part in SUBLAYERS]
+        key = np.concatenate(choices).tobytes()
+        block, weights = state.run_of(index, key[-2:]), dispatcher.head_weights.of(index, key)
+        for k in tokens:
+            runs[kind, k, h] = partial(run, cast(Callable[..., None], block), cast(Sequence[Any], weights), k)
+    found = median_times(runs, ROUNDS, "measuring engines", progress)
+    return BlockStaircase(
+        tokens,
+        heads,
+        {kind: [[found[kind, k, h] for k in tokens] for h in heads] for kind in kinds},
+        {kind: [found[f"{kind}_weights", 0, h] for h in heads] for kind in SUBLAYERS if chosen},
+    )
+
+
+def measure_staircase(dispatcher: Dispatcher, progress: Progress) -> Staircase:
     """Measures the engines of one block: those of the others have the same shapes.
 
     Raises:
@@ -85,7 +136,20 @@ def measure_staircase(dispatcher: Dispatcher, progress: Callable[[str, float], N
 
 
 def _counts(arch: Architecture) -> list[int]:
-    return sorted({int(count) for count in np.linspace(1, arch.tokens, STEPS)})
+    """Numbers of tokens that are measured."""
+    return sorted({int(count) for count in np.linspace(1 if arch.token_policy else arch.tokens, arch.tokens, STEPS)})
+
+
+def _noise(arch: Architecture) -> npt.NDArray[np.float32]:
+    """An image of it."""
+    return np.random.default_rng(0).standard_normal((1, 3, arch.image_size, arch.image_size), dtype=np.float32)
+
+
+def _weighing(dispatcher: Dispatcher, index: int, heads: Iterable[int]) -> dict[Key, Run]:
+    """Runs that gather the weights of the first heads of a block, by sub-layer."""
+    unkept = dispatcher.head_weights.without_budget()
+    ways = {"attention_weights": unkept.attention, "mlp_weights": unkept.mlp}
+    return {(name, 0, h): partial(gather, index, np.arange(h)) for name, gather in ways.items() for h in heads}
 
 
 def _runs(dispatcher: Dispatcher, index: int) -> dict[Key, Run]:
@@ -93,21 +157,16 @@ def _runs(dispatcher: Dispatcher, index: int) -> dict[Key, Run]:
     arch, backend = dispatcher.arch, dispatcher.backend
     block, scratch = dispatcher.engines.blocks[index], Scratch(arch, backend)
     state, out = State(arch, backend), scratch.first
-    image = np.random.default_rng(0).standard_normal((1, 3, arch.image_size, arch.image_size), dtype=np.float32)
-    dispatcher.engines.stem.run([image], [state.image.rows(1)])
+    dispatcher.engines.stem.run([_noise(arch)], [state.image.rows(1)])
     x, normed_x = state.x, state.normed
     block.decide.run([x.rows(arch.tokens)], [normed_x.rows(arch.tokens), *scratch.logits[index]])
     channels = np.ones(arch.width, np.float32)
-    unkept = dispatcher.head_weights.without_budget()
 
     def run(engine: Engine, inputs: list[Any], count: int) -> None:
         engine.run(inputs, [out.rows(count)])
         backend.fetch(out)
 
-    runs: dict[Key, Run] = {}
-    for heads in (np.arange(count) for count in range(1, arch.heads + 1)):
-        runs["attention_weights", 0, len(heads)] = partial(unkept.attention, index, heads)
-        runs["mlp_weights", 0, len(heads)] = partial(unkept.mlp, index, heads)
+    runs = _weighing(dispatcher, index, range(1, arch.heads + 1))
     for k in _counts(arch):
         rows, normed = x.rows(k), normed_x.rows(k)
         runs["attention", k, 0] = partial(run, block.attention, [rows, normed, channels], k)

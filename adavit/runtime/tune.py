@@ -15,7 +15,7 @@ from adavit.runtime.kept_plan import keep_plan
 from adavit.runtime.plan import EnginePlan, ruled
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
-from adavit.runtime.staircase import measure_staircase
+from adavit.runtime.staircase import BlockStaircase, Staircase, measure_blocks, measure_staircase
 from adavit.runtime.timing import median_times
 
 __all__ = ["tune"]
@@ -32,18 +32,24 @@ def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> di
     Args:
         runtime: what to tune; it uses the plan afterwards.
         progress: told the stage and the share done.
-        used: what images like those to come use; their most frequent sets of heads get engines of their own.
+        used: what images like those to come use; their most frequent sets of heads or sizes get engines of their own.
 
     Returns:
         The numbers under the keys of `adavit-run --tune --json`.
 
     Raises:
-        InputError: the model decides on no heads, so that there is nothing to plan.
+        InputError: the model decides on no heads, and the backend runs sub-layers, so that there is nothing to plan.
     """
     arch, dispatcher = runtime.architecture, runtime.dispatcher
+    specialised = dispatcher.specialised
     dispatcher.specialise(())
-    staircase = measure_staircase(dispatcher, progress)
-    plans = {"rule": ruled(arch, runtime.backend.always_gathers), "measured": staircase.plan(arch)}
+    staircase: BlockStaircase | Staircase
+    plans = {"rule": ruled(arch, runtime.backend.always_gathers)}
+    if runtime.backend.always_gathers:
+        staircase = measure_blocks(dispatcher, progress)
+    else:
+        staircase = measure_staircase(dispatcher, progress)
+        plans["measured"] = staircase.plan(arch)
     shape = IMAGES, 3, arch.image_size, arch.image_size
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
@@ -56,10 +62,11 @@ def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> di
         {name: partial(run_under, plan) for name, plan in plans.items()}, ROUNDS, "comparing plans", progress
     )
     taken = min(compared, key=compared.__getitem__)
-    plan = replace(plans[taken], sets=() if used is None else dispatcher.specialised.choose(used))
-    dispatcher.plan = plan
+    dispatcher.plan = plans[taken]
     gains = _gains(runtime, images[:1], progress)
-    dispatcher.specialise(plan.sets)
+    if used is not None:
+        runtime.specialise(used)
+    plan = replace(plans[taken], sets=specialised.sets, sizes=dispatcher.sizes)
     measured = {"taken": taken, "staircase": asdict(staircase)}
     path = keep_plan(runtime.bundle, runtime.options, runtime.backend, plan, measured)
     dispatcher.plan = replace(plan, origin=None if path is None else str(path))
@@ -73,7 +80,7 @@ def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> di
         "plans_ms": {name: time / IMAGES for name, time in compared.items()},
         "taken": taken,
         "gathers": plan.to_dict(),
-        "engines_by_set": dispatcher.specialised.by_set,
+        "own_engines": ("sets" if specialised.by_set else "sizes") if specialised.able else None,
         "plan": dispatcher.plan.origin,
     }
 

@@ -66,7 +66,7 @@ def profile(
     """
     profiler = Profiler(runtime.bundle, runtime.backend)
     timed = Runtime(runtime.bundle, profiler, runtime.options, runtime.offsets)
-    timed.dispatcher.specialise(runtime.dispatcher.specialised.sets)
+    timed.dispatcher.specialise(runtime.dispatcher.specialised.sets, runtime.dispatcher.sizes)
     timed.run_dense(images[: plan.batch])
     feed = batches(images, plan.batch, policy)
     for _ in range(max(plan.warmup, -(-len(images) // plan.batch))):  # every set of heads has been seen once

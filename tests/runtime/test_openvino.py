@@ -41,7 +41,6 @@ from adavit.runtime.backends.openvino_engine import Requests
 from adavit.runtime.backends.openvino_stem import compute_in_bf16, unfold
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.heads import HeadWeights
-from adavit.runtime.plan import EnginePlan
 from adavit.runtime.state import Scratch, Thresholds
 
 
@@ -63,28 +62,6 @@ def test_any_policy(seed: int, batch: int, loaded: Runtime) -> None:
     images, policy = random_images(WIDE, batch, seed=seed), random_policy(WIDE, batch, seed)
     wanted = forced(random_model(WIDE), images, policy)
     np.testing.assert_allclose(loaded.run(images, policy=policy).logits, wanted, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("first", [False, True])
-def test_a_plan_that_masks_or_not_and_changes_on_the_way(first: bool, wide: tuple[Path, Path]) -> None:
-    fresh = adavit.load(wide[0], backend="openvino", provider="fp32", threads=1)
-    masking, gathering = (EnginePlan.where(WIDE, lambda kind, k, h, gathers=gathers: gathers) for gathers in (0, 1))
-    plans = (masking, gathering) if first else (gathering, masking)
-    ran = []
-
-    def change(_: int, engine: str, __: Any) -> None:
-        ran.append(engine)
-        fresh.dispatcher.plan = plans[1]
-
-    for seed in range(6):
-        images, policy = random_images(WIDE, 1, seed=seed), random_policy(WIDE, 1, seed)
-        fresh.dispatcher.plan = plans[0]
-        wanted = forced(random_model(WIDE), images, policy)
-        np.testing.assert_allclose(
-            fresh.run(images, policy=policy, observe=change).logits, wanted, atol=1e-4, rtol=1e-4
-        )
-    assert any(engine.endswith(".attention" if first else "_set") for engine in ran)
-    assert not any(engine.endswith("_set" if first else ".attention_gather") for engine in ran)
 
 
 def test_a_first_image_of_its_class_token_alone_spoils_no_later_one(golden_bundles: Callable[[str], Path]) -> None:
@@ -167,7 +144,7 @@ def test_decisions_stay_in_float32_where_the_rest_is_bf16(
     monkeypatch.setattr(openvino, "Core", lambda: core)
     loaded = adavit.load(tiny_bundle, backend="openvino", provider=provider, threads=1)
     whole = {"attention_set", "mlp_set", "both_set", "decide_set"}
-    assert set(core.asked) == {"stem", "head", "empty", "decide", "attention", "mlp"} | whole
+    assert set(core.asked) == {"stem", "head", "empty"} | whole
     for name, precision in core.asked.items():
         assert precision == ("f32" if name.startswith("decide") else wanted), name
     assert loaded.backend.versions()["precision"] == ("fp32" if wanted == "f32" else "bf16")
@@ -305,12 +282,10 @@ def test_models_for_other_sizes_are_dropped(wide: tuple[Path, Path]) -> None:
     gc.collect()
     assert before
     assert not any(model() for model in before)
-    loaded.dispatcher.plan = EnginePlan.where(WIDE, lambda kind, k, h: False)
-    assert loaded.specialise(dense) == 0  # whole blocks do not run
 
 
 def test_weights_that_are_put_out_are_held_no_longer(loaded: Runtime) -> None:
-    engines = loaded.dispatcher.engines.blocks
+    engines = loaded.dispatcher.engines.weights
     kept = HeadWeights(loaded.bundle, loaded.backend, engines, 0)
     first, second = (bytes([heads == kept_head for heads in range(WIDE.heads)] + [1, 1]) for kept_head in (0, 1))
     sized = HeadWeights(loaded.bundle, loaded.backend, engines, sum(rows.array.nbytes for rows in kept.of(1, first)))

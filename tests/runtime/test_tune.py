@@ -1,6 +1,8 @@
 """Plans change which engine runs, and never what is computed; tuning measures one and keeps it."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from adavit.cli import run
 from adavit.console_tune import tune_lines
 from adavit.errors import InputError
 from adavit.runtime import Runtime, tune
-from adavit.runtime.plan import EnginePlan, ruled
+from adavit.runtime.backend import Sizes
+from adavit.runtime.plan import SETS, SUBLAYERS, EnginePlan, ruled, sizes_of
 from adavit.runtime.profile import Profiler
 from adavit.runtime.staircase import Staircase
 
@@ -38,6 +41,15 @@ def random_plan(seed: int) -> EnginePlan:
     """Any choice of engines for any counts; without a head, there is none."""
     source = np.random.default_rng(seed)
     return EnginePlan.where(WIDE, lambda kind, k, h: h > 0 and bool(source.random() < 0.5))
+
+
+def random_sizes(seed: int) -> dict[Sizes, float]:
+    """Any frequent sizes of blocks."""
+    source = np.random.default_rng(seed)
+    blocks, kinds = source.integers(0, WIDE.depth, 4), source.choice(SETS, 4)
+    tokens, heads = source.integers(1, WIDE.tokens + 1, 4), source.integers(1, WIDE.heads + 1, 4)
+    columns = blocks.tolist(), kinds.tolist(), tokens.tolist(), heads.tolist()
+    return {Sizes(*row): 0.5 for row in zip(*columns, strict=True)}
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
@@ -51,6 +63,9 @@ def planned(request: pytest.FixtureRequest, wide: tuple[Path, Path]) -> Runtime:
 def test_any_plan_computes_the_same(seed: int, planned: Runtime) -> None:
     planned.dispatcher.plan = random_plan(seed)
     images, policy = random_images(WIDE, 2, seed=seed), random_policy(WIDE, 2, seed)
+    sizes = {**sizes_of(policy[:1]), **random_sizes(seed)}  # of one image, and such as none has
+    planned.dispatcher.specialise((), sizes)
+    assert bool(planned.dispatcher.sizes) == (planned.backend.name == "openvino")
     wanted = forced(random_model(WIDE), images, policy)
     np.testing.assert_allclose(planned.run(images, policy=policy).logits, wanted, atol=1e-4, rtol=1e-4)
 
@@ -70,9 +85,9 @@ def test_a_plan_is_followed(wide: tuple[Path, Path]) -> None:
 
 
 def test_plans_survive_being_written() -> None:
-    plan = random_plan(1)
+    plan = replace(random_plan(1), sizes=random_sizes(1))
     again = EnginePlan.from_dict(json.loads(json.dumps(plan.to_dict())), WIDE, "a file")
-    assert (again.gathers, again.origin) == (plan.gathers, "a file")
+    assert again == replace(plan, origin="a file")
 
 
 @pytest.mark.parametrize(
@@ -86,11 +101,24 @@ def test_plans_survive_being_written() -> None:
         lambda plan: {**plan, "mlp": [*plan["mlp"][1:], "0"]},
         lambda plan: {**plan, "mlp": [*plan["mlp"][1:], 0]},
         lambda plan: {**plan, "mlp": [row.replace("0", "2") for row in plan["mlp"]]},
+        lambda plan: {**plan, "sizes": 1},
+        lambda plan: {**plan, "sizes": [[0, "both", 1, 1]]},
+        lambda plan: {**plan, "sizes": [[[0], "both", 1, 1, 0.5]]},
+        lambda plan: {**plan, "sizes": [[WIDE.depth, "both", 1, 1, 0.5]]},
+        lambda plan: {**plan, "sizes": [[-1, "both", 1, 1, 0.5]]},
+        lambda plan: {**plan, "sizes": [[True, "both", 1, 1, 0.5]]},
+        lambda plan: {**plan, "sizes": [[0, "decide", 1, 1, 0.5]]},
+        lambda plan: {**plan, "sizes": [[0, "both", 0, 1, 0.5]]},
+        lambda plan: {**plan, "sizes": [[0, "both", WIDE.tokens + 1, 1, 0.5]]},
+        lambda plan: {**plan, "sizes": [[0, "both", 1, WIDE.heads + 1, 0.5]]},
+        lambda plan: {**plan, "sizes": [[0, "both", 1, 1, "often"]]},
+        lambda plan: {**plan, "sizes": [[0, "both", 1, 1, math.nan]]},
+        lambda plan: {**plan, "sizes": [[0, "both", 1, 1, 0]]},
     ],
 )
 def test_what_is_no_plan(change: Any) -> None:
     plan = random_plan(2).to_dict()
-    with pytest.raises(ValueError, match=r"has no row|has other rows"):
+    with pytest.raises(ValueError, match=r"has no row|has other rows|sizes are not|is no size"):
         EnginePlan.from_dict(change(plan), WIDE, "a file")
 
 
@@ -115,11 +143,15 @@ def test_tuning(wide: tuple[Path, Path], cache: Path, planned: Runtime) -> None:
     assert loaded.dispatcher.plan == ruled(WIDE, always=name == "openvino")
     images = random_images(WIDE, 3)
     before = loaded.run(images)
-    report = tune.tune(loaded, quiet)
+    report = tune.tune(loaded, quiet, before.policy)
     (path,) = cache.iterdir()
     assert (report["plan"], report["backend"]) == (str(path), name)
-    assert any(line.startswith("sets ") for line in tune_lines(report)) == (name == "onnxruntime")
-    assert set(report["plans_ms"]) == {"rule", "measured"}
+    own = "sets" if name == "onnxruntime" else "sizes"
+    assert report["own_engines"] == own
+    found = report["gathers"][own]
+    assert found
+    assert any(line.startswith(f"{own} ") and f" {len(found)} " in line for line in tune_lines(report))
+    assert set(report["plans_ms"]) == ({"rule", "measured"} if name == "onnxruntime" else {"rule"})
     assert report["plans_ms"][report["taken"]] == min(report["plans_ms"].values())
     assert [gain["dropped"] for gain in report["gains"]] == ["nothing", "tokens", "heads", "sublayers"]
     assert report["gains"][0]["macs"] == report["gains"][0]["speedup"] == 1
@@ -127,12 +159,15 @@ def test_tuning(wide: tuple[Path, Path], cache: Path, planned: Runtime) -> None:
     stairs = report["staircase"]
     assert stairs["tokens"][0] == 1
     assert stairs["tokens"][-1] == WIDE.tokens
-    for kind in ("attention", "mlp"):
-        assert len(stairs["gathered"][kind]) == len(stairs["weights"][kind]) == WIDE.heads
-        assert min(stairs["masked"][kind]) > 0
+    for kind in SETS if name == "openvino" else SUBLAYERS:
+        by_heads = stairs["blocks" if name == "openvino" else "gathered"][kind]
+        assert len(by_heads) == WIDE.heads
+        assert all(len(times) == len(stairs["tokens"]) and min(times) > 0 for times in by_heads)
+    assert all(len(stairs["weights"][kind]) == WIDE.heads for kind in SUBLAYERS)
     again = Runtime(planned.bundle, planned.backend, planned.options)
     assert again.dispatcher.plan.origin == str(path)
     assert again.dispatcher.plan.to_dict() == report["gathers"]
+    assert len(again.dispatcher.specialised.sets) + len(again.dispatcher.sizes) == len(found)
     after = again.run(images)
     assert_same_policy(after.policy, before.policy)
     np.testing.assert_allclose(after.logits, before.logits, atol=1e-4, rtol=0)
@@ -161,9 +196,14 @@ def test_where_nothing_can_be_kept(wide: tuple[Path, Path], tmp_path: Path) -> N
 
 
 def test_no_heads_to_decide_on(tmp_path: Path) -> None:
-    loaded = adavit.load(export(random_model(tiny(head_policy=False)), tmp_path), threads=1)
+    bundle = export(random_model(tiny(head_policy=False)), tmp_path)
     with pytest.raises(InputError, match="no engines to choose between"):
-        tune.tune(loaded, quiet)
+        tune.tune(adavit.load(bundle, threads=1), quiet)
+    loaded = adavit.load(bundle, "openvino", 1, "fp32")
+    report = tune.tune(loaded, quiet, loaded.run(random_images(loaded.architecture, 2)).policy)
+    assert report["gathers"]["sizes"]
+    assert report["staircase"]["heads"] == [loaded.architecture.heads]
+    assert any(line.startswith("17 tokens") for line in tune_lines(report))
 
 
 def test_the_command(wide: tuple[Path, Path], tmp_path: Path) -> None:

@@ -151,9 +151,9 @@ class DeviceMoves(ABC):
         """See `Backend.buffer`."""
         return DeviceBuffer(self._device, shape, dtype)
 
-    def prepare(self, used: Mapping[Sizes, float]) -> int:
+    def prepare(self, used: Mapping[Sizes, float]) -> Mapping[Sizes, float]:
         """See `Backend.prepare`: nothing."""
-        return 0
+        return {}
 
     def upload(self, array: npt.NDArray[Any]) -> DeviceBuffer:
         """See `Backend.upload`."""

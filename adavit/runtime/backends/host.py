@@ -46,9 +46,9 @@ class HostMoves:
         """See `Backend.rounded`: as many."""
         return tokens
 
-    def prepare(self, used: Mapping[Sizes, float]) -> int:
+    def prepare(self, used: Mapping[Sizes, float]) -> Mapping[Sizes, float]:
         """See `Backend.prepare`: nothing."""
-        return 0
+        return {}
 
     def timings(self) -> dict[str, float]:
         """See `Backend.timings`: there is nothing to tell."""

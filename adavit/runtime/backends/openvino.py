@@ -134,9 +134,9 @@ class OpenVinoBackend(HostMoves):
         except RuntimeError as error:
             raise BackendError(f"OpenVINO refuses {model.get_friendly_name()}: {one_line(error)}") from None
 
-    def prepare(self, used: Mapping[Sizes, float]) -> int:
+    def prepare(self, used: Mapping[Sizes, float]) -> Mapping[Sizes, float]:
         """See `Backend.prepare`."""
-        return self._blocks.prepare(used) if self._blocks else 0
+        return self._blocks.prepare(used) if self._blocks else {}
 
     def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> OpenVinoBuffer:
         """See `Backend.buffer`."""

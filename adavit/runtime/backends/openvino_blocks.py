@@ -22,13 +22,7 @@ from adavit.runtime.backend import Constants, Engine, Options, Sizes
 from adavit.runtime.backends.openvino_block_engine import BlockModels, OpenVinoBlockEngine
 from adavit.runtime.backends.openvino_buffers import as_rows, from_bfloat16, rounded, to_bfloat16
 from adavit.runtime.backends.openvino_engine import OpenVinoEngine
-from adavit.runtime.backends.openvino_models import (
-    attention_model,
-    block_model,
-    decide_model,
-    mlp_model,
-    names_of,
-)
+from adavit.runtime.backends.openvino_models import block_model, decide_model, names_of
 from adavit.runtime.bundle import Bundle, EngineSpec, TensorSpec
 from adavit.runtime.plan import sublayers_of
 from adavit.runtime.weights import attention_weights, block_weights, engine_weights, mlp_weights
@@ -96,43 +90,29 @@ class Blocks:
 
     def __init__(self, bundle: Bundle, compile_model: Compile, bf16: bool, options: Options) -> None:
         self._bundle, self._compile, self._bf16, self._options = bundle, compile_model, bf16, options
-        self._models: dict[tuple[Any, ...], Any] = {}
+        self._deciding: dict[int, Any] = {}
         self._whole: dict[tuple[str, int | None], BlockModels] = {}
         self._weights: dict[tuple[int, str], Weights] = {}
         self._all_heads: dict[tuple[int, str], dict[str, Array]] = {}
 
-    def _model(self, exact: bool, build: Callable[..., Any], *arguments: Any) -> Any:
-        """A compiled model of this architecture, the same for all that ask for the same."""
-        key = (build, *arguments)
-        found = self._models.get(key)
-        if found is None:
-            found = self._models[key] = self._compile(build(self._bundle.architecture, *arguments), exact)
-        return found
-
     def load(self, name: str) -> Engine:
-        """The engine of this name, "blocks.i." and its part of the block.
+        """The engine of this name, "blocks.i." and "decide", or "attention_weights" or "mlp_weights".
 
         Raises:
             BundleError: its file is not what was exported, or lacks weights, or has them in other shapes.
         """
         spec = self._bundle.engines[name]
-        _, number, part = name.split(".")
+        number, part = name.split(".")[1:]
         block = int(number)
-        if part == "decide":
-            model = self._model(True, decide_model, self._bundle.architecture.choices(block))
-            return OpenVinoEngine(spec, model, ordered(model, self._weigh(block, part).fixed))
-        kind, _, role = part.partition("_")
-        weights = self._weigh(block, kind)
-        if role == "weights":
+        if part != "decide":
+            weights = self._weigh(block, part.removesuffix("_weights"))
             return TakingEngine(replace(spec, outputs=tuple(share.spec for share in weights.by_head)), weights)
-        rows = [tensor for tensor in spec.inputs if tensor.shape[0] == "K"]
-        numbers = [TensorSpec("heads", "int64", ("h",))] if kind == "mlp" else []
-        takes = replace(spec, inputs=(*rows, *numbers, *(share.spec for share in weights.by_head)))
-        model = self._model(False, attention_model if kind == "attention" else mlp_model, self._type)
-        shared = OpenVinoEngine(takes, model, ordered(model, weights.fixed), masks=kind == "attention")
-        if role == "gather":
-            return shared
-        return SublayerEngine(spec, weights, shared, self._bundle.architecture.heads)
+        arch = self._bundle.architecture
+        choices = arch.choices(block)
+        if choices not in self._deciding:
+            self._deciding[choices] = self._compile(decide_model(arch, choices), True)
+        model, fixed = self._deciding[choices], self._weigh(block, part).fixed
+        return OpenVinoEngine(spec, model, [fixed[key] for key in names_of(model.inputs) if key in fixed])
 
     def whole(self, name: str, _: Constants) -> OpenVinoBlockEngine:
         """The engine of a whole block, "blocks.i." and its kind, which is given its heads' weights with each run.
@@ -176,12 +156,15 @@ class Blocks:
             self._whole[kind, choices] = found
         return found
 
-    def prepare(self, used: Mapping[Sizes, float]) -> int:
+    def prepare(self, used: Mapping[Sizes, float]) -> Mapping[Sizes, float]:
         """Compiles whole blocks for the sizes that come most often. See `Backend.prepare`."""
         arch, times = self._bundle.architecture, defaultdict[tuple[BlockModels, int, int], float](float)
-        for (block, kind, tokens, heads), often in used.items():
-            rows = rounded(tokens, arch.tokens) if arch.token_policy else 0
-            times[self._whole_models(kind, block + 1), rows, heads] += often
+        named: dict[tuple[BlockModels, int, int], Sizes] = {}
+        for sizes, often in used.items():
+            rows = rounded(sizes.tokens, arch.tokens) if arch.token_policy else 0
+            key = self._whole_models(sizes.kind, sizes.block + 1), rows, sizes.heads
+            times[key] += often
+            named.setdefault(key, sizes)
         frequent = [key for key in sorted(times, key=times.__getitem__, reverse=True) if times[key] >= OFTEN]
         wanted = frequent[: PREPARED // self._options.workers]
         prepared: dict[BlockModels, dict[tuple[int, int], Any]] = {models: {} for models in self._whole.values()}
@@ -193,7 +176,7 @@ class Blocks:
             list(pool.map(prepare, *zip(*wanted, strict=True)))
         for models, found in prepared.items():
             models.prepared = found
-        return len(wanted)
+        return {named[key]: times[key] for key in wanted}
 
     def _weigh(self, block: int, part: str) -> Weights:
         """The weights of a block's part, read once."""
@@ -290,35 +273,3 @@ class TakingEngine:
         heads = as_rows(inputs[0]).array
         for share, rows in zip(self._by_head, outputs, strict=True):
             share.fill(heads, rows.array)
-
-
-class SublayerEngine:
-    """A sub-layer that is told the channels of the kept heads, or none where all are always kept.
-
-    Args:
-        spec: what it takes and fills; the channels come last.
-        weights: the block's.
-        gather: runs the sub-layer with the weights of chosen heads.
-        heads: how many there are.
-    """
-
-    def __init__(self, spec: EngineSpec, weights: Weights, gather: OpenVinoEngine, heads: int) -> None:
-        self.spec = spec
-        self._weights, self._gather = weights, gather
-        self._all = np.arange(heads)
-        self._rows = [tensor.shape[0] for tensor in spec.inputs].count("K")
-        self._numbered = any(tensor.name == "heads" for tensor in gather.spec.inputs)
-
-    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """See `Engine.run`; the weights are copied every time."""
-        heads = self._all
-        for channels in inputs[self._rows :]:
-            heads = as_rows(channels).array.reshape(len(self._all), -1)[:, 0].nonzero()[0]
-        numbers = [heads] if self._numbered else []
-        weights = [share.of(heads) for share in self._weights.by_head]
-        self._gather.run([*inputs[: self._rows], *numbers, *weights], outputs)
-
-
-def ordered(model: Any, weights: Mapping[str, Array]) -> list[Array]:
-    """Weights in the order in which a compiled model takes them."""
-    return [weights[name] for name in names_of(model.inputs) if name in weights]

@@ -1,4 +1,4 @@
-"""Blocks and their parts as OpenVINO models that take their weights as inputs; the mask for rows that are not there.
+"""Blocks and their decisions as OpenVINO models that take their weights as inputs; the mask for rows not there.
 
 Weights are the factors that OpenVINO rearranges fastest where they are no constants: qkv left ones, the others right
 ones, of which fc2 is transposed. Those of h kept heads with c = h * d channels are qkv [h, 3d, D], qkv_bias [h, 3d, 1]
@@ -19,12 +19,10 @@ import openvino.opset13 as opset
 from adavit.architecture import Architecture
 
 __all__ = [
-    "attention_model",
     "block_model",
     "decide_model",
     "mask_of",
     "mask_scores",
-    "mlp_model",
     "names_of",
 ]
 
@@ -70,19 +68,6 @@ def decide_model(arch: Architecture, choices: int) -> Any:
     if choices:
         outputs["choices"] = _choice_logits(arch, take, x, choices)
     return _model("decide", take, outputs)
-
-
-def attention_model(arch: Architecture, dtype: Any) -> Any:
-    """`blocks.i.attention_gather`, with the mask [K] behind the weights of heads, which are of this type."""
-    take = Inputs()
-    x, normed = (take(name, ANY, arch.width) for name in ("x", "normed"))
-    return _model("attention", take, {"y": _attention(arch, take, dtype, x, normed, masks=True)})
-
-
-def mlp_model(arch: Architecture, dtype: Any) -> Any:
-    """`blocks.i.mlp_gather`, with weights of this type."""
-    take = Inputs()
-    return _model("mlp", take, {"y": _mlp(arch, take, dtype, take("x", ANY, arch.width))})
 
 
 def block_model(arch: Architecture, kind: str, dtype: Any, choices: int | None) -> Any:
@@ -146,22 +131,23 @@ def _sublayers(arch: Architecture, take: Inputs, dtype: Any, kind: str, x: Any) 
     by_row = opset.constant(np.int64(0))
     rows = x if kept is None else opset.gather(x, kept, by_row)
     if kind != "mlp":
-        rows = _attention(arch, take, dtype, rows, _normed(arch, take, "norm1", rows), masks=arch.token_policy)
+        rows = _attention(arch, take, dtype, rows)
     if kind != "attention":
         rows = _mlp(arch, take, dtype, rows)
     return rows if kept is None else opset.scatter_update(x, kept, rows, by_row)
 
 
-def _attention(arch: Architecture, take: Inputs, dtype: Any, x: Any, normed: Any, masks: bool) -> Any:
+def _attention(arch: Architecture, take: Inputs, dtype: Any, x: Any) -> Any:
     """The attention sub-layer, residual included: [K, D] -> [K, D]."""
     d, width = arch.head_width, arch.width
+    normed = _normed(arch, take, "norm1", x)
     product = opset.matmul(_float(take("qkv", ANY, 3 * d, width, dtype=dtype)), normed, False, True)  # [h, 3d, K]
     if arch.qkv_bias:
         product = opset.add(product, take("qkv_bias", ANY, 3 * d, 1))
     projection = _float(take("proj", ANY, width, dtype=dtype))
     query, key, value = opset.split(product, opset.constant(np.int64(1)), 3).outputs()
     scores = opset.matmul(opset.transpose(query, _ints(0, 2, 1)), key, False, False)
-    if masks:
+    if arch.token_policy:
         scores = opset.add(scores, take("mask", ANY))
     mixed = opset.matmul(opset.softmax(scores, -1), opset.transpose(value, _ints(0, 2, 1)), False, False)
     joined = opset.reshape(opset.transpose(mixed, _ints(1, 0, 2)), _ints(0, -1), True)
