@@ -168,7 +168,8 @@ class Runtime:
         self.choice = choice
         plan = recalled_plan(bundle, options, backend)
         self.dispatcher = Dispatcher(bundle, backend, options.workers, plan)
-        self.dispatcher.specialise(plan.sets, plan.sizes)
+        if plan.sets or plan.sizes:
+            self.dispatcher.specialise(plan.sets, plan.sizes)
         self._dense: Engine | None = None
         self._dense_lock = threading.Lock()
 
