@@ -27,6 +27,8 @@ CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where training checkpoints keep their weights, the exponential moving average first."""
 
 SHOWN = 8
+LENGTH = 8
+"""Bytes at the start of a safetensors file: the length of the header that follows, little-endian."""
 
 
 def load_checkpoint(path: str | Path, heads: int | None = None) -> AdaViT:
@@ -191,11 +193,22 @@ def _listed(names: list[str]) -> str:
 
 
 def save_safetensors(model: AdaViT, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
-    """Writes the weights for release, beside first, then renamed; `load_checkpoint` reads them back."""
+    """Writes the weights for release, beside first, then renamed; `load_checkpoint` reads them back.
+
+    The same weights and notes make the same bytes.
+    """
     from safetensors.torch import save
 
     notes = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     data = save(state, {"format": "pt", "num_heads": str(model.arch.heads), **notes})
     with write_beside(Path(path)) as file:
-        file.write(data)
+        file.write(_sort_header(data))
+
+
+def _sort_header(data: bytes) -> bytes:
+    """A safetensors file with its header sorted by key, since the library puts notes in an order of chance."""
+    end = LENGTH + int.from_bytes(data[:LENGTH], "little")
+    header = json.dumps(json.loads(data[LENGTH:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % LENGTH)  # tensors stay aligned
+    return len(header).to_bytes(LENGTH, "little") + header + data[end:]

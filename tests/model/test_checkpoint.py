@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import GOLDEN, random_model, save, tiny
+from cases import GOLDEN, python, random_model, save, tiny
 from safetensors.torch import save_file
 
 from adavit.architecture import Architecture
 from adavit.errors import CheckpointError
-from adavit.model import AdaViT, load_checkpoint
+from adavit.model import AdaViT, load_checkpoint, read_metadata
+from adavit.model.checkpoint import read_classes
 
 State = dict[str, Any]
 
@@ -260,6 +261,25 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 def test_the_saved_weights_load_again(model: AdaViT, checkpoint: Path) -> None:
     assert_loads(checkpoint, model)
+
+
+SAVE = """
+import sys
+from adavit.model import load_checkpoint, save_safetensors
+notes = {"accuracy": "93.20", "classes": ["caf\u00e9", "b"], "crop_ratio": 1.0, "of": "x", "by": "y"}
+save_safetensors(load_checkpoint(sys.argv[1]), sys.argv[2], notes)
+"""
+
+
+def test_the_same_weights_and_notes_are_the_same_bytes(model: AdaViT, checkpoint: Path, tmp_path: Path) -> None:
+    """Of processes of their own, each of which has an order of hashes of its own."""
+    files = [tmp_path / f"{run}.safetensors" for run in range(3)]
+    for file in files:
+        assert python(SAVE, checkpoint, file).returncode == 0
+    assert len({file.read_bytes() for file in files}) == 1
+    assert_loads(files[0], model)
+    assert read_metadata(files[0])["crop_ratio"] == "1.0"
+    assert read_classes(files[0]) == ["café", "b"]
 
 
 def test_architecture_fields_are_checked() -> None:
