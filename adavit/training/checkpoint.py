@@ -14,7 +14,7 @@ from adavit.training.errors import TrainingError
 __all__ = ["VERSION", "read_checkpoint", "write_checkpoint"]
 
 VERSION = 2
-KEYS = ("state_dict", "state_dict_ema", "optimizer", "step", "args")
+KEYS = ("state_dict", "state_dict_ema", "optimizer", "step", "metric", "args")
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -38,8 +38,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         content = load_safely(path)
+    except MemoryError:
+        raise
     except Exception as error:
         raise TrainingError(f"{path}: not a training checkpoint ({type(error).__name__}); start anew") from None
-    if not isinstance(content, dict) or (missing := [key for key in KEYS if key not in content]):
+    found: dict[str, Any] = content if isinstance(content, dict) else {}
+    if missing := [key for key in KEYS if key not in found]:
         raise TrainingError(f"{path}: no run to resume in it (missing {', '.join(missing)}); start with --from instead")
-    return content
+    return found

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,13 @@ from adavit.training.gumbel import GumbelDecide, noise_scale
 from adavit.training.loader import TrainingBatches, evaluation_batches, spread
 from adavit.training.log import Log, Progress
 from adavit.training.losses import classification
-from adavit.training.optimise import build_optimiser, learning_rate, set_learning_rate, update_average
+from adavit.training.optimise import (
+    build_optimiser,
+    learning_rate,
+    restore_moments,
+    set_learning_rate,
+    update_average,
+)
 from adavit.training.predict import predict
 from adavit.training.recorder import Recording, record
 from adavit.training.settings import PolicySettings, Settings, describe_change
@@ -224,19 +231,34 @@ class Trainer:
         """Goes on from the folder's checkpoint.
 
         Raises:
-            TrainingError: there is none, or it is of another architecture or of other settings.
+            TrainingError: there is none, it is of another architecture or of other settings, or no run has written it.
         """
         path = self.folder / CHECKPOINT
         if not path.is_file():
             raise TrainingError(f"{path}: no run to resume; leave --resume out to start one")
         content = read_checkpoint(path)
+        try:
+            self._require_same(path, content["args"])
+            self._restore(content)
+        except (TrainingError, MemoryError):
+            raise
+        except Exception as error:  # of a file that others have written, torch raises anything
+            raise TrainingError(
+                f"{path}: cannot be resumed ({one_line(error)}); start anew in another --output"
+            ) from None
+
+    def _require_same(self, path: Path, begun: argparse.Namespace) -> None:
         for words, then, now in (
-            ("architecture", content["args"].shapes, self.model.arch.to_dict()),
-            ("settings", content["args"].settings, self.settings.to_dict()),
+            ("architecture", begun.shapes, self.model.arch.to_dict()),
+            ("settings", begun.settings, self.settings.to_dict()),
         ):
             if change := describe_change(then, now):
                 raise TrainingError(f"{path}: the run to resume has other {words}: {change}; give the same options")
+
+    def _restore(self, content: dict[str, Any]) -> None:
         self.model.load_state_dict(content["state_dict"])
         self.average.load_state_dict(content["state_dict_ema"])
-        self.optimiser.load_state_dict(content["optimizer"])
-        self.step, self.metric = content["step"], content["metric"]
+        restore_moments(self.optimiser, content["optimizer"])
+        self.step, self.metric = int(content["step"]), float(content["metric"])
+        if not 0 <= self.step <= self.settings.steps:
+            raise ValueError(f"step {self.step} of {self.settings.steps}")

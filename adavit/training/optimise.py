@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import cos, pi
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from adavit.model.adavit import AdaViT
 from adavit.training.settings import Settings
 
-__all__ = ["build_optimiser", "learning_rate", "set_learning_rate", "update_average"]
+__all__ = ["build_optimiser", "learning_rate", "restore_moments", "set_learning_rate", "update_average"]
 
 UNDECAYED = ("cls_token", "pos_embed")
 DECISION_LAYER = ".mlp_head."
@@ -43,6 +44,22 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
     """Sets the rate of every group, times the group's scale."""
     for group in optimiser.param_groups:
         group["lr"] = rate * group["scale"]
+
+
+def restore_moments(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Goes on with the moments of a saved state; rates and decay stay as they are.
+
+    Raises:
+        ValueError: they are of other parameters.
+    """
+    own = optimiser.state_dict()
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
+        raise ValueError("the optimiser is of other parameters")
+    optimiser.load_state_dict({**own, "state": saved["state"]})
+    for parameter, moments in optimiser.state.items():
+        wanted = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        if {name: value.shape for name, value in moments.items()} != wanted:
+            raise ValueError("the optimiser is of parameters of other shapes")
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ class Settings:
 
 def describe_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     """The first entry in which a resumed run would differ, in words, or None."""
-    for name in sorted({*before, *after}):
+    for name in sorted({*before, *after}, key=str):
         if before.get(name) != after.get(name):
             return f"{name} was {before.get(name)}, now {after.get(name)}"
     return None

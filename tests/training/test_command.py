@@ -1,7 +1,9 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from adavit.export import ExportOptions, export_bundle
 from adavit.model import load_checkpoint
+from adavit.model.checkpoint import load_safely
 from adavit.training.command import main
 
 SMALL = ("--width", "16", "--heads", "2", "--depth", "2", "--image-size", "8", "--patch-size", "4", "--batch", "16",
@@ -90,6 +93,44 @@ def test_a_finished_run_is_neither_overwritten_nor_lost(tmp_path: Path, idx_fold
     before = load_checkpoint(dense).head.weight
     assert call(*again, "--resume").exit_code == 0
     assert torch.equal(load_checkpoint(dense).head.weight, before)
+
+
+def test_what_no_run_has_written_is_not_resumed(tmp_path: Path, idx_folder: Path, dense: Path) -> None:
+    folder, checkpoint = dense.parent, dense.parent / "checkpoint.pth"
+    whole = load_safely(checkpoint)
+    weights, moments, noted = whole["state_dict"], whole["optimizer"], vars(whole["args"])
+    without = {key: value for key, value in weights.items() if key != "norm.weight"}
+    state, groups = moments["state"], moments["param_groups"]
+    cases: list[tuple[Any, str]] = [
+        (weights, "missing state_dict, state_dict_ema, optimizer, step, metric, args"),
+        ({}, "missing state_dict"),
+        ([weights], "missing state_dict"),
+        (weights["cls_token"], "missing state_dict"),
+        ({key: value for key, value in whole.items() if key != "metric"}, "missing metric"),
+        ({**whole, "args": None}, "'NoneType' object has no attribute 'shapes'"),
+        ({**whole, "args": Namespace(num_heads=2)}, "'Namespace' object has no attribute 'shapes'"),
+        ({**whole, "args": Namespace(**{**noted, "settings": {3: 4}})}, "other settings: 3 was 4, now None"),
+        ({**whole, "args": Namespace(**{**noted, "settings": 3})}, "cannot be resumed"),
+        ({**whole, "state_dict": without}, 'Missing key(s) in state_dict: "norm.weight"'),
+        ({**whole, "state_dict_ema": {**weights, "head.bias": torch.zeros(9)}}, "size mismatch for head.bias"),
+        ({**whole, "state_dict": {**weights, "head.bias": "text"}}, "cannot be resumed"),
+        ({**whole, "state_dict": None}, "cannot be resumed"),
+        ({**whole, "optimizer": {}}, "cannot be resumed ('param_groups')"),
+        ({**whole, "optimizer": {**moments, "param_groups": groups[:1]}}, "the optimiser is of other parameters"),
+        ({**whole, "optimizer": {**moments, "state": {**state, 1: state[2]}}}, "of parameters of other shapes"),
+        ({**whole, "optimizer": {**moments, "state": {**state, 1: {}}}}, "of parameters of other shapes"),
+        ({**whole, "optimizer": {**moments, "state": {**state, 999: state[2]}}}, "cannot be resumed"),
+        ({**whole, "step": 4}, "cannot be resumed (step 4 of 3)"),
+        ({**whole, "step": "soon"}, "cannot be resumed"),
+        ({**whole, "metric": None}, "cannot be resumed"),
+    ]
+    for content, words in cases:
+        torch.save(content, checkpoint)
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        fails(words, "dense", "--data", idx_folder, "-o", folder, *SMALL, "--resume")
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    torch.save(whole, checkpoint)
+    assert call("dense", "--data", idx_folder, "-o", folder, *SMALL, "--resume").exit_code == 0
 
 
 def test_nothing_asked_is_help() -> None:
