@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from adavit.errors import InputError
+from adavit.files import sha256
 from adavit.runtime import images
 from adavit.training.errors import DataError
 from adavit.training.idx import read_idx
@@ -41,6 +43,11 @@ class LabelledImages(Protocol):
         """One image, uint8 [height, width, 3]."""
         ...
 
+    @property
+    def identity(self) -> str:
+        """What tells these images from others, in words, wherever they lie."""
+        ...
+
 
 class IdxImages:
     """Images of one IDX pair, held in memory; grey ones are replicated to three channels."""
@@ -63,6 +70,11 @@ class IdxImages:
         image = self._images[index]
         return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
 
+    @property
+    def identity(self) -> str:
+        """By content."""
+        return _identity(self, self._images.tobytes())
+
 
 class FolderImages:
     """Images of a folder of class-named folders, decoded when asked for.
@@ -78,6 +90,7 @@ class FolderImages:
         self.classes = found if classes is None else classes
         if unknown := sorted(set(found) - set(self.classes)):
             raise DataError(f"{folder}: class {unknown[0]!r} is not one of the {len(self.classes)} known classes")
+        self._folder = folder
         self._files: list[Path] = []
         labels: list[int] = []
         for name in found:
@@ -94,6 +107,17 @@ class FolderImages:
     def pixels(self, index: int) -> Pixels:
         """One image, uint8 [height, width, 3], whatever its mode."""
         return decode(self._files[index])
+
+    @property
+    def identity(self) -> str:
+        """By the names and sizes of the files."""
+        files = (f"{file.relative_to(self._folder).as_posix()} {file.stat().st_size}" for file in self._files)
+        return _identity(self, "\n".join(files).encode())
+
+
+def _identity(data: LabelledImages, content: bytes) -> str:
+    known = json.dumps([data.classes, data.labels.tolist(), sha256(content)])
+    return f"{len(data.labels)} images of {len(data.classes)} classes ({sha256(known.encode())[:16]})"
 
 
 def decode(file: Path) -> Pixels:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,14 +82,22 @@ class Trainer:
         world: this process.
         folder: where checkpoint and log go.
         teacher: model to distil from.
+        sources: what tells its images and its teacher from others; a resumed run must have the same.
     """
 
     def __init__(
-        self, model: AdaViT, settings: Settings, world: World, folder: Path, teacher: Teacher | None = None
+        self,
+        model: AdaViT,
+        settings: Settings,
+        world: World,
+        folder: Path,
+        teacher: Teacher | None = None,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model.to(world.device).train()
         self.average = copy.deepcopy(self.model).eval()
         self.settings, self.world, self.folder = settings, world, folder
+        self.sources = dict(sources or {})
         self.teacher = teacher.to(world.device).eval() if teacher else None
         self.optimiser = build_optimiser(self.model, settings)
         self.step = 0
@@ -223,7 +232,9 @@ class Trainer:
             "arch": "adavit",
             "version": VERSION,
             "metric": self.metric,
-            "args": argparse.Namespace(num_heads=arch.heads, shapes=arch.to_dict(), settings=self.settings.to_dict()),
+            "args": argparse.Namespace(
+                num_heads=arch.heads, shapes=arch.to_dict(), settings=self.settings.to_dict(), sources=self.sources
+            ),
         }
         write_checkpoint(self.folder / CHECKPOINT, content)
 
@@ -231,7 +242,8 @@ class Trainer:
         """Goes on from the folder's checkpoint.
 
         Raises:
-            TrainingError: there is none, it is of another architecture or of other settings, or no run has written it.
+            TrainingError: there is none, it is of another architecture, of other settings, images or teacher, or
+                no run has written it.
         """
         path = self.folder / CHECKPOINT
         if not path.is_file():
@@ -251,9 +263,13 @@ class Trainer:
         for words, then, now in (
             ("architecture", begun.shapes, self.model.arch.to_dict()),
             ("settings", begun.settings, self.settings.to_dict()),
+            ("sources", getattr(begun, "sources", self.sources), self.sources),
         ):
             if change := describe_change(then, now):
                 raise TrainingError(f"{path}: the run to resume has other {words}: {change}; give the same options")
+        if not hasattr(begun, "sources") and self.world.leads:
+            message = f"{path}: does not note its images and its teacher; make sure that they are the same"
+            warnings.warn(message, stacklevel=2)
 
     def _restore(self, content: dict[str, Any]) -> None:
         self.model.load_state_dict(content["state_dict"])

@@ -27,7 +27,7 @@ from adavit.training.plot import plot_evaluation, plot_log
 from adavit.training.predict import Predictions, predict, predict_bundle
 from adavit.training.report import RandomPolicy, evaluation_report
 from adavit.training.settings import PUBLISHED_TARGET, PolicySettings, Settings
-from adavit.training.teacher import OnnxTeacher, Teacher, check_teacher, open_teacher
+from adavit.training.teacher import OnnxTeacher, Teacher, check_teacher, identify_teacher, open_teacher
 
 __all__ = ["evaluate", "report_lines", "train_adaptive", "train_dense"]
 
@@ -57,7 +57,8 @@ def train_dense(options: Options) -> None:
         model = start.fit(source, arch, options["seed"]) if source else start.new_model(arch, options["seed"], mimetic)
         teacher = open_teacher(options["teacher"], arch) if options["teacher"] else None
         settings = _settings(options, arch, len(train.labels), None, teacher)
-        _run(Trainer(model, settings, world, options["output"], teacher), train, test, options)
+        sources = _sources(options, train, test, teacher)
+        _run(Trainer(model, settings, world, options["output"], teacher, sources), train, test, options)
 
 
 def train_adaptive(options: Options) -> None:
@@ -76,7 +77,8 @@ def train_adaptive(options: Options) -> None:
         teacher = _teacher(options, source, arch, policy)
         settings = _settings(options, arch, len(train.labels), policy, teacher)
         model = start.fit(source, arch, options["seed"])
-        _run(Trainer(model, settings, world, options["output"], teacher), train, test, options)
+        sources = _sources(options, train, test, teacher)
+        _run(Trainer(model, settings, world, options["output"], teacher, sources), train, test, options)
 
 
 def evaluate(options: Options) -> Options:
@@ -182,6 +184,12 @@ def _open_data(options: Options, world: World) -> tuple[LabelledImages, Labelled
     names = _class_names(options["labels"])
     train = open_images(options["data"], "train", options["corrupt"], names)
     return train, open_images(options["data"], "test", options["corrupt"], train.classes)
+
+
+def _sources(options: Options, train: LabelledImages, test: LabelledImages, teacher: Teacher | None) -> dict[str, str]:
+    """What a run learns from, in words, wherever it lies."""
+    found = {"train": train.identity, "test": test.identity}
+    return found if teacher is None else {**found, "teacher": identify_teacher(options["teacher"] or options["source"])}
 
 
 def _set_threads(options: Options) -> None:

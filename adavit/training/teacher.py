@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from adavit.architecture import Architecture
 from adavit.errors import one_line
+from adavit.files import sha256
 from adavit.model import AdaViT, load_checkpoint
 from adavit.model import policy as P
 from adavit.model.adavit import Output
 from adavit.runtime.backends.onnxruntime import import_onnxruntime, share_pool
 from adavit.training.errors import TrainingError
 
-__all__ = ["OnnxTeacher", "Teacher", "check_teacher", "open_teacher"]
+__all__ = ["OnnxTeacher", "Teacher", "check_teacher", "identify_teacher", "open_teacher"]
 
 
 class OnnxTeacher(nn.Module):
@@ -70,6 +71,12 @@ def open_teacher(path: Path, arch: Architecture) -> Teacher:
     teacher = OnnxTeacher(path) if path.suffix == ".onnx" else load_checkpoint(path, arch.heads)
     check_teacher(teacher, arch)
     return teacher
+
+
+def identify_teacher(path: Path) -> str:
+    """What tells a teacher's file from others, and with a graph the weights that torch puts beside it."""
+    parts = path, path.with_name(f"{path.name}.data")
+    return sha256(b"".join(part.read_bytes() for part in parts if part.is_file()))[:16]
 
 
 def check_teacher(teacher: Teacher, arch: Architecture) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,7 +13,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from adavit.export import ExportOptions, export_bundle
-from adavit.model import load_checkpoint
+from adavit.model import load_checkpoint, save_safetensors
 from adavit.model.checkpoint import load_safely
 from adavit.training.command import main
 
@@ -93,6 +94,32 @@ def test_a_finished_run_is_neither_overwritten_nor_lost(tmp_path: Path, idx_fold
     before = load_checkpoint(dense).head.weight
     assert call(*again, "--resume").exit_code == 0
     assert torch.equal(load_checkpoint(dense).head.weight, before)
+
+
+def test_other_images_or_another_teacher_are_not_resumed(tmp_path: Path, idx_folder: Path, dense: Path) -> None:
+    run = ("adapt", "-o", tmp_path / "run", *SHORT, "--resume")
+    assert call(*run[:-1], "--data", idx_folder, "--from", dense).exit_code == 0
+    for part, prefix, count in (("train", "train", 96), ("test", "t10k", 32)):
+        data = shutil.copytree(idx_folder, tmp_path / part)
+        images = data / f"{prefix}-images-idx3-ubyte"
+        images.write_bytes(images.read_bytes()[:-1] + b"\7")
+        fails(f"other sources: {part} was {count} images of 4 classes (", *run, "--data", data, "--from", dense)
+    other = tmp_path / "other.safetensors"
+    save_safetensors(load_checkpoint(dense), other, {"by": "another"})
+    fails("other sources: teacher was ", *run, "--data", idx_folder, "--from", other)
+    fails("other sources: teacher was ", *run, "--data", idx_folder, "--from", dense, "--teacher", other)
+    moved, copied = idx_folder.rename(tmp_path / "moved"), shutil.copy(dense, tmp_path / "copied.safetensors")
+    assert call(*run, "--data", moved, "--from", other, "--teacher", copied).exit_code == 0
+
+
+def test_a_run_of_an_earlier_version_is_resumed_with_a_warning(idx_folder: Path, dense: Path) -> None:
+    checkpoint = dense.parent / "checkpoint.pth"
+    content = load_safely(checkpoint)
+    del content["args"].sources
+    torch.save(content, checkpoint)
+    again = call("dense", "--data", idx_folder, "-o", dense.parent, *SMALL, "--resume")
+    assert again.exit_code == 0
+    assert f"warning: {checkpoint}: does not note its images and its teacher; make sure" in again.output
 
 
 def test_what_no_run_has_written_is_not_resumed(tmp_path: Path, idx_folder: Path, dense: Path) -> None:

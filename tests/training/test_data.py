@@ -67,6 +67,28 @@ def test_idx_labels_must_match(tmp_path: Path) -> None:
         open_images(folder, "train")
 
 
+def test_images_are_told_apart_wherever_they_lie(tmp_path: Path) -> None:
+    def identity(folder: Path, classes: list[str] | None = None) -> str:
+        return open_images(folder, "train", classes=classes).identity
+
+    folders, packed = write_folders(tmp_path / "folders"), write_idx_set(tmp_path / "packed")
+    before, digits = identity(folders), identity(packed)
+    assert before.startswith("4 images of 2 classes (") and digits.startswith("96 images of 4 classes (")
+    assert identity(folders.rename(tmp_path / "moved")) == before
+    assert identity(packed.rename(tmp_path / "elsewhere")) == digits
+    assert identity(tmp_path / "moved", ["dog", "cat"]) != before
+    assert identity(tmp_path / "elsewhere", ["d", "c", "b", "a"]) != digits
+    first = tmp_path / "moved/train/cat/0.png"
+    Image.new("RGB", (90, 90)).save(first)
+    assert identity(tmp_path / "moved") != before
+    write_folders(tmp_path / "named")
+    (tmp_path / "named/train/cat/0.png").rename(tmp_path / "named/train/cat/00.png")
+    assert identity(tmp_path / "named") != before
+    pixels = tmp_path / "elsewhere/train-images-idx3-ubyte"
+    pixels.write_bytes(pixels.read_bytes()[:-1] + b"\7")
+    assert identity(tmp_path / "elsewhere") != digits
+
+
 def test_folders_of_mixed_size_and_mode(tmp_path: Path) -> None:
     root = write_folders(tmp_path)
     Image.new("L", (5, 5), 7).save(root / "train/cat/grey.png")

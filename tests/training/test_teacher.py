@@ -14,7 +14,7 @@ from training_cases import CLASSES, SIDE, tiny
 from adavit.model import save_safetensors
 from adavit.training import start
 from adavit.training.errors import TrainingError
-from adavit.training.teacher import OnnxTeacher, open_teacher
+from adavit.training.teacher import OnnxTeacher, identify_teacher, open_teacher
 
 
 def constant_graph(path: Path, logits: list[float], kind: int = TensorProto.FLOAT) -> Path:
@@ -75,6 +75,14 @@ def test_policies_are_learnt_from_a_graph(tmp_path: Path, idx_folder: Path, weig
     graph = constant_graph(tmp_path / "teacher.onnx", [0.0] * CLASSES)
     assert call(*adapt, graph, "-o", tmp_path / "run").exit_code == 0
     fails("gives logits alone", *adapt, graph, "-o", tmp_path / "other", "--attention-weight", 0.1)
+
+
+def test_a_teacher_is_told_by_its_weights_too(tmp_path: Path) -> None:
+    graph = constant_graph(tmp_path / "teacher.onnx", [0.0] * CLASSES)
+    known = identify_teacher(graph)
+    assert known == identify_teacher(graph.rename(tmp_path / "moved.onnx"))
+    (tmp_path / "moved.onnx.data").write_bytes(b"weights beside it")
+    assert known != identify_teacher(tmp_path / "moved.onnx")
 
 
 def test_what_cannot_teach_is_refused(tmp_path: Path) -> None:
