@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from PIL import Image, ImageOps
 
 from adavit.errors import BundleError, InputError
 
-__all__ = ["ImageFile", "Preprocessor", "decode", "find_images"]
+__all__ = ["ImageFile", "Preprocessor", "decode", "find_images", "open_image"]
 
 ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8]
+
+LONGEST = 64
+"""Times its short side that a picture's long side may be."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +49,23 @@ class Preprocessor:
         Raises:
             InputError: the image cannot be read or is not an image.
         """
+        return self.normalise(self.crop(image))
+
+    def crop(self, image: ImageLike) -> npt.NDArray[np.uint8]:
+        """Such an image resized and cropped, uint8 [side, side, 3]; see `__call__`."""
         picture = decode(image)
         width, height = picture.size
         short = min(width, height)
-        if not short:
-            raise InputError(f"{_name(image)}: {width}x{height} pixels is no picture")
-        if max(width, height) > 64 * short:
-            raise InputError(f"{_name(image)}: {width}x{height} pixels is too elongated; crop it first")
         size = self.short_side * width // short, self.short_side * height // short
         if size != picture.size:
             picture = picture.resize(size, Image.Resampling.BICUBIC)
         left, top = (round((length - self.side) / 2) for length in size)
-        picture = picture.crop((left, top, left + self.side, top + self.side))
-        pixels = np.asarray(picture, np.float32) / np.float32(255)
-        normal = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return np.asarray(picture.crop((left, top, left + self.side, top + self.side)))
+
+    def normalise(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Pixels [S, S, 3] to float32 [3, S, S]."""
+        scaled = pixels.astype(np.float32) / np.float32(255)
+        normal = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(normal.transpose(2, 0, 1))
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,46 +111,60 @@ def decode(image: ImageLike) -> Image.Image:
     Raises:
         InputError: it cannot be read, or is not an image.
     """
+    if isinstance(image, str | Path):
+        with open_image(Path(image)) as opened:
+            return _rgb(opened)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
             raise InputError(f"array {image.dtype} {list(image.shape)}: an image is uint8 [H, W] or [H, W, 3]")
-        return Image.fromarray(image).convert("RGB")
-    if isinstance(image, Image.Image):
-        try:
-            return _rgb(image)
-        except (InputError, MemoryError):
-            raise
-        except Exception as error:  # Pillow decodes when it must, not when it opens; damaged pictures raise anything
-            raise InputError(f"image: not a readable image ({type(error).__name__})") from None
-    if not isinstance(image, str | Path):
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
         raise InputError(f"{type(image).__name__}: an image is a path, a PIL image or a uint8 array")
-    path = Path(image)
+    with _named("image"):
+        return _rgb(image)
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """An image file, to be decoded or verified meanwhile; what that raises is an InputError which names the file."""
+    with _named(path), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as opened:
+            yield opened
+
+
+@contextmanager
+def _named(name: str | Path) -> Iterator[None]:
+    """Puts what is wrong with an image into one line; damaged ones raise anything, and not only when opened."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                return _rgb(opened)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(f"{path}: too many pixels to decode safely; make it smaller") from None
+        yield
     except MemoryError:
         raise
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{name}: {error}") from None
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such image") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise InputError(f"{name}: too many pixels to decode safely; make it smaller") from None
     except Exception as error:
-        reason = "it is empty" if path.is_file() and path.stat().st_size == 0 else type(error).__name__
-        raise InputError(f"{path}: not a readable image ({reason})") from None
+        empty = isinstance(name, Path) and name.is_file() and name.stat().st_size == 0
+        reason = "it is empty" if empty else type(error).__name__
+        raise InputError(f"{name}: not a readable image ({reason})") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     """Any mode as RGB, upright; of 16-bit grey, which Pillow would clip at 255, the upper eight bits."""
+    width, height = image.size
+    if not min(width, height):
+        raise InputError(f"{width}x{height} pixels is no picture")
+    if max(width, height) > LONGEST * min(width, height):
+        raise InputError(f"{width}x{height} pixels is too elongated; crop it first")
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise InputError("a picture of floating-point values has no known range; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # "I" is what Pillow makes of 16 bits in some formats
         grey = np.asarray(image).astype(np.int64)
-        if grey.size and not 0 <= grey.min() <= grey.max() <= 0xFFFF:
+        if not 0 <= grey.min() <= grey.max() <= 0xFFFF:
             raise InputError("a picture with values beyond 16 bits has no known range; convert it to 8 or 16 bits")
         image = Image.fromarray((grey >> 8).astype(np.uint8))
     return image.convert("RGB")
@@ -198,7 +219,3 @@ def _in_folder(folder: Path, labels: Sequence[str]) -> list[ImageFile]:
 def _images_of(folder: Path) -> list[Path]:
     known = Image.registered_extensions()
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())
-
-
-def _name(image: ImageLike) -> str:
-    return str(image) if isinstance(image, str | Path) else "image"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from adavit.errors import InputError
 from adavit.files import sha256
-from adavit.runtime import images
+from adavit.runtime.images import decode, open_image
 from adavit.training.errors import DataError
 from adavit.training.idx import read_idx
 
@@ -25,7 +26,6 @@ Pixels = npt.NDArray[np.uint8]
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FOLDERS = {"train": ("train",), "test": ("val", "test")}
 IDX_PREFIX = {"train": "train", "test": "t10k"}
-DECODING = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 class LabelledImages(Protocol):
@@ -105,8 +105,13 @@ class FolderImages:
         self.labels = np.array(labels, np.int64)
 
     def pixels(self, index: int) -> Pixels:
-        """One image, uint8 [height, width, 3], whatever its mode."""
-        return decode(self._files[index])
+        """One image, uint8 [height, width, 3], whatever its mode, upright.
+
+        Raises:
+            DataError: it cannot be read; the message names it.
+        """
+        with _refused():
+            return np.asarray(decode(self._files[index]))
 
     @property
     def identity(self) -> str:
@@ -120,31 +125,26 @@ def _identity(data: LabelledImages, content: bytes) -> str:
     return f"{len(data.labels)} images of {len(data.classes)} classes ({sha256(known.encode())[:16]})"
 
 
-def decode(file: Path) -> Pixels:
-    """Reads an image of any mode, upright, as uint8 [height, width, 3].
-
-    Raises:
-        DataError: it cannot be read; the message names it.
-    """
+@contextmanager
+def _refused() -> Iterator[None]:
+    """What is wrong with an image, with what to do about it."""
     try:
-        return np.asarray(images.decode(file))
+        yield
     except InputError as error:
         raise DataError(f"{error}; remove it or pass --corrupt skip") from None
 
 
 def _accept(file: Path, corrupt: str) -> bool:
     """Whether to use a file. Refusing looks at what is cheap to check; skipping must decode all, to be sure."""
+    if corrupt == "refuse":
+        with _refused(), open_image(file) as image:
+            image.verify()
+        return True
     try:
-        if corrupt == "skip":
-            decode(file)
-        else:
-            with Image.open(file) as image:
-                image.verify()
-    except DataError as error:
+        decode(file)
+    except InputError as error:
         warnings.warn(f"skipped: {error}", stacklevel=2)
         return False
-    except DECODING as error:
-        raise DataError(f"{file}: not a readable image ({error}); remove it or pass --corrupt skip") from None
     return True
 
 

@@ -67,6 +67,16 @@ def test_a_picture_without_pixels() -> None:
         Preprocessor(28)(Image.new("RGB", (0, 5)))
 
 
+def test_elongated_pictures_are_named(tmp_path: Path) -> None:
+    Image.new("RGB", (600, 9)).save(tmp_path / "long.png")
+    for image, name in (
+        (tmp_path / "long.png", tmp_path / "long.png"),
+        (Image.new("RGB", (600, 9)), "image"),
+        (np.zeros((9, 600), np.uint8), "image"),
+    ):
+        assert fault(image) == f"{name}: 600x9 pixels is too elongated; crop it first"
+
+
 def test_paths_pictures_and_arrays_are_the_same_to_it(tmp_path: Path) -> None:
     preprocess, image = Preprocessor(32), picture()
     image.save(tmp_path / "a.png")

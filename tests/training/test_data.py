@@ -134,6 +134,15 @@ def test_corrupt_files_are_named_and_refused_or_skipped(tmp_path: Path) -> None:
         assert len(open_images(root, "train", corrupt="skip").labels) == 4
 
 
+def test_too_elongated_pictures_are_named(tmp_path: Path) -> None:
+    root = write_folders(tmp_path)
+    Image.new("RGB", (9, 600)).save(root / "train/cat/long.png")
+    with pytest.raises(DataError, match=r"long\.png: 9x600 pixels is too elongated; crop it first; remove it or pass"):
+        open_images(root, "train").pixels(2)
+    with pytest.warns(UserWarning, match=r"skipped: .*long\.png: 9x600 pixels is too elongated; crop it first$"):
+        assert len(open_images(root, "train", corrupt="skip").labels) == 4
+
+
 def test_truncated_photograph_is_found_when_skipping(tmp_path: Path) -> None:
     root = write_folders(tmp_path)
     photograph = root / "train" / "cat" / "late.jpg"
