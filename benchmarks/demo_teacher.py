@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adavit.training.augment import MEAN, STD, normalise
+from adavit.runtime.images import Preprocessor
 from adavit.training.data import LabelledImages, open_images
 from adavit.training.log import Progress
 
@@ -61,13 +61,14 @@ class Teacher(nn.Module):
 
 def load(data: LabelledImages) -> tuple[Tensor, Tensor]:
     """All images [n, 3, S, S], normalised, and labels [n]."""
+    normalise = Preprocessor(len(data.pixels(0))).normalise
     images = np.stack([normalise(data.pixels(i)) for i in range(len(data.labels))])
     return torch.from_numpy(images), torch.from_numpy(data.labels)
 
 
 def vary(images: Tensor, holes: bool, generator: torch.Generator) -> Tensor:
     """Shifts the batch, mirrors half of it, and blackens a square of it."""
-    black = float((0 - MEAN[0]) / STD[0])
+    black = -Preprocessor.mean[0] / Preprocessor.std[0]
     side = images.shape[-1]
     top, left = torch.randint(0, 2 * SHIFT + 1, (2,), generator=generator).tolist()
     images = F.pad(images, (SHIFT,) * 4, value=black)[..., top : top + side, left : left + side].clone()

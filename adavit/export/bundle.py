@@ -11,15 +11,15 @@ from typing import Any
 
 from adavit.budget_options import BudgetOptions
 from adavit.calibration.budgets import add_budgets
-from adavit.errors import BundleError, CheckpointError, InputError, VerificationError
+from adavit.errors import BundleError, InputError, VerificationError
 from adavit.export.engines import engine_count, make_engines
 from adavit.export.graph import OPSETS
 from adavit.export.verify import verify
 from adavit.export.weights import Weights
 from adavit.export.write import write_bundle
 from adavit.files import folder_beside, read_labels, sha256
-from adavit.model import AdaViT, load_checkpoint, read_metadata, resize
-from adavit.model.checkpoint import read_classes
+from adavit.model import AdaViT, load_checkpoint, resize
+from adavit.model.checkpoint import read_classes, read_crop
 from adavit.precision_options import CalibrationOptions
 from adavit.runtime.bundle import Bundle, is_bundle
 from adavit.runtime.evaluate import demo_bundle
@@ -176,11 +176,7 @@ def _labels(path: Path | None, noted: list[str], classes: int) -> list[str]:
 
 def _preprocessor(source: Path, model: AdaViT, crop_ratio: float | None) -> Preprocessor:
     if crop_ratio is None:
-        noted = read_metadata(source).get("crop_ratio", str(Preprocessor.crop_ratio))
-        try:
-            crop_ratio = float(noted)
-        except ValueError:
-            raise CheckpointError(f"{source}: its crop ratio is {noted[:80]!r}; name one with --crop-ratio") from None
+        crop_ratio = read_crop(source) or Preprocessor.crop_ratio
     if not 0.1 <= crop_ratio <= 1:
         raise InputError(f"crop ratio {crop_ratio} is out of range; choose 0.1 to 1")
     return Preprocessor(model.arch.image_size, crop_ratio)

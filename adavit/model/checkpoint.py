@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,12 @@ def read_state(path: Path) -> tuple[State, int | None]:
     """The file's weights by released name, and its number of heads where it is noted."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a trained AdaViT (.pth or .safetensors)")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _weights_of(path, _read_pickle(path))
+
+
+def _read_pickle(path: Path) -> Any:
     try:
-        content = load_safely(path)
+        return load_safely(path)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"refused, it would run {refused[1]} while loading" if refused else "not a PyTorch checkpoint to trust"
@@ -92,7 +95,6 @@ def read_state(path: Path) -> tuple[State, int | None]:
         raise
     except Exception:  # of a damaged file, torch raises anything
         raise CheckpointError(f"{path}: not a PyTorch checkpoint, or a truncated one; save it again") from None
-    return _weights_of(path, content)
 
 
 def _read_safetensors(path: Path) -> tuple[State, int | None]:
@@ -120,6 +122,30 @@ def read_classes(path: Path) -> list[str]:
     return [" ".join(name.split()) for name in found] if known else []
 
 
+def read_crop(path: Path) -> float | None:
+    """The share of the resized short side that evaluation keeps, where the file notes it.
+
+    Raises:
+        CheckpointError: what it notes is no share of 0.1 to 1.
+    """
+    if path.suffix == ".safetensors":
+        noted: Any = read_metadata(path).get("crop_ratio")
+    else:
+        arguments = _arguments(_read_pickle(path))
+        settings = arguments.get("settings")  # of `adavit-train`; released checkpoints have timm's name for it
+        noted = settings.get("crop") if isinstance(settings, dict) else arguments.get("crop_pct")
+    if noted is None:
+        return None
+    try:
+        crop = float(noted) if isinstance(noted, str | float | int) else nan
+    except (ValueError, OverflowError):
+        crop = nan
+    if not 0.1 <= crop <= 1:
+        shown = repr(noted)[:80]
+        raise CheckpointError(f"{path}: its crop ratio is {shown}; name one of 0.1 to 1 with --crop-ratio or --crop")
+    return crop
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
@@ -134,11 +160,16 @@ def _opened(path: Path) -> Iterator[Any]:
 def _weights_of(path: Path, content: Any) -> tuple[State, int | None]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not weights; save a state dict")
-    arguments = content.get("args")
-    noted = getattr(arguments, "num_heads", None) if isinstance(arguments, argparse.Namespace) else None
+    noted = _arguments(content).get("num_heads")
     held = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict) and content[key]), None)
     state = content if held is None else held
     return normalise_state(path, state), noted if type(noted) is int else None
+
+
+def _arguments(content: Any) -> dict[str, Any]:
+    """The options that a training checkpoint notes; none where there are none."""
+    noted = content.get("args") if isinstance(content, dict) else None
+    return vars(noted) if isinstance(noted, argparse.Namespace) else {}
 
 
 def normalise_state(path: Path, state: dict[Any, Any]) -> State:

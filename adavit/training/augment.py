@@ -1,4 +1,4 @@
-"""From pixels to the model's input, the evaluation way or augmented, each draw a function of seed and step."""
+"""The training views of images, each draw a function of seed and step."""
 
 from __future__ import annotations
 
@@ -8,43 +8,20 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from adavit.runtime.images import Preprocessor
 from adavit.training.data import Pixels
 
-__all__ = ["AUGMENTATIONS", "Augment", "Draw", "centre_crop", "normalise", "usual_crop"]
-
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-STD = np.array([0.229, 0.224, 0.225], np.float32)
+__all__ = ["AUGMENTATIONS", "Augment", "Draw", "usual_crop"]
 
 AUGMENTATIONS = ("none", "shift", "crop")
 SMALL_SIDE = 64
 SHIFT = 14  # An image is shifted by up to 1/14 of its side: 2 pixels of 28.
 AREA, RATIO = (0.25, 1.0), (3 / 4, 4 / 3)
 
-Floats = npt.NDArray[np.float32]
-
 
 def usual_crop(side: int) -> float:
-    """Share of the short side that evaluation keeps: everything of a small image, 0.9 of a photograph."""
-    return 1.0 if side <= SMALL_SIDE else 0.9
-
-
-def normalise(pixels: Pixels) -> Floats:
-    """uint8 [S, S, 3] to float32 [3, S, S] with the usual ImageNet mean and deviation."""
-    scaled: Floats = ((pixels.astype(np.float32) / 255 - MEAN) / STD).astype(np.float32)
-    return scaled.transpose(2, 0, 1)
-
-
-def centre_crop(pixels: Pixels, side: int, crop: float) -> Pixels:
-    """Bicubic resize of the short side to side / crop, then the centre [side, side, 3]."""
-    height, width = pixels.shape[:2]
-    short = round(side / crop)
-    if min(height, width) != short:
-        scale = short / min(height, width)
-        size = max(short, round(width * scale)), max(short, round(height * scale))
-        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
-        height, width = pixels.shape[:2]
-    top, left = (height - side) // 2, (width - side) // 2
-    return pixels[top : top + side, left : left + side]
+    """Share of the short side that evaluation keeps: everything of a small image, the usual 0.9 of a photograph."""
+    return 1.0 if side <= SMALL_SIDE else Preprocessor.crop_ratio
 
 
 @dataclass(frozen=True)
@@ -83,7 +60,7 @@ class Augment:
         if self.kind == "crop":
             pixels = _random_crop(pixels, self.side, draw)
         else:
-            pixels = centre_crop(pixels, self.side, self.crop)
+            pixels = Preprocessor(self.side, self.crop).crop(pixels)
         if self.kind == "shift":
             pixels = _shift(pixels, draw)
         return pixels[:, ::-1] if draw.mirror else pixels

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from adavit.training.augment import Augment, centre_crop, normalise
+from adavit.runtime.images import Preprocessor
+from adavit.training.augment import Augment
 from adavit.training.data import LabelledImages
 from adavit.training.distributed import World
 from adavit.training.errors import DataError
@@ -34,6 +35,7 @@ class TrainingBatches:
         if self.per_epoch == 0:
             raise DataError(f"{len(data.labels)} training images are fewer than one batch of {settings.batch}")
         self._augment = Augment(settings.augment, side, settings.crop, settings.mirror)
+        self._normalise = Preprocessor(side).normalise
         self._epoch, self._order = -1, np.empty(0, np.int64)
         self._pool = ThreadPoolExecutor(max(1, workers))
 
@@ -62,7 +64,7 @@ class TrainingBatches:
         draws = self._augment.draws(settings.seed, step, settings.batch)[part]
 
         def prepare(index: int, draw_index: int) -> npt.NDArray[np.float32]:
-            return normalise(self._augment(self._data.pixels(index), draws[draw_index]))
+            return self._normalise(self._augment(self._data.pixels(index), draws[draw_index]))
 
         return [self._pool.submit(prepare, int(i), k) for k, i in enumerate(chosen)], self._data.labels[chosen]
 
@@ -86,10 +88,10 @@ def spread(images: int, wanted: int) -> range:
 
 
 def evaluation_batches(
-    data: LabelledImages, indices: Sequence[int], side: int, crop: float, batch: int
+    data: LabelledImages, indices: Sequence[int], prepare: Preprocessor, batch: int
 ) -> Iterator[tuple[Tensor, npt.NDArray[np.int64]]]:
     """Images [b, 3, S, S] and labels [b], not augmented, in the given order."""
     for start in range(0, len(indices), batch):
         part = list(indices[start : start + batch])
-        images = [normalise(centre_crop(data.pixels(i), side, crop)) for i in part]
+        images = [prepare(data.pixels(i)) for i in part]
         yield torch.from_numpy(np.stack(images)), data.labels[part]

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adavit.errors import one_line
 from adavit.model import policy as P
 from adavit.model.adavit import AdaViT
+from adavit.runtime.images import Preprocessor
 from adavit.training import objective
 from adavit.training.checkpoint import VERSION, read_checkpoint, write_checkpoint
 from adavit.training.data import LabelledImages
@@ -208,12 +209,12 @@ class Trainer:
         """Accuracy, MACs share and usages of the averaged weights, over all processes."""
         chosen = spread(len(test.labels), images)
         mine = chosen[self.world.rank :: self.world.size]
-        batch, crop = self.settings.batch, self.settings.crop
+        prepare = Preprocessor(self.model.arch.image_size, self.settings.crop)
         names = ("accuracy", "macs", "tokens", "heads", "sublayers")
         sums = torch.zeros(len(names), dtype=torch.float64)
         if len(mine):
-            side, decide = self.model.arch.image_size, P.decide if self.settings.policy else None
-            found = predict(self.average, evaluation_batches(test, mine, side, crop, batch), decide)
+            batches = evaluation_batches(test, mine, prepare, self.settings.batch)
+            found = predict(self.average, batches, P.decide if self.settings.policy else None)
             means = {"accuracy": found.correct.mean(), "macs": found.macs.mean(), **found.usage(self.model.arch.keep)}
             sums = torch.tensor([float(means[name]) * len(mine) for name in names], dtype=torch.float64)
         overall = dict(zip(names, (global_sum(sums.to(self.world.device)) / len(chosen)).tolist(), strict=True))

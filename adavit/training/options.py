@@ -25,7 +25,7 @@ DATA = (
     click.option("--corrupt", type=click.Choice(["refuse", "skip"]), default="refuse", show_default=True,
                  help="What to do with unreadable images."),
     click.option("--crop", type=Finite(0.1, 1), help="Share of the resized short side that "
-                 "evaluation keeps.  [default: 1 up to 64 pixels, else 0.9]"),
+                 "evaluation keeps.  [default: what the weights note, or 1 up to 64 pixels, else 0.9]"),
     click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
 )  # fmt: skip
 

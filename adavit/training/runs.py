@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from adavit.architecture import Architecture
 from adavit.files import read_labels
 from adavit.model import AdaViT, load_checkpoint, save_safetensors
 from adavit.model import policy as P
-from adavit.model.checkpoint import read_classes
+from adavit.model.checkpoint import read_classes, read_crop
 from adavit.runtime import Runtime, load
+from adavit.runtime.images import Preprocessor
 from adavit.training import start
 from adavit.training.augment import usual_crop
 from adavit.training.budget import KINDS, targets_for
@@ -93,12 +95,12 @@ def evaluate(options: Options) -> Options:
         test = open_images(options["data"], "test", options["corrupt"], known)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def run(model: AdaViT | Runtime, chance: RandomPolicy | None = None) -> Predictions:
+    def run(name: str, model: AdaViT | Runtime, chance: RandomPolicy | None = None) -> Predictions:
         shapes, chosen = _shapes(model), spread(len(test.labels), options["images"])
         if len(test.classes) != shapes.classes:
             raise DataError(f"{options['data']}: {len(test.classes)} classes, the model has {shapes.classes}")
-        crop = options["crop"] or usual_crop(shapes.image_size)
-        batches = evaluation_batches(test, chosen, shapes.image_size, crop, options["batch"])
+        prepare = _preprocessor(model, options[name], options["crop"])
+        batches = evaluation_batches(test, chosen, prepare, options["batch"])
         if isinstance(model, Runtime):
             return predict_bundle(model, batches, chance.policy if chance else None)
         return predict(model.to(device), batches, chance or P.decide)
@@ -107,10 +109,11 @@ def evaluate(options: Options) -> Options:
         if not options[name]:
             return None
         model = _open_model(options[name], arch.heads, options["threads"])
-        return run(model), _shapes(model)
+        return run(name, model), _shapes(model)
 
-    found, dense, baseline = run(model), other("dense"), other("baseline")
-    chance = run(model, RandomPolicy(found, arch, options["seed"])) if options["random"] and arch.adapts else None
+    found, dense, baseline = run("source", model), other("dense"), other("baseline")
+    by_chance = options["random"] and arch.adapts
+    chance = run("source", model, RandomPolicy(found, arch, options["seed"])) if by_chance else None
     report = evaluation_report(found, arch, test.classes, dense[0] if dense else None, chance, baseline)
     if options["plot"]:
         plot_evaluation(report, options["plot"])
@@ -147,6 +150,19 @@ def _open_model(path: Path, heads: int | None, threads: int | None) -> AdaViT | 
     if path.is_dir():
         return load(path, threads=threads, parallel="samples")
     return load_checkpoint(path, heads).eval()
+
+
+def _preprocessor(model: AdaViT | Runtime, path: Path, crop: float | None) -> Preprocessor:
+    """How a model's images are prepared: as its bundle says, or for a checkpoint in the usual way."""
+    if isinstance(model, Runtime):
+        own = model.bundle.preprocessor
+        return replace(own, crop_ratio=crop or own.crop_ratio)
+    return Preprocessor(model.arch.image_size, _crop(crop, path, model.arch.image_size))
+
+
+def _crop(given: float | None, path: Path | None, side: int) -> float:
+    """Share of the short side that evaluation keeps: the one asked for, else that of the weights, else the usual."""
+    return given or (read_crop(path) if path else None) or usual_crop(side)
 
 
 def _shapes(model: AdaViT | Runtime) -> Architecture:
@@ -251,7 +267,7 @@ def _settings(
     return Settings(
         steps=options["steps"] or max(1, round(options["epochs"] * (images // options["batch"]))),
         augment=options["augment"] or ("shift" if small else "crop"),
-        crop=options["crop"] or usual_crop(arch.image_size),
+        crop=_crop(options["crop"], options["source"], arch.image_size),
         logit_weight=options["logit_weight"] if teacher else 0.0,
         policy=policy,
         **{name: options[name] for name in RUN_OPTIONS},

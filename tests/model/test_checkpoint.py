@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from adavit.architecture import Architecture
 from adavit.errors import CheckpointError
-from adavit.model import AdaViT, load_checkpoint, read_metadata
-from adavit.model.checkpoint import read_classes
+from adavit.model import AdaViT, load_checkpoint, read_metadata, save_safetensors
+from adavit.model.checkpoint import read_classes, read_crop
 
 State = dict[str, Any]
 
@@ -280,6 +280,24 @@ def test_the_same_weights_and_notes_are_the_same_bytes(model: AdaViT, checkpoint
     assert_loads(files[0], model)
     assert read_metadata(files[0])["crop_ratio"] == "1.0"
     assert read_classes(files[0]) == ["café", "b"]
+
+
+def test_the_crop_is_read_where_it_is_noted(model: AdaViT, state: State, tmp_path: Path) -> None:
+    released, own = tmp_path / "released.pth", tmp_path / "checkpoint.pth"
+    torch.save({"state_dict": state, "args": Namespace(crop_pct=0.875)}, released)
+    torch.save({"state_dict": state, "args": Namespace(settings={"crop": 0.8})}, own)
+    assert (read_crop(released), read_crop(own)) == (0.875, 0.8)
+    noted = tmp_path / "noted.safetensors"
+    save_safetensors(model, noted, {"crop_ratio": 0.7})
+    assert read_crop(noted) == 0.7
+    assert read_crop(save(model, noted)) is None
+    for content in (state, {"state_dict": state, "args": Namespace(crop_pct=None)}, [state]):
+        torch.save(content, own)
+        assert read_crop(own) is None
+    for wrong in (0.0, 7, float("nan"), "wide", [0.9], 10**400):
+        torch.save({"state_dict": state, "args": Namespace(crop_pct=wrong)}, own)
+        with pytest.raises(CheckpointError, match=r"its crop ratio is .*; name one of 0\.1 to 1 with --crop"):
+            read_crop(own)
 
 
 def test_architecture_fields_are_checked() -> None:

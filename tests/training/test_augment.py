@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from PIL import Image
 
-from adavit.training.augment import MEAN, STD, Augment, Draw, centre_crop, normalise, usual_crop
+from adavit.runtime.images import Preprocessor
+from adavit.training.augment import Augment, Draw, usual_crop
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (28, 28, 3), dtype=np.uint8)
 
@@ -10,15 +12,18 @@ def draw(*numbers: float, mirror: bool = False) -> Draw:
     return Draw(np.array(numbers), mirror)
 
 
-def test_normalise_is_the_usual_one() -> None:
-    white = normalise(np.full((2, 2, 3), 255, np.uint8))
-    assert white.dtype == np.float32 and white.shape == (3, 2, 2)
-    assert white[:, 0, 0] == pytest.approx((1 - MEAN) / STD)
-
-
 def test_small_images_are_not_resized() -> None:
     assert usual_crop(28) == 1 and usual_crop(224) == 0.9
-    assert np.array_equal(centre_crop(PIXELS, 28, 1.0), PIXELS)
+    assert np.array_equal(Augment("none", 28, 1.0, False)(PIXELS, draw(0, 0, 0, 0)), PIXELS)
+
+
+def test_without_augmentation_an_image_is_what_a_bundle_sees() -> None:
+    pixels = np.random.default_rng(1).integers(0, 255, (300, 401, 3), dtype=np.uint8)
+    found = Augment("none", 224, 0.9, False)(pixels, draw(0, 0, 0, 0))
+    image = Image.fromarray(pixels).resize((248 * 401 // 300, 248), Image.Resampling.BICUBIC)
+    assert np.array_equal(found, np.asarray(image)[12:236, 54:278])
+    prepare = Preprocessor(224, 0.9)
+    assert np.array_equal(prepare.normalise(found), prepare(pixels))
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30), (7, 9), (224, 224)])

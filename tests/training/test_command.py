@@ -15,7 +15,11 @@ from PIL import Image
 from adavit.export import ExportOptions, export_bundle
 from adavit.model import load_checkpoint, save_safetensors
 from adavit.model.checkpoint import load_safely
+from adavit.runtime.bundle import Bundle
+from adavit.runtime.images import Preprocessor
 from adavit.training.command import main
+from adavit.training.loader import evaluation_batches
+from adavit.training.predict import Batches
 
 SMALL = ("--width", "16", "--heads", "2", "--depth", "2", "--image-size", "8", "--patch-size", "4", "--batch", "16",
          "--steps", "3", "--warmup", "1", "--threads", "1")  # fmt: skip
@@ -210,6 +214,31 @@ def test_a_model_keeps_its_order_of_classes(tmp_path: Path) -> None:
         report = tmp_path / "report.json"
         assert call("evaluate", source, "--data", data, "--json", report).exit_code == 0
         assert json.loads(report.read_text())["accuracy"] > 0.9
+
+
+def test_each_model_is_evaluated_with_its_own_crop(
+    tmp_path: Path, idx_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ("dense", "--data", idx_folder, *SMALL)
+    assert call(*first, "-o", tmp_path / "half", "--crop", 0.5).exit_code == 0
+    half = tmp_path / "half" / "weights.safetensors"
+    assert call(*first[:-2], "-o", tmp_path / "next", "--from", half).exit_code == 0
+    export_bundle(half, tmp_path / "bundle", ExportOptions(verify=False), lambda *_: None)
+    export_bundle(half, tmp_path / "wider", ExportOptions(verify=False, crop_ratio=0.8), lambda *_: None)
+    crops: list[float] = []
+
+    def batches(data: Any, chosen: Any, prepare: Preprocessor, batch: int) -> Batches:
+        crops.append(prepare.crop_ratio)
+        return evaluation_batches(data, chosen, prepare, batch)
+
+    monkeypatch.setattr("adavit.training.runs.evaluation_batches", batches)
+    checkpoint = tmp_path / "next" / "checkpoint.pth"
+    evaluate = ("evaluate", "--data", idx_folder, "--heads", 2, checkpoint)
+    assert call(*evaluate, "--dense", tmp_path / "bundle", "--baseline", tmp_path / "wider").exit_code == 0
+    assert call(*evaluate, "--crop", 0.9, "--baseline", tmp_path / "wider").exit_code == 0
+    assert crops == [0.5, 0.5, 0.8, 0.9, 0.9]
+    export_bundle(checkpoint, tmp_path / "again", ExportOptions(verify=False), lambda *_: None)
+    assert Bundle.open(tmp_path / "again").preprocessor.crop_ratio == 0.5
 
 
 def test_evaluating_on_other_classes_is_refused(tmp_path: Path, idx_folder: Path, dense: Path) -> None:

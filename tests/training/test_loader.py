@@ -3,7 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from adavit.runtime.images import Preprocessor
 from adavit.training.data import open_images
 from adavit.training.distributed import World
 from adavit.training.errors import DataError
@@ -56,9 +58,19 @@ def test_fewer_images_than_a_batch_are_refused(idx_folder: Path) -> None:
 
 def test_evaluation_keeps_the_order(idx_folder: Path) -> None:
     data = open_images(idx_folder, "test")
-    parts = list(evaluation_batches(data, range(1, 32, 2), 8, 1.0, 5))
+    parts = list(evaluation_batches(data, range(1, 32, 2), Preprocessor(8, 1.0), 5))
     assert [len(labels) for _, labels in parts] == [5, 5, 5, 1]
     assert np.concatenate([labels for _, labels in parts]).tolist() == data.labels[1::2].tolist()
+
+
+def test_evaluation_sees_what_a_bundle_sees(tmp_path: Path) -> None:
+    files = [tmp_path / "val" / name / "0.png" for name in ("ant", "bee")]
+    for size, file in zip(((301, 400), (57, 56)), files, strict=True):
+        file.parent.mkdir(parents=True)
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(file)
+    prepare = Preprocessor(224, 0.9)
+    ((images, _),) = evaluation_batches(open_images(tmp_path, "test"), range(2), prepare, 2)
+    assert np.array_equal(images.numpy(), np.stack([prepare(file) for file in files]))
 
 
 def test_a_part_of_a_sorted_folder_has_every_class() -> None:
