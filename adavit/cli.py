@@ -32,8 +32,7 @@ MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget"
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
 @click.option("--labels", type=PATH, help="Text file with one class name a line.")
 @click.option("--image-size", type=int, help="Side of the input in pixels; interpolates the position embedding.")
-@click.option("--crop-ratio", type=float, help="Share of the resized short side the crop keeps.  "
-              "[default: what CHECKPOINT notes, or 0.9]")  # fmt: skip
+@click.option("--crop-ratio", type=float, help="Share of the short side the crop keeps.  [default: as noted, or 0.9]")
 @click.option("--heads", type=int, help="Attention heads, where the checkpoint does not tell.")
 @click.option("--verify/--no-verify", default=True, help="Run the bundle against the checkpoint before it is kept.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
