@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from adavit.errors import InputError
+from adavit.errors import OptionError
 
 __all__ = ["BudgetOptions", "budget_options"]
 
@@ -29,14 +29,14 @@ class BudgetOptions:
         return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
 
     def check(self) -> None:
-        """Raises InputError where the options do not make sense."""
+        """Raises OptionError where the options do not make sense."""
         for budget in self.budgets:
             if not 0 < budget <= 1:
-                raise InputError(f"--budgets: {budget:g} is no share of the dense MACs; give numbers such as 0.3,0.5")
+                raise OptionError(f"--budgets: {budget:g} is no share of the dense MACs; give numbers such as 0.3,0.5")
         if len(set(self.budgets)) != len(self.budgets):
-            raise InputError("--budgets: a budget is given twice")
+            raise OptionError("--budgets: a budget is given twice")
         if self.budgets and not self.calibration_images:
-            raise InputError("--budgets needs --calibration-images")
+            raise OptionError("--budgets needs --calibration-images")
 
 
 def budget_options(command: Function) -> Function:

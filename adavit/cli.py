@@ -13,6 +13,7 @@ from adavit import console
 from adavit.budget_options import BudgetOptions, budget_options
 from adavit.console_precision import calibration_lines, compare_lines
 from adavit.console_tune import tune_lines
+from adavit.option_types import Finite
 from adavit.precision_options import CalibrationOptions, calibration_options
 from adavit.runtime.backend import names as backend_names
 from adavit.tensorrt.options import BuildOptions, build_options
@@ -31,9 +32,13 @@ MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget"
 @click.option("--with-dense/--no-dense", default=None, help="Add the dense twin, the baseline of every benchmark.")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
 @click.option("--labels", type=PATH, help="Text file with one class name a line.")
-@click.option("--image-size", type=int, help="Side of the input in pixels; interpolates the position embedding.")
-@click.option("--crop-ratio", type=float, help="Share of the short side the crop keeps.  [default: as noted, or 0.9]")
-@click.option("--heads", type=int, help="Attention heads, where the checkpoint does not tell.")
+@click.option(
+    "--image-size", type=click.IntRange(1), help="Side of the input in pixels; interpolates the position embedding."
+)
+@click.option(
+    "--crop-ratio", type=Finite(0.1, 1), help="Share of the short side the crop keeps.  [default: as noted, or 0.9]"
+)
+@click.option("--heads", type=click.IntRange(1), help="Attention heads, where the checkpoint does not tell.")
 @click.option("--verify/--no-verify", default=True, help="Run the bundle against the checkpoint before it is kept.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--check", type=PATH, metavar="BUNDLE", help="Verify an existing bundle instead of exporting.")
@@ -127,7 +132,7 @@ def _export(
 @click.option("--images", type=PATH, multiple=True, help="Image file or folder; class-named folders give accuracy.")
 @click.option("--batch", type=click.IntRange(1, 4096), default=1, show_default=True, help="Images per run.")
 @click.option("--iterations", type=click.IntRange(1), help="Measured runs.")
-@click.option("--seconds", type=console.Finite(0.01), help="Length of the measurement.  [default: 3]")
+@click.option("--seconds", type=Finite(0.01), help="Length of the measurement.  [default: 3]")
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Runs before the measurement.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all this process may use]")
 @click.option(
@@ -148,8 +153,13 @@ def _export(
 )
 @click.option("--record-policy", type=PATH, metavar="FILE", help="Write what every image used (npz).")
 @click.option("--replay-policy", type=PATH, metavar="FILE", help="Follow a recorded policy instead of deciding.")
-@click.option("--budget", type=float, metavar="SHARE", help="Mean share of the dense MACs to run at, such as 0.4.")
-@click.option("--latency-ms", type=click.FloatRange(0, min_open=True), help="Run at the budget that takes this long.")
+@click.option(
+    "--budget",
+    type=Finite(0, 1, min_open=True),
+    metavar="SHARE",
+    help="Mean share of the dense MACs to run at, such as 0.4.",
+)
+@click.option("--latency-ms", type=Finite(0, min_open=True), help="Run at the budget that takes this long.")
 @click.option("--dense/--no-dense", default=None, help="Alternate with the dense twin.  [default: where it is there]")
 @click.option(
     "--profile",

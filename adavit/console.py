@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import math
 import sys
 import time
 import warnings
@@ -16,10 +15,10 @@ from typing import Any
 
 import click
 
-from adavit.errors import AdaViTError, InputError
+from adavit.errors import AdaViTError, InputError, OptionError
 from adavit.files import check_place, write_beside
 
-__all__ = ["Command", "Finite", "Progress", "check_target", "export_lines", "printable", "run_lines", "write_json"]
+__all__ = ["Command", "Progress", "check_target", "export_lines", "printable", "run_lines", "write_json"]
 
 MODULES = {  # An optional package that is missing, and the extra that brings it.
     "torch": "export",
@@ -33,17 +32,6 @@ MODULES = {  # An optional package that is missing, and the extra that brings it
 
 
 OUT_OF_MEMORY = "out of memory; use a smaller --batch, smaller or fewer images"
-
-
-class Finite(click.FloatRange):
-    """A range of numbers, of which NaN and infinity are none."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """See `click.FloatRange`."""
-        found = super().convert(value, param, ctx)
-        if not math.isfinite(found):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return found
 
 
 class Command(click.Command):
@@ -71,6 +59,8 @@ class Command(click.Command):
         except click.UsageError as error:
             error.ctx = None
             raise
+        except OptionError as error:
+            raise click.UsageError(str(error)) from None
         except AdaViTError as error:
             message = str(error)
         except ModuleNotFoundError as error:

@@ -8,6 +8,7 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "InputError",
+    "OptionError",
     "VerificationError",
     "one_line",
 ]
@@ -38,6 +39,10 @@ class BackendError(AdaViTError):
 
 class InputError(AdaViTError):
     """What a caller gave cannot be used: images, labels, a policy, a budget, options or paths."""
+
+
+class OptionError(InputError):
+    """Options make no sense, whatever the files hold; the command line takes it as a mistake in its usage."""
 
 
 class VerificationError(AdaViTError):

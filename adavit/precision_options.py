@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from adavit.errors import InputError
+from adavit.errors import OptionError
+from adavit.option_types import Finite
 
 __all__ = ["METHODS", "PRECISIONS", "CalibrationOptions", "calibration_options"]
 
@@ -39,19 +40,19 @@ class CalibrationOptions:
         return cls(calibration_images=options["calibration_images"], **{name: options.pop(name) for name in names})
 
     def check(self, opset: int) -> None:
-        """Raises InputError where the options do not fit together, ModuleNotFoundError without Model Optimizer."""
+        """Raises OptionError where the options do not fit together, ModuleNotFoundError without Model Optimizer."""
         if self.precision == "fp32":
             if self.decision_precision != "fp32":
-                raise InputError("--decision-precision needs --precision fp16, int8 or mixed")
+                raise OptionError("--decision-precision needs --precision fp16, int8 or mixed")
             return
         if find_spec("modelopt") is None:
             raise ModuleNotFoundError("No module named 'modelopt'", name="modelopt")
         if opset < 19:
-            raise InputError(f"--precision {self.precision} needs --opset 19 or newer")
+            raise OptionError(f"--precision {self.precision} needs --opset 19 or newer")
         if not self.calibration_images and self.calibration_cache is None:
-            raise InputError(f"--precision {self.precision} needs --calibration-images, or a --calibration-cache")
+            raise OptionError(f"--precision {self.precision} needs --calibration-images, or a --calibration-cache")
         if self.precision == "mixed" and not self.calibration_images:
-            raise InputError("--precision mixed measures engines on images: give --calibration-images")
+            raise OptionError("--precision mixed measures engines on images: give --calibration-images")
 
 
 def calibration_options(command: Function) -> Function:
@@ -87,7 +88,7 @@ def calibration_options(command: Function) -> Function:
             ),
             click.option(
                 "--max-drop",
-                type=click.FloatRange(0, 100),
+                type=Finite(0, 100),
                 default=0.3,
                 show_default=True,
                 help="Points of accuracy (agreement, without labels) that --precision mixed may lose.",

@@ -11,7 +11,7 @@ from typing import Any
 
 from adavit.budget_options import BudgetOptions
 from adavit.calibration.budgets import add_budgets
-from adavit.errors import BundleError, InputError, VerificationError
+from adavit.errors import BundleError, InputError, OptionError, VerificationError
 from adavit.export.engines import engine_count, make_engines
 from adavit.export.graph import OPSETS
 from adavit.export.verify import verify
@@ -69,11 +69,11 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         AdaViTError: the checkpoint, the options or the output folder are not usable, or verification failed.
     """
     start = time.perf_counter()
-    _check_output(output, options.force)
     if options.opset not in OPSETS:
-        raise InputError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
+        raise OptionError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     options.budgets.check()
     options.calibration.check(options.opset)
+    _check_output(output, options.force)
     demo = str(source) == "demo" and not source.is_file()
     if demo:
         source = DEMO / "checkpoint.safetensors"

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import Architecture
-from adavit.errors import InputError
+from adavit.errors import InputError, OptionError
 from adavit.macs import image_macs
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
 from adavit.runtime.budget import TRAINED, Budgets, Offsets, resolve
@@ -102,9 +102,10 @@ def load(
 
     Raises:
         BundleError: the bundle is missing, damaged or of another version.
-        BackendError: the backend is unknown, not installed, refuses an engine, or has no CUDA graphs to make.
-        InputError: `threads` is not from 1 to 1024, `parallel` is unknown, a provider is given with "auto", or
-            `budget` is beyond the bundle's operating points.
+        BackendError: the backend is unknown, not installed, or refuses an engine.
+        InputError: `threads` is not from 1 to 1024, `parallel` is unknown, a provider is given with "auto" or to a
+            backend that has no such, CUDA graphs are asked of one that makes none, or `budget` is beyond the bundle's
+            operating points.
 
     Example:
         >>> import adavit, numpy as np
@@ -114,16 +115,16 @@ def load(
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if type(threads) is not int or not 1 <= threads <= 1024:
-        raise InputError(f"threads is {threads!r}: expected a whole number from 1 to 1024")
+        raise OptionError(f"threads is {threads!r}: expected a whole number from 1 to 1024")
     if parallel not in ("operators", "samples"):
-        raise InputError(f"parallel is {parallel!r}: choose 'operators' or 'samples'")
+        raise OptionError(f"parallel is {parallel!r}: choose 'operators' or 'samples'")
     options = Options(threads, provider, parallel, cuda_graphs)
     opened = Bundle.open(bundle)
     offsets = resolve(budget, opened.budgets, opened.path)
     choice = None
     if backend == "auto":
         if provider is not None:
-            raise InputError(f"provider is {provider!r}: it belongs to one backend; name that instead of 'auto'")
+            raise OptionError(f"provider is {provider!r}: it belongs to one backend; name that instead of 'auto'")
         choice = choose(opened, options, lambda name: _trial(opened, name, options))
         backend = choice.backend
     return Runtime(opened, create_backend(backend, opened, options), options, offsets, choice)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from adavit.errors import InputError
+from adavit.errors import OptionError
 from adavit.runtime.engine_sets import FLAVOURS
 
 __all__ = ["BuildOptions", "build_options"]
@@ -49,27 +49,24 @@ class BuildOptions:
         """Takes these fields out of a command's options, and checks them.
 
         Raises:
-            click.UsageError: a target cannot do what is asked.
+            OptionError: a target cannot do what is asked.
         """
         build = cls(**{field.name: options.pop(field.name) for field in fields(cls)})
-        try:
-            build.check()
-        except InputError as error:
-            raise click.UsageError(str(error)) from None
+        build.check()
         return build
 
     def check(self) -> None:
-        """Raises InputError where a flavour cannot do what is asked, or no target is there to do it for."""
+        """Raises OptionError where a flavour cannot do what is asked, or no target is there to do it for."""
         if not self.target:
             if self != BuildOptions():
-                raise InputError("options for building TensorRT engines without a --target; add one")
+                raise OptionError("options for building TensorRT engines without a --target; add one")
             return
         if len(set(self.target)) < len(self.target):
-            raise InputError("a --target is there twice")
+            raise OptionError("a --target is there twice")
         for target in self.target:
             for option, why in UNSUPPORTED[target].items():
                 if getattr(self, option):
-                    raise InputError(f"{target} has no --{option.replace('_', '-')}: {why}")
+                    raise OptionError(f"{target} has no --{option.replace('_', '-')}: {why}")
 
 
 def _capabilities(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -98,7 +95,9 @@ _OPTIONS = (
     click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines for this GPU and newer ones."),
     click.option("--version-compatible", is_flag=True, help="tensorrt: engines for this version and newer ones."),
     click.option("--timing-cache", type=click.Path(path_type=Path), metavar="FILE", help="tensorrt: read and add to."),
-    click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Memory a layer may use while it runs."),
+    click.option(
+        "--workspace", type=click.IntRange(1, 1 << 20), metavar="MIB", help="Memory a layer may use while it runs."
+    ),
     click.option("--builder-optimization-level", type=click.IntRange(0, 5), help="Effort of the builder."),
     click.option(
         "--max-batch",

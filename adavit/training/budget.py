@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from adavit.architecture import Architecture
+from adavit.errors import OptionError
 from adavit.macs import block_macs, dense_macs, outside_macs
 from adavit.training.errors import TrainingError
 
@@ -47,6 +48,7 @@ def targets_for(
         fixed: targets already chosen.
 
     Raises:
+        OptionError: nothing is left to choose.
         TrainingError: no value in [0, 1] meets the budget.
     """
     free = [kind for kind in policies if kind not in fixed]
@@ -56,7 +58,7 @@ def targets_for(
 
     low, high = share(0.0), share(1.0)
     if not free:
-        raise TrainingError("every target is fixed: leave one out for --budget to choose, or leave --budget out")
+        raise OptionError("every target is fixed: leave one out for --budget to choose, or leave --budget out")
     if not low <= budget <= high:
         raise TrainingError(
             f"a budget of {budget:.2f} is out of reach: {', '.join(free)} can set the MACs from {low:.2f} to "

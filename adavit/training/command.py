@@ -8,7 +8,7 @@ import click
 
 import adavit
 from adavit import console
-from adavit.training.options import AMOUNT, PATH, POSITIVE, SHARE, data_options, run_options, teacher_options
+from adavit.training.options import ABOVE_0, AMOUNT, PATH, POSITIVE, SHARE, data_options, run_options, teacher_options
 
 __all__ = ["main"]
 
@@ -61,7 +61,7 @@ def dense(**options: Any) -> None:
 @click.option("--token-weight", type=AMOUNT, default=2.0, show_default=True, help="Of the token usage loss.")
 @click.option("--head-weight", type=AMOUNT, default=2.0, show_default=True, help="Of the head usage loss.")
 @click.option("--sublayer-weight", type=AMOUNT, default=2.0, show_default=True, help="Of the sub-layer usage loss.")
-@click.option("--temperature", type=console.Finite(0, min_open=True), default=5.0, show_default=True,
+@click.option("--temperature", type=ABOVE_0, default=5.0, show_default=True,
               help="Of the Gumbel-sigmoid.")  # fmt: skip
 @click.option("--anneal", type=AMOUNT, default=0.3, show_default=True,
               help="Share of the run in which the noise falls to 0; 0 keeps it.")  # fmt: skip

@@ -8,14 +8,16 @@ from typing import Any
 
 import click
 
-from adavit.console import Finite
+from adavit.option_types import Finite
 
-__all__ = ["AMOUNT", "PATH", "POSITIVE", "SHARE", "data_options", "run_options", "teacher_options"]
+__all__ = ["ABOVE_0", "AMOUNT", "PATH", "POSITIVE", "SHARE", "data_options", "run_options", "teacher_options"]
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
 SHARE = Finite(0, 1)
-AMOUNT = Finite(min=0)
+MOST = 10**6  # far more than is of use, far less than a float32 can hold
+AMOUNT = Finite(0, MOST)
+ABOVE_0 = Finite(0, MOST, min_open=True)
 
 Decorated = Callable[..., Any]
 
@@ -32,7 +34,7 @@ DATA = (
 RUN = (
     click.option("--output", "-o", type=PATH, required=True, help="Folder for checkpoint, log, plot and weights."),
     click.option("--resume", is_flag=True, help="Go on where the run in --output stopped; give the same options."),
-    click.option("--epochs", type=Finite(min=0, min_open=True), default=10.0, show_default=True,
+    click.option("--epochs", type=ABOVE_0, default=10.0, show_default=True,
                  help="Passes over the training images."),
     click.option("--steps", type=POSITIVE, help="Optimiser steps, instead of --epochs."),
     click.option("--batch", type=POSITIVE, default=128, show_default=True, help="Images a step, over all processes."),
@@ -66,7 +68,7 @@ TEACHER = (
     click.option("--teacher", type=PATH, help="Model to distil from: dense weights, or a classifier as .onnx.  "
                  "[default of adapt: --from]"),
     click.option("--logit-weight", type=AMOUNT, default=1.0, show_default=True, help="Of the teacher's soft labels."),
-    click.option("--distillation-temperature", type=Finite(0, min_open=True), default=1.0,
+    click.option("--distillation-temperature", type=ABOVE_0, default=1.0,
                  show_default=True, help="Of the soft labels."),
 )  # fmt: skip
 

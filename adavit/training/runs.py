@@ -196,7 +196,7 @@ def _open_data(options: Options, world: World) -> tuple[LabelledImages, Labelled
     _set_threads(options)
     if options["batch"] % world.size or (options["mixup"] and options["batch"] // world.size % 2):
         parts = "an even number" if options["mixup"] else "one"
-        raise TrainingError(f"--batch {options['batch']} does not divide over {world.size} processes, {parts} each")
+        raise click.UsageError(f"--batch {options['batch']} does not divide over {world.size} processes, {parts} each")
     names = _class_names(options["labels"])
     train = open_images(options["data"], "train", options["corrupt"], names)
     return train, open_images(options["data"], "test", options["corrupt"], train.classes)
@@ -227,7 +227,7 @@ def _teacher(options: Options, source: AdaViT, arch: Architecture, policy: Polic
     else:
         teacher = open_teacher(options["teacher"], arch)
     if policy.listens and isinstance(teacher, OnnxTeacher):
-        raise TrainingError("an ONNX teacher gives logits alone; leave --attention-weight and --hidden-weight at 0")
+        raise click.UsageError("an ONNX teacher gives logits alone; leave --attention-weight and --hidden-weight at 0")
     if policy.listens and isinstance(teacher, AdaViT) and teacher.arch.tokens != arch.tokens:
         raise TrainingError(
             f"the teacher has {teacher.arch.tokens} tokens, the student {arch.tokens}: they have nothing to compare "

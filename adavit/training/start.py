@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adavit.architecture import TOKEN_LOGIT, Architecture
+from adavit.errors import AdaViTError, OptionError
 from adavit.model import AdaViT
 from adavit.model.resize import resize_positions
 from adavit.training.errors import TrainingError
@@ -62,7 +63,8 @@ def dense_shapes(source: Architecture | None, given: Mapping[str, Any], classes:
     """Shapes of a dense model: those given, else the source's, else those of a small model for 28 x 28 pixels.
 
     Raises:
-        TrainingError: they do not fit together.
+        OptionError: those given do not fit together.
+        TrainingError: they do not fit the source.
     """
     if source is not None:
         usual = source.to_dict()
@@ -71,7 +73,8 @@ def dense_shapes(source: Architecture | None, given: Mapping[str, Any], classes:
         sides = {"image_size": 28, "patch_size": 4} if stem == "patch" else {"image_size": 224, "patch_size": 16}
         usual = {"stem": stem, "width": width, "depth": 8, "heads": max(1, width // HEAD_WIDTH), "hidden": 3 * width}
         usual |= {**sides, "qkv_bias": stem == "patch", "keep": 1}
-    return _shapes({**usual, **given, **dict.fromkeys(POLICIES.values(), False), "classes": classes})
+    values = {**usual, **given, **dict.fromkeys(POLICIES.values(), False), "classes": classes}
+    return _shapes(values, TrainingError if source else OptionError)
 
 
 def adaptive_shapes(source: Architecture, kinds: Collection[str], classes: int, patch: int | None) -> Architecture:
@@ -80,11 +83,11 @@ def adaptive_shapes(source: Architecture, kinds: Collection[str], classes: int, 
     return _shapes({**source.to_dict(), **policies, "classes": classes, "patch_size": patch or source.patch_size})
 
 
-def _shapes(values: dict[str, Any]) -> Architecture:
+def _shapes(values: dict[str, Any], fault: type[AdaViTError] = TrainingError) -> Architecture:
     try:
         return Architecture.from_dict(values)
     except ValueError as error:
-        raise TrainingError(f"no such model: {error}") from None
+        raise fault(f"no such model: {error}") from None
 
 
 def fit(source: AdaViT, arch: Architecture, seed: int) -> AdaViT:

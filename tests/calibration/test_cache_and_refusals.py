@@ -104,7 +104,7 @@ def test_a_damaged_cache_is_refused(calibrated: Calibrated, busy: Path, tmp_path
 
 def test_images_that_do_not_do(busy: Path, pictures: Path, tmp_path: Path) -> None:
     arguments = ("--precision", "int8")
-    assert "--calibration-images" in refused(tmp_path, busy, *arguments)
+    assert "--calibration-images" in refused(tmp_path, busy, *arguments, code=2)
     assert "no such image or folder" in refused(tmp_path, busy, *arguments, "--calibration-images", tmp_path / "no")
     few = tmp_path / "few"
     few.mkdir()
@@ -135,8 +135,9 @@ def test_unreadable_images_are_left_out_and_named(busy: Path, pictures: Path, tm
 
 def test_options_that_do_not_fit(busy: Path, pictures: Path, tmp_path: Path) -> None:
     images = ("--calibration-images", pictures)
-    assert "--opset 19" in refused(tmp_path, busy, "--precision", "fp16", "--opset", 17, *images)
-    assert "--precision" in refused(tmp_path, busy, "--decision-precision", "fp16", *images)
+    assert "--opset 19" in refused(tmp_path, busy, "--precision", "fp16", "--opset", 17, *images, code=2)
+    cached = ("--calibration-cache", tmp_path / "cache.npz")
+    assert "--precision mixed" in refused(tmp_path, busy, "--precision", "mixed", *cached, code=2)
     assert "--precision" in refused(tmp_path, busy, "--precision", "int4", *images, code=2)
 
 

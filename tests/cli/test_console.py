@@ -5,7 +5,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from adavit.console import Command, Finite, Progress, printable, table
+from adavit.console import Command, Progress, printable, table
+from adavit.option_types import Finite
 
 
 class Terminal(io.StringIO):

@@ -185,6 +185,7 @@ def test_unreadable_images_are_reported_and_the_rest_done(tiny_bundle: Path, tmp
         (["--top", "0"], "0 is not in the range"),
         (["--warmup", "-1"], "-1 is not in the range"),
         (["--parallel", "nope"], "'nope' is not one of"),
+        (["--cuda-graphs"], "onnxruntime has no CUDA graphs"),
         (["--nope"], "No such option"),
     ],
 )

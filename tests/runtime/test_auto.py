@@ -191,4 +191,5 @@ def test_the_command(tiny_bundle: Path, tmp_path: Path) -> None:
 def test_a_provider_belongs_to_one_backend(tiny_bundle: Path) -> None:
     with pytest.raises(InputError, match="name that instead of 'auto'"):
         adavit.load(tiny_bundle, backend="auto", provider="fp32")
-    assert "name that instead" in refusal(invoke(run, tiny_bundle, "--backend", "auto", "--provider", "fp32"))
+    done = invoke(run, tiny_bundle, "--backend", "auto", "--provider", "fp32")
+    assert "name that instead" in refusal(done, code=2)

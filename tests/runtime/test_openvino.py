@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 
 import adavit
 from adavit.cli import run
-from adavit.errors import BackendError, BundleError
+from adavit.errors import BackendError, BundleError, OptionError
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.backend import Options
 from adavit.runtime.backends.openvino import OpenVinoBackend
@@ -300,7 +300,7 @@ def test_weights_that_are_put_out_are_held_no_longer(loaded: Runtime) -> None:
 
 
 def test_precisions_that_are_not_there(tiny_bundle: Path) -> None:
-    with pytest.raises(BackendError, match="no precision 'int7' here; choose fp32 or bf16"):
+    with pytest.raises(OptionError, match="no precision 'int7'; choose fp32 or bf16"):
         adavit.load(tiny_bundle, backend="openvino", provider="int7", threads=1)
     backend = OpenVinoBackend(Bundle.open(tiny_bundle), Options(1, "fp32"))
     if "BF16" not in backend._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

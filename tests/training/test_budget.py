@@ -3,6 +3,7 @@ import pytest
 from training_cases import tiny
 
 from adavit.architecture import Architecture
+from adavit.errors import OptionError
 from adavit.macs import dense_macs, image_macs
 from adavit.training.budget import KINDS, expected_share, targets_for
 from adavit.training.errors import TrainingError
@@ -39,5 +40,5 @@ def test_a_fixed_target_is_kept() -> None:
 def test_unreachable_and_overdetermined_budgets_are_refused() -> None:
     with pytest.raises(TrainingError, match=r"0\.05 is out of reach"):
         targets_for(ARCH, ("heads",), 0.05, {})
-    with pytest.raises(TrainingError, match="every target is fixed"):
+    with pytest.raises(OptionError, match="every target is fixed"):
         targets_for(tiny(), ("heads",), 0.5, {"heads": 0.5})

@@ -178,10 +178,29 @@ def test_wrong_inputs_are_one_line(tmp_path: Path, idx_folder: Path, dense: Path
     fails("not a multiple of the patch side 3", *start, "--from", dense, "--patch-size", 3)
     fails("expected some of tokens, heads, sublayers", *start, "--from", dense, "--policies", "layers", code=2)
     fails("not among --policies", *start, "--from", dense, "--policies", "heads", "--token-target", 0.5, code=2)
+    fixed = ("--policies", "heads", "--head-target", 0.5, "--budget", 0.5)
+    fails("every target is fixed", *start, "--from", dense, *fixed, code=2)
     fails("no run to resume", *start, "--from", dense, "--resume")
     fails("fewer than one batch", "dense", "--data", idx_folder, "-o", tmp_path / "new", "--batch", 1000)
     fails("have another width", "dense", "--data", idx_folder, "-o", tmp_path / "new", "--from", dense, "--width", 32)
     fails("Missing option", "adapt", code=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("width 16 is not a multiple of 3 heads", ["--heads", 3]),
+        ("image side 8 is not a multiple of the patch side 3", ["--patch-size", 3]),
+        ("--batch 15 does not divide over 1 processes, an even number each", ["--batch", 15, "--mixup", 1]),
+        ("is not in the range", ["--learning-rate", 1e300]),
+        ("is not in the range", ["--epochs", 1e308]),
+        ("is not in the range", ["--distillation-temperature", 1e300]),
+        ("not a finite number", ["--clip", "nan"]),
+    ],
+)
+def test_options_that_make_no_sense(words: str, options: list[object], tmp_path: Path, idx_folder: Path) -> None:
+    fails(words, "dense", "--data", idx_folder, "-o", tmp_path / "new", *SMALL, *options, code=2)
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_adaptive_model_cannot_teach(tmp_path: Path, idx_folder: Path, dense: Path) -> None:

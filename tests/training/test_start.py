@@ -4,6 +4,7 @@ import pytest
 import torch
 from training_cases import tiny
 
+from adavit.errors import OptionError
 from adavit.model import policy as P
 from adavit.training import start
 from adavit.training.errors import TrainingError
@@ -69,8 +70,10 @@ def test_of_more_blocks_than_wanted_evenly_spaced_ones_are_taken(wanted: int, ke
 def test_other_backbones_and_impossible_shapes_are_refused() -> None:
     with pytest.raises(TrainingError, match="have another depth"):
         start.fit(start.new_model(DENSE, 0), replace(DENSE, depth=4), 0)
-    with pytest.raises(TrainingError, match="not a multiple of the patch side 3"):
+    with pytest.raises(OptionError, match="not a multiple of the patch side 3"):
         start.dense_shapes(None, {"patch_size": 3}, 10)
+    with pytest.raises(TrainingError, match="not a multiple of the patch side 3"):
+        start.dense_shapes(tiny(), {"patch_size": 3}, 10)
     assert start.dense_shapes(None, {"width": 128}, 10).heads == 2
     assert start.dense_shapes(tiny(), {}, 4) == DENSE
 

@@ -74,7 +74,7 @@ def test_policies_are_learnt_from_a_graph(tmp_path: Path, idx_folder: Path, weig
     adapt = ("adapt", "--data", idx_folder, "--from", weights, *SHORT, "--teacher")
     graph = constant_graph(tmp_path / "teacher.onnx", [0.0] * CLASSES)
     assert call(*adapt, graph, "-o", tmp_path / "run").exit_code == 0
-    fails("gives logits alone", *adapt, graph, "-o", tmp_path / "other", "--attention-weight", 0.1)
+    fails("gives logits alone", *adapt, graph, "-o", tmp_path / "other", "--attention-weight", 0.1, code=2)
 
 
 def test_a_teacher_is_told_by_its_weights_too(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from double import CAPABILITY, VERSION, Gpu, add_double_engines, cuda_double, tr
 
 import adavit
 from adavit.cli import run as run_command
-from adavit.errors import BackendError, BundleError
+from adavit.errors import BackendError, BundleError, OptionError
 from adavit.runtime import Runtime
 from adavit.runtime.backends import cuda, tensorrt
 
@@ -241,7 +241,7 @@ def test_without_a_gpu_or_bindings_there_is_one_line(built: Path, gpu: Gpu, monk
 
 
 def test_what_the_backend_has_not(built: Path, gpu: Gpu) -> None:
-    with pytest.raises(BackendError, match="tensorrt has no providers"):
+    with pytest.raises(OptionError, match="tensorrt has no providers"):
         adavit.load(built, **TENSORRT, provider="CUDAExecutionProvider")
-    with pytest.raises(BackendError, match="onnxruntime has no CUDA graphs"):
+    with pytest.raises(OptionError, match="onnxruntime has no CUDA graphs"):
         adavit.load(built, cuda_graphs=True)

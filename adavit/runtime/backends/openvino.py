@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from adavit.errors import BackendError, one_line
+from adavit.errors import BackendError, OptionError, one_line
 from adavit.runtime.backend import Engine, Options, Sizes
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle
@@ -61,7 +61,7 @@ class OpenVinoBackend(HostMoves):
         able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self._precision = options.provider or ("bf16" if able else "fp32")
         if self._precision not in PRECISIONS:
-            raise BackendError(f"OpenVINO has no precision {self._precision!r} here; choose fp32 or bf16")
+            raise OptionError(f"OpenVINO has no precision {self._precision!r}; choose fp32 or bf16")
         if self._precision == "bf16" and not able:
             raise BackendError("this CPU does not compute in bf16 (AMX, AVX512-BF16); choose fp32")
         self._blocks: Blocks | None = None

@@ -10,7 +10,7 @@ from collections import deque
 from importlib import import_module
 from typing import Any
 
-from adavit.errors import BackendError, BundleError
+from adavit.errors import BackendError, BundleError, OptionError
 from adavit.runtime.backend import Options
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.backends.device import Device
@@ -39,7 +39,7 @@ class TensorRtBackend(DeviceMoves):
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         if options.provider is not None:
-            raise BackendError(f"{self.name} has no providers; leave out provider {options.provider!r}")
+            raise OptionError(f"{self.name} has no providers; leave out provider {options.provider!r}")
         self._bundle = bundle
         self._trt = trt = import_tensorrt(self.name)
         cuda = Cuda()
