@@ -9,9 +9,10 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -37,15 +38,19 @@ OUT_OF_MEMORY = "out of memory; use a smaller --batch, smaller or fewer images"
 class Command(click.Command):
     """A command whose failures are one line on stderr: exit code 2 for usage, 1 for the rest, 130 for Ctrl-C."""
 
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Reads the command line; a mistake in it is one line too."""
+    def make_context(self, info_name: str | None, *args: Any, **kwargs: Any) -> click.Context:
+        """Reads the command line, and prints what --help and --version ask for; what goes wrong is one line too."""
         try:
-            return super().make_context(*args, **kwargs)
+            return super().make_context(info_name, *args, **kwargs)
         except click.exceptions.NoArgsIsHelpError:
             raise
         except click.UsageError as error:
             error.ctx = None  # Without it, click leaves out the usage lines.
             raise
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _fail(info_name, _disk_message(error))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
@@ -82,8 +87,24 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo(f"{ctx.info_name}: interrupted", err=True)
             ctx.exit(130)
-        click.echo(f"{ctx.info_name}: error: {' '.join(message.split())}", err=True)
-        ctx.exit(1)
+        _fail(ctx.info_name, message)
+
+
+def _fail(command: str | None, message: str) -> NoReturn:
+    """Ends the command with one line."""
+    click.echo(f"{command}: error: {' '.join(message.split())}", err=True)
+    _drop_output()
+    raise click.exceptions.Exit(1)
+
+
+def _drop_output() -> None:
+    """Closes a standard output that takes no more: Python would try again as it ends, and complain."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            sys.stdout.close()
 
 
 def _warn(command: str | None, message: Warning | str, *_: Any) -> None:

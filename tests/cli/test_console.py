@@ -1,5 +1,8 @@
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -64,3 +67,23 @@ def test_memory_that_torch_lacks_is_one_line() -> None:
 
 def test_columns_are_aligned() -> None:
     assert table([("a", "b"), ("long", "1"), ("c", "22")]) == ["a      b", "long   1", "c     22"]
+
+
+RUN = ["from adavit.cli import run; run(prog_name='adavit')", "--iterations", "1", "--warmup", "0", "--threads", "1"]
+TRAIN = ["from adavit.training.command import main; main(prog_name='adavit')"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    "command",
+    [RUN, [*RUN, "--json", "-"], [*RUN, "--help"], [*RUN, "--version"], [*TRAIN, "--help"]],
+    ids=lambda command: " ".join(command[1:]),
+)
+def test_an_output_that_is_full_is_one_line(command: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # what is buffered comes again as Python ends
+        done = subprocess.run(
+            [sys.executable, "-c", *command], stdout=full, stderr=subprocess.PIPE, env=environment, text=True
+        )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.endswith(": error: the disk is full; free some space or write elsewhere\n")
