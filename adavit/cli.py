@@ -13,7 +13,7 @@ from adavit import console
 from adavit.budget_options import BudgetOptions, budget_options
 from adavit.console_precision import calibration_lines, compare_lines
 from adavit.console_tune import tune_lines
-from adavit.option_types import Finite
+from adavit.option_types import Finite, Threads
 from adavit.precision_options import CalibrationOptions, calibration_options
 from adavit.runtime.backend import names as backend_names
 from adavit.tensorrt.options import BuildOptions, build_options
@@ -43,7 +43,7 @@ MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget"
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--check", type=PATH, metavar="BUNDLE", help="Verify an existing bundle instead of exporting.")
 @click.option("--against", type=PATH, metavar="CHECKPOINT", help="The checkpoint that --check compares with.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads of the verification.")
+@click.option("--threads", type=Threads(), help="CPU threads of the verification.")
 @budget_options
 @calibration_options
 @build_options
@@ -134,7 +134,7 @@ def _export(
 @click.option("--iterations", type=click.IntRange(1), help="Measured runs.")
 @click.option("--seconds", type=Finite(0.01), help="Length of the measurement.  [default: 3]")
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Runs before the measurement.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all this process may use]")
+@click.option("--threads", type=Threads(), help="CPU threads.  [default: all this process may use]")
 @click.option(
     "--backend",
     type=click.Choice([*backend_names(), "auto"]),

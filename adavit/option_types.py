@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-__all__ = ["Finite"]
+from adavit.runtime.session import usable_cpus
+
+__all__ = ["Finite", "Threads"]
 
 
 class Finite(click.FloatRange):
@@ -18,4 +20,19 @@ class Finite(click.FloatRange):
         found = super().convert(value, param, ctx)
         if not math.isfinite(found):
             self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
+
+
+class Threads(click.IntRange):
+    """A number of threads, no more than there are CPUs: very many wait for each other without end."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1024)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.IntRange`."""
+        found = super().convert(value, param, ctx)
+        if found > (most := usable_cpus()):
+            reason = f"{found} threads are too many; give at most {most}, one for each CPU that this process may use."
+            self.fail(reason, param, ctx)
         return found

@@ -27,7 +27,7 @@ from adavit.runtime.kept_plan import recalled_plan
 from adavit.runtime.plan import sizes_of
 from adavit.runtime.policy import Policy
 
-__all__ = ["Prediction", "Result", "Runtime", "load"]
+__all__ = ["Prediction", "Result", "Runtime", "load", "usable_cpus"]
 
 Float = npt.NDArray[np.float32]
 TRIED_IMAGES = 4
@@ -113,7 +113,7 @@ def load(
         >>> runtime.predict(["cat.jpg"], top=1)  # doctest: +SKIP
     """
     if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = usable_cpus()
     if type(threads) is not int or not 1 <= threads <= 1024:
         raise OptionError(f"threads is {threads!r}: expected a whole number from 1 to 1024")
     if parallel not in ("operators", "samples"):
@@ -128,6 +128,11 @@ def load(
         choice = choose(opened, options, lambda name: _trial(opened, name, options))
         backend = choice.backend
     return Runtime(opened, create_backend(backend, opened, options), options, offsets, choice)
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _trial(bundle: Bundle, backend: str, options: Options) -> tuple[Callable[[], object], int]:

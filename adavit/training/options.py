@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from adavit.option_types import Finite
+from adavit.option_types import Finite, Threads
 
 __all__ = ["ABOVE_0", "AMOUNT", "PATH", "POSITIVE", "SHARE", "data_options", "run_options", "teacher_options"]
 
@@ -28,7 +28,7 @@ DATA = (
                  help="What to do with unreadable images."),
     click.option("--crop", type=Finite(0.1, 1), help="Share of the resized short side that "
                  "evaluation keeps.  [default: what the weights note, or 1 up to 64 pixels, else 0.9]"),
-    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
+    click.option("--threads", type=Threads(), help="CPU threads."),
 )  # fmt: skip
 
 RUN = (

@@ -3,13 +3,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
+from cases import invoke, refusal
 from click.testing import CliRunner
 
+from adavit.cli import export, run
 from adavit.console import Command, Progress, printable, table
 from adavit.option_types import Finite
+from adavit.training.command import main
 
 
 class Terminal(io.StringIO):
@@ -57,6 +61,17 @@ def test_numbers_are_finite(share: str) -> None:
     done = CliRunner().invoke(some, ["--share", share])
     assert done.exit_code == 2
     assert f"{share} is not a finite number" in done.output
+
+
+@pytest.mark.parametrize("command", [[run], [export], [main, "dense"], [main, "adapt"], [main, "evaluate"]])
+def test_no_more_threads_than_cpus(command: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5}, raising=False)
+    message = "3 threads are too many; give at most 2, one for each CPU that this process may use."
+    assert message in refusal(invoke(*command, "--threads", 3), code=2)
+    assert "threads" not in refusal(invoke(*command, "--threads", 2, "--nope"), code=2)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert "give at most 1," in refusal(invoke(*command, "--threads", 3), code=2)
 
 
 def test_memory_that_torch_lacks_is_one_line() -> None:
