@@ -58,7 +58,7 @@ def test_grey_of_no_known_range(values: np.ndarray, tmp_path: Path) -> None:
     Image.fromarray(values).save(tmp_path / "deep.tif")
     with pytest.raises(InputError, match=r"deep.tif: a picture .* has no known range; convert it"):
         Preprocessor(28)(tmp_path / "deep.tif")
-    with pytest.raises(InputError, match="no known range"):
+    with pytest.raises(InputError, match=r"image: a picture .* has no known range"):
         Preprocessor(28)(Image.fromarray(values))
 
 
@@ -105,7 +105,7 @@ def test_whatever_a_decoder_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Image.Image, "convert", fail)
     for image in (tmp_path / "a.png", opened):
-        with pytest.raises(InputError, match=r"not a readable image \(RuntimeError\)"):
+        with pytest.raises(InputError, match=r": not a readable image \(RuntimeError\)"):
             Preprocessor(32)(image)
 
 
