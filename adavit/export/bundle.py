@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
 
 __all__ = ["ExportOptions", "check_bundle", "export_bundle"]
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 
@@ -80,8 +83,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     model = load_checkpoint(source, options.heads)
     if options.image_size is not None:
         model = resize(model, options.image_size)
-    noted = read_classes(source)
-    labels = _labels(options.labels or (DEMO / "labels.txt" if demo else None), noted, model.arch.classes)
+    labels = _labels(options.labels or (DEMO / "labels.txt" if demo else None), source, model.arch.classes)
     with_dense = demo if options.with_dense is None else options.with_dense
     about: dict[str, Any] = {
         "name": "adavit-demo" if demo else source.stem,
@@ -162,10 +164,16 @@ def _check_output(output: Path, force: bool) -> None:
         raise BundleError(f"{output}: already there; add --force to replace it")
 
 
-def _labels(path: Path | None, noted: list[str], classes: int) -> list[str]:
+def _labels(path: Path | None, source: Path, classes: int) -> list[str]:
+    """Those of a file, else those that the checkpoint notes, else numbers."""
     if path is None:
-        fits = len(set(noted)) == len(noted) == classes
-        return noted if fits else [str(index) for index in range(classes)]
+        noted = read_classes(source)
+        if len(set(noted)) == len(noted) == classes:
+            return noted
+        if noted:
+            counts = source, len(noted), len(set(noted)), classes
+            log.warning("%s: %d class names (%d different) for %d classes; labels are numbers, give --labels", *counts)
+        return [str(index) for index in range(classes)]
     labels = read_labels(path)
     if len(labels) != classes or not all(labels) or len(set(labels)) != classes:
         raise InputError(

@@ -14,7 +14,7 @@ from adavit.errors import AdaViTError, BundleError, CheckpointError, InputError,
 from adavit.export import bundle as exporting
 from adavit.files import sha256
 from adavit.macs import dense_macs, outside_macs
-from adavit.model import AdaViT, resize
+from adavit.model import AdaViT, resize, save_safetensors
 
 
 def fault(kind: type[AdaViTError], source: Any, folder: Path, **options: Any) -> str:
@@ -77,6 +77,25 @@ def test_the_dense_twin_is_there_when_asked_for(checkpoint: Path, tiny_bundle: P
 
 def test_labels_are_numbers_unless_given(checkpoint: Path, tmp_path: Path) -> None:
     assert adavit.load(export(checkpoint, tmp_path), threads=1).labels == ("0", "1", "2", "3", "4")
+
+
+@pytest.mark.parametrize(
+    ("noted", "labels", "fault"),
+    [
+        (["a", "b", "c", "d", "e"], "abcde", None),
+        (["a", "b"], "01234", "2 class names (2 different) for 5 classes; labels are numbers, give --labels"),
+        (["a", "b", "c", "d", "a"], "01234", "5 class names (4 different) for 5 classes; labels"),
+    ],
+)
+def test_noted_labels_that_do_not_fit_give_way_to_numbers(
+    noted: list[str], labels: str, fault: str | None, model: AdaViT, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "noted.safetensors"
+    save_safetensors(model, source, {"classes": noted})
+    assert (export(source, tmp_path, verify=False) / "labels.txt").read_text().split() == list(labels)
+    messages = [record.getMessage() for record in caplog.records if record.name == "adavit.export.bundle"]
+    assert len(messages) == (fault is not None)
+    assert all(message.startswith(f"{source}: {fault}") for message in messages)
 
 
 @pytest.mark.parametrize(
@@ -228,8 +247,6 @@ def test_models_without_a_head_policy_need_their_heads(tmp_path: Path) -> None:
 
 
 def test_saved_notes_reach_the_bundle(tmp_path: Path, model: AdaViT) -> None:
-    from adavit.model import save_safetensors
-
     save_safetensors(model, tmp_path / "model.safetensors", {"crop_ratio": 0.5})
     assert (
         adavit.load(export(tmp_path / "model.safetensors", tmp_path), threads=1).bundle.preprocessor.crop_ratio == 0.5
