@@ -6,11 +6,13 @@ import errno
 import glob
 import hashlib
 import os
+import platform
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -84,7 +86,7 @@ def write_beside(path: Path) -> Iterator[IO[Any]]:
             yield file
         return
     _remove_left(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".{os.getpid()}.tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".{_host()}.{os.getpid()}.tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -107,7 +109,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
     path = path.absolute()
     old = path.parent / f".{path.name}.old"
     _sweep(path, old)
-    fresh = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    fresh = path.parent / f".{path.name}.{_host()}.{os.getpid()}.tmp"
     fresh.mkdir()
     try:
         yield fresh
@@ -128,15 +130,25 @@ def _sweep(path: Path, old: Path) -> None:
 
 
 def _remove_left(path: Path) -> None:
-    """Removes what dead processes left of files and folders that were to become `path`."""
+    """Removes what dead processes left of files and folders that were to become `path`; other hosts see to theirs."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        owner = left.name.split(".")[-2]
-        if not owner.isdigit() or _alive(int(owner)):
+        host, process = left.name.split(".")[-3:-1]
+        if host != _host() or not process.isdecimal() or _alive(int(process)):
             continue
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+@cache
+def _host() -> str:
+    """Stands for where process ids are this process's: the host, and on Linux the container."""
+    try:
+        numbering = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbering = ""
+    return sha256(f"{platform.node()} {numbering}".encode())[:8]
 
 
 def _alive(process: int) -> bool:

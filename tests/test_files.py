@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from cases import python
 
+from adavit import files
 from adavit.files import folder_beside, write_beside
 
 
@@ -113,6 +114,7 @@ def test_a_failure_between_the_renames_puts_the_old_folder_back(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from adavit import files
 from adavit.files import folder_beside
 
 path, when, number = sys.argv[1:]
@@ -153,7 +155,23 @@ def test_a_kill_at_any_rename_leaves_the_old_folder_or_none(
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
-    other = tmp_path / f".a.{os.getppid()}.tmp"
+    other = tmp_path / f".a.{files._host()}.{os.getppid()}.tmp"
     other.mkdir()
     write(tmp_path / "a", "new")
     assert other.is_dir()
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("platform.node", "other"), ("os.readlink", "pid:[1]")])
+def test_what_another_host_or_container_writes_is_left_alone(
+    attribute: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = f".a.{files._host()}.999999999.tmp"
+    files._host.cache_clear()
+    monkeypatch.setattr(attribute, lambda *_: value)
+    theirs = f".a.{files._host()}.999999999.tmp"
+    monkeypatch.undo()
+    files._host.cache_clear()
+    for left in (ours, theirs):
+        (tmp_path / left).mkdir()
+    write(tmp_path / "a", "new")
+    assert names(tmp_path) == [theirs, "a"]
