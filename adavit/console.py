@@ -24,7 +24,6 @@ __all__ = ["Command", "Progress", "check_target", "export_lines", "printable", "
 MODULES = {  # An optional package that is missing, and the extra that brings it.
     "torch": "export",
     "onnx": "export",
-    "onnxscript": "export",
     "safetensors": "export",
     "onnxruntime": "cpu",
     "matplotlib": "train",

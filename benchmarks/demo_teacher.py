@@ -4,6 +4,7 @@
 
 A small residual network learns small grey images in minutes, where a vision transformer takes hours; its soft labels
 shorten that (Touvron et al., ICML 2021). Any classifier as ONNX does: see `adavit-train dense --teacher`.
+It needs the extras export, train and test.
 """
 
 from __future__ import annotations
