@@ -12,8 +12,8 @@ import adavit
 from adavit.errors import BackendError
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, *names: str, imports: bool) -> None:
-    """Makes it look as if just these distributions were installed."""
+def pretend(monkeypatch: pytest.MonkeyPatch, *names: str, imports: bool, cause: BaseException | None = None) -> None:
+    """Makes it look as if just these distributions were installed, and importing them failed for some cause."""
 
     class Distribution:
         def __init__(self, name: str) -> None:
@@ -24,7 +24,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *names: str, imports: bool) -> None
 
     def importing(name: str, *args: Any, **kwargs: Any) -> Any:
         if name.split(".")[0] == "onnxruntime":
-            raise ImportError("no shared library", name=name)
+            raise ImportError("no shared library", name=name) from cause
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(metadata, "distributions", lambda: [Distribution(name) for name in ("numpy", *names)])
@@ -53,6 +53,12 @@ def test_neither(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
 def test_one_that_is_broken(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
     pretend(monkeypatch, "onnxruntime-gpu", imports=False)
     assert "onnxruntime-gpu is installed but does not import" in fault(tiny_bundle)
+
+
+def test_ctrl_c_while_it_is_imported(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
+    pretend(monkeypatch, "onnxruntime", imports=False, cause=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        adavit.load(tiny_bundle, threads=1)
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu", "ONNXRuntime"])

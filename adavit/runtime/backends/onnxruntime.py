@@ -60,6 +60,8 @@ def import_onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # which its extension turns into an ImportError
+            raise error.__cause__ from None
         if found:
             raise BackendError(f"{found[0]} is installed but does not import ({error}); reinstall it") from None
         raise BackendError(
