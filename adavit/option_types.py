@@ -23,8 +23,12 @@ class Finite(click.FloatRange):
         return found
 
 
+PER_CPU = 4
+"""Threads for each CPU at most: very many wait for each other without end."""
+
+
 class Threads(click.IntRange):
-    """A number of threads, no more than there are CPUs: very many wait for each other without end."""
+    """A number of threads, no more than a few for each CPU."""
 
     def __init__(self) -> None:
         super().__init__(1, 1024)
@@ -32,7 +36,7 @@ class Threads(click.IntRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See `click.IntRange`."""
         found = super().convert(value, param, ctx)
-        if found > (most := usable_cpus()):
-            reason = f"{found} threads are too many; give at most {most}, one for each CPU that this process may use."
-            self.fail(reason, param, ctx)
+        if found > (most := PER_CPU * usable_cpus()):
+            reason = f"at most {most}, {PER_CPU} for each CPU that this process may use."
+            self.fail(f"{found} threads are too many; give {reason}", param, ctx)
         return found

@@ -64,14 +64,14 @@ def test_numbers_are_finite(share: str) -> None:
 
 
 @pytest.mark.parametrize("command", [[run], [export], [main, "dense"], [main, "adapt"], [main, "evaluate"]])
-def test_no_more_threads_than_cpus(command: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_threads_than_cpus_bear(command: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5}, raising=False)
-    message = "3 threads are too many; give at most 2, one for each CPU that this process may use."
-    assert message in refusal(invoke(*command, "--threads", 3), code=2)
-    assert "threads" not in refusal(invoke(*command, "--threads", 2, "--nope"), code=2)
+    message = "9 threads are too many; give at most 8, 4 for each CPU that this process may use."
+    assert message in refusal(invoke(*command, "--threads", 9), code=2)
+    assert "threads" not in refusal(invoke(*command, "--threads", 8, "--nope"), code=2)
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    assert "give at most 1," in refusal(invoke(*command, "--threads", 3), code=2)
+    assert "give at most 4," in refusal(invoke(*command, "--threads", 5), code=2)
 
 
 def test_memory_that_torch_lacks_is_one_line() -> None:

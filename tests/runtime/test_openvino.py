@@ -31,7 +31,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adavit
-from adavit import option_types
 from adavit.cli import run
 from adavit.errors import BackendError, BundleError, OptionError
 from adavit.runtime import Policy, Runtime
@@ -376,8 +375,7 @@ def test_not_installed(tiny_bundle: Path) -> None:
     assert "pip install 'adavit[openvino]'" in done.stderr
 
 
-def test_the_command(tiny_bundle: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(option_types, "usable_cpus", lambda: 2)  # whatever there are
+def test_the_command(tiny_bundle: Path, labelled: Path) -> None:
     short = ("--images", labelled, "--iterations", 2, "--threads", 2, "--backend", "openvino")
     done = invoke(run, tiny_bundle, *short, "--batch", 2, "--profile")
     assert (done.exit_code, done.stderr) == (0, "")
