@@ -22,6 +22,8 @@ from adavit.version import __version__
 PATH = click.Path(path_type=Path)
 EXPORTING = ("with_dense", "opset", "labels", "image_size", "crop_ratio", "verify", "force", "precision")
 """Options that only an export of a checkpoint follows."""
+CALIBRATING = ("calibration_cache", "samples", "method", "decision_precision", "max_drop", "seed")
+"""Options that only an export in another precision than fp32 follows."""
 MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile")
 """Options of a measurement alone."""
 
@@ -71,7 +73,7 @@ def export(
         if source is not None and (source / "config.json").is_file() and (build.target or budgets.budgets):
             if output is not None or check is not None:
                 raise click.UsageError("to add to a BUNDLE, leave out --output and --check")
-            _refuse({*EXPORTING, "heads"}, "to add to a BUNDLE, leave out")
+            _refuse({*EXPORTING, *CALIBRATING, "heads", "against"}, "to add to a BUNDLE, leave out")
             report = _add(source, build, budgets, threads, progress)
         else:
             options |= {"build": build, "budgets": budgets, "calibration": calibration}
@@ -120,10 +122,15 @@ def _export(
     if check is not None:
         if against is None or source is not None or output is not None:
             raise click.UsageError("--check BUNDLE takes --against CHECKPOINT and neither CHECKPOINT nor --output")
-        _refuse({*EXPORTING, "target", "budgets"}, "to check a BUNDLE, leave out")
+        refused = {*EXPORTING, *CALIBRATING, "target", "budgets", "calibration_images"}
+        _refuse(refused, "to check a BUNDLE, leave out")
         return check_bundle(check, against, options["heads"], threads, progress)
     if source is None or output is None:
         raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")
+    _refuse({"against"}, "an export is verified against its CHECKPOINT, leave out")
+    if options["calibration"].precision == "fp32":
+        images = () if options["budgets"].budgets else ("calibration_images",)
+        _refuse({*CALIBRATING, *images}, "nothing is calibrated in fp32, give a --precision or leave out")
     return export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
 
 
@@ -223,7 +230,7 @@ def _compare(
 
     if bundle is not None or not options["images"]:
         raise click.UsageError("--compare A B takes --images and no other BUNDLE")
-    _refuse(MEASURING, "--compare runs the trained policies once, without")
+    _refuse({*MEASURING, "tune"}, "--compare runs the trained policies once, without")
     images, backend, threads, provider = (options[key] for key in ("images", "backend", "threads", "provider"))
     return compare_bundles(*compare, images, backend, threads, provider, progress)
 

@@ -105,6 +105,8 @@ def test_what_cannot_be_compared(
     assert "--images" in refusal(invoke(run, "--compare", wide[0], wide[0]), 2)
     message = refusal(invoke(run, "--compare", wide[0], wide[0], "--images", photos, "--budget", 0.5), 2)
     assert "--compare runs the trained policies once, without --budget" in message
+    message = refusal(invoke(run, "--compare", wide[0], wide[0], "--images", photos, "--tune"), 2)
+    assert "--compare runs the trained policies once, without --tune" in message
     assert "no other BUNDLE" in refusal(invoke(run, wide[0], "--compare", wide[0], wide[0], "--images", photos), 2)
     (tmp_path / "broken.png").write_bytes(b"")
     assert "can be read" in refusal(invoke(run, "--compare", wide[0], wide[0], "--images", tmp_path))
