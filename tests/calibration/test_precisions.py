@@ -2,15 +2,19 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from cases import WIDE, python, quiet, random_images, read_config
+import torch
+from cases import WIDE, python, quiet, random_images, random_model, read_config, save, tiny
 from onnx import TensorProto, numpy_helper
 
 import adavit
+from adavit.export import ExportOptions, export_bundle
+from adavit.precision_options import CalibrationOptions
 from adavit.runtime.bundle import Bundle
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
@@ -54,6 +58,14 @@ def test_decisions_and_classes_stay_close(calibrated: Calibrated, precision: str
 
 
 @precisions
+def test_other_precisions_run_without_engines_for_sets_of_heads(calibrated: Calibrated, precision: str) -> None:
+    runtime, images = adavit.load(calibrated(precision)[0], threads=1), random_images(WIDE, 2)
+    before = runtime.run(images)
+    assert runtime.specialise(before.policy) == 0
+    np.testing.assert_array_equal(runtime.run(images).logits, before.logits)
+
+
+@precisions
 def test_the_bundle_is_smaller_and_says_what_it_is(calibrated: Calibrated, precision: str) -> None:
     bundle, report = calibrated(precision)
     config = read_config(bundle)
@@ -66,6 +78,8 @@ def test_the_bundle_is_smaller_and_says_what_it_is(calibrated: Calibrated, preci
     converted = {name for name in kinds if name.startswith("blocks.") and "decide" not in name}
     converted -= {name for name in converted if "attention_gather" in name and precision == "int8"}
     assert {kinds[name] for name in converted} == {precision}
+    gathering = {kinds[name] for name in kinds if name.endswith("attention_gather")}
+    assert gathering == {"fp32" if precision == "int8" else "fp16"}  # whose weights are all handed to it
     assert report["calibration"]["engines"]["blocks.0.attention"]["samples"] == 32
 
 
@@ -76,13 +90,40 @@ def test_sums_normalisations_and_softmax_stay_in_fp32(calibrated: Calibrated) ->
             v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input, *inferred.output)
         }
         kinds |= {value.name: value.data_type for value in inferred.initializer}
+        makers = {value: node for node in inferred.node for value in node.output}
+        if name.endswith((".attention", ".mlp", ".attention_gather", ".mlp_gather")):
+            assert makers["y"].op_type == "Add", name  # and not a cast of a sum in fp16
+        if name.startswith("blocks.") and "decide" not in name and not name.endswith("_set"):
+            matrices = [value for value in inferred.initializer if len(value.dims) > 1]
+            assert {kinds[value.name] for value in matrices} <= {TensorProto.FLOAT16}, name
         for node in inferred.node:
             if node.op_type in ("LayerNormalization", "Softmax"):
                 assert {kinds[value] for value in (*node.input, *node.output)} == {TensorProto.FLOAT}, name
+            if node.op_type == "LayerNormalization":
+                assert "Cast" not in {makers[value].op_type for value in node.input if value in makers}, name
             if node.op_type == "MatMul" and name.startswith("blocks.") and "decide" not in name:
                 assert {kinds[value] for value in node.input} == {TensorProto.FLOAT16}, name
             if node.output[0] == "y" and node.op_type == "Add":
                 assert {kinds[value] for value in node.input} == {TensorProto.FLOAT}, name
+
+
+def test_tokens_may_be_larger_than_fp16_holds(pictures: Path, tmp_path: Path) -> None:
+    arch = tiny(depth=2, head_policy=False)
+    model = random_model(arch, sublayers=2.0)
+    with torch.no_grad():
+        model.pos_embed[..., 0] += 7e4  # which no sub-layer takes away again
+    source, images = save(model, tmp_path / "model.safetensors"), random_images(arch, 4)
+    calibration = CalibrationOptions("fp16", (pictures,), tmp_path / "ranges.npz")
+    loaded = []
+    for precision in ("fp32", "fp16"):
+        options = ExportOptions(
+            with_dense=True, verify=False, threads=1, calibration=replace(calibration, precision=precision)
+        )
+        export_bundle(source, tmp_path / precision, options, quiet)
+        loaded.append(adavit.load(tmp_path / precision, threads=1))
+    wanted, found = (runtime.run(images) for runtime in loaded)
+    np.testing.assert_allclose(found.logits, wanted.logits, atol=0.01)
+    np.testing.assert_allclose(loaded[1].run_dense(images), loaded[0].run_dense(images), atol=0.01)
 
 
 def test_linear_layers_take_codes_of_seven_bits(calibrated: Calibrated) -> None:
