@@ -4,7 +4,7 @@ from math import erf, sqrt
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -27,12 +27,13 @@ def test_every_value_but_zero_is_counted_once(first: np.ndarray, second: np.ndar
     assert found.counts.sum() == np.count_nonzero(first) + np.count_nonzero(second)
     assert found.peak == max(np.abs(first).max(), np.abs(second).max())
     assert found.peak <= found.width * len(found.counts) * (1 + 1e-9)
+    assert found.width * len(found.counts) <= 2 * found.peak * (1 + 1e-9)  # no wider than it takes
 
 
-@given(VALUES)
-def test_no_threshold_exceeds_the_largest_value(values: np.ndarray) -> None:
-    found = of(values)
-    assert found.threshold("max") == np.abs(values).max()
+@given(VALUES, VALUES)
+def test_no_threshold_exceeds_the_largest_value(first: np.ndarray, second: np.ndarray) -> None:
+    found = of(first, second)
+    assert found.threshold("max") == max(np.abs(first).max(), np.abs(second).max())
     assert all(0 <= found.threshold(method) <= found.peak for method in METHODS)
 
 
@@ -47,6 +48,19 @@ def test_an_outlier_does_not_set_the_range() -> None:
     found = of(np.append(values, np.float32(100)))
     assert found.threshold("max") == 100
     assert 3 < found.threshold("percentile") < 5
+    assert 3 < found.threshold("entropy") < 30
+
+
+@given(hnp.arrays(np.float32, 20_000, elements=st.floats(0.25, 1, width=32), fill=st.floats(0.25, 1, width=32)))
+@settings(max_examples=25, deadline=None)
+def test_of_ten_thousand_values_a_percentile_clips_one(values: np.ndarray) -> None:
+    assert (values > of(values).threshold("percentile")).sum() <= 2
+
+
+def test_of_rare_large_values_entropy_clips_what_a_percentile_keeps() -> None:
+    values = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    found = of(np.append(values, np.full(30, 100, np.float32)))
+    assert found.threshold("percentile") == 100
     assert 3 < found.threshold("entropy") < 30
 
 

@@ -10,6 +10,7 @@ import adavit
 from adavit.calibration.linear import unit
 from adavit.calibration.recording import Recorder, Reservoir
 from adavit.runtime import Runtime
+from adavit.runtime.budget import Offsets
 
 IMAGES = random_images(WIDE, 16, seed=5)
 
@@ -45,16 +46,36 @@ def test_the_first_input_is_the_stems_kept_tokens(runtime: Runtime) -> None:
     np.testing.assert_array_equal(recorded(runtime).reservoirs["blocks.0.attention"].samples[0]["x"], stem[0][kept])
 
 
+def test_engines_for_sets_of_heads_hide_nothing(runtime: Runtime, wide: tuple[Path, Path]) -> None:
+    specialised, plain = adavit.load(wide[0], threads=1), recorded(runtime)
+    assert specialised.specialise(runtime.run(IMAGES).policy) > 0
+    found = recorded(specialised)
+    assert found.seen == plain.seen
+    for name, reservoir in plain.reservoirs.items():
+        assert [sample.keys() for sample in found.reservoirs[name].samples] == [s.keys() for s in reservoir.samples]
+
+
+def test_a_sublayer_without_a_head_runs_no_engine(wide: tuple[Path, Path]) -> None:
+    recorder = recorded(adavit.load(wide[0], threads=1, budget=Offsets(heads=-1000.0)))
+    assert {engine.split(".")[1] for engine in recorder.seen} == {"0"}  # which keeps every head
+    assert all(not recorder.reservoirs[f"blocks.1.{kind}"].offered for kind in ("attention", "mlp"))
+
+
 def test_counts_and_statistics_are_of_what_ran(runtime: Runtime) -> None:
     recorder, policy = recorded(runtime, capacity=2), runtime.run(IMAGES).policy
     offered = {name: reservoir.offered for name, reservoir in recorder.reservoirs.items() if name != "dense"}
     for name, count in offered.items():
         assert sum(seen.samples for engine, seen in recorder.seen.items() if unit(engine) == name) == count
         assert len(recorder.reservoirs[name].samples) == min(2, count)
+        block, part = int(name.split(".")[1]), int(name.endswith("mlp"))
+        reached = policy.sublayers[:, block, part] & policy.heads[:, block].any(1)
+        tokens = sum(seen.tokens for engine, seen in recorder.seen.items() if unit(engine) == name)
+        assert tokens == policy.tokens[reached, block].sum()
     statistics = recorder.statistics().to_dict()
     runs = policy.sublayers[:, 1].any(1)
-    wanted = np.unique(policy.tokens[runs, 1].sum(1), return_counts=True)
-    assert statistics["tokens"][1] == {str(k): int(n) for k, n in zip(*wanted, strict=True)}
+    for kind, masks in (("tokens", policy.tokens), ("heads", policy.heads)):
+        wanted = np.unique(masks[runs, 1].sum(1), return_counts=True)
+        assert statistics[kind][1] == {str(k): int(n) for k, n in zip(*wanted, strict=True)}
     assert statistics["batch"] == {"1": len(IMAGES)}
 
 
