@@ -155,7 +155,7 @@ def _report(runtime: Runtime, plan: Plan, turns: list[Turn], noted: float, call:
     def row(part: str) -> dict[str, Any]:
         kinds = ("engines", "decision", "moves", "calls")
         spent = {f"{kind}_ms": ledger.sums.get((part, kind), 0.0) / 1e6 / len(kept) for kind in kinds}
-        padding = max(0, computed[part] - asked[part]) if part.startswith("block") else 0
+        padding = max(0, computed[part] - asked[part])
         ideal, padded = (macs / len(kept) / speed for macs in (asked[part], padding))
         slower = spent["engines_ms"] - ideal - padded
         ways = {"ideal_ms": ideal, "padding_ms": padded, "slower_ms": slower}

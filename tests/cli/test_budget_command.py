@@ -6,7 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import assert_same_policy, invoke, picture, pictures_in, read_config, refusal, tiny, write_config
+from cases import (
+    assert_same_policy,
+    invoke,
+    picture,
+    pictures_in,
+    quiet,
+    random_images,
+    read_config,
+    refusal,
+    tiny,
+    write_config,
+)
 
 import adavit
 from adavit.cli import export, run
@@ -87,6 +98,14 @@ def test_a_latency_out_of_range(dialled: Path, monkeypatch: pytest.MonkeyPatch) 
         assert "take 2.00 to 7.00 ms on this machine" in message
 
 
+@pytest.mark.parametrize(("asked", "budget"), [(2, 0.5), (4.5, 0.75), (7, 1.0)])
+def test_a_larger_budget_that_seems_faster_is_noise(
+    asked: float, budget: float, dialled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "_medians", slow([2.0, 1.5, 7.0]))
+    assert report(dialled, "--latency-ms", asked)["budget"]["macs"] == pytest.approx(budget)
+
+
 def test_a_latency_is_timed_here(dialled: Path, labelled: Path) -> None:
     """Whatever this machine does: between the slowest and the fastest point there is a budget."""
     message = refusal(invoke(run, dialled, *SHORT, "--images", labelled, "--latency-ms", 1e9))
@@ -95,6 +114,27 @@ def test_a_latency_is_timed_here(dialled: Path, labelled: Path) -> None:
     done = invoke(run, dialled, *SHORT, "--images", labelled, "--latency-ms", (fastest + slowest) / 2)
     if done.exit_code == 0:  # a second timing may differ from the first
         assert 0.1 <= json.loads(done.stdout)["budget"]["macs"] <= 1.0
+
+
+def test_points_take_turns_on_all_images(dialled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a point takes is the median of its runs, at its own offsets, but for the first."""
+    runtime, images = adavit.load(dialled, threads=1), random_images(tiny(), 5)
+    assert runtime.budgets is not None
+    ran: dict[float, list[np.ndarray]] = {0.1: [], 0.5: [], 1.0: []}
+
+    def timed(run: Any) -> float:
+        budget = {-1000.0: 0.1, 0.0: 0.5, 1000.0: 1.0}[run.keywords["budget"].tokens]
+        ran[budget].append(run.args[0])
+        return 1e9 if len(ran[budget]) < 2 else 100 * budget + len(ran[budget])
+
+    monkeypatch.setattr(latency, "time_run", timed)
+    monkeypatch.setattr(latency, "SECONDS", 1e-9)
+    found = latency.budget_for_latency(runtime, runtime.budgets, images, 2, 35.0, quiet)
+    assert {len(given) for given in ran.values()} == {latency.ROUNDS + 1}
+    middle = 1.5 + latency.ROUNDS / 2  # of 2 to ROUNDS + 1, which is added to each
+    assert found == pytest.approx(np.interp(35 - middle, [10, 50, 100], [0.1, 0.5, 1.0]))
+    for given in ran.values():
+        np.testing.assert_array_equal(np.concatenate(given)[:6], images[[0, 1, 2, 3, 4, 0]])
 
 
 def test_few_of_many_points_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:

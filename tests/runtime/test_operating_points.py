@@ -30,7 +30,7 @@ from adavit.runtime import Runtime
 from adavit.runtime.budget import TRAINED, Budgets, Offsets
 
 IMAGES = random_images(tiny(), 6)
-POINTS = {
+POINTS: dict[str, Any] = {
     "points": [
         {"budget": 0.2, "offsets": {"tokens": -2.0, "heads": -4.0, "sublayers": -1.0}, "measured": {"macs": 0.2}},
         {"budget": 0.5, "offsets": {"tokens": 0.0, "heads": 0.0, "sublayers": 0.0}, "measured": {"macs": 0.5}},
@@ -86,6 +86,12 @@ def test_between_offsets_by_block_each_block_is_on_its_line(first: Any, second: 
     assert low.toward(high, share).by_block(2)[1][block] == pytest.approx(wanted, abs=1e-6)
     if first == second:
         assert low.toward(high, share).by_block(2) == low.by_block(2)  # to the last bit: what stays never turns back
+
+
+def test_sums_of_offsets_are_by_block_and_within_their_bounds() -> None:
+    found = Offsets(tokens=(1.0, -2.0), heads=900.0).plus(Offsets(tokens=0.5, heads=(200.0, -1000.0)), 2)
+    assert found == Offsets(tokens=(1.5, -1.5), heads=(1000.0, -100.0), sublayers=(0.0, 0.0))
+    assert Offsets(heads=-900.0).plus(Offsets(heads=-200.0), 1) == Offsets((0.0,), (-1000.0,), (0.0,))
 
 
 def test_offsets_for_another_number_of_blocks(runtime: Runtime) -> None:
@@ -224,10 +230,18 @@ DAMAGED: dict[str, Any] = {
     "null": None,
     "no points": {"points": [], "calibration": {}},
     "points of text": {"points": ["a", "b"], "calibration": {}},
-    "too many": {"points": POINTS["points"] * 400, "calibration": {}},
+    "too many": {
+        "points": [{**POINTS["points"][n == 0], "budget": (n + 1) / 2000} for n in range(1001)],
+        "calibration": {},
+    },
     "no calibration": {"points": POINTS["points"]},
     "out of order": damaged(budget=0.95),
     "twice": damaged(budget=0.2),
+    "more than all": {"points": [*POINTS["points"][:2], {**POINTS["points"][2], "budget": 1.1}], "calibration": {}},
+    "the trained policy twice": {
+        "points": [*POINTS["points"], {**POINTS["points"][1], "budget": 1}],
+        "calibration": {},
+    },
     "a budget of NaN": damaged(budget=float("nan")),
     "a budget of text": damaged(budget="0.5"),
     "an offset of NaN": damaged(offsets={"tokens": float("nan")}),

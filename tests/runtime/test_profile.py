@@ -2,25 +2,37 @@
 
 import json
 import threading
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import assert_same_policy, invoke, random_images, random_policy, read_config, refusal, tiny, write_config
+from cases import (
+    WIDE,
+    assert_same_policy,
+    invoke,
+    random_images,
+    random_policy,
+    read_config,
+    refusal,
+    tiny,
+    write_config,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 import adavit
 from adavit.cli import run
-from adavit.macs import dense_macs
-from adavit.runtime import Runtime
+from adavit.macs import dense_macs, mlp_macs
+from adavit.runtime import Policy, Runtime
 from adavit.runtime.benchmark import Plan
+from adavit.runtime.budget import Offsets
 from adavit.runtime.ledger import IDLE, Ledger, kind_of
 from adavit.runtime.profile import Event, Profiler
 from adavit.runtime.trace import write_trace
-from adavit.runtime.waterfall import asked_macs, computed_macs, profile
+from adavit.runtime.waterfall import TRACED, Turn, _report, asked_macs, computed_macs, profile
 
 NAMES = ("blocks.0.decide", "fetch", "gather", "blocks.1.attention", "blocks.1.mlp_gather", "scatter")
 KEYS = ("engines_ms", "decision_ms", "moves_ms", "calls_ms")
@@ -116,6 +128,66 @@ def test_a_profile_adds_up(parallel: str, tiny_bundle: Path) -> None:
     assert (found["parts"][-1]["calls_ms"] > 0) == (parallel == "samples")
 
 
+def test_what_a_report_counts(runtime: Runtime) -> None:
+    """Two runs, and one that something disturbed; of an image whose block 1 is an MLP for one of three heads."""
+    arch, policy = tiny(), Policy.dense(tiny(), 1)
+    policy.heads[:, 1, 1:] = policy.sublayers[:, 1, 0] = False
+    masked = {"K": arch.tokens}
+
+    def turn(length: int, dense: int) -> Turn:
+        calls = [Event("stem", 0, 100_000, 0, {}), Event("blocks.1.mlp", 100_000, length - 50_000, 0, masked)]
+        calls.append(Event("head", length - 50_000, length - 40_000, 0, {}))
+        return Turn(Event("run", 0, length, 0, {}), calls, policy, Event("dense twin", 0, dense, 0, {}))
+
+    turns = [turn(1_000_000, 2_000_000), turn(9_000_000, 1_900_000), turn(1_400_000, 2_500_000)]
+    found = _report(runtime, Plan(batch=1), turns, noted=300.0, call=5_000.0)
+    assert (found["runs"], found["disturbed_runs"]) == (2, 1)
+    assert found["latency_ms"] == pytest.approx(1.2)
+    assert found["dense_ms"] == 2.0
+    assert found["dense_gmacs_per_second"] == pytest.approx(dense_macs(arch) / 2e6)
+    assert found["timers_ms"] == pytest.approx(3 * 300 / 1e6)
+    assert found["call_us"] == 5
+    parts = {part["part"]: part for part in found["parts"]}
+    assert parts["stem"]["engines_ms"] == pytest.approx(0.095)
+    assert parts["block 1"]["engines_ms"] == pytest.approx(1.2 - 0.15 - 0.005)
+    assert parts["block 1"]["calls_ms"] == pytest.approx(0.005)
+    assert (parts["head"]["engines_ms"], parts["head"]["calls_ms"]) == pytest.approx((0.005, 0.045))
+    asked = asked_macs(arch, policy)
+    for name, macs in asked.items():
+        assert parts[name]["ideal_ms"] == pytest.approx(2 * macs / dense_macs(arch))
+    more = mlp_macs(arch, arch.tokens, 3) - mlp_macs(arch, arch.tokens, 1)
+    assert parts["block 1"]["padding_ms"] == pytest.approx(2 * more / dense_macs(arch))
+    assert parts["head"]["padding_ms"] == parts["stem"]["padding_ms"] == 0
+    slower = parts["block 1"]["engines_ms"] - parts["block 1"]["ideal_ms"] - parts["block 1"]["padding_ms"]
+    assert parts["block 1"]["slower_ms"] == pytest.approx(slower)
+    assert found["total"]["total_ms"] == pytest.approx(1.2)
+
+
+def test_a_profile_is_of_what_runs(wide: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of its engines for sets of heads, a recorded policy, and its offsets; the first runs are traced."""
+    runtime, images = adavit.load(wide[0], threads=1), random_images(WIDE, 3)
+    policy = Policy.dense(WIDE, 3)
+    policy.heads[:, 1:, 1:] = False
+    runtime.specialise(policy)
+    plan = Plan(iterations=12, warmup=0)
+
+    def ran(runtime: Runtime, recorded: Policy | None = None) -> list[dict[str, Any]]:
+        profile(runtime, images, plan, recorded, tmp_path / "trace.json")
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        return [event for event in events if event["ph"] == "X"]
+
+    events = ran(runtime, policy)
+    names = Counter(event["name"] for event in events)
+    assert names["run"] == names["dense twin"] == names["blocks.2.both_set"] == TRACED < 12
+    assert {event["args"]["h"] for event in events if event["name"] == "blocks.2.both_set"} == {1}
+    runtime.dispatcher.specialise(())
+    names = Counter(event["name"] for event in ran(runtime, policy))
+    assert names["blocks.2.attention_gather"] + names["blocks.2.attention"] == TRACED
+    assert not names["blocks.2.attention_weights"]  # every set of heads was seen before what is timed
+    everything = Runtime(runtime.bundle, runtime.backend, runtime.options, Offsets(1000.0, 1000.0, 1000.0))
+    assert {event["args"].get("K") for event in ran(everything) if event["name"] == "blocks.2.mlp"} == {WIDE.tokens}
+
+
 def test_timers_change_nothing(runtime: Runtime) -> None:
     images, policy = random_images(tiny(), 2), random_policy(tiny(), 2, seed=3)
     profiler = Profiler(runtime.bundle, runtime.backend)
@@ -140,6 +212,8 @@ def test_padding_is_what_masked_heads_cost() -> None:
     masked = computed_macs(arch, Event("blocks.1.attention", 0, 1, 0, {"K": 9}))
     gathered = computed_macs(arch, Event("blocks.1.attention_gather", 0, 1, 0, {"K": 9, "h": 1}))
     assert masked == 3 * gathered
+    in_a_set = computed_macs(arch, Event("blocks.1.attention_set", 0, 1, 0, {"K": 9, "c": arch.head_width}))
+    assert in_a_set == gathered
     assert computed_macs(arch, Event("blocks.1.attention_weights", 0, 1, 0, {"h": 1})) == 0
     assert computed_macs(arch, Event("gather", 0, 1, 0, {"rows": 9})) == 0
 

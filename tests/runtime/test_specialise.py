@@ -32,9 +32,10 @@ import adavit
 from adavit.architecture import Architecture
 from adavit.cli import run
 from adavit.errors import BackendError, InputError
+from adavit.macs import attention_macs, dense_macs
 from adavit.runtime import Policy, Runtime, specialise, tune
 from adavit.runtime.budget import Offsets
-from adavit.runtime.plan import SETS, EnginePlan, HeadSet, ruled, saved_macs
+from adavit.runtime.plan import SETS, EnginePlan, HeadSet, ruled, saved_macs, sizes_of
 from adavit.runtime.profile import Event, Profiler
 from adavit.runtime.specialise import set_bytes
 from adavit.runtime.weights import attention_weights, mlp_weights, set_weights
@@ -158,6 +159,9 @@ def test_a_later_call_replaces_the_engines(loaded: Runtime) -> None:
     loaded.specialise(keeping((0, 1)))
     loaded.specialise(keeping((4, 5)))
     assert set(loaded.dispatcher.specialised.sets) == sets_with((4, 5))
+    loaded.dispatcher.specialise(())
+    assert not loaded.dispatcher.specialised.sets
+    assert not loaded.dispatcher.specialised.engines
 
 
 def test_engines_that_are_replaced_are_freed(loaded: Runtime) -> None:
@@ -216,6 +220,28 @@ def test_the_sets_that_save_most_get_the_memory(loaded: Runtime, monkeypatch: py
     assert choose(both) == ()
 
 
+def test_a_set_has_to_save_its_share_of_an_images_time(loaded: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = loaded.dispatcher.specialised.choose
+    saved = min(saved_macs(WIDE, "both", WIDE.tokens, heads) for heads in (2, WIDE.heads))
+    policy = Policy.concatenate([keeping((0, 2), 1), keeping((1, 3), 9)])
+    monkeypatch.setattr(specialise, "LEAST", 0.5 * saved / dense_macs(WIDE))
+    assert set(choose(policy)) == sets_with((1, 3))  # and not what one image in ten has
+
+
+def test_memory_goes_where_it_saves_most_by_the_byte(loaded: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (0,), (0, 1, 2, 3, 4)
+    policy = Policy.concatenate([keeping(few, 9), keeping(many, 10)])
+    large, small = (HeadSet(1, "both", heads) for heads in (many, few))
+    saves = [saved_macs(WIDE, "both", WIDE.tokens, len(heads)) for heads in (many, few)]
+    assert 10 * saves[0] > 9 * saves[1]
+    assert set_bytes(WIDE, large) > 2 * set_bytes(WIDE, small)
+    of_all = set_bytes(WIDE, HeadSet(0, "both", tuple(range(WIDE.heads))))
+    monkeypatch.setattr(specialise, "BYTES", of_all + 2 * set_bytes(WIDE, small) + set_bytes(WIDE, large) - 1)
+    assert {found for found in loaded.dispatcher.specialised.choose(policy) if found.block} == {
+        HeadSet(block, "both", few) for block in (1, 2)
+    }
+
+
 @pytest.mark.parametrize("kind", SETS)
 def test_the_bytes_of_a_set_are_those_of_its_matrices(kind: str, loaded: Runtime) -> None:
     found = HeadSet(1, kind, (0, 2, 5))
@@ -231,6 +257,30 @@ def test_the_bytes_of_a_set_are_those_of_its_matrices(kind: str, loaded: Runtime
 )
 def test_constants_always_save_something(kept: int, heads: int, kind: str) -> None:
     assert saved_macs(WIDE, kind, kept, heads) > 0
+
+
+@pytest.mark.parametrize("kept", [1, 40, WIDE.tokens])
+def test_with_every_head_constants_save_no_more_than_calls_and_a_mask(kept: int) -> None:
+    calls = saved_macs(WIDE, "mlp", kept, WIDE.heads)  # the MLP with all heads has constant weights anyway
+    assert calls == saved_macs(WIDE, "mlp", 1, WIDE.heads)
+    attention = saved_macs(WIDE, "attention", kept, WIDE.heads) - calls
+    assert 0 < attention < 0.1 * attention_macs(WIDE, kept, WIDE.heads)
+    for heads in range(1, WIDE.heads + 1):
+        both = saved_macs(WIDE, "both", kept, heads)
+        parts = saved_macs(WIDE, "attention", kept, heads), saved_macs(WIDE, "mlp", kept, heads)
+        assert both == pytest.approx(sum(parts) - calls)
+
+
+def test_sizes_are_counted_by_the_image() -> None:
+    policy = random_policy(WIDE, 20, 4)
+    found, tokens, heads = sizes_of(policy), policy.tokens.sum(2), policy.heads.sum(2)
+    for block in range(WIDE.depth):
+        for kind, kept in (("attention", [1, 0]), ("mlp", [0, 1]), ("both", [1, 1])):
+            of = (policy.sublayers[:, block] == kept).all(1) & (heads[:, block] > 0)
+            sizes = [(key, often) for key, often in found.items() if (key.block, key.kind) == (block, kind)]
+            assert sum(often for _, often in sizes) == pytest.approx(of.mean())
+            assert sum(key.tokens * often for key, often in sizes) == pytest.approx((tokens[:, block] * of).mean())
+            assert sum(key.heads * often for key, often in sizes) == pytest.approx((heads[:, block] * of).mean())
 
 
 def test_a_bundle_of_an_earlier_version(wide: tuple[Path, Path], tmp_path: Path) -> None:
@@ -269,7 +319,7 @@ def test_tuning_with_images_keeps_sets(wide: tuple[Path, Path], cache: Path) -> 
     [
         1, [1], [[1, "mlp"]], [[1, "mlp", 3]], [[1, "mlp", []]], [[1, "mlp", [2, 1]]], [[1, "mlp", [1, 1]]],
         [[1, "mlp", [6]]], [[1, "mlp", [-1]]], [[1, "mlp", ["1"]]], [[1, "norm", [1]]], [[3, "mlp", [1]]],
-        [[0, "mlp", [0, 1, 2, 3, 4, 5]]],
+        [[0, "mlp", [0, 1, 2, 3, 4, 5]]], [[0, "both", [1]]],
         [[-1, "mlp", [1]]], [[0, "mlp", [1]]], [[True, "mlp", [1]]], [[1, ["mlp"], [1]]],
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ import adavit
 from adavit.cli import run
 from adavit.console_tune import tune_lines
 from adavit.errors import InputError
-from adavit.runtime import Runtime, tune
+from adavit.macs import dense_macs
+from adavit.runtime import Runtime, staircase, timing, tune
 from adavit.runtime.backend import Sizes
 from adavit.runtime.plan import SETS, SUBLAYERS, EnginePlan, ruled, sizes_of
 from adavit.runtime.profile import Profiler
@@ -135,6 +137,127 @@ def test_the_faster_engine_is_planned() -> None:
         masked = 1 + (k - 1) / 2
         assert [row[0] for row in plan.gathers[k]] == [False, masked > 3, masked > 4.5, False], k
         assert [row[1] for row in plan.gathers[k]] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["attention", "mlp"])
+def test_the_rule_gathers_few_heads_of_many_tokens(kind: int) -> None:
+    arch = tiny(image_size=224, patch_size=16, width=384, heads=6, hidden=1536)
+    gathers = np.array(ruled(arch).gathers)[1:, 1:, kind]  # by tokens and heads, from 1
+    assert gathers[-1, 0]
+    assert not gathers[0].any()  # the copy costs more than it saves
+    assert not gathers[:, -1].any()  # nothing to save
+    assert (np.diff(gathers.astype(int), axis=0) >= 0).all()  # where it pays, it does with more tokens
+    assert (np.diff(gathers.astype(int), axis=1) <= 0).all()  # and with fewer heads
+    assert np.array(ruled(arch, always=True).gathers)[:, 1:].all()
+
+
+def test_times_are_medians_without_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, taken = 0.0, {"a": iter([90.0, 4.0, 70.0, 5.0]), "b": iter([1.0, 7.0, 8.0, 3.0])}
+
+    def run(name: str) -> None:
+        nonlocal now
+        now += next(taken[name]) / 1e3
+
+    monkeypatch.setattr(timing, "perf_counter", lambda: now)
+    shares: list[float] = []
+    runs = {name: partial(run, name) for name in taken}
+    found = timing.median_times(runs, 3, "timing", lambda stage, share: shares.append(share))
+    assert found == pytest.approx({"a": 5.0, "b": 7.0})
+    assert shares == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("gathering", "masks"), [((), True), (("attention",), True), (("mlp",), True), (("attention", "mlp"), False)]
+)
+def test_a_plan_masks_unless_all_is_gathered(gathering: tuple[str, ...], masks: bool) -> None:
+    assert EnginePlan.where(WIDE, lambda kind, k, h: kind in gathering and k > 0 and h > 0).masks == masks
+    but_one = EnginePlan.where(WIDE, lambda kind, k, h: kind in gathering and h > 0 and (k, h) != (7, 2))
+    assert but_one.masks
+
+
+@pytest.mark.parametrize("faster", ["rule", "measured"])
+def test_the_faster_plan_is_taken(faster: str, wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = adavit.load(wide[0], threads=1)
+    heads, ones = [[1.0, 1.0]] * WIDE.heads, [1.0, 1.0]
+    stairs = Staircase(
+        tokens=[1, WIDE.tokens],
+        masked={"attention": [2.0, 2.0], "mlp": ones},  # so that attention always gathers, and the MLP never
+        gathered={"attention": heads, "mlp": heads},
+        weights={"attention": [0.0] * WIDE.heads, "mlp": [0.0] * WIDE.heads},
+    )
+    plans = {"rule": ruled(WIDE), "measured": stairs.plan(WIDE)}
+    times = {"rule": 9.0, "measured": 9.0, faster: 4.0}
+    policies = {"nothing": 6.0, "tokens": 3.0, "heads": 5.0, "sublayers": 4.0}
+
+    def timed(runs: dict[str, Any], rounds: int, stage: str, progress: Any) -> dict[str, float]:
+        assert not loaded.dispatcher.specialised.sets  # whose engines follow no plan
+        if stage == "comparing plans":
+            for name, run in runs.items():
+                run()
+                assert loaded.dispatcher.plan.gathers == plans[name].gathers
+            return times
+        assert loaded.dispatcher.plan.gathers == plans[faster].gathers  # what policies gain is of the plan taken
+        return policies
+
+    monkeypatch.setattr(tune, "measure_staircase", lambda *_: stairs)
+    monkeypatch.setattr(tune, "median_times", timed)
+    loaded.specialise(adavit.Policy.dense(WIDE, 1))  # which what is tuned is not
+    used = adavit.Policy.dense(WIDE, 1)
+    used.heads[:, 1:, 2:] = False
+    report = tune.tune(loaded, quiet, used)
+    assert report["taken"] == faster
+    assert report["plans_ms"] == {name: time / tune.IMAGES for name, time in times.items()}
+    assert loaded.dispatcher.plan.gathers == plans[faster].gathers
+    assert loaded.dispatcher.plan.origin == report["plan"]
+    assert {found.heads for found in loaded.dispatcher.specialised.sets if found.block} == {(0, 1)}
+    again = adavit.load(wide[0], threads=1).dispatcher.plan
+    assert (again.gathers, again.origin) == (plans[faster].gathers, report["plan"])
+    other = adavit.load(wide[0], threads=1, backend="openvino")
+    assert other.options == loaded.options
+    assert other.dispatcher.plan.origin is None  # it is of the backend that was measured
+    for gain in report["gains"]:
+        assert gain["speedup"] == pytest.approx(6 / policies[gain["dropped"]])
+        assert gain["ideal"] == pytest.approx(1 / gain["macs"])
+
+
+def test_policies_that_are_compared_drop_half_of_one_kind(wide: tuple[Path, Path]) -> None:
+    loaded = adavit.load(wide[0], threads=1)
+    gains = {gain["dropped"]: gain["macs"] for gain in tune.tune(loaded, quiet)["gains"]}
+    for kind in ("tokens", "heads", "sublayers"):
+        half = adavit.Policy.dense(WIDE, 1)
+        if kind == "tokens":
+            half.tokens[:, :, 1 + WIDE.patches // 2 :] = False
+        elif kind == "heads":
+            half.heads[:, WIDE.keep :, WIDE.heads // 2 :] = False
+        else:
+            half.sublayers[:, 1, 1] = half.sublayers[:, 2, 0] = False
+        assert gains[kind] == pytest.approx(loaded.run(random_images(WIDE, 1), half).macs[0] / dense_macs(WIDE))
+
+
+def test_what_is_timed_is_what_the_staircase_says(wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = adavit.load(wide[0], threads=1)
+    profiler = Profiler(loaded.bundle, loaded.backend)
+    timed = Runtime(loaded.bundle, profiler, loaded.options)
+
+    def once(runs: dict[Any, Any], *_: Any) -> dict[Any, float]:
+        for (kind, tokens, heads), timed_run in runs.items():
+            for _ in range(2):  # what gathers weights does so every time
+                with profiler.recording() as calls:
+                    timed_run()
+                names = [call.name for call in calls]
+                assert names == [f"blocks.2.{kind}", *([] if kind.endswith("_weights") else ["fetch"])]
+                assert calls[0].sizes.get("K", 0) == tokens
+                assert calls[0].sizes.get("h", 0) == heads
+        return {(kind, tokens, heads): 1e6 * len(kind) + 1e3 * tokens + heads for kind, tokens, heads in runs}
+
+    monkeypatch.setattr(staircase, "median_times", once)
+    found = staircase.measure_staircase(timed.dispatcher, quiet)
+    for kind in ("attention", "mlp"):
+        size, at = 1e6 * len(kind), np.array(found.tokens)
+        np.testing.assert_array_equal(found.masked[kind], size + 1e3 * at)
+        for heads in range(1, WIDE.heads + 1):
+            np.testing.assert_array_equal(found.gathered[kind][heads - 1], size + 7e6 + 1e3 * at + heads)
+            assert found.weights[kind][heads - 1] == size + 8e6 + heads
 
 
 def test_tuning(wide: tuple[Path, Path], cache: Path, planned: Runtime) -> None:
