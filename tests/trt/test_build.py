@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -33,7 +34,7 @@ from adavit.precision_options import CalibrationOptions
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.engine_sets import engine_sets
 from adavit.runtime.evaluate import demo_bundle
-from adavit.tensorrt import build
+from adavit.tensorrt import build, worker
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
 
@@ -264,7 +265,48 @@ def test_the_builder_takes_its_options(bundle: Path) -> None:
     assert done.exit_code == 0, done.output
     ((key, report),) = json.loads(done.stdout)["engine_sets"].items()
     assert key.endswith("-sm86-sm89")
+    assert read_config(bundle)["engine_sets"][key]["max_batch"] == 4
     assert report["engines"]["stem"]["profiles"][0]["images"][2][0] == 4
+
+
+def test_every_option_reaches_the_builder(tmp_path: Path) -> None:
+    """What Polygraphy is asked for: most of it shows in no engine that is built without a GPU."""
+    asked: dict[str, Any] = {}
+    profiles: list[list[Any]] = []
+
+    def profile() -> Any:
+        profiles.append([])
+        return SimpleNamespace(add=lambda *shapes: profiles[-1].append(shapes))
+
+    loaders = SimpleNamespace(Profile=profile, CreateConfig=asked.update, PostprocessConfig=lambda config, _: config)
+    trt = SimpleNamespace(
+        HardwareCompatibilityLevel=SimpleNamespace(AMPERE_PLUS="Ampere and newer"),
+        MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
+    )
+
+    def ask(timing_cache: str | None, **options: Any) -> dict[str, Any]:
+        asked.clear()
+        built = SimpleNamespace(
+            trt=trt, loaders=loaders, options=BuildOptions(**options), timing_cache=timing_cache, set_capabilities=None
+        )
+        worker._config(built, [{"x": ((1, 4), (2, 4), (9, 4))}])  # type: ignore[arg-type]
+        return asked
+
+    plain = {
+        "memory_pool_limits": None, "builder_optimization_level": None, "strip_plan": False, "load_timing_cache": None,
+        "version_compatible": False, "exclude_lean_runtime": False, "hardware_compatibility_level": None,
+    }  # fmt: skip
+    assert ask(None) == plain | {"profiles": asked["profiles"]}
+    assert profiles == [[("x", (1, 4), (2, 4), (9, 4))]]
+    for option, value, wanted in (
+        ("workspace", 64, {"memory_pool_limits": {"workspace": 64 << 20}}),
+        ("builder_optimization_level", 0, {"builder_optimization_level": 0}),
+        ("strip_weights", True, {"strip_plan": True}),
+        ("version_compatible", True, {"version_compatible": True, "exclude_lean_runtime": True}),
+        ("hardware_compatible", True, {"hardware_compatibility_level": "Ampere and newer"}),
+    ):
+        assert ask(None, **{option: value}) == plain | wanted | {"profiles": asked["profiles"]}
+    assert ask("times.cache")["load_timing_cache"] == "times.cache"
 
 
 def test_an_altered_graph_is_not_built(bundle: Path) -> None:
