@@ -16,9 +16,10 @@ import adavit
 from adavit.budget_options import BudgetOptions
 from adavit.calibration import budgets as calibration
 from adavit.calibration import choose
+from adavit.calibration import trial as module
 from adavit.calibration.budgets import add_budgets, calibrate
 from adavit.calibration.trial import Outcome, Trial
-from adavit.calibration.walk import EVEN_STEP, STEP, walk
+from adavit.calibration.walk import EVEN_STEP, STEP, Stop, walk
 from adavit.errors import BundleError, InputError
 from adavit.runtime import Runtime
 from adavit.runtime.budget import TRAINED, Budgets, Offsets, OperatingPoint
@@ -132,6 +133,45 @@ def test_points_are_no_worse_than_the_same_offset_for_all(scales: Any, worth: An
             low, high = (middle, high) if even.macs < point.measured["macs"] else (low, middle)
         tolerance = 0.02 + 0.1 * abs(trained - even.agreement)  # scores are compared at nearly equal MACs
         assert point.measured["agreement"] >= even.agreement - tolerance
+
+
+class Unsure(Landscape):
+    """Keeping more of one thing than of another seems to gain a little, more with some images than with others."""
+
+    def __init__(self, lead: float, noise: float) -> None:
+        self.gains = lead + np.where(np.arange(len(self)) % 2, noise, -noise)
+        super().__init__(SCALES[0], dict.fromkeys(KINDS, 0.0))
+
+    def run(self, offsets: Offsets, count: int | None = None) -> Outcome:
+        scores = np.full(len(self), 0.5) + (0 if even(offsets) else self.gains)
+        return replace(super().run(offsets), score=scores.mean(), scores=scores)
+
+    search = size = run
+
+
+def even(offsets: Offsets) -> bool:
+    """Whether all that a tiny model decides is shifted alike."""
+    tokens, heads, sublayers = offsets.by_block(tiny().depth)
+    return len({*tokens, *heads[1:], *sublayers[1:]}) == 1
+
+
+@pytest.mark.parametrize(("lead", "taken"), [(0.02, True), (0.008, False), (-0.008, False)])
+def test_what_may_be_luck_is_not_taken(lead: float, taken: bool) -> None:
+    land: Any = Unsure(lead, noise=0.1)  # of 100 images: a standard error of 0.01
+    assert {even(stop.offsets) for stop in walk(land, 0.3, 0.8).stops if stop.offsets != TRAINED} == {not taken}
+    points = {point.budget: point.offsets for point in calibrate(land, [0.3, 0.8]).points}
+    assert {even(points[budget]) for budget in (0.3, 0.8)} == {not taken}
+
+
+def test_doubt_is_the_standard_error_of_the_difference() -> None:
+    scores = np.random.default_rng(0).random((2, 50))
+    first, second = (Outcome(macs, s.mean(), 1, None, {}, s) for macs, s in zip((0.5, 0.4), scores, strict=True))
+    error = np.std(scores[1] - scores[0]) / 50**0.5
+    assert first.doubt(second) == second.doubt(first) == pytest.approx(error)
+    assert first.doubt(first) == first.doubt(replace(second, scores=None)) == 0
+    won = scores[1].mean() - scores[0].mean()
+    assert Stop(TRAINED, second).worth(Stop(TRAINED, first), -1) == pytest.approx((won - error) / 0.1)
+    assert Stop(TRAINED, first).worth(Stop(TRAINED, second), +1) == pytest.approx((-won - error) / 0.1)
 
 
 class Noisy(Landscape):
@@ -262,24 +302,45 @@ def test_a_budget_out_of_reach(budget: float) -> None:
         calibrate(land, [budget])  # type: ignore[arg-type]
 
 
-def trial(runtime: Runtime, count: int = 48, labels: bool = True) -> Trial:
+def trial(runtime: Runtime, count: int = 48, labels: bool = True, progress: Any = quiet) -> Trial:
     known = np.random.default_rng(0).integers(0, 5, count) if labels else None
-    return Trial(runtime, random_images(tiny(), count), known, quiet)
+    return Trial(runtime, random_images(tiny(), count), known, progress)
 
 
-def test_what_a_trial_counts(runtime: Runtime) -> None:
-    images, offsets = random_images(tiny(), 48), Offsets(-0.5, 0.3, 1.0)
+@pytest.mark.parametrize("count", [None, 40])
+def test_what_a_trial_counts(count: int | None, runtime: Runtime) -> None:
+    images, offsets = random_images(tiny(), 48)[:count], Offsets(-0.5, 0.3, 1.0)
     tried = trial(runtime)
     assert tried.labels is not None
-    trained, result = runtime.run(images), runtime.run(images, budget=offsets)
-    found = tried.run(offsets)
+    labels, trained, result = tried.labels[:count], runtime.run(images), runtime.run(images, budget=offsets)
+    found = tried.run(offsets, count)
     dense = adavit.Policy.dense(tiny(), 1)
     assert found.macs == pytest.approx(result.macs.mean() / runtime.run(images[:1], policy=dense).macs[0])
-    assert found.accuracy == (result.logits.argmax(1) == tried.labels).mean()
+    assert found.accuracy == (result.logits.argmax(1) == labels).mean()
     assert found.agreement == (result.logits.argmax(1) == trained.logits.argmax(1)).mean()
     assert found.usage == pytest.approx(result.policy.usage())
     assert tried.trained.agreement == 1
-    assert trial(runtime, labels=False).run(offsets).accuracy is None
+    unlabelled = trial(runtime, labels=False).run(offsets, count)
+    assert unlabelled.accuracy is None
+    exact = np.exp(result.logits.astype(np.float64))
+    for wanted, outcome in ((labels, found), (trained.logits.argmax(1), unlabelled)):
+        scores = (exact / exact.sum(1, keepdims=True))[np.arange(len(images)), wanted]
+        np.testing.assert_allclose(outcome.scores, scores, rtol=1e-6)
+        assert outcome.score == pytest.approx(scores.mean())
+
+
+def test_offsets_are_tried_once_and_on_no_more_images_than_it_takes(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[float] = []
+    tried = trial(runtime, 100, progress=lambda _, share: ran.append(share))
+    monkeypatch.setattr(module, "SEARCHED", 80)
+    monkeypatch.setattr(module, "SIZED", 40)
+    for ask, batches in ((tried.run, 4), (tried.search, 3), (tried.size, 2)):
+        del ran[:]
+        first = ask(Offsets(1.0))
+        assert ask(Offsets(1.0)) is first
+        assert (len(ran), ran[-1]) == (batches, 1.0)
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -409,8 +470,6 @@ def test_what_fails_leaves_the_bundle_as_it_was(bundle: Path, photos: Path, tmp_
 def test_many_images_are_drawn_from_all_of_them(
     runtime: Runtime, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adavit.calibration import trial as module
-
     monkeypatch.setattr(module, "MOST_IMAGES", 18)
     drawn, _ = Trial.of_files(runtime, (photos,), quiet)
     again, _ = Trial.of_files(runtime, (photos,), quiet)
@@ -419,3 +478,18 @@ def test_many_images_are_drawn_from_all_of_them(
     assert again.labels is not None
     assert set(drawn.labels) == {1, 3, 4}
     np.testing.assert_array_equal(drawn.labels, again.labels)
+
+
+def test_no_more_images_are_held_than_memory_is_for(
+    runtime: Runtime, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = 4 * 3 * tiny().image_size ** 2
+    for memory, held in ((20 * image, 20), (5 * image, 16), (99 * image, 24)):  # as few as budgets need, in any case
+        monkeypatch.setattr(module, "MOST_BYTES", memory)
+        assert len(Trial.of_files(runtime, (photos,), quiet)[0]) == held
+
+
+def test_labels_count_where_every_image_has_one(runtime: Runtime, photos: Path, tmp_path: Path) -> None:
+    picture(99).save(tmp_path / "unlabelled.png")
+    both, _ = Trial.of_files(runtime, (photos, tmp_path / "unlabelled.png"), quiet)
+    assert (len(both), both.labels) == (25, None)
