@@ -93,7 +93,7 @@ def _moved(trial: Trial, base: Offsets, level: float) -> Stop | None:
     """Offsets moved evenly to so many MACs, on all images; None where they come nowhere near."""
     arch = trial.runtime.architecture
     even = partial(shifted, base, arch.depth, moves_of(arch)[-1])
-    return meet(trial, even, *_reach(trial, even, level), level)
+    return meet(trial, even, *_reach(trial, even, level * _part(trial)), level)
 
 
 def _is_close(stop: Stop, level: float) -> bool:
@@ -110,18 +110,23 @@ def _nearest(path: Way, level: float) -> Stop:
     return min(path.stops, key=lambda stop: abs(stop.outcome.macs - level))
 
 
-def _reach(trial: Trial, even: Line, level: float) -> tuple[float, float]:
-    """Between which changes of all offsets the MACs pass a level, as far as few images tell; from 0 outwards."""
-    sign = 1 if trial.size(even(0.0)).macs < level else -1
+def _part(trial: Trial) -> float:
+    """The MACs of the images that tell them about, relative to those of all, as the trained policy has them."""
+    return trial.size(TRAINED).macs / trial.trained.macs
+
+
+def _reach(trial: Trial, even: Line, macs: float) -> tuple[float, float]:
+    """Between which changes of all offsets few images pass so many MACs, and what all may take; from 0 outwards."""
+    sign = 1 if trial.size(even(0.0)).macs < macs else -1
     near, far = 0.0, FIRST / 4
-    while far < MAX_OFFSET and sign * (level * (1 + sign * MISSED) - trial.size(even(sign * far)).macs) > 0:
-        near, far = far, 2 * far
+    while far < MAX_OFFSET and (left := sign * (macs - trial.size(even(sign * far)).macs)) > -MISSED * macs:
+        near, far = far if left > MISSED * macs else near, 2 * far
     return (near, far) if sign > 0 else (-far, -near)
 
 
 def meet(trial: Trial, line: Line, low: float, high: float, level: float) -> Stop | None:
     """Where a line takes so many MACs on all images, between two places on it; None where it comes nowhere near."""
-    part = trial.size(TRAINED).macs / trial.trained.macs  # of the images that tell the MACs about
+    part = _part(trial)
     best: Stop | None = None
     for _ in range(PASSES):
         offsets = _cross(trial, line, low, high, level * part)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import export, picture, quiet, random_images, random_model, read_config, tiny, write_config
+from cases import export, picture, pictures_in, quiet, random_images, random_model, read_config, tiny, write_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from adavit.calibration import choose
 from adavit.calibration import trial as module
 from adavit.calibration.budgets import add_budgets, calibrate
 from adavit.calibration.trial import Outcome, Trial
-from adavit.calibration.walk import EVEN_STEP, STEP, Stop, walk
+from adavit.calibration.walk import EVEN_STEP, STEP, Stop, Way, walk
 from adavit.errors import BundleError, InputError
 from adavit.runtime import Runtime
 from adavit.runtime.budget import TRAINED, Budgets, Offsets, OperatingPoint
@@ -163,6 +163,28 @@ def test_what_may_be_luck_is_not_taken(lead: float, taken: bool) -> None:
     assert {even(points[budget]) for budget in (0.3, 0.8)} == {not taken}
 
 
+@pytest.mark.parametrize(("lead", "taken"), [(0.02, True), (0.008, False)])
+def test_what_may_be_luck_at_one_budget_is_not_taken_to_another(lead: float, taken: bool) -> None:
+    land: Any = Unsure(lead, noise=0.1)
+    uneven, alike = (choose._moved(land, offsets, 0.4) for offsets in (Offsets(1.0, -2.0, 1.0), TRAINED))
+    assert uneven is not None
+    assert alike is not None
+    level = choose._moved(land, TRAINED, 0.5)
+    assert level is not None
+    found = choose.spread(land, {0.4: uneven, 0.5: level})
+    assert even(found[0.5].offsets) == (not taken)
+    again = choose.spread(land, {0.4: alike, 0.5: level})
+    assert even(again[0.4].offsets)
+
+
+def test_where_none_is_surely_better_the_trained_policy_is_moved_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    land: Any = Unsure(0.008, noise=0.1)
+    places = [Offsets(-2.0, -4.0, -1.0), TRAINED, Offsets(2.0, 4.0, 1.0)]
+    way = Way(tuple(Stop(offsets, land.run(offsets)) for offsets in places))
+    monkeypatch.setattr(choose, "walk", lambda *_: way)
+    assert {even(stop.offsets) for stop in choose.best_stops(land, [0.3, 0.8]).values()} == {True}
+
+
 def test_doubt_is_the_standard_error_of_the_difference() -> None:
     scores = np.random.default_rng(0).random((2, 50))
     first, second = (Outcome(macs, s.mean(), 1, None, {}, s) for macs, s in zip((0.5, 0.4), scores, strict=True))
@@ -199,6 +221,49 @@ def test_a_part_that_is_far_off_is_seen_through() -> None:
     assert point.measured["macs"] == pytest.approx(0.28, rel=calibration.FAR)
 
 
+@pytest.mark.parametrize("part", [0.7, 0.97, 1.03, 1.3])
+@pytest.mark.parametrize("level", [0.2, 0.35, 0.45, 0.5, 0.65, 0.75, 0.95])
+def test_the_trained_policy_is_moved_to_any_budget_although_few_images_differ_from_all(
+    part: float, level: float
+) -> None:
+    found = choose._moved(Noisy(part), TRAINED, level)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.outcome.macs == pytest.approx(level, rel=choose.CLOSE)
+
+
+class Bent(Landscape):
+    """Few images take less than all, at small budgets more so."""
+
+    def size(self, offsets: Offsets) -> Outcome:
+        return replace(found := super().size(offsets), macs=found.macs**1.05)
+
+
+@pytest.mark.parametrize("level", [0.2, 0.35, 0.5, 0.75])
+def test_what_few_images_tell_is_put_right_on_the_way(level: float) -> None:
+    found = choose._moved(Bent(SCALES[0], dict.fromkeys(KINDS, 1.0)), TRAINED, level)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.outcome.macs == pytest.approx(level, rel=choose.CLOSE)
+
+
+class Partial(Landscape):
+    """Few images decide on tokens, but all together do not."""
+
+    def run(self, offsets: Offsets, count: int | None = None) -> Outcome:
+        return super().run(replace(offsets, tokens=0.0))
+
+    search = run
+
+    def size(self, offsets: Offsets) -> Outcome:
+        return super().run(offsets)
+
+
+def test_a_step_that_goes_no_further_is_none() -> None:
+    land: Any = Partial(SCALES[0], dict.fromkeys(KINDS, 1.0))
+    stops = walk(land, 0.45, 0.65).stops
+    assert min(np.diff([stop.outcome.macs for stop in stops])) > 0
+    assert (stops[0].outcome.macs, stops[-1].outcome.macs) == pytest.approx((0.45, 0.65), abs=0.03)
+
+
 class Gap(Landscape):
     """MACs between two values are never taken."""
 
@@ -213,6 +278,8 @@ def test_a_budget_that_nothing_comes_near_to_is_an_error() -> None:
     gap = Gap(SCALES[0], dict.fromkeys(KINDS, 1.0))
     with pytest.raises(InputError, match=r"a budget of 0\.4 cannot be met: the nearest found is 0\.(3|5)"):
         calibrate(gap, [0.28, 0.4])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"a budget of 0\.32 cannot be met: the nearest found is 0\.3"):
+        calibrate(gap, [0.28, 0.32])  # type: ignore[arg-type]
     assert [point.budget for point in calibrate(gap, [0.28, 0.52]).points if point.budget in (0.28, 0.52)]
 
 
@@ -241,12 +308,15 @@ def test_what_loses_nothing_is_given_up_for_what_gains(budget: float) -> None:
 
 
 @pytest.mark.parametrize("good", [0, 1, 2])
-def test_what_is_good_at_a_budget_is_tried_at_all_others(good: int) -> None:
+def test_what_is_good_at_a_budget_is_tried_at_all_others(good: int, monkeypatch: pytest.MonkeyPatch) -> None:
     land: Any = Landscape(SCALES[0], {"tokens": 1.0, "heads": 10.0, "sublayers": 1.0})
     levels = [0.3, 0.5, 0.7]
     keeps, drops = Offsets(-2.0, 2.0, -2.0), Offsets(1.0, -2.0, 1.0)  # the heads, which are dear
     before = {level: choose._moved(land, keeps if level == levels[good] else drops, level) for level in levels}
     after = choose.spread(land, {level: stop for level, stop in before.items() if stop})
+    monkeypatch.setattr(choose, "_levels", lambda asked: asked)
+    monkeypatch.setattr(choose, "_candidates", lambda trial, path, level: [before[level]])
+    assert choose.best_stops(land, levels) == after
     wanted = [choose._moved(land, keeps, level) for level in levels]
     for level, found, best in zip(levels, after.values(), wanted, strict=True):
         assert best is not None
@@ -449,10 +519,12 @@ def test_what_fails_leaves_the_bundle_as_it_was(bundle: Path, photos: Path, tmp_
     picture().save(few / "a.png")
     (few / "b.png").touch()
     (tmp_path / "none").mkdir()
+    (tmp_path / "fifteen").mkdir()
     for options, message in (
         (BudgetOptions((0.3,), (tmp_path / "nowhere",)), "no such image or folder"),
         (BudgetOptions((0.3,), (tmp_path / "none",)), "holds no image file"),
         (BudgetOptions((0.3,), (few,)), "budgets need at least 16 images, 1 can be read; first unreadable"),
+        (BudgetOptions((0.3,), (pictures_in(tmp_path / "fifteen", 15),)), "at least 16 images, 15 can be read"),
         (BudgetOptions((0.3,)), "--budgets needs --calibration-images"),
         (BudgetOptions((40.0,), (photos,)), "40 is no share of the dense MACs"),
         (BudgetOptions((0.0,), (photos,)), "0 is no share of the dense MACs"),
