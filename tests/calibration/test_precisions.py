@@ -136,6 +136,8 @@ def test_linear_layers_take_codes_of_seven_bits(calibrated: Calibrated) -> None:
         ]
         largest = max((int(np.abs(code.astype(int)).max()) for code in codes), default=0)
         assert largest in (0, 64), name
+        if not name.endswith("_weights"):  # one scale for each output channel
+            assert all((np.abs(code.astype(int)).max(0) == 64).all() for code in codes), name
         weighted = [
             n for n in model.graph.node if n.op_type == "MatMul" and makers.get(n.input[1]) == "DequantizeLinear"
         ]
@@ -147,6 +149,16 @@ def test_linear_layers_take_codes_of_seven_bits(calibrated: Calibrated) -> None:
         weights = {node.input[1] for node in weighted}
         assert all(len(node.input) == 2 for node in model.graph.node if node.output[0] in weights), name
         assert {opset.domain for opset in model.opset_import} == {""}
+
+
+def test_gathered_weights_are_the_nearest_codes(calibrated: Calibrated) -> None:
+    runtimes = [adavit.load(calibrated(precision)[0], threads=1) for precision in ("fp32", "int8")]
+    heads = np.arange(WIDE.heads)
+    for kind in ("attention", "mlp"):
+        gathered = (getattr(runtime.dispatcher.head_weights, kind)(1, heads) for runtime in runtimes)
+        for wanted, found in zip(*([rows.numpy() for rows in one] for one in gathered), strict=True):
+            step = np.abs(wanted).max() / 64
+            assert np.abs(found - wanted).max() <= 0.5 * step * (1 + 1e-5)
 
 
 def test_the_largest_code_is_the_largest_input_of_calibration(calibrated: Calibrated) -> None:
