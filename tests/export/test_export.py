@@ -134,6 +134,7 @@ def test_the_crop_ratio_is_kept(checkpoint: Path, tmp_path: Path) -> None:
         ({"opset": 16}, InputError, "opset 16 is not supported; choose 17 to"),
         ({"opset": 99}, InputError, "opset 99 is not supported"),
         ({"crop_ratio": 0.0}, InputError, "crop ratio 0.0 is out of range"),
+        ({"crop_ratio": 0.05}, InputError, "crop ratio 0.05 is out of range; choose 0.1 to 1"),
         ({"crop_ratio": float("nan")}, InputError, "crop ratio nan is out of range"),
         ({"image_size": 33}, CheckpointError, "image size 33 cannot be had"),
         ({"heads": 4}, CheckpointError, "4 heads asked for"),
@@ -156,6 +157,12 @@ def test_a_bundle_is_replaced_only_by_force(checkpoint: Path, tmp_path: Path) ->
     assert read_config(bundle)["opset"] == 20
     assert not (bundle / "note").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_an_empty_folder_is_replaced_by_force(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    assert "already there; add --force" in fault(BundleError, checkpoint, tmp_path, verify=False)
+    assert read_config(export(checkpoint, tmp_path, verify=False, force=True))["name"] == "tiny"
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -190,6 +197,13 @@ def test_a_failed_export_leaves_the_old_bundle(
     assert files(tmp_path) == before
 
 
+def test_a_file_called_demo_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo").write_bytes(b"no checkpoint")
+    fault(CheckpointError, Path("demo"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
 def test_the_checkpoint_is_checked_first(tmp_path: Path, model: AdaViT) -> None:
     state = model.state_dict()
     del state["norm.bias"]
@@ -211,6 +225,7 @@ def test_the_report(checkpoint: Path, tmp_path: Path) -> None:
     assert 0 <= report["verified"]["max_dense_logit_difference"] < 1e-4
     assert {stage.split()[0] for stage, _ in stages} == {"exporting", "running", "verifying"}
     assert all(0 < share <= 1 for stage, share in stages if stage.startswith(("exporting", "verifying")))
+    assert next(share for stage, share in reversed(stages) if stage.startswith("exporting")) == 1
     options = exporting.ExportOptions(verify=False)
     assert exporting.export_bundle(checkpoint, tmp_path / "b", options, quiet)["verified"] is None
 

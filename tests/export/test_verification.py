@@ -12,6 +12,7 @@ from onnx import numpy_helper
 
 from adavit.errors import VerificationError
 from adavit.export import check_bundle
+from adavit.export import verify as verifying
 
 
 def alter(bundle: Path, name: str, factor: float = -1.5) -> None:
@@ -41,6 +42,24 @@ def test_a_bundle_is_what_its_checkpoint_is(wide: tuple[Path, Path]) -> None:
     report = check(*wide)
     assert report["verified"]["images"] == 4
     assert report["verified"]["max_logit_difference"] < 1e-4
+
+
+@pytest.mark.parametrize("worst", [0, 3, -1])
+def test_the_largest_difference_of_all_runs_is_reported(
+    worst: int, tiny_bundle: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare, ran = verifying._compare, []
+
+    def differs(*given: Any) -> float:
+        ran.append(compare(*given))
+        return 0.25 if len(ran) == (runs + worst if worst < 0 else worst) + 1 else 0.125
+
+    monkeypatch.setattr(verifying, "_compare", differs)
+    runs = -1  # as many as a first check makes
+    check(tiny_bundle, checkpoint)
+    runs = len(ran)
+    ran.clear()
+    assert check(tiny_bundle, checkpoint)["verified"]["max_logit_difference"] == 0.25
 
 
 def test_every_altered_engine_is_named(wide: tuple[Path, Path], tmp_path: Path) -> None:
@@ -75,6 +94,13 @@ def test_a_small_difference_is_found(wide: tuple[Path, Path], tmp_path: Path) ->
     altered = shutil.copytree(bundle, tmp_path / "bundle")
     alter(altered, "head", 1.01)
     assert "engine head: differs from the checkpoint by up to" in fault(altered, checkpoint)
+
+
+@pytest.mark.parametrize("name", ["head", "blocks.1.mlp"])
+def test_what_is_no_number_is_found(name: str, wide: tuple[Path, Path], tmp_path: Path) -> None:
+    altered = shutil.copytree(wide[0], tmp_path / "bundle")
+    alter(altered, name, float("nan"))
+    assert f"engine {name}: differs from the checkpoint by up to nan" in fault(altered, wide[1])
 
 
 def test_another_architecture_is_named(tiny_bundle: Path, tmp_path: Path) -> None:

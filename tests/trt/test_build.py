@@ -1,6 +1,7 @@
 """Real builds with TensorRT-RTX, whose builder needs no GPU."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -307,6 +308,23 @@ def test_every_option_reaches_the_builder(tmp_path: Path) -> None:
     ):
         assert ask(None, **{option: value}) == plain | wanted | {"profiles": asked["profiles"]}
     assert ask("times.cache")["load_timing_cache"] == "times.cache"
+
+
+def test_engines_are_for_every_gpu_that_is_named() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
+    chosen: Any = SimpleNamespace(flavour="tensorrt-rtx", trt=trt, compute_capabilities=lambda: (86, 89, 120))
+    worker._Worker.set_capabilities(chosen, None, None, config)
+    found = [config.get_compute_capability(index) for index in range(config.num_compute_capabilities)]
+    assert found == [trt.ComputeCapability.SM86, trt.ComputeCapability.SM89, trt.ComputeCapability.SM120]
+
+
+def test_a_builder_that_dies_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(bundle.rglob("*"))
+    monkeypatch.setattr(build, "worker", SimpleNamespace(start=worker.start, describe=os.abort))
+    with pytest.raises(BackendError, match="the tensorrt-rtx builder died; if memory ran out, build with fewer --jobs"):
+        add_engines(bundle, RTX, quiet)
+    assert sorted(bundle.rglob("*")) == before
 
 
 def test_an_altered_graph_is_not_built(bundle: Path) -> None:

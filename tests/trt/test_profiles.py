@@ -57,6 +57,23 @@ def test_sizes_far_apart_get_a_profile_each_that_meet() -> None:
     assert [profile["x"] for profile in batches] == [((1, 48), (1, 48), (1, 48)), ((2, 48), (32, 48), (64, 48))]
 
 
+def test_engines_of_a_block_go_by_what_that_block_kept() -> None:
+    found = Statistics(({}, {120: 8}, {20: 8, 40: 0}), ({}, {2: 1}, {5: 1}), {1: 1})
+    tuned = []
+    for block in range(3):
+        spec = engine(f"blocks.{block}.attention_gather", x=("K", 48), qkv=("h", 48, 24))
+        (profile,) = profiles_of(spec, ARCH, found, 16)
+        tuned.append((profile["x"][1][0], profile["qkv"][1][0]))
+    assert tuned == [(197, 3), (120, 2), (20, 5)]  # the first block has seen nothing
+    never = Statistics(({90: 0},) * 3, ({1: 0},) * 3, {1: 1})
+    assert [profile["x"][1] for profile in profiles_of(ATTENTION, ARCH, never, 16)] == [(197, 48)]
+
+
+def test_only_the_first_dimension_is_split() -> None:
+    (found,) = profiles_of(ATTENTION, ARCH, statistics({197: 1}, {1: 50, 6: 50}, {1: 1}), 16)
+    assert found["qkv"] == ((1, 48, 24), (1, 48, 24), (6, 48, 24))
+
+
 def test_engines_of_no_block_go_by_all_blocks() -> None:
     found = profiles_of(engine("rows.gather", x=(197, 48), kept=("K",)), ARCH, statistics({90: 1}, {}, {1: 1}), 16)
     assert [profile["kept"] for profile in found] == [((1,), (90,), (197,))]
