@@ -28,7 +28,7 @@ class Counted:
         self.timed = Runtime(plain.bundle, self.profiler, plain.options)
 
     def within(self, budget: int) -> HeadWeights:
-        return HeadWeights(self.timed.bundle, self.profiler, self.timed.dispatcher.engines.blocks, budget)
+        return HeadWeights(self.timed.bundle, self.profiler, self.timed.dispatcher.engines.weights, budget)
 
     def gathers(self, ask: Callable[[], Any]) -> list[str]:
         with self.profiler.recording() as calls:
@@ -56,7 +56,7 @@ def test_a_set_that_comes_again_costs_no_copy(counted: Counted) -> None:
 
 def test_what_is_kept_is_of_its_block_and_heads(wide: tuple[Path, Path]) -> None:
     loaded = adavit.load(wide[0], threads=1)
-    weights = HeadWeights(loaded.bundle, loaded.backend, loaded.dispatcher.engines.blocks, 100 * SIZE)
+    weights = HeadWeights(loaded.bundle, loaded.backend, loaded.dispatcher.engines.weights, 100 * SIZE)
     for _ in range(2):
         for block in (1, 2):
             for heads in (SETS[0], SETS[1]):

@@ -166,15 +166,6 @@ def test_times_are_medians_without_the_first(monkeypatch: pytest.MonkeyPatch) ->
     assert shares == [0.25, 0.5, 0.75, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("gathering", "masks"), [((), True), (("attention",), True), (("mlp",), True), (("attention", "mlp"), False)]
-)
-def test_a_plan_masks_unless_all_is_gathered(gathering: tuple[str, ...], masks: bool) -> None:
-    assert EnginePlan.where(WIDE, lambda kind, k, h: kind in gathering and k > 0 and h > 0).masks == masks
-    but_one = EnginePlan.where(WIDE, lambda kind, k, h: kind in gathering and h > 0 and (k, h) != (7, 2))
-    assert but_one.masks
-
-
 @pytest.mark.parametrize("faster", ["rule", "measured"])
 def test_the_faster_plan_is_taken(faster: str, wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = adavit.load(wide[0], threads=1)
