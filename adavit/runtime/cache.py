@@ -74,8 +74,10 @@ def recall(kind: str, known: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `remember` kept under the same facts; None where there is nothing of use."""
     path = kept_at(kind, known)
     try:
-        if path is None or path.stat().st_size > MAX_FILE:
+        if path is None:
             return None
+        if (size := path.stat().st_size) > MAX_FILE:
+            raise ValueError(f"{size} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None

@@ -140,6 +140,7 @@ def damage(path: Path) -> Iterator[str]:
     yield "{"
     yield "[]"
     yield "[" * 100_000
+    yield json.dumps(kept) + " " * (1 << 20)
     yield json.dumps({**kept, "facts": {}})
     yield json.dumps({**kept, "measured": []})
     yield json.dumps({**kept, "measured": {}})

@@ -355,12 +355,12 @@ def test_a_block_with_weights_of_other_shapes(bundle: Path) -> None:
         adavit.load(bundle, backend="openvino", threads=1)
 
 
-MISSING = """
+REFUSED = """
 import sys
 class Refused:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "openvino":
-            raise ImportError("No module named 'openvino'", name=name)
+            raise ImportError("No module named 'openvino'", name=name) from CAUSE
 sys.meta_path.insert(0, Refused())
 from adavit.cli import run
 run(prog_name="adavit-run")
@@ -368,11 +368,16 @@ run(prog_name="adavit-run")
 
 
 def test_not_installed(tiny_bundle: Path) -> None:
-    done = python(MISSING, tiny_bundle, "--backend", "openvino")
+    done = python(REFUSED.replace("CAUSE", "None"), tiny_bundle, "--backend", "openvino")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
     assert "OpenVINO does not import" in done.stderr
     assert "pip install 'adavit[openvino]'" in done.stderr
+
+
+def test_ctrl_c_while_it_is_imported(tiny_bundle: Path) -> None:
+    done = python(REFUSED.replace("CAUSE", "KeyboardInterrupt()"), tiny_bundle, "--backend", "openvino")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "adavit-run: interrupted\n")
 
 
 def test_the_command(tiny_bundle: Path, labelled: Path) -> None:

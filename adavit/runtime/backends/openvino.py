@@ -25,6 +25,8 @@ try:
     from adavit.runtime.backends.openvino_models import mask_scores
     from adavit.runtime.backends.openvino_stem import restructure
 except ImportError as error:
+    if isinstance(error.__cause__, KeyboardInterrupt):  # which its extension turns into an ImportError
+        raise error.__cause__ from None
     raise BackendError(f"OpenVINO does not import ({error}); run: pip install 'adavit[openvino]'") from None
 
 __all__ = ["OpenVinoBackend"]
