@@ -20,10 +20,10 @@ from adavit.tensorrt.options import BuildOptions, build_options
 from adavit.version import __version__
 
 PATH = click.Path(path_type=Path)
-EXPORTING = ("with_dense", "opset", "labels", "image_size", "crop_ratio", "verify", "force", "precision")
-"""Options that only an export of a checkpoint follows."""
 CALIBRATING = ("calibration_cache", "samples", "method", "decision_precision", "max_drop", "seed")
 """Options that only an export in another precision than fp32 follows."""
+EXPORTING = ("with_dense", "opset", "labels", "image_size", "crop_ratio", "verify", "force", "precision", *CALIBRATING)
+"""Options that only an export of a checkpoint follows."""
 MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile")
 """Options of a measurement alone."""
 
@@ -73,7 +73,7 @@ def export(
         if source is not None and (source / "config.json").is_file() and (build.target or budgets.budgets):
             if output is not None or check is not None:
                 raise click.UsageError("to add to a BUNDLE, leave out --output and --check")
-            _refuse({*EXPORTING, *CALIBRATING, "heads", "against"}, "to add to a BUNDLE, leave out")
+            _refuse({*EXPORTING, "heads", "against"}, "to add to a BUNDLE, leave out")
             report = _add(source, build, budgets, threads, progress)
         else:
             options |= {"build": build, "budgets": budgets, "calibration": calibration}
@@ -122,8 +122,7 @@ def _export(
     if check is not None:
         if against is None or source is not None or output is not None:
             raise click.UsageError("--check BUNDLE takes --against CHECKPOINT and neither CHECKPOINT nor --output")
-        refused = {*EXPORTING, *CALIBRATING, "target", "budgets", "calibration_images"}
-        _refuse(refused, "to check a BUNDLE, leave out")
+        _refuse({*EXPORTING, "target", "budgets", "calibration_images"}, "to check a BUNDLE, leave out")
         return check_bundle(check, against, options["heads"], threads, progress)
     if source is None or output is None:
         raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")

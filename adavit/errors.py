@@ -11,6 +11,7 @@ __all__ = [
     "OptionError",
     "VerificationError",
     "one_line",
+    "raise_interrupt",
 ]
 
 LONGEST_MESSAGE = 400
@@ -47,3 +48,9 @@ class OptionError(InputError):
 
 class VerificationError(AdaViTError):
     """A bundle does not compute what its checkpoint computes."""
+
+
+def raise_interrupt(error: ImportError) -> None:
+    """Raises the Ctrl-C behind a failed import, where there is one: compiled extensions turn it into an ImportError."""
+    if isinstance(error.__cause__, KeyboardInterrupt):
+        raise error.__cause__ from None

@@ -116,8 +116,9 @@ class Backend(Protocol):
 
     Attributes:
         name: as it is asked for.
-        always_gathers: whether engines that gather weights are the faster ones, whatever the policy. Its fixed engines
-            then are for any heads, and neither read nor leave norm1 of the tokens.
+        always_gathers: whether it runs any block in one engine, which is given its heads' weights, whatever the policy.
+            Of a block, nothing else runs then but what gathers these weights; its fixed engines neither read nor leave
+            norm1 of the tokens.
     """
 
     name: str

@@ -153,6 +153,11 @@ class Dispatcher:
         while state := taken(idle.pop):
             self.give_state(state)
 
+    @property
+    def own_engines(self) -> int:
+        """How many engines there are for sets of heads and frequent sizes."""
+        return len(self.specialised.sets) + len(self.sizes)
+
     def take_state(self) -> State:
         """What holds an image on its way, to be given back."""
         return taken(self._states.pop) or State(self.arch, self.backend)

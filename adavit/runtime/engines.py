@@ -9,7 +9,7 @@ from adavit.runtime.backend import Backend, Engine
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.plan import SUBLAYERS
 
-__all__ = ["BlockEngines", "Engines"]
+__all__ = ["Engines"]
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         seen = Evaluation(len(images), macs=[result.macs], policies=[result.policy])
         seen.held, seen.held_at = list(images[:, None]), list(range(len(images)))
     used = Policy.concatenate(seen.policies)
-    engines = len(runtime.dispatcher.plan.sets) + len(runtime.dispatcher.plan.sizes)
+    engines = runtime.dispatcher.own_engines
     if options.specialise and not engines:
         progress("making engines", 0.0)
         engines = _specialise(runtime, used if given or replayed else None, options.batch)

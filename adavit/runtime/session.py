@@ -246,7 +246,7 @@ class Runtime:
         if not specialised.able:
             return 0
         self.dispatcher.specialise(specialised.choose(policy), sizes_of(policy))
-        return len(specialised.sets) + len(self.dispatcher.sizes)
+        return self.dispatcher.own_engines
 
     def run_dense(self, images: Float) -> Float:
         """Runs the dense twin: the same weights with every policy on, as one graph.

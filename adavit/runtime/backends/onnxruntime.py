@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adavit.errors import BackendError, one_line
+from adavit.errors import BackendError, one_line, raise_interrupt
 from adavit.runtime.backend import Constants, Options
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle, EngineSpec
@@ -60,8 +60,7 @@ def import_onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # which its extension turns into an ImportError
-            raise error.__cause__ from None
+        raise_interrupt(error)
         if found:
             raise BackendError(f"{found[0]} is installed but does not import ({error}); reinstall it") from None
         raise BackendError(
