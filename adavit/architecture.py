@@ -24,6 +24,10 @@ _LIMITS = {  # Upper bounds far above any published model: a file that exceeds t
     "classes": 1_000_000,
     "keep": 1024,
 }
+MOST_MEMORY = 16 << 30
+"""Bytes that one image may take while it runs."""
+MOST_WEIGHTS = 16 * 10**9
+"""Weights that a model may have."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,14 @@ class Architecture:
             raise ValueError(f"patch side is {self.patch_size}: the stem 't2t' makes patches of 16 pixels")
         if self.keep > self.depth:
             raise ValueError(f"keep is {self.keep}, more than the depth {self.depth}")
+        if self.memory > MOST_MEMORY:
+            raise ValueError(
+                f"{self.tokens} tokens of width {self.width} in {self.heads} heads would take "
+                f"{self.memory / 2**30:.0f} GiB an image; the most is {MOST_MEMORY >> 30}"
+            )
+        if self.weights > MOST_WEIGHTS:
+            billions = self.weights / 1e9
+            raise ValueError(f"it would have {billions:.0f} billion weights; the most is {MOST_WEIGHTS // 10**9}")
 
     @property
     def head_width(self) -> int:
@@ -97,6 +109,18 @@ class Architecture:
     def tokens(self) -> int:
         """Tokens N = 1 + P, the class token first."""
         return 1 + self.patches
+
+    @property
+    def memory(self) -> int:
+        """Bytes of float32 that one image takes at about: pixels, attention's scores, and tokens in some copies."""
+        pixels, scores = 3 * self.image_size**2, self.heads * self.tokens**2
+        return 4 * (pixels + scores + self.tokens * (8 * self.width + self.hidden + self.depth))
+
+    @property
+    def weights(self) -> int:
+        """About how many weights there are in the blocks, the stem's projection and the head."""
+        block = 4 * self.width**2 + 2 * self.width * self.hidden
+        return self.depth * block + self.width * (3 * self.patch_size**2 + self.tokens + self.classes)
 
     @property
     def norm_epsilon(self) -> float:

@@ -13,6 +13,7 @@ from adavit import console
 from adavit.budget_options import BudgetOptions, budget_options
 from adavit.console_precision import calibration_lines, compare_lines
 from adavit.console_tune import tune_lines
+from adavit.files import find_folder
 from adavit.option_types import Finite, Threads
 from adavit.precision_options import CalibrationOptions, calibration_options
 from adavit.runtime.backend import names as backend_names
@@ -70,7 +71,8 @@ def export(
     calibration = CalibrationOptions.taken_from(options)
     build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
     with console.Progress() as progress:
-        if source is not None and (source / "config.json").is_file() and (build.target or budgets.budgets):
+        adds = build.target or budgets.budgets
+        if source is not None and adds and (find_folder(source) / "config.json").is_file():
             if output is not None or check is not None:
                 raise click.UsageError("to add to a BUNDLE, leave out --output and --check")
             _refuse({*EXPORTING, "heads", "against"}, "to add to a BUNDLE, leave out")

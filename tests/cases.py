@@ -175,6 +175,14 @@ def rewrite_engine(bundle: Path, name: str, data: bytes) -> None:
     write_config(bundle, config)
 
 
+def rewrite_text(bundle: Path, name: str, data: bytes) -> None:
+    """Replaces `labels.txt` or the preprocessing together with its size and hash."""
+    config = read_config(bundle)
+    (bundle / name).write_bytes(data)
+    config["files"][name] = {"bytes": len(data), "sha256": sha256(data)}
+    write_config(bundle, config)
+
+
 def picture(seed: int = 0, size: tuple[int, int] = (40, 50)) -> Image.Image:
     """A smooth colourful picture."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), dtype=np.uint8)

@@ -8,7 +8,7 @@ import pytest
 from cases import python
 
 from adavit import files
-from adavit.files import folder_beside, write_beside
+from adavit.files import find_folder, folder_beside, open_regular, read_regular, write_beside
 
 
 class Stopped(BaseException):
@@ -175,3 +175,60 @@ def test_what_another_host_or_container_writes_is_left_alone(
         (tmp_path / left).mkdir()
     write(tmp_path / "a", "new")
     assert names(tmp_path) == [theirs, "a"]
+
+
+def test_a_folder_that_a_killed_replacement_left_aside_is_found(tmp_path: Path) -> None:
+    write(tmp_path / "a", "old")
+    assert python(KILLED, tmp_path / "a", "before", 2).returncode == -9
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "link").symlink_to("a")
+    assert (find_folder(tmp_path / "link") / "content").read_text() == "old"
+    assert (tmp_path / "a" / "content").read_text() == "old"
+    assert find_folder(tmp_path / "nothing") == tmp_path / "nothing"
+
+
+def test_a_folder_aside_is_found_where_it_cannot_be_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a", "old")
+    assert python(KILLED, tmp_path / "a", "before", 2).returncode == -9
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "rename", refuse)
+    assert (find_folder(tmp_path / "a") / "content").read_text() == "old"
+
+
+def test_a_living_replacement_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a", "old")
+    found, rename = [], os.rename
+
+    def look_after_first(source: Path, target: Path) -> None:
+        rename(source, target)
+        if len(found) == 0:
+            found.append(pool.submit(find_folder, tmp_path / "a"))
+
+    monkeypatch.setattr(os, "rename", look_after_first)
+    with ThreadPoolExecutor(1) as pool:
+        write(tmp_path / "a", "new")
+        assert (found[0].result(30) / "content").read_text() == "new"
+    assert names(tmp_path) == ["a"]
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("a")
+    assert read_regular(tmp_path / "link", 5) == b"12345"
+    with pytest.raises(OSError, match="larger than 4 bytes"):
+        read_regular(tmp_path / "a", 4)
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in (
+        (tmp_path / "pipe", "is not a regular file"),
+        (tmp_path, "is a folder"),
+        ("/dev/null", "regular"),
+    ):
+        with pytest.raises(OSError, match=why):
+            open_regular(path)
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="null"):
+        open_regular("a\0b")

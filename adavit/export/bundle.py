@@ -18,7 +18,7 @@ from adavit.export.graph import OPSETS
 from adavit.export.verify import verify
 from adavit.export.weights import Weights
 from adavit.export.write import write_bundle
-from adavit.files import folder_beside, read_labels, sha256
+from adavit.files import find_folder, folder_beside, read_labels, sha256
 from adavit.model import AdaViT, load_checkpoint, resize
 from adavit.model.checkpoint import read_classes, read_crop
 from adavit.precision_options import CalibrationOptions
@@ -154,6 +154,7 @@ def check_bundle(
 def _check_output(output: Path, force: bool) -> None:
     if not output.parent.is_dir():
         raise BundleError(f"{output.parent}: no such folder to write the bundle into; make it first")
+    find_folder(output)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise BundleError(f"{output}: is there and is no folder; choose another --output")
     if not output.exists():

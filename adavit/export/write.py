@@ -15,7 +15,7 @@ from adavit.architecture import Architecture
 from adavit.export.graph import TYPES
 from adavit.files import sha256
 from adavit.macs import dense_macs, outside_macs
-from adavit.runtime.bundle import SCHEMA_VERSION
+from adavit.runtime.bundle import LABELS, PREPROCESSING, SCHEMA_VERSION, write_config
 from adavit.runtime.images import Preprocessor
 from adavit.version import __version__
 
@@ -55,21 +55,26 @@ def write_bundle(
         described[name] = _write_engine(folder, name, model)
         described[name]["precision"] = (precisions or {}).get(name, "fp32")
         progress(f"exporting {name}", done / count)
+    texts = {
+        LABELS: "".join(f"{label}\n" for label in labels).encode(),
+        PREPROCESSING: (json.dumps(preprocessor.to_dict(), indent=2) + "\n").encode(),
+    }
+    for name, data in texts.items():
+        (folder / name).write_bytes(data)
     config = {
         "schema_version": SCHEMA_VERSION,
         **about,
         "architecture": arch.to_dict(),
         "macs": {"dense": dense_macs(arch), "outside_blocks": outside_macs(arch)},
         "engines": described,
+        "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in texts.items()},
         "made_by": {
             "adavit": __version__,
             "python": platform.python_version(),
             **{package: metadata.version(package) for package in _PACKAGES},
         },
     }
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", preprocessor.to_dict())
-    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    write_config(folder, config)
     (folder / "README.md").write_text(_card(config, labels), encoding="utf-8")
     return config
 
@@ -91,10 +96,6 @@ def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
     kind = value.type.tensor_type
     shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
     return {"name": value.name, "dtype": _TYPE_NAMES[kind.elem_type], "shape": shape}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _card(config: dict[str, Any], labels: Sequence[str]) -> str:

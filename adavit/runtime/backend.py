@@ -119,10 +119,12 @@ class Backend(Protocol):
         always_gathers: whether it runs any block in one engine, which is given its heads' weights, whatever the policy.
             Of a block, nothing else runs then but what gathers these weights; its fixed engines neither read nor leave
             norm1 of the tokens.
+        survives_fork: whether what was loaded runs in a forked child too.
     """
 
     name: str
     always_gathers: bool
+    survives_fork: bool
 
     @property
     def fixed(self) -> Callable[[str, Constants], FixedEngine] | None:

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from adavit.architecture import Architecture
-from adavit.errors import BundleError
-from adavit.files import sha256, write_beside
+from adavit.errors import BundleError, InputError
+from adavit.files import find_folder, read_regular, sha256, write_beside
+from adavit.macs import dense_macs, outside_macs
 from adavit.runtime.budget import Budgets
 from adavit.runtime.images import Preprocessor
 
-__all__ = ["SCHEMA_VERSION", "Bundle", "EngineSpec", "TensorSpec", "is_bundle", "write_config"]
+__all__ = [
+    "LABELS",
+    "PREPROCESSING",
+    "SCHEMA_VERSION",
+    "Bundle",
+    "EngineSpec",
+    "TensorSpec",
+    "is_bundle",
+    "write_config",
+]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+CONFIG, LABELS, PREPROCESSING = "config.json", "labels.txt", "preprocessor_config.json"
+"""The text files that the runtime reads of a bundle: what describes it, class names, and what images go through."""
 MAX_TEXT = 16 << 20
 MAX_ENGINE = (2 << 30) - 1  # A protobuf message cannot be larger.
 ENGINE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
@@ -51,6 +65,15 @@ class Stored(Protocol):
 
     @property
     def sha256(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A text file of a bundle; see `Stored`."""
+
+    file: str
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -110,11 +133,10 @@ class Bundle:
 
         Raises:
             BundleError: something is missing, altered, unsafe or of another schema version.
+            InputError: `path` is no path.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise BundleError(f"{folder}: no such bundle folder; make one with adavit-export")
-        config = _object(folder, "config.json")
+        folder = _folder(path)
+        config = _object(folder / CONFIG, _config_text(folder))
         version = config.get("schema_version")
         if version != SCHEMA_VERSION:
             raise BundleError(
@@ -124,17 +146,25 @@ class Bundle:
         try:
             arch = Architecture.from_dict(config.get("architecture"))
             engines = {name: _engine(name, spec) for name, spec in config["engines"].items()}
+            texts = {name: _text_file(name, config["files"][name]) for name in (LABELS, PREPROCESSING)}
             budgets = Budgets.from_dict(config["budgets"], arch.depth) if "budgets" in config else None
+            if config["macs"] != {"dense": dense_macs(arch), "outside_blocks": outside_macs(arch)}:
+                raise ValueError(f"its MACs, {config['macs']}, are not those of its architecture")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{folder}/config.json is damaged ({error}); export again") from None
-        labels = tuple(_text(folder, "labels.txt").splitlines())
+            raise BundleError(f"{folder}/{CONFIG} is damaged ({error}); export again") from None
+        labels = tuple(_decoded(folder / LABELS, read_stored(folder, texts[LABELS])).splitlines())
         if len(labels) != arch.classes:
-            raise BundleError(f"{folder}/labels.txt has {len(labels)} lines for {arch.classes} classes; export again")
-        preprocessor = Preprocessor.from_dict(_object(folder, "preprocessor_config.json"), arch.image_size)
-        bundle = cls(folder, arch, engines, labels, preprocessor, budgets, config)
+            raise BundleError(f"{folder}/{LABELS} has {len(labels)} lines for {arch.classes} classes; export again")
+        preprocessing = _decoded(folder / PREPROCESSING, read_stored(folder, texts[PREPROCESSING]))
+        preprocessor = Preprocessor.from_dict(_object(folder / PREPROCESSING, preprocessing), arch.image_size)
         for engine in engines.values():
-            bundle._locate(engine)
-        return bundle
+            _check_file(folder, engine)
+        return cls(folder, arch, engines, labels, preprocessor, budgets, config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this bundle from others: the hash of its description, which has the hashes of its files."""
+        return sha256(json.dumps(self.config, sort_keys=True).encode())
 
     @property
     def name(self) -> str:
@@ -162,75 +192,113 @@ class Bundle:
         Raises:
             BundleError: the file is not the one that is described.
         """
-        try:
-            data = self._locate(stored).read_bytes()
-        except OSError as error:
-            raise BundleError(f"{self.path}/{stored.file}: cannot be read ({error.strerror})") from None
-        if len(data) != stored.bytes or sha256(data) != stored.sha256:
-            raise BundleError(
-                f"{self.path}/{stored.file}: altered since export (SHA-256 differs); copy the bundle or export again"
-            )
-        return data
-
-    def _locate(self, engine: Stored) -> Path:
-        """The engine's file, after checks of its path, kind and size."""
-        file = PurePosixPath(engine.file)
-        if file.is_absolute() or ".." in file.parts or "\\" in engine.file or ":" in engine.file or not file.parts:
-            raise BundleError(f"{self.path}: engine path {engine.file!r} leaves the bundle; do not use this bundle")
-        path = self.path
-        for part in file.parts:
-            path = path / part
-            try:
-                mode = path.lstat().st_mode
-            except OSError:
-                raise BundleError(
-                    f"{self.path}/{engine.file}: missing; copy the bundle whole or export again"
-                ) from None
-            if stat.S_ISLNK(mode):
-                raise BundleError(f"{self.path}/{engine.file}: is a symbolic link; a bundle holds its own files")
-        if not stat.S_ISREG(mode):
-            raise BundleError(f"{self.path}/{engine.file}: is not a regular file")
-        if (found := path.stat().st_size) != engine.bytes:
-            raise BundleError(
-                f"{self.path}/{engine.file}: {found} bytes instead of {engine.bytes}; copy the bundle or export again"
-            )
-        return path
+        return read_stored(self.path, stored)
 
 
-def _text(folder: Path, name: str) -> str:
-    path = folder / name
-    if not path.is_file():
-        raise BundleError(f"{path}: missing; this is not a bundle, or not all of one")
-    if path.stat().st_size > MAX_TEXT:
-        raise BundleError(f"{path}: larger than {MAX_TEXT >> 20} MiB; this is not a bundle's file")
+def read_stored(folder: Path, stored: Stored) -> bytes:
+    """The bytes of a described file in a folder: opened once, read whole, and hashed; see `Bundle.read_stored`."""
+    path = _check_file(folder, stored)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        data = read_regular(path, stored.bytes)
+    except OSError as error:
+        raise BundleError(f"{folder}/{stored.file}: cannot be read ({error.strerror})") from None
+    if len(data) != stored.bytes or sha256(data) != stored.sha256:
+        raise BundleError(
+            f"{folder}/{stored.file}: altered since export (SHA-256 differs); copy the bundle or export again"
+        )
+    return data
+
+
+def _check_file(folder: Path, stored: Stored) -> Path:
+    """A described file's path, which stays inside, after a look at what is there and its size.
+
+    A symbolic link is as good as a file: what is used are the bytes that have the right hash.
+    """
+    file = PurePosixPath(stored.file)
+    if (
+        file.is_absolute()
+        or ".." in file.parts
+        or not file.parts
+        or not stored.file.isprintable()
+        or any(c in stored.file for c in "\\:")
+    ):
+        raise BundleError(f"{folder}: the path {stored.file[:80]!r} leaves the bundle; do not use this bundle")
+    path = folder / file
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # ValueError where it cannot be encoded
+        raise BundleError(f"{folder}/{stored.file}: missing; copy the bundle whole or export again") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise BundleError(f"{folder}/{stored.file}: is not a regular file")
+    if found.st_size != stored.bytes:
+        raise BundleError(
+            f"{folder}/{stored.file}: {found.st_size} bytes instead of {stored.bytes}; copy the bundle or export again"
+        )
+    return path
+
+
+def _folder(path: Any) -> Path:
+    """Where a bundle is; raises InputError where `path` is no path, BundleError where no folder is there."""
+    try:
+        folder = find_folder(path)
+        there = folder.is_dir()
+    except (TypeError, ValueError):
+        raise InputError(f"bundle is {str(path)[:80]!r}: expected the path of a folder") from None
+    except OSError as error:
+        raise BundleError(f"{str(path)[:80]}: cannot be looked into ({error.strerror})") from None
+    if not there:
+        raise BundleError(f"{folder}: no such bundle folder; make one with adavit-export")
+    return folder
+
+
+def _config_text(folder: Path) -> str:
+    """What `config.json` holds, which describes everything else."""
+    path = folder / CONFIG
+    try:
+        return _decoded(path, read_regular(path, MAX_TEXT))
+    except FileNotFoundError:
+        raise BundleError(f"{path}: missing; this is not a bundle, or not all of one") from None
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}; this is not a bundle's file") from None
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
         raise BundleError(f"{path}: cannot be read as text; export again") from None
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Replaces what describes a bundle, its `config.json`."""
-    with write_beside(folder / "config.json") as file:
+    with write_beside(folder / CONFIG) as file:
         file.write((json.dumps(config, indent=2) + "\n").encode())
 
 
 def is_bundle(folder: Path) -> bool:
     """Whether a folder holds a bundle, of any version: other models have a config.json too."""
     try:
-        return {"schema_version", "engines"} <= _object(folder, "config.json").keys()
-    except BundleError:
+        return {"schema_version", "engines"} <= _object(folder, _config_text(_folder(folder))).keys()
+    except (BundleError, InputError):
         return False
 
 
-def _object(folder: Path, name: str) -> dict[str, Any]:
+def _object(path: Path, text: str) -> dict[str, Any]:
+    """The JSON object that a file holds."""
     try:
-        value = json.loads(_text(folder, name))
+        value = json.loads(text)
     except (ValueError, RecursionError):  # ValueError also for numbers of thousands of digits
-        raise BundleError(f"{folder / name}: not JSON; export again") from None
+        raise BundleError(f"{path}: not JSON; export again") from None
     if not isinstance(value, dict):
-        raise BundleError(f"{folder / name}: not a JSON object; export again")
+        raise BundleError(f"{path}: not a JSON object; export again")
     return value
+
+
+def _text_file(name: str, spec: dict[str, Any]) -> TextFile:
+    size, digest = spec["bytes"], spec["sha256"]
+    if type(size) is not int or not 0 < size <= MAX_TEXT or not isinstance(digest, str):
+        raise ValueError(f"{name} has no size up to {MAX_TEXT >> 20} MiB or no hash")
+    return TextFile(name, size, digest)
 
 
 def _engine(name: str, spec: dict[str, Any]) -> EngineSpec:

@@ -37,6 +37,7 @@ from adavit.runtime.backend import Backend, Buffer, Sizes
 from adavit.runtime.budget import Offsets
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.engines import Engines
+from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.heads import HeadWeights
 from adavit.runtime.plan import EnginePlan, HeadSet, sublayers_run
 from adavit.runtime.policy import Policy
@@ -84,9 +85,14 @@ class Dispatcher:
         self.backend = backend
         self.plan = plan
         self._workers = workers
-        self._pool = worker_pool(workers) if workers > 1 else None
         self._scratch: list[Scratch] = []
         self._states: list[State] = []
+        self.after_fork()
+        renew_in_fork(self)
+
+    def after_fork(self) -> None:
+        """Makes the threads, in a forked child anew."""
+        self._pool = worker_pool(self._workers) if self._workers > 1 else None
 
     def run(
         self, images: Float, offsets: Offsets, replay: Policy | None = None, observe: Observer | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from adavit.errors import BundleError
 from adavit.runtime.backend import Backend, Engine
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.plan import SUBLAYERS
@@ -38,6 +39,9 @@ class Engines:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         arch = bundle.architecture
+        if not backend.always_gathers:
+            for index in range(arch.depth):
+                _require_fit(bundle, index)
 
         def block(index: int) -> BlockEngines:
             kinds = [field.name for field in fields(BlockEngines)] if arch.adapts_heads(index) else _ALWAYS
@@ -53,3 +57,25 @@ class Engines:
         self.empty = backend.buffer((arch.depth, arch.width)), backend.buffer((arch.depth, arch.width))
         if arch.head_policy:
             backend.load("empty").run([], [vectors.rows(arch.depth) for vectors in self.empty])
+
+
+def _require_fit(bundle: Bundle, block: int) -> None:
+    """Raises BundleError where a block's engines take or make other numbers of tensors than the dispatcher gives."""
+    arch, name = bundle.architecture, f"blocks.{block}."
+    adapts = arch.adapts_heads(block)
+    wanted = {
+        "decide": (1, 1 + arch.token_policy + (arch.choices(block) > 0)),
+        "attention": (2 + adapts, 1),
+        "mlp": (1 + adapts, 1),
+    }
+    if adapts:
+        weights = {kind: len(bundle.engine(f"{name}{kind}_weights").outputs) for kind in SUBLAYERS}
+        wanted |= {"attention_gather": (2 + weights["attention"], 1), "mlp_gather": (2 + weights["mlp"], 1)}
+        wanted |= {f"{kind}_weights": (1, count) for kind, count in weights.items()}
+    for kind, counts in wanted.items():
+        spec = bundle.engine(f"{name}{kind}")
+        if (found := (len(spec.inputs), len(spec.outputs))) != counts:
+            raise BundleError(
+                f"{bundle.path}: engine {name}{kind} has {found[0]} inputs and {found[1]} outputs, the architecture "
+                f"asks for {counts[0]} and {counts[1]}; export again"
+            )

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from adavit.runtime.backend import Backend, Buffer, Engine
 from adavit.runtime.bundle import Bundle
+from adavit.runtime.forks import renew_in_fork
 
 __all__ = ["HeadWeights"]
 
@@ -45,8 +46,13 @@ class HeadWeights:
         self._named: dict[bytes, tuple[Any, Any]] = {}
         self._of: dict[tuple[int, bytes], list[Any]] = {}
         self._bytes = 0
-        self._lock = threading.Lock()
         self._random = random.Random(0)
+        self.after_fork()
+        renew_in_fork(self)
+
+    def after_fork(self) -> None:
+        """Makes the lock, in a forked child anew."""
+        self._lock = threading.Lock()
 
     def without_budget(self) -> HeadWeights:
         """Weights that are gathered every time, as those of new sets of heads are."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from adavit.architecture import Architecture
 from adavit.macs import attention_macs, mlp_macs
@@ -33,6 +34,8 @@ __all__ = [
     "sublayers_of",
     "sublayers_run",
 ]
+
+Int = npt.NDArray[np.int64]
 
 SUBLAYERS = ("attention", "mlp")
 SETS = (*SUBLAYERS, "both")
@@ -184,10 +187,11 @@ def _is_kept(arch: Architecture, found: HeadSet) -> bool:
 
 def ruled(arch: Architecture, always: bool = False) -> EnginePlan:
     """The plan where nothing has been measured, by two constants, or to gather always."""
-    if always:
-        return EnginePlan.where(arch, lambda kind, k, h: h > 0)
-    rules = {"attention": gathers_attention, "mlp": gathers_mlp}
-    return EnginePlan.where(arch, lambda kind, k, h: rules[kind](arch, k, h))
+    tokens, heads = np.arange(arch.tokens + 1)[:, None], np.arange(arch.heads + 1)[None]
+    attention = mlp = np.broadcast_to(heads > 0, (arch.tokens + 1, arch.heads + 1))
+    if not always:
+        attention, mlp = gathers_attention(arch, tokens, heads), gathers_mlp(arch, tokens, heads)
+    return EnginePlan([list(zip(*pair, strict=True)) for pair in zip(attention.tolist(), mlp.tolist(), strict=True)])
 
 
 def saved_macs(arch: Architecture, kind: str, kept_tokens: int, kept_heads: int) -> float:
@@ -208,15 +212,15 @@ def _saved_macs(arch: Architecture, kind: str, kept_tokens: int, kept_heads: int
     return min(gathered, masked)
 
 
-def gathers_attention(arch: Architecture, kept_tokens: int, kept_heads: int) -> bool:
+def gathers_attention(arch: Architecture, kept_tokens: Int, kept_heads: Int) -> npt.NDArray[np.bool_]:
     """Whether attention with these counts is faster with gathered weights than with all heads, masked."""
     gathered = GATHERED * attention_macs(arch, kept_tokens, kept_heads)
     copied = COPIED * 4 * arch.width * kept_heads * arch.head_width
-    return gathered + copied < attention_macs(arch, kept_tokens, arch.heads)
+    return gathered + copied < attention_macs(arch, kept_tokens, np.asarray(arch.heads))
 
 
-def gathers_mlp(arch: Architecture, kept_tokens: int, kept_heads: int) -> bool:
+def gathers_mlp(arch: Architecture, kept_tokens: Int, kept_heads: Int) -> npt.NDArray[np.bool_]:
     """Whether an MLP with these counts is faster with gathered weights; its second layer is never gathered."""
     narrowed = kept_heads * arch.head_width * arch.hidden
     gathered = mlp_macs(arch, kept_tokens, kept_heads) + (GATHERED - 1) * kept_tokens * narrowed
-    return gathered + COPIED * narrowed < mlp_macs(arch, kept_tokens, arch.heads)
+    return gathered + COPIED * narrowed < mlp_macs(arch, kept_tokens, np.asarray(arch.heads))

@@ -15,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import Architecture
-from adavit.errors import InputError, OptionError
+from adavit.errors import BackendError, BundleError, InputError, OptionError
 from adavit.macs import image_macs
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
 from adavit.runtime.budget import TRAINED, Budgets, Offsets, resolve
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.choose import Choice, choose
 from adavit.runtime.dispatcher import Dispatcher, Observer
+from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.images import ImageLike
 from adavit.runtime.kept_plan import recalled_plan
 from adavit.runtime.plan import sizes_of
@@ -147,8 +148,21 @@ def _trial(bundle: Bundle, backend: str, options: Options) -> tuple[Callable[[],
     return lambda: [runtime.run(batch) for batch in batches], count
 
 
+def _reloaded(
+    path: str, fingerprint: str, backend: str, options: Options, offsets: Offsets, choice: Choice | None
+) -> Runtime:
+    """The runtime that was pickled; raises BundleError where another bundle is at its path now."""
+    bundle = Bundle.open(path)
+    if bundle.fingerprint != fingerprint:
+        raise BundleError(f"{path}: another bundle than the one that was loaded; load it by adavit.load")
+    return Runtime(bundle, create_backend(backend, bundle, options), options, offsets, choice)
+
+
 class Runtime:
     """A loaded bundle; every method may be called from many threads at once.
+
+    It runs in a forked child too, where no other thread ran it while the process forked. Pickled, it loads its bundle
+    again in the other process.
 
     Attributes:
         bundle: the bundle's description.
@@ -178,6 +192,18 @@ class Runtime:
             self.dispatcher.specialise(plan.sets, plan.sizes)
         self._dense: Engine | None = None
         self._dense_lock = threading.Lock()
+        self._forked = False
+        renew_in_fork(self)
+
+    def after_fork(self) -> None:
+        """Makes a forked child's lock; the child's own threads and engines run on what was loaded before."""
+        self._dense_lock = threading.Lock()
+        self._forked = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process, the bundle is loaded again, and run as here."""
+        how = self.backend.name, self.options, self.offsets, self.choice
+        return _reloaded, (str(self.bundle.path.absolute()), self.bundle.fingerprint, *how)
 
     @property
     def architecture(self) -> Architecture:
@@ -322,6 +348,10 @@ class Runtime:
         )
 
     def _checked(self, images: Any) -> Float:
+        if self._forked and not self.backend.survives_fork:
+            raise BackendError(
+                "a runtime on a GPU does not survive a fork; load it in the child, or start children by spawn"
+            )
         side = self.architecture.image_size
         wanted = f"float32 [B, 3, {side}, {side}] with B >= 1"
         if not isinstance(images, np.ndarray):

@@ -10,7 +10,7 @@ import click
 import torch
 
 from adavit.architecture import Architecture
-from adavit.files import read_labels
+from adavit.files import find_folder, read_labels
 from adavit.model import AdaViT, load_checkpoint, save_safetensors
 from adavit.model import policy as P
 from adavit.model.checkpoint import read_classes, read_crop
@@ -147,7 +147,7 @@ def report_lines(report: Options) -> list[str]:
 
 def _open_model(path: Path, heads: int | None, threads: int | None) -> AdaViT | Runtime:
     """A checkpoint's model, or the runtime of a bundle folder."""
-    if path.is_dir():
+    if find_folder(path).is_dir():
         return load(path, threads=threads, parallel="samples")
     return load_checkpoint(path, heads).eval()
 

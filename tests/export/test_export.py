@@ -30,7 +30,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_a_bundle_describes_itself(tiny_bundle: Path, checkpoint: Path) -> None:
     config = read_config(tiny_bundle)
-    assert config["schema_version"] == 1
+    assert config["schema_version"] == 2
     assert config["architecture"] == tiny().to_dict()
     assert config["macs"] == {"dense": dense_macs(tiny()), "outside_blocks": outside_macs(tiny())}
     assert config["checkpoint"] == {"file": "tiny.safetensors", "sha256": sha256(checkpoint.read_bytes())}

@@ -1,5 +1,7 @@
 """Bundles that were cut, swapped, altered or made up: refused before anything of them is used."""
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import random_images, read_config, tiny, write_config
+from cases import random_images, read_config, rewrite_text, tiny, write_config
 
 import adavit
 from adavit.errors import BundleError
@@ -99,18 +101,59 @@ def test_a_path_that_leaves_the_folder(path: str, bundle: Path) -> None:
     assert "leaves the bundle" in fault(bundle)
 
 
-def test_a_symbolic_link(bundle: Path) -> None:
+@pytest.mark.parametrize("name", ["stem", "head", "dense"])
+def test_an_engine_that_is_a_pipe(name: str, bundle: Path) -> None:
+    file = engine_file(bundle, name)
+    file.unlink()
+    os.mkfifo(file)
+    assert f"{file.name}: is not a regular file" in fault(bundle)
+
+
+@pytest.mark.parametrize("name", ["config.json", "labels.txt", "preprocessor_config.json"])
+def test_a_description_that_is_a_pipe_a_folder_or_a_link_to_nothing(name: str, bundle: Path) -> None:
+    (bundle / name).unlink()
+    os.mkfifo(bundle / name)
+    assert "is not a regular file" in fault(bundle)
+    (bundle / name).unlink()
+    (bundle / name).mkdir()
+    assert name in fault(bundle)
+    (bundle / name).rmdir()
+    (bundle / name).symlink_to(bundle / "nothing")
+    assert f"{name}: missing" in fault(bundle)
+
+
+def linked(bundle: Path) -> Path:
+    """The bundle as a hub's cache holds it: links to files that are named by what they hold."""
+    snapshot = bundle.with_name("snapshots") / "main"
+    blobs = bundle.with_name("blobs")
+    blobs.mkdir()
+    for number, file in enumerate(file for file in sorted(bundle.rglob("*")) if file.is_file()):
+        link = snapshot / file.relative_to(bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(shutil.copy(file, blobs / str(number)), link.parent))
+    return snapshot
+
+
+def test_a_folder_of_symbolic_links_runs_the_same(bundle: Path, runtime: adavit.Runtime) -> None:
+    images = random_images(tiny(), 2)
+    found = adavit.load(linked(bundle), threads=1)
+    np.testing.assert_array_equal(found.run(images).logits, runtime.run(images).logits)
+    assert found.labels == runtime.labels
+
+
+def test_a_link_to_another_file_is_as_bad_as_that_file(bundle: Path, tmp_path: Path) -> None:
     file = engine_file(bundle, "stem")
-    file.rename(bundle.parent / "stem.onnx")
-    file.symlink_to(bundle.parent / "stem.onnx")
-    assert "symbolic link" in fault(bundle)
+    (tmp_path / "other").write_bytes(b"x" * file.stat().st_size)
+    file.unlink()
+    file.symlink_to(tmp_path / "other")
+    assert "onnx/stem.onnx: altered since export" in fault(bundle)
 
 
-def test_a_linked_folder(bundle: Path) -> None:
-    folder = engine_file(bundle, "stem").parent
-    folder.rename(bundle.parent / "elsewhere")
-    folder.symlink_to(bundle.parent / "elsewhere")
-    assert "symbolic link" in fault(bundle)
+def test_what_the_runtime_does_not_read_may_be_anything(bundle: Path) -> None:
+    (bundle / "README.md").write_bytes(b"\xff")
+    (bundle / ".gitattributes").write_text("*.onnx filter=lfs")
+    os.mkfifo(bundle / "unknown")
+    adavit.load(bundle, threads=1)
 
 
 @pytest.mark.parametrize("name", ["stem", "head", "blocks.1"])
@@ -139,7 +182,7 @@ def changed(config: Any, path: str, value: Any) -> None:
 
 
 CHANGES: list[tuple[str, Any, str]] = [
-    *(("schema_version", version, "bundle schema version") for version in (2, 0, "1", None, 1.5)),
+    *(("schema_version", version, "bundle schema version") for version in (1, 3, 0, "2", None, 2.5)),
     *(("engines/stem/bytes", size, "is said to have") for size in (0, -1, 1 << 62, "12", 1.5, True, None)),
     ("engines/stem/inputs/0/shape", [1 << 40], "has a dimension"),
     ("engines/stem/inputs/0/shape", [-1], "has a dimension"),
@@ -157,9 +200,22 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("architecture/depth", 10**9, "depth is 1000000000"),
     ("architecture/width", 0, "width is 0"),
     ("architecture/heads", 5, "not a multiple of 5 heads"),
-    ("architecture/depth", 4, "blocks.3"),
+    ("architecture/depth", 4, "its MACs"),
+    ("architecture/hidden", 81, "its MACs"),
+    ("architecture/keep", 3, "blocks.1.decide has 1 inputs and 3 outputs"),
+    ("architecture/token_policy", False, "blocks.0.decide has 1 inputs and 2 outputs"),
+    ("architecture/image_size", 8192, "GiB an image"),
+    ("macs/dense", 1, "its MACs"),
+    ("macs", None, "its MACs"),
+    ("files", None, "damaged"),
+    ("files/labels.txt", None, "damaged"),
+    ("files/labels.txt/bytes", True, "no size up to"),
+    ("files/labels.txt/sha256", "0" * 64, "labels.txt: altered since export"),
+    ("files/preprocessor_config.json/sha256", 3, "or no hash"),
+    ("engines/stem/file", "onnx/stem.onnx\0", "leaves the bundle"),
+    ("engines/stem/file", "\udcff", "leaves the bundle"),
     ("architecture/image_size", 10**6, "image_size is 1000000"),
-    ("architecture/classes", 6, "5 lines for 6 classes"),
+    ("architecture/classes", 6, "its MACs"),
 ]
 
 
@@ -173,33 +229,61 @@ def test_a_description_that_cannot_be(path: str, value: Any, message: str, bundl
     assert str(bundle) in found
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, '{"schema_version": ' + "1" * 5000 + "}"])
-@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
-def test_a_description_that_is_not_json(name: str, content: str, bundle: Path) -> None:
-    (bundle / name).write_text(content)
-    assert f"{name}: not " in fault(bundle)
+NOT_JSON = ["", "{", "[]", "null", "[" * 100_000, '{"schema_version": ' + "1" * 5000 + "}"]
 
 
-@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "labels.txt"])
-def test_a_description_that_is_missing_binary_or_endless(name: str, bundle: Path) -> None:
-    (bundle / name).write_bytes(b"\xff\xfe\x00\x80")
+@pytest.mark.parametrize("content", NOT_JSON)
+def test_a_description_that_is_not_json(content: str, bundle: Path) -> None:
+    (bundle / "config.json").write_text(content)
+    assert "config.json: not " in fault(bundle)
+
+
+@pytest.mark.parametrize("content", NOT_JSON[1:])
+def test_preprocessing_that_is_not_json(content: str, bundle: Path) -> None:
+    rewrite_text(bundle, "preprocessor_config.json", content.encode())
+    assert "preprocessor_config.json: not " in fault(bundle)
+
+
+def test_a_description_that_is_binary_endless_or_missing(bundle: Path) -> None:
+    (bundle / "config.json").write_bytes(b"\xff\xfe\x00\x80")
+    assert "config.json: cannot be read as text" in fault(bundle)
+    with (bundle / "config.json").open("wb") as file:
+        file.truncate(1 << 40)
+    assert "config.json: larger than 16777216 bytes" in fault(bundle)
+    (bundle / "config.json").unlink()
+    assert "config.json: missing" in fault(bundle)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "labels.txt"])
+def test_a_text_that_is_altered_binary_endless_or_missing(name: str, bundle: Path) -> None:
+    text = (bundle / name).read_text()
+    (bundle / name).write_text(text.swapcase())
+    assert f"{name}: altered since export" in fault(bundle)
+    rewrite_text(bundle, name, b"\xff\xfe\x00\x80")
     assert f"{name}: cannot be read as text" in fault(bundle)
     with (bundle / name).open("wb") as file:
         file.truncate(1 << 40)
-    assert f"{name}: larger than 16 MiB" in fault(bundle)
+    assert f"{name}: {1 << 40} bytes instead of 4" in fault(bundle)
     (bundle / name).unlink()
     assert f"{name}: missing" in fault(bundle)
 
 
 def test_labels_that_are_too_few(bundle: Path) -> None:
-    (bundle / "labels.txt").write_text("ant\nbee\n")
+    rewrite_text(bundle, "labels.txt", b"ant\nbee\n")
     assert "labels.txt has 2 lines for 5 classes" in fault(bundle)
 
 
 def test_preprocessing_for_another_size(bundle: Path) -> None:
-    text = (bundle / "preprocessor_config.json").read_text()
-    (bundle / "preprocessor_config.json").write_text(text.replace('"height": 32', '"height": 64'))
+    text = json.loads((bundle / "preprocessor_config.json").read_text())
+    text["crop_size"]["height"] = 64
+    rewrite_text(bundle, "preprocessor_config.json", json.dumps(text).encode())
     assert "preprocessor_config.json does not fit the model" in fault(bundle)
+
+
+@pytest.mark.parametrize("path", [None, b"bundle", 3, "a\0b", ["bundle"]])
+def test_what_is_no_path(path: Any) -> None:
+    with pytest.raises(adavit.InputError, match="expected the path of a folder"):
+        adavit.load(path, threads=1)
 
 
 def test_no_such_bundle(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from adavit.errors import BackendError, one_line, raise_interrupt
 from adavit.runtime.backend import Constants, Options
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle, EngineSpec
+from adavit.runtime.forks import keep_in_fork
 from adavit.runtime.onnx_file import with_fixed_inputs
 
 __all__ = ["OnnxRuntimeBackend"]
@@ -247,6 +248,7 @@ class OnnxRuntimeEngine:
         self._bindings: dict[Any, tuple[Any, list[Any]]] = {}
         self._takes_tokens = {tensor.name for tensor in spec.inputs} <= TOKENS
         self._keeps = not spec.name.endswith("_weights")  # what these fill is new every time
+        keep_in_fork(self)
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """See `Engine.run`. Everything is bound where it is: nothing is copied or allocated.
@@ -285,6 +287,7 @@ class OnnxRuntimeFixedEngine:
         self._ort, self._session, self._spec = ort, session, spec
         self._given = [tensor.name for tensor in spec.inputs if tensor.name == "images"]
         self._blank = _as_value(ort, np.zeros(1, np.float32))
+        keep_in_fork(self)
 
     def bound(self, values: Mapping[str, Any]) -> Callable[..., None]:
         """See `FixedEngine.bound`."""

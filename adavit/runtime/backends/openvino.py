@@ -15,6 +15,7 @@ from adavit.errors import BackendError, OptionError, one_line, raise_interrupt
 from adavit.runtime.backend import Engine, Options, Sizes
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle
+from adavit.runtime.forks import keep_in_fork
 
 try:
     import openvino
@@ -59,6 +60,7 @@ class OpenVinoBackend(HostMoves):
         self._bundle = bundle
         self._options = options
         self._core = openvino.Core()
+        keep_in_fork(self)
         able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self._precision = options.provider or ("bf16" if able else "fp32")
         if self._precision not in PRECISIONS:

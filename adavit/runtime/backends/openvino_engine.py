@@ -11,6 +11,7 @@ from adavit.errors import BackendError, one_line
 from adavit.runtime.backends.openvino_buffers import as_rows
 from adavit.runtime.backends.openvino_models import mask_of
 from adavit.runtime.bundle import EngineSpec
+from adavit.runtime.forks import keep_in_fork
 from adavit.runtime.worker import WORKER
 
 __all__ = ["Compiled", "OpenVinoEngine", "Requests"]
@@ -62,6 +63,7 @@ class Compiled:
         self.copies = copies
         self.inputs, self.outputs = copies[0].inputs, copies[0].outputs
         self._requests: dict[str, Requests] = {}
+        keep_in_fork(self)
 
     def requests_of(self, name: str) -> Requests:
         """The requests of an engine, by its name, which last as long as the model."""
