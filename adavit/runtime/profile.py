@@ -51,6 +51,7 @@ class Profiler:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.name, self.always_gathers = backend.name, backend.always_gathers
+        self.survives_fork = backend.survives_fork
         self._events: list[Event] | None = None
         self._bundle = bundle
         self._backend = backend
