@@ -153,6 +153,9 @@ def _export(
 )
 @click.option("--cuda-graphs", is_flag=True, help="TensorRT: make CUDA graphs of what runs again.")
 @click.option(
+    "--trust-engines", is_flag=True, help="TensorRT: run engines that you did not build on this machine; native code."
+)
+@click.option(
     "--parallel",
     type=click.Choice(["operators", "samples"]),
     help="What the threads share.  [default: operators for one image a run, else samples]",
@@ -231,7 +234,7 @@ def _compare(
         raise click.UsageError("--compare A B takes --images and no other BUNDLE")
     _refuse({*MEASURING, "tune"}, "--compare runs the trained policies once, without")
     images, backend, threads, provider = (options[key] for key in ("images", "backend", "threads", "provider"))
-    return compare_bundles(*compare, images, backend, threads, provider, progress)
+    return compare_bundles(*compare, images, backend, threads, provider, progress, options["trust_engines"])
 
 
 def _tune(bundle: Path | None, options: dict[str, Any], progress: console.Progress) -> dict[str, Any]:
