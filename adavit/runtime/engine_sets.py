@@ -183,7 +183,8 @@ def engine_sets(bundle: Bundle) -> list[EngineSet]:
         return [read_engine_set(key, values) for key, values in bundle.config.get("engine_sets", {}).items()]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BundleError(
-            f"{bundle.path}/config.json: its engine_sets are damaged ({error}); build the engines again"
+            f"{bundle.path}/config.json: its engine_sets are damaged ({error}); remove the set that is, or export "
+            "again, and build the engines again"
         ) from None
 
 
