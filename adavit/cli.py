@@ -62,7 +62,7 @@ def export(
 ) -> None:
     """Turn a trained AdaViT into a bundle of engines, and prove that it computes the same.
 
-    CHECKPOINT is a released training checkpoint, a state dict or a safetensors file; `demo` is the small
+    CHECKPOINT is a training checkpoint, a state dict or a safetensors file, whatever its name; `demo` is the small
     Fashion-MNIST model that comes with this package. To a BUNDLE, --target adds TensorRT engines and
     --budgets operating points.
     """
