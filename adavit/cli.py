@@ -63,7 +63,7 @@ def export(
 ) -> None:
     """Turn a trained AdaViT into a bundle of engines, and prove that it computes the same.
 
-    CHECKPOINT is a released training checkpoint, a state dict or a safetensors file; `demo` is the small
+    CHECKPOINT is a training checkpoint, a state dict or a safetensors file, whatever its name; `demo` is the small
     Fashion-MNIST model that comes with this package. To a BUNDLE, --target adds TensorRT engines and
     --budgets operating points.
     """
@@ -155,6 +155,9 @@ def _export(
 )
 @click.option("--cuda-graphs", is_flag=True, help="TensorRT: make CUDA graphs of what runs again.")
 @click.option(
+    "--trust-engines", is_flag=True, help="TensorRT: run engines that you did not build on this machine; native code."
+)
+@click.option(
     "--parallel",
     type=click.Choice(["operators", "samples"]),
     help="What the threads share.  [default: operators for one image a run, else samples]",
@@ -233,7 +236,7 @@ def _compare(
         raise click.UsageError("--compare A B takes --images and no other BUNDLE")
     _refuse({*MEASURING, "tune"}, "--compare runs the trained policies once, without")
     images, backend, threads, provider = (options[key] for key in ("images", "backend", "threads", "provider"))
-    return compare_bundles(*compare, images, backend, threads, provider, progress)
+    return compare_bundles(*compare, images, backend, threads, provider, progress, options["trust_engines"])
 
 
 def _tune(bundle: Path | None, options: dict[str, Any], progress: console.Progress) -> dict[str, Any]:

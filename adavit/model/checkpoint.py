@@ -12,31 +12,48 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adavit.errors import CheckpointError
+from adavit.errors import CheckpointError, one_line
 from adavit.files import write_beside
 from adavit.model.adavit import AdaViT
 from adavit.model.infer import infer_architecture
+from adavit.model.names import find_weights, own_names
 
 State = dict[str, Tensor]
 
-CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Where training checkpoints keep their weights, the exponential moving average first."""
-
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of weights; those of fewer bits mean nothing without their scales."""
 SHOWN = 8
 LENGTH = 8
 """Bytes at the start of a safetensors file: the length of the header that follows, little-endian."""
+MAX_HEADER = 100_000_000
+"""Bytes of a header that the safetensors library reads at most."""
+
+
+class Weights(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        state: the weights by released name, float32.
+        prefix: what was before all of their names in the file.
+        heads: attention heads per block, where the file notes them.
+    """
+
+    state: State
+    prefix: str
+    heads: int | None
 
 
 def load_checkpoint(path: str | Path, heads: int | None = None) -> AdaViT:
     """Loads a trained AdaViT, its architecture inferred from the shapes.
 
-    Reads released training checkpoints, DeiT-style files, bare state dicts and safetensors; EMA weights
-    first. Never unpickles anything but tensors, plain containers and `argparse.Namespace`.
+    Reads training checkpoints, bare state dicts and safetensors, told apart by their content; EMA weights first.
+    What DataParallel, torch.compile and FSDP put into names, and a prefix that all names share, is taken off. Never
+    unpickles anything but tensors, plain containers and `argparse.Namespace`.
 
     Args:
         path: the file.
@@ -50,32 +67,60 @@ def load_checkpoint(path: str | Path, heads: int | None = None) -> AdaViT:
         CheckpointError: the file cannot be read, or keys are missing, unexpected, mis-shaped or not finite.
     """
     path = Path(path)
-    state, noted = read_state(path)
+    state, prefix, noted = read_weights(path)
     try:
         arch = infer_architecture(state, heads if heads is not None else noted)
+        with torch.device("meta"):
+            model = AdaViT(arch)
+        lint(state, model)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        under = f"under {prefix!r}: " if prefix else ""
+        raise CheckpointError(f"{path}: {under}{error}") from None
     if noted not in (None, arch.heads):
         raise CheckpointError(f"{path}: {arch.heads} heads asked for, but it notes {noted}")
-    with torch.device("meta"):
-        model = AdaViT(arch)
-    lint(path, state, model)
     model.load_state_dict(state, assign=True)
     return model.float().eval()
 
 
 def load_safely(path: Path) -> Any:
     """What `torch.save` wrote, where it is tensors, plain containers and `argparse.Namespace`; torch's errors."""
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(), path.open("rb") as file:
         warnings.simplefilter("ignore")  # torch's remarks on files that are about to be refused
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def read_state(path: Path) -> tuple[State, int | None]:
-    """The file's weights by released name, and its number of heads where it is noted."""
+def read_weights(path: Path) -> Weights:
+    """The file's weights.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no weights that can be used; the message names the path.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a trained AdaViT (.pth or .safetensors)")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _weights_of(path, _read_pickle(path))
+    noted: Any
+    content: Any
+    if is_safetensors(path):
+        with _opened(path) as file:
+            content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            noted = (file.metadata() or {}).get("num_heads", "")
+        noted = int(noted) if noted.isdecimal() and len(noted) < 6 else None
+    else:
+        content = _read_pickle(path)
+        noted = _arguments(content).get("num_heads")
+    try:
+        return Weights(*normalise_state(content), noted if type(noted) is int else None)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do, whatever it is called: a header's length, then the header's brace."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(LENGTH + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    return start[LENGTH:] == b"{" and int.from_bytes(start[:LENGTH], "little") <= MAX_HEADER
 
 
 def _read_pickle(path: Path) -> Any:
@@ -85,28 +130,22 @@ def _read_pickle(path: Path) -> Any:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"refused, it would run {refused[1]} while loading" if refused else "not a PyTorch checkpoint to trust"
         raise CheckpointError(
-            f"{path}: {reason}; save only the weights with torch.save(model.state_dict(), ...) or as safetensors"
+            f"{path}: {reason}; where it was made, save only the weights with torch.save(model.state_dict(), ...) "
+            "or as safetensors"
         ) from None
-    except PermissionError:
-        raise CheckpointError(f"{path}: no permission to read it") from None
     except zipfile.BadZipFile:
         raise CheckpointError(f"{path}: a truncated PyTorch checkpoint; copy it again") from None
     except MemoryError:
         raise
     except Exception:  # of a damaged file, torch raises anything
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or a truncated one; save it again") from None
-
-
-def _read_safetensors(path: Path) -> tuple[State, int | None]:
-    with _opened(path) as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    noted = read_metadata(path).get("num_heads", "")
-    return normalise_state(path, state), int(noted) if noted.isdecimal() and len(noted) < 6 else None
+        raise CheckpointError(
+            f"{path}: not a PyTorch checkpoint, or a truncated one, and no safetensors; save it again"
+        ) from None
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The notes in a safetensors file; empty for other files."""
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path):
         return {}
     with _opened(path) as file:
         return dict(file.metadata() or {})
@@ -128,7 +167,7 @@ def read_crop(path: Path) -> float | None:
     Raises:
         CheckpointError: what it notes is no share of 0.1 to 1.
     """
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         noted: Any = read_metadata(path).get("crop_ratio")
     else:
         arguments = _arguments(_read_pickle(path))
@@ -154,16 +193,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
-
-
-def _weights_of(path: Path, content: Any) -> tuple[State, int | None]:
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not weights; save a state dict")
-    noted = _arguments(content).get("num_heads")
-    held = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict) and content[key]), None)
-    state = content if held is None else held
-    return normalise_state(path, state), noted if type(noted) is int else None
+        raise CheckpointError(f"{path}: a damaged safetensors file ({one_line(error)}); copy it again") from None
 
 
 def _arguments(content: Any) -> dict[str, Any]:
@@ -172,32 +202,46 @@ def _arguments(content: Any) -> dict[str, Any]:
     return vars(noted) if isinstance(noted, argparse.Namespace) else {}
 
 
-def normalise_state(path: Path, state: dict[Any, Any]) -> State:
-    """Drops `module.` prefixes, splits fused `qkv` rows into query, key and value, and casts to float32."""
+def normalise_state(content: Any) -> tuple[State, str]:
+    """The weights in a checkpoint by released name, fused `qkv` rows split into query, key and value, in float32.
+
+    Returns:
+        Them, and the prefix that all of their names had.
+
+    Raises:
+        CheckpointError: it holds something else than weights.
+    """
+    if not isinstance(content, dict):
+        raise CheckpointError(f"holds a {type(content).__name__}, not weights; save a state dict")
+    held = find_weights(content)
+    names, prefix = own_names(held)
     result: State = {}
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise CheckpointError(f"{path}: {key!r} is a {kind}, not a tensor; save model.state_dict()")
-        if not value.is_floating_point() or value.layout != torch.strided:
-            raise CheckpointError(f"{path}: {key} is {value.dtype}; export needs floating-point weights")
-        if value.is_meta or value.untyped_storage().nbytes() < value.numel() * value.element_size():
-            raise CheckpointError(f"{path}: {key} has no weights of its own; save model.state_dict()")
-        name = key.removeprefix("module.")
+    for key, name in names:
+        value = held[key]
+        _check_weight(key, value)
         parts = {name: value}
         if ".attn.qkv." in name and value.ndim and value.shape[0] % 3 == 0:
-            names = [name.replace(".qkv.", f".{part}.") for part in ("query", "key", "value")]
-            parts = dict(zip(names, value.chunk(3), strict=True))
+            fused = [name.replace(".qkv.", f".{part}.") for part in ("query", "key", "value")]
+            parts = dict(zip(fused, value.chunk(3), strict=True))
         for part, tensor in parts.items():
             if part in result:
-                raise CheckpointError(f"{path}: {part} is there twice; keep one of the two")
+                raise CheckpointError(f"{part} is there twice; keep one of the two")
             result[part] = tensor.detach().to(torch.float32).contiguous()
     if not result:
-        raise CheckpointError(f"{path}: holds no weights; save model.state_dict()")
-    return result
+        raise CheckpointError("holds no weights; save model.state_dict()")
+    return result, prefix
 
 
-def lint(path: Path, state: State, model: AdaViT) -> None:
+def _check_weight(key: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor; save model.state_dict()")
+    if value.dtype not in FLOATS or value.layout != torch.strided:
+        raise CheckpointError(f"{key} is {value.dtype}; export needs floating-point weights of 16 to 64 bits")
+    if value.is_meta or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        raise CheckpointError(f"{key} has no weights of its own; save model.state_dict()")
+
+
+def lint(state: State, model: AdaViT) -> None:
     """Raises a CheckpointError that names every missing, unexpected, mis-shaped or non-finite key."""
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
@@ -215,7 +259,7 @@ def lint(path: Path, state: State, model: AdaViT) -> None:
     if broken := sorted(key for key, value in state.items() if not torch.isfinite(value).all()):
         faults.append(f"NaN or infinite values in {_listed(broken)}")
     if faults:
-        raise CheckpointError(f"{path}: not a complete AdaViT: {'; '.join(faults)}")
+        raise CheckpointError(f"not a complete AdaViT: {'; '.join(faults)}")
 
 
 def _listed(names: list[str]) -> str:

@@ -29,12 +29,14 @@ class Options:
         parallel: "operators" to share the threads inside every engine, for the lowest latency of one image;
             "samples" to run an image on each thread, for the highest throughput of batches.
         cuda_graphs: whether engines that run again with the same shapes become CUDA graphs (TensorRT).
+        trust_engines: whether TensorRT engines may run that this user did not build on this machine.
     """
 
     threads: int
     provider: str | None = None
     parallel: str = "operators"
     cuda_graphs: bool = False
+    trust_engines: bool = False
 
     @property
     def workers(self) -> int:

@@ -8,6 +8,8 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from fnmatch import fnmatch
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from adavit.files import sha256, write_beside
 from adavit.runtime.backend import Options
 from adavit.runtime.bundle import Bundle
+from adavit.runtime.user_folder import user_folder
 from adavit.version import __version__
 
 __all__ = ["cpu_name", "facts", "kept_any", "kept_at", "recall", "remember"]
@@ -37,6 +40,8 @@ def cpu_name() -> str:
 
 def facts(bundle: Bundle, options: Options) -> dict[str, Any]:
     """Everything that a measurement depends on: bundle, machine, versions, threads and other options."""
+    how = asdict(options)
+    del how["trust_engines"]  # which says what may run, not how
     installed = ((found.metadata["Name"] or "").lower() for found in metadata.distributions())
     return {
         "adavit": __version__,
@@ -44,24 +49,26 @@ def facts(bundle: Bundle, options: Options) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
-        "options": asdict(options),
+        "options": how,
         "versions": {name: metadata.version(name) for name in sorted(set(installed)) if name.startswith(EXECUTORS)},
     }
 
 
 def _folder() -> Path | None:
     """The cache folder; None where there is no home."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "adavit"
-    except RuntimeError:
-        return None
+    return user_folder("XDG_CACHE_HOME", ".cache")
 
 
 def kept_any(kind: str) -> bool:
     """Whether there is any measurement of a kind: cheaper to ask than for one that fits."""
     folder = _folder()
-    return folder is not None and any(folder.glob(f"{kind}-*.json"))
+    try:
+        return folder is not None and any(fnmatch(name, f"{kind}-*.json") for name in os.listdir(folder))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        _warn_unreadable(folder, getattr(error, "strerror", None) or str(error))
+        return False
 
 
 def kept_at(kind: str, known: Mapping[str, Any]) -> Path | None:
@@ -81,7 +88,10 @@ def recall(kind: str, known: Mapping[str, Any]) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        _warn_unreadable(_folder(), error.strerror or str(error))
+        return None
+    except (ValueError, RecursionError) as error:
         log.warning("%s is of no use (%s); measuring again", path, error)
         return None
     if not isinstance(value, dict) or value.get("facts") != known or not isinstance(value.get("measured"), dict):
@@ -89,6 +99,12 @@ def recall(kind: str, known: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = value["measured"]
     return found
+
+
+@cache
+def _warn_unreadable(folder: Path | None, why: str) -> None:
+    """Warns once of a folder, which every runtime looks into."""
+    log.warning("%s cannot be read (%s); what was measured before is not used", folder, why)
 
 
 def remember(kind: str, known: Mapping[str, Any], measured: Mapping[str, Any]) -> Path | None:
@@ -101,7 +117,8 @@ def remember(kind: str, known: Mapping[str, Any], measured: Mapping[str, Any]) -
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_beside(path) as file:
             file.write((json.dumps({"facts": known, "measured": measured}, indent=2) + "\n").encode())
-    except OSError as error:
-        log.warning("%s cannot be written (%s); what was measured is not kept", path, error.strerror)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        log.warning("%s cannot be written (%s); what was measured is not kept", path, why)
         return None
     return path

@@ -63,7 +63,7 @@ def choose(bundle: Bundle, options: Options, prepare: Prepare) -> Choice:
     Raises:
         BackendError: no backend runs the bundle.
     """
-    known = facts(bundle, options)
+    known = facts(bundle, options) | {"trust_engines": options.trust_engines}
     choice = _recalled(known) or _measured(known, prepare)
     log.info("backend %s", choice)
     return choice

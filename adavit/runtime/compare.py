@@ -192,6 +192,7 @@ def compare_bundles(
     threads: int | None,
     provider: str | None,
     progress: Progress,
+    trust_engines: bool = False,
 ) -> dict[str, Any]:
     """Compares two bundles of one model on image files; returns the report that `adavit-run --json` writes.
 
@@ -201,7 +202,9 @@ def compare_bundles(
     Raises:
         AdaViTError: a bundle, the backend or the images are not usable.
     """
-    runtimes = load(first, "onnxruntime", threads, None, "samples"), load(second, backend, threads, provider, "samples")
+    reference = load(first, "onnxruntime", threads, None, "samples")
+    compared = load(second, backend, threads, provider, "samples", trust_engines=trust_engines)
+    runtimes = reference, compared
     parity = Parity(*runtimes)
     files = find_images(images, runtimes[0].labels)
     skipped: list[str] = []

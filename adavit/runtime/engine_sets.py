@@ -5,22 +5,47 @@ A set is for the machine it was built for. What does not fit is found out here, 
 
 from __future__ import annotations
 
+import json
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from adavit.errors import BackendError, BundleError
+from adavit.files import sha256
 from adavit.runtime.bundle import Bundle
+from adavit.runtime.trust import built_here
 
-__all__ = ["FLAVOURS", "EngineSet", "Machine", "StoredEngine", "find_engine_set", "this_platform"]
+__all__ = [
+    "FLAVOURS",
+    "EngineSet",
+    "Machine",
+    "StoredEngine",
+    "engine_sets",
+    "find_engine_set",
+    "numeric_version",
+    "read_engine_set",
+    "this_platform",
+]
 
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """The flavours of TensorRT, and their Python packages."""
 
 AMPERE = 80
 """The least compute capability that hardware-compatible engines run on."""
+
+VERSION = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){0,7}")
+"""Part of a library's file name."""
+PATTERNS = {
+    "key": re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}"),
+    "flavour": re.compile(r"[a-z][a-z0-9-]{0,31}"),
+    "version": VERSION,
+    "platform": re.compile(r"[a-z0-9_]{1,63}"),
+    "sha256": re.compile(r"[0-9a-f]{64}"),
+}
+"""What the texts of a set may be."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +104,13 @@ class EngineSet:
     stripped: bool
     engines: Mapping[str, StoredEngine]
 
+    @property
+    def fingerprint(self) -> str:
+        """The hash of what would run: flavour, version, platform and every engine's own hash."""
+        engines = {name: stored.sha256 for name, stored in self.engines.items()}
+        content = {"flavour": self.flavour, "version": self.version, "platform": self.platform, "engines": engines}
+        return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
     def fits(self, machine: Machine) -> bool:
         """Whether these engines run there."""
         return (
@@ -104,21 +136,41 @@ def this_platform() -> str:
     return f"{sys.platform}_{platform.machine().lower()}"
 
 
-def find_engine_set(bundle: Bundle, machine: Machine) -> EngineSet:
+def numeric_version(text: str) -> str:
+    """The numbers and dots that a library's version begins with, by which engine sets are told apart."""
+    found = VERSION.match(text)
+    if found is None:
+        raise BackendError(f"TensorRT has the version {text[:80]!r}: expected numbers and dots; install it again")
+    return found[0]
+
+
+def find_engine_set(bundle: Bundle, machine: Machine, trust_engines: bool = False) -> EngineSet:
     """The bundle's set for a machine; one made for exactly its compute capability first.
+
+    Args:
+        bundle: where the sets are.
+        machine: what is to run one.
+        trust_engines: take one that this user did not build on this machine, too.
 
     Raises:
         BundleError: the description of a set is damaged.
-        BackendError: there is none; the message names both sides and the command that builds one.
+        BackendError: there is none, or none to trust; the message names both sides and the command that builds one.
     """
     sets = engine_sets(bundle)
     found = [engines for engines in sets if engines.fits(machine)]
-    if found:
-        return min(found, key=lambda engines: engines.hardware_compatible)
-    there = "; ".join(str(engines) for engines in sets if engines.flavour == machine.flavour)
+    trusted = [engines for engines in found if trust_engines or built_here(engines.fingerprint)]
+    if trusted:
+        return min(trusted, key=lambda engines: engines.hardware_compatible)
     command = f"adavit-export {bundle.path} --target {machine.flavour}"
     if machine.flavour == "tensorrt-rtx":
         command += f" --compute-capability {machine.compute_capability}"
+    if found:
+        raise BackendError(
+            f"{bundle.path}: its engines {found[0].key} came with it and were not built by this user on this machine; "
+            f"TensorRT engines are native code: if you trust who built them, give --trust-engines (trust_engines=True "
+            f"to adavit.load), else build them here, run: {command}"
+        )
+    there = "; ".join(str(engines) for engines in sets if engines.flavour == machine.flavour)
     raise BackendError(
         f"{bundle.path}: its engines are for {there or 'no ' + machine.flavour}, this machine is {machine}; "
         f"run: {command}"
@@ -128,29 +180,44 @@ def find_engine_set(bundle: Bundle, machine: Machine) -> EngineSet:
 def engine_sets(bundle: Bundle) -> list[EngineSet]:
     """All sets of a bundle; raises BundleError where their description is damaged."""
     try:
-        return [_engine_set(key, values) for key, values in bundle.config.get("engine_sets", {}).items()]
+        return [read_engine_set(key, values) for key, values in bundle.config.get("engine_sets", {}).items()]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BundleError(
-            f"{bundle.path}/config.json: its engine_sets are damaged ({error}); build the engines again"
+            f"{bundle.path}/config.json: its engine_sets are damaged ({error}); remove the set that is, or export "
+            "again, and build the engines again"
         ) from None
 
 
-def _engine_set(key: str, values: Mapping[str, Any]) -> EngineSet:
-    engines = {
-        name: StoredEngine(str(v["file"]), int(v["bytes"]), str(v["sha256"]), str(v["source"]))
-        for name, v in values["engines"].items()
-    }
+def read_engine_set(key: str, values: Mapping[str, Any]) -> EngineSet:
+    """A set from its description in `config.json`; raises ValueError, KeyError, TypeError or AttributeError."""
+    capabilities = values["compute_capabilities"]
+    if not all(type(capability) is int and 0 < capability < 10_000 for capability in capabilities):
+        raise ValueError(f"compute_capabilities is {str(capabilities)[:80]}")
     return EngineSet(
-        key,
-        str(values["flavour"]),
-        str(values["version"]),
-        str(values["platform"]),
-        tuple(int(capability) for capability in values["compute_capabilities"]),
+        _text("key", key),
+        _text("flavour", values["flavour"]),
+        _text("version", values["version"]),
+        _text("platform", values["platform"]),
+        tuple(capabilities),
         values["hardware_compatible"] is True,
         values["version_compatible"] is True,
         values["stripped"] is True,
-        engines,
+        {name: _stored(engine) for name, engine in values["engines"].items()},
     )
+
+
+def _stored(values: Mapping[str, Any]) -> StoredEngine:
+    size = values["bytes"]
+    if type(size) is not int or size <= 0:
+        raise ValueError(f"an engine has {str(size)[:80]} bytes")
+    return StoredEngine(str(values["file"]), size, _text("sha256", values["sha256"]), _text("sha256", values["source"]))
+
+
+def _text(kind: str, value: Any) -> str:
+    """A text of a set, if it is what it may be: some become parts of files' names."""
+    if not isinstance(value, str) or not PATTERNS[kind].fullmatch(value):
+        raise ValueError(f"{kind} is {repr(value)[:80]}")
+    return value
 
 
 def _is_newer(version: str, than: str) -> bool:

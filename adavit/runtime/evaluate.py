@@ -48,6 +48,7 @@ class RunOptions:
     provider: str | None = None
     parallel: str | None = None
     cuda_graphs: bool = False
+    trust_engines: bool = False
     record_policy: Path | None = None
     replay_policy: Path | None = None
     budget: float | None = None
@@ -147,7 +148,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
 def _load(folder: Path, options: RunOptions) -> Runtime:
     parallel = options.parallel or ("operators" if options.batch == 1 else "samples")
     how = options.backend, options.threads, options.provider, parallel, options.budget, options.cuda_graphs
-    return load(folder, *how)
+    return load(folder, *how, options.trust_engines)
 
 
 def tune_bundle(path: Path | None, options: RunOptions, progress: Progress) -> dict[str, Any]:

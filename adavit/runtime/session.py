@@ -85,6 +85,7 @@ def load(
     parallel: str = "operators",
     budget: float | None = None,
     cuda_graphs: bool = False,
+    trust_engines: bool = False,
 ) -> Runtime:
     """Loads a bundle that `adavit-export` made.
 
@@ -100,10 +101,12 @@ def load(
         budget: share of the dense MACs that requests without one of their own get; by default what the trained
             policy takes.
         cuda_graphs: for TensorRT, make CUDA graphs of what runs again with the same shapes.
+        trust_engines: run TensorRT engines that this user did not build on this machine. They are native code, which
+            can do whatever this process can: say so only where you trust who built them.
 
     Raises:
         BundleError: the bundle is missing, damaged or of another version.
-        BackendError: the backend is unknown, not installed, or refuses an engine.
+        BackendError: the backend is unknown, not installed, or refuses an engine, or TensorRT engines are not trusted.
         InputError: `threads` is not from 1 to 1024, `parallel` is unknown, a provider is given with "auto" or to a
             backend that has no such, CUDA graphs are asked of one that makes none, or `budget` is beyond the bundle's
             operating points.
@@ -119,7 +122,9 @@ def load(
         raise OptionError(f"threads is {threads!r}: expected a whole number from 1 to 1024")
     if parallel not in ("operators", "samples"):
         raise OptionError(f"parallel is {parallel!r}: choose 'operators' or 'samples'")
-    options = Options(threads, provider, parallel, cuda_graphs)
+    if type(trust_engines) is not bool:
+        raise OptionError(f"trust_engines is {trust_engines!r}: expected True or False")
+    options = Options(threads, provider, parallel, cuda_graphs, trust_engines)
     opened = Bundle.open(bundle)
     offsets = resolve(budget, opened.budgets, opened.path)
     choice = None

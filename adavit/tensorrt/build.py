@@ -16,7 +16,8 @@ from typing import Any
 from adavit.errors import BackendError, BundleError
 from adavit.files import folder_beside
 from adavit.runtime.bundle import Bundle, write_config
-from adavit.runtime.engine_sets import engine_sets, this_platform
+from adavit.runtime.engine_sets import engine_sets, read_engine_set, this_platform
+from adavit.runtime.trust import remember_built
 from adavit.statistics import Statistics
 from adavit.tensorrt import worker
 from adavit.tensorrt.options import BuildOptions
@@ -32,7 +33,8 @@ FOLDER = "tensorrt"
 def add_engines(folder: Path, options: BuildOptions, progress: Progress) -> dict[str, Any]:
     """Builds every engine of the bundle `folder` for each target, and adds them to it.
 
-    A set appears in `config.json` when all its engines are there; until then nothing in the bundle changes.
+    A set appears in `config.json` when all its engines are there; until then nothing in the bundle changes. It is
+    remembered that this user built it here, so that it may run here.
 
     Returns:
         For each set's key, the report of its engines: layers, precisions, profiles, size and time.
@@ -83,6 +85,7 @@ def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progre
         },
     }
     _describe(folder, key, entry)
+    remember_built(read_engine_set(key, entry).fingerprint, key)
     return key, report
 
 

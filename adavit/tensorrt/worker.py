@@ -5,9 +5,11 @@ What TensorRT and its libraries print goes to a file, from which a refusal quote
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from adavit.errors import BackendError
 from adavit.files import sha256
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.bundle import Bundle, EngineSpec
+from adavit.runtime.engine_sets import numeric_version
 from adavit.tensorrt.options import BuildOptions
 from adavit.tensorrt.profiles import Profile
 
@@ -115,6 +118,15 @@ def start(*task: Any) -> None:
     """Makes this process a worker; what can fail is left to the first call, whose errors reach the parent."""
     global _task
     _task = task
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent has ended, even by SIGKILL and while TensorRT builds, which frees the GIL."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @cache
@@ -125,7 +137,7 @@ def _worker() -> _Worker:
 def describe() -> Builder:
     """What this worker builds with and for; raises BackendError where it cannot do what the options ask."""
     worker = _worker()
-    return Builder(worker.trt.__version__, worker.compute_capabilities())
+    return Builder(numeric_version(str(worker.trt.__version__)), worker.compute_capabilities())
 
 
 def build(job: Job) -> dict[str, Any]:

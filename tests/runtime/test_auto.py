@@ -175,6 +175,39 @@ def test_a_cache_that_cannot_be_written(
     assert "not kept" in str(found)
 
 
+def unreadable(kind: str, tmp_path: Path) -> str:
+    """A base folder of the user's that nobody can look into."""
+    if kind == "too long":
+        return "/" + "/".join(["h" * 200] * 30)
+    path = tmp_path / "base"
+    if kind == "a loop":
+        path.symlink_to(path)
+    else:
+        path.mkdir()
+        (path / "adavit").write_text("a file, not a folder")
+    return str(path)
+
+
+def forbidden(*_: object, **__: object) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("kind", ["too long", "a loop", "a file", "not allowed"])
+def test_a_cache_that_cannot_be_read(
+    kind: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", unreadable(kind, tmp_path))
+    with monkeypatch.context() as patch:
+        if kind == "not allowed":
+            patch.setattr("adavit.runtime.cache.os.listdir", forbidden)
+        for _ in range(2):
+            images = random_images(tiny(), 1)
+            assert len(adavit.load(tiny_bundle, threads=1).run(images).logits) == 1
+    assert [record.levelname for record in caplog.records if "cannot be read" in record.message] == ["WARNING"]
+    if kind != "not allowed":
+        assert recall("plan", {}) is remember("plan", {}, {}) is None
+
+
 def test_no_home(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("no home")

@@ -8,8 +8,9 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
-from cases import assert_same_policy, invoke, random_images, refusal
+from cases import assert_same_policy, invoke, random_images, refusal, rewrite_engine
 from double import Gpu, cuda_double
+from onnx import helper
 
 import adavit
 from adavit.cli import run as run_command
@@ -77,3 +78,15 @@ def test_a_provider_that_gives_way_to_another(tiny_bundle: Path, gpu: Gpu, monke
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
     with pytest.raises(BackendError, match="engine stem would run on CPUExecutionProvider, not on CUDA"):
         OnnxRuntimeGpuBackend(bundle, options).load("stem")
+
+
+def test_what_a_provider_compiled_is_not_run(bundle: Path, gpu: Gpu) -> None:
+    """Native code in the shape of a graph: in a node of the graph, or of a graph inside."""
+    node = helper.make_node("EPContext", ["a"], ["b"], domain="com.microsoft", embed_mode=1, ep_cache_context=b"code")
+    inner = helper.make_node("If", ["c"], ["b"], then_branch=helper.make_graph([node], "inner", [], []))
+    options = Options(1, "CPUExecutionProvider")
+    for nodes in ([node], [inner]):
+        model = helper.make_model(helper.make_graph(nodes, "graph", [], []))
+        rewrite_engine(bundle, "stem", model.SerializeToString())
+        with pytest.raises(BackendError, match=r"engine stem holds compiled code for a provider \(EPContext\)"):
+            OnnxRuntimeGpuBackend(Bundle.open(bundle), options).load("stem")

@@ -2,36 +2,21 @@
 
 import gc
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cases import assert_same_policy, invoke, random_images, random_policy, read_config, refusal, write_config
-from double import CAPABILITY, VERSION, Gpu, add_double_engines, cuda_double, trt_double
+from double import CAPABILITY, VERSION, Gpu, add_double_engines
 
 import adavit
 from adavit.cli import run as run_command
 from adavit.errors import BackendError, BundleError, OptionError
 from adavit.runtime import Runtime
-from adavit.runtime.backends import cuda, tensorrt
 
-TENSORRT = dict(backend="tensorrt", threads=2)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    device = Gpu()
-    monkeypatch.setattr(cuda, "import_runtime", lambda: cuda_double(device))
-    monkeypatch.setattr(tensorrt, "import_tensorrt", lambda flavour: trt_double(device))
-    yield device
-    gc.collect()
-
-
-@pytest.fixture
-def built(bundle: Path) -> Path:
-    return add_double_engines(bundle)
+TENSORRT = dict(backend="tensorrt", threads=2, trust_engines=True)
+ON_GPU = ("--backend", "tensorrt", "--trust-engines")
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -213,14 +198,44 @@ def test_engines_of_another_graph(built: Path, gpu: Gpu) -> None:
     write_config(built, config)
     with pytest.raises(BundleError, match="double has no engine 'stem'"):
         adavit.load(built, **TENSORRT)
-    config["engine_sets"]["double"].pop("platform")
+
+
+DAMAGED = {
+    "version": ["../../../tmp/evil.1", "10.0/../x", "10.13.0\n", "", "1" * 40, "1.", "10.x", "\u0661.0", 10, None],
+    "platform": ["linux/x86", "", 3, "x" * 99],
+    "flavour": ["", "tensorrt/..", 1],
+    "compute_capabilities": ["86", [True], [86.0], ["86"], [-1], 86, [10**9]],
+    "engines": [[], {"stem": {}}, {"stem": {"file": "a", "bytes": "1", "sha256": "0" * 64, "source": "0" * 64}},
+                {"stem": {"file": "a", "bytes": 1, "sha256": "0", "source": "0" * 64}}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in DAMAGED.items() for value in values])
+def test_a_damaged_description_of_engines(bundle: Path, gpu: Gpu, field: str, value: object) -> None:
+    """Of any flavour: a part of it may name a library's file."""
+    add_double_engines(bundle)
+    config = read_config(bundle)
+    config["engine_sets"]["other"] = {**config["engine_sets"]["double"], "flavour": "tensorrt-rtx", field: value}
+    write_config(bundle, config)
+    with pytest.raises(BundleError, match="engine_sets are damaged"):
+        adavit.load(bundle, **TENSORRT)
+    del config["engine_sets"]["other"][field]
+    write_config(bundle, config)
+    with pytest.raises(BundleError, match="engine_sets are damaged"):
+        adavit.load(bundle, **TENSORRT)
+
+
+@pytest.mark.parametrize("key", ["../x", "", "a b", "k" * 300, "-x"])
+def test_a_damaged_key_of_engines(built: Path, gpu: Gpu, key: str) -> None:
+    config = read_config(built)
+    config["engine_sets"][key] = config["engine_sets"]["double"]
     write_config(built, config)
     with pytest.raises(BundleError, match="engine_sets are damaged"):
         adavit.load(built, **TENSORRT)
 
 
 def test_the_command_tells_enqueuing_from_the_gpu_from_waiting(built: Path, gpu: Gpu) -> None:
-    arguments = [built, "--backend", "tensorrt", "--iterations", 3, "--warmup", 1, "--threads", 1, "--cuda-graphs"]
+    arguments = [built, *ON_GPU, "--iterations", 3, "--warmup", 1, "--threads", 1, "--cuda-graphs"]
     done = invoke(run_command, *arguments, "--json", "-")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
@@ -233,11 +248,11 @@ def test_the_command_tells_enqueuing_from_the_gpu_from_waiting(built: Path, gpu:
 
 def test_without_a_gpu_or_bindings_there_is_one_line(built: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.refuse.add("device")
-    message = refusal(invoke(run_command, built, "--backend", "tensorrt"))
+    message = refusal(invoke(run_command, built, *ON_GPU))
     assert "no NVIDIA GPU can be used here: cudaGetDeviceCount failed: a reason (CUDA error 100)" in message
     monkeypatch.undo()
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    assert "pip install 'adavit[tensorrt]'" in refusal(invoke(run_command, built, "--backend", "tensorrt"))
+    assert "pip install 'adavit[tensorrt]'" in refusal(invoke(run_command, built, *ON_GPU))
 
 
 def test_what_the_backend_has_not(built: Path, gpu: Gpu) -> None:

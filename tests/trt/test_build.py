@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +38,7 @@ from adavit.precision_options import CalibrationOptions
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.engine_sets import engine_sets
 from adavit.runtime.evaluate import demo_bundle
+from adavit.runtime.trust import built_here
 from adavit.tensorrt import build, worker
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
@@ -79,6 +83,7 @@ def assert_complete(bundle: Path, report: dict[str, Any]) -> dict[str, Any]:
             assert set(profile) == {tensor["name"] for tensor in engines[name]["inputs"]}
             for least, tuned, most in profile.values():
                 assert all(a <= b <= c for a, b, c in zip(least, tuned, most, strict=True))
+    assert built_here(built.fingerprint)
     assert json.loads((bundle / built.engines["stem"].file).with_name("report.json").read_text()).keys() == made.keys()
     return made["engines"]
 
@@ -345,6 +350,41 @@ def test_a_build_that_was_killed_leaves_nothing_that_matters(bundle: Path) -> No
     assert [path.name for path in (bundle / "tensorrt").iterdir()] == [f"{key}-again"]
     assert_complete(bundle, add_engines(bundle, RTX, quiet))
     assert [path.name for path in (bundle / "tensorrt").iterdir()] == [key]
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def ended(process: int) -> bool:
+    """Whether a process is gone, or would be if somebody asked how it ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_until(true: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").is_file(), reason="asks Linux")
+def test_workers_that_build_end_with_a_parent_that_is_killed(bundle: Path) -> None:
+    before = read_config(bundle)
+    code = "from adavit.cli import export; export()"
+    command = [sys.executable, "-c", code, str(bundle), "--target", "tensorrt-rtx", "--jobs", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+        wait_until(lambda: list(bundle.glob("tensorrt/.*/*.engine")), 300)
+        workers = children(parent.pid)
+        parent.kill()
+    assert len(workers) >= 2
+    wait_until(lambda: all(map(ended, workers)), 60)
+    assert read_config(bundle) == before
+    assert_complete(bundle, add_engines(bundle, RTX, quiet))
+    assert not list(bundle.glob("tensorrt/.*"))
 
 
 def test_tensorrt_that_is_not_installed_is_one_line(bundle: Path) -> None:

@@ -29,6 +29,8 @@ PLUGIN = "NvTensorRTRTXExecutionProvider"
 ON_STREAM = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 """Providers that enqueue on a stream they are given; the plugin has its own, and is waited for."""
 PROVIDERS = (*ON_STREAM, PLUGIN)
+NATIVE = b"EPContext"
+"""The operator whose node holds what a provider compiled, native code; no bundle of ours has one."""
 DEVICE = "cuda"
 """ONNX Runtime's name of the memory."""
 
@@ -71,6 +73,10 @@ class OnnxRuntimeGpuBackend(DeviceMoves):
     def load(self, name: str, alone: bool = False) -> OnnxRuntimeGpuEngine:
         """Creates a session; see `Backend.load`."""
         data, spec = self._bundle.read(name), self._bundle.engines[name]
+        if NATIVE in data:
+            raise BackendError(
+                f"engine {name} holds compiled code for a provider ({NATIVE.decode()}), which is not run; export again"
+            )
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.use_per_session_threads = False

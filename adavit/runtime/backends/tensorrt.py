@@ -17,7 +17,7 @@ from adavit.runtime.backends.device import Device
 from adavit.runtime.backends.device_moves import DeviceMoves
 from adavit.runtime.backends.tensorrt_engine import TensorRtEngine
 from adavit.runtime.bundle import Bundle, EngineSpec
-from adavit.runtime.engine_sets import FLAVOURS, Machine, find_engine_set, this_platform
+from adavit.runtime.engine_sets import FLAVOURS, Machine, find_engine_set, numeric_version, this_platform
 
 __all__ = ["TensorRtBackend", "TensorRtRtxBackend"]
 
@@ -29,10 +29,11 @@ class TensorRtBackend(DeviceMoves):
 
     Args:
         bundle: where the engines are.
-        options: whether to use CUDA graphs; threads only matter to who calls.
+        options: whether to use CUDA graphs, and engines that were built elsewhere; threads only matter to who calls.
 
     Raises:
-        BackendError: TensorRT or cuda-python is not installed, there is no GPU, or the bundle has no engines for it.
+        BackendError: TensorRT or cuda-python is not installed, there is no GPU, or the bundle has no engines for it
+            that were built here or are trusted.
     """
 
     name = "tensorrt"
@@ -43,8 +44,9 @@ class TensorRtBackend(DeviceMoves):
         self._bundle = bundle
         self._trt = trt = import_tensorrt(self.name)
         cuda = Cuda()
-        self._machine = Machine(self.name, str(trt.__version__), this_platform(), cuda.compute_capability())
-        self._set = find_engine_set(bundle, self._machine)
+        version = numeric_version(str(trt.__version__))
+        self._machine = Machine(self.name, version, this_platform(), cuda.compute_capability())
+        self._set = find_engine_set(bundle, self._machine, options.trust_engines)
         self._graphs = options.cuda_graphs
         self._messages = Messages()
         self._logger = _logger(trt, self._messages)
