@@ -1,15 +1,24 @@
 """AdaViT Deploy: adaptive vision transformers whose saved multiply-accumulates are saved milliseconds."""
 
-from adavit.errors import (
-    AdaViTError,
-    BackendError,
-    BundleError,
-    CheckpointError,
-    InputError,
-    VerificationError,
-)
-from adavit.runtime import Policy, Prediction, Result, Runtime, load
+from __future__ import annotations
+
+from importlib import import_module
+
 from adavit.version import __version__ as __version__
+
+TYPE_CHECKING = False  # as type checkers read it; typing would take a while to import
+if TYPE_CHECKING:
+    from typing import Any
+
+    from adavit.errors import (
+        AdaViTError,
+        BackendError,
+        BundleError,
+        CheckpointError,
+        InputError,
+        VerificationError,
+    )
+    from adavit.runtime import Policy, Prediction, Result, Runtime, load
 
 __all__ = [
     "AdaViTError",
@@ -24,3 +33,16 @@ __all__ = [
     "VerificationError",
     "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is public when it is first asked for: the commands are to be there before numpy is."""
+    if name in ("errors", "runtime"):
+        return import_module(f"adavit.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module 'adavit' has no attribute {name!r}")
+    return getattr(import_module("adavit.errors" if name.endswith("Error") else "adavit.runtime"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

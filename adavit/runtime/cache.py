@@ -45,7 +45,7 @@ def facts(bundle: Bundle, options: Options) -> dict[str, Any]:
     installed = ((found.metadata["Name"] or "").lower() for found in metadata.distributions())
     return {
         "adavit": __version__,
-        "bundle": sha256(json.dumps(bundle.config, sort_keys=True).encode()),
+        "bundle": bundle.fingerprint,
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
