@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import io
 import json
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -57,7 +60,7 @@ class Command(click.Command):
             if isinstance(stream, io.TextIOWrapper):  # names that its encoding lacks are no reason to stop
                 stream.reconfigure(errors="backslashreplace")
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _interrupts():
                 warnings.showwarning = partial(_warn, ctx.info_name)
                 return super().invoke(ctx)
         except click.UsageError as error:
@@ -87,6 +90,30 @@ class Command(click.Command):
             click.echo(f"{ctx.info_name}: interrupted", err=True)
             ctx.exit(130)
         _fail(ctx.info_name, message)
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Makes a KeyboardInterrupt of Ctrl-C, whatever error a compiled package turns that into."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    except Exception as error:
+        if heard:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail(command: str | None, message: str) -> NoReturn:
