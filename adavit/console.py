@@ -8,7 +8,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 
 import click
 
-from adavit.errors import AdaViTError, InputError, OptionError
+from adavit.errors import AdaViTError, InputError, OptionError, bounded, printable
 from adavit.files import check_place, write_beside
 
-__all__ = ["Command", "Progress", "check_target", "export_lines", "printable", "run_lines", "write_json"]
+__all__ = ["Command", "Progress", "check_target", "echo_notes", "export_lines", "printable", "run_lines", "write_json"]
 
 MODULES = {  # An optional package that is missing, and the extra that brings it.
     "torch": "export",
@@ -44,7 +44,7 @@ class Command(click.Command):
         except click.exceptions.NoArgsIsHelpError:
             raise
         except click.UsageError as error:
-            error.ctx = None  # Without it, click leaves out the usage lines.
+            _shorten(error)
             raise
         except BrokenPipeError:
             raise
@@ -61,7 +61,7 @@ class Command(click.Command):
                 warnings.showwarning = partial(_warn, ctx.info_name)
                 return super().invoke(ctx)
         except click.UsageError as error:
-            error.ctx = None
+            _shorten(error)
             raise
         except OptionError as error:
             raise click.UsageError(str(error)) from None
@@ -89,9 +89,15 @@ class Command(click.Command):
         _fail(ctx.info_name, message)
 
 
+def _shorten(error: click.UsageError) -> None:
+    """Leaves one bounded line of a mistake in usage."""
+    error.ctx = None  # without it, click leaves out the usage lines
+    error.message = bounded(error.message)
+
+
 def _fail(command: str | None, message: str) -> NoReturn:
     """Ends the command with one line."""
-    click.echo(f"{command}: error: {' '.join(message.split())}", err=True)
+    click.echo(f"{command}: error: {bounded(message)}", err=True)
     _drop_output()
     raise click.exceptions.Exit(1)
 
@@ -107,7 +113,13 @@ def _drop_output() -> None:
 
 
 def _warn(command: str | None, message: Warning | str, *_: Any) -> None:
-    click.echo(f"{command}: warning: {' '.join(str(message).split())}", err=True)
+    click.echo(f"{command}: warning: {bounded(str(message))}", err=True)
+
+
+def echo_notes(command: str, notes: Iterable[str]) -> None:
+    """Prints notes on stderr, each once."""
+    for note in dict.fromkeys(notes):
+        click.echo(f"{command}: note: {bounded(note)}", err=True)
 
 
 def _disk_message(error: OSError) -> str:
@@ -151,11 +163,6 @@ class Progress:
         if self._dirty:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
-
-
-def printable(line: str) -> str:
-    """A line whose names, which come from files, cannot command the terminal."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
 
 
 def check_target(option: str, target: str | Path | None) -> None:

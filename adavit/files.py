@@ -8,20 +8,30 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from adavit.errors import InputError
+from adavit.errors import InputError, shown
 
-__all__ = ["check_place", "folder_beside", "read_arrays", "read_labels", "sha256", "write_beside"]
+__all__ = [
+    "check_place",
+    "folder_beside",
+    "open_regular",
+    "path_of",
+    "read_arrays",
+    "read_labels",
+    "sha256",
+    "write_beside",
+]
 
 
 def sha256(data: bytes) -> str:
@@ -159,3 +169,45 @@ def _alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a regular file for reading, without waiting for anybody who writes to it.
+
+    Raises:
+        OSError: it is a folder, a FIFO, a device or a socket, or cannot be opened.
+        ValueError: no file can have this path.
+    """
+    _check_regular(os.stat(path).st_mode, path)  # opening a device may do something
+    flags = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    handle = os.open(path, flags)
+    try:
+        _check_regular(os.fstat(handle).st_mode, path)
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _check_regular(mode: int, path: str | Path) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+
+
+def path_of(value: object, what: str) -> Path:
+    """A path that a caller gave, of `what`.
+
+    Raises:
+        InputError: it is no str or path-like object of one, or no file can have it.
+    """
+    try:
+        path = Path(value)  # type: ignore[arg-type]
+        if b"\0" in os.fsencode(path):
+            raise ValueError
+    except TypeError:
+        raise InputError(f"{what} is {shown(value)}: expected a path, as str or pathlib.Path") from None
+    except ValueError:
+        raise InputError(f"{what} is {shown(value)}: no file can have this path") from None
+    return path
