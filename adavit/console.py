@@ -19,7 +19,17 @@ import click
 from adavit.errors import AdaViTError, InputError, OptionError, bounded, printable
 from adavit.files import check_place, write_beside
 
-__all__ = ["Command", "Progress", "check_target", "echo_notes", "export_lines", "printable", "run_lines", "write_json"]
+__all__ = [
+    "Command",
+    "Progress",
+    "check_target",
+    "echo_notes",
+    "export_lines",
+    "export_notes",
+    "printable",
+    "run_lines",
+    "write_json",
+]
 
 MODULES = {  # An optional package that is missing, and the extra that brings it.
     "torch": "export",
@@ -44,8 +54,7 @@ class Command(click.Command):
         except click.exceptions.NoArgsIsHelpError:
             raise
         except click.UsageError as error:
-            _shorten(error)
-            raise
+            raise _in_one_line(error) from None
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -61,8 +70,7 @@ class Command(click.Command):
                 warnings.showwarning = partial(_warn, ctx.info_name)
                 return super().invoke(ctx)
         except click.UsageError as error:
-            _shorten(error)
-            raise
+            raise _in_one_line(error) from None
         except OptionError as error:
             raise click.UsageError(str(error)) from None
         except AdaViTError as error:
@@ -89,10 +97,9 @@ class Command(click.Command):
         _fail(ctx.info_name, message)
 
 
-def _shorten(error: click.UsageError) -> None:
-    """Leaves one bounded line of a mistake in usage."""
-    error.ctx = None  # without it, click leaves out the usage lines
-    error.message = bounded(error.message)
+def _in_one_line(error: click.UsageError) -> click.UsageError:
+    """A mistake in usage without the context, whose usage lines click would print, and bounded."""
+    return click.UsageError(bounded(error.format_message()))
 
 
 def _fail(command: str | None, message: str) -> NoReturn:
@@ -217,6 +224,12 @@ def export_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def export_notes(report: dict[str, Any]) -> list[str]:
+    """What an export notes of the images that it was calibrated on."""
+    parts = (report.get("calibration"), report.get("budgets"))
+    return [note for part in parts if part for note in part["notes"]]
+
+
 def _offset(value: float | Sequence[float]) -> str:
     """The offset of a kind; where it differs between blocks, the least and the largest."""
     return f"{value:+.2f}" if isinstance(value, float | int) else f"{min(value):+.2f} to {max(value):+.2f}"
@@ -274,7 +287,8 @@ def run_lines(report: dict[str, Any]) -> list[str]:
             f"efficiency {report['efficiency']:.2f}"
         )
     if found := report["accuracy"]:
-        lines.append(f"accuracy    top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%} of {found['n']} images")
+        by = ", labelled by the order of their folders" if report["labels_by"] == "order" else ""
+        lines.append(f"accuracy    top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%} of {found['n']} images{by}")
     if found := report["profile"]:
         lines += ["", *_profile_lines(found)]
     return lines

@@ -20,6 +20,7 @@ __all__ = ["ClassFolderError", "Classes", "Kind", "match_folders", "misfit"]
 Kind = Literal["name", "number", "order"]
 WORDNET_ID = re.compile(r"n[0-9]{8}")
 NUMBER = re.compile(r"[0-9]{1,9}")
+UNFIT = "is none of the bundle's {} labels"
 
 
 class ClassFolderError(InputError):
@@ -45,6 +46,7 @@ def match_folders(
     by_order: bool = False,
     empty: frozenset[str] = frozenset(),
     note: Callable[[str], None] | None = None,
+    unfit: str = UNFIT,
 ) -> Classes | None:
     """The classes of folders, or None where none of them fits a label.
 
@@ -54,6 +56,7 @@ def match_folders(
         by_order: whether folders that fit no label, and are as many as these, stand for them in sorted order.
         empty: those of the folders without images, which need not fit where others do by name.
         note: told where the order counts.
+        unfit: what to say of a folder that fits no label, of which there are {}.
 
     Raises:
         ClassFolderError: only some of the folders fit a label, or one fits several, or several fit one.
@@ -61,7 +64,7 @@ def match_folders(
     found = _by_name(folders, labels)
     strangers = [name for name in folders if name not in found and name not in empty]
     if found and strangers:
-        stranger = f"class folder {shown(strangers[0])} is none of the bundle's {len(labels)} labels"
+        stranger = f"class folder {shown(strangers[0])} {unfit.format(len(labels))}"
         raise ClassFolderError(f"{stranger}, where other folders are; rename or remove it")
     if found:
         return Classes(found, "name")
@@ -77,13 +80,13 @@ def match_folders(
     return Classes({name: index for index, name in enumerate(ordered)}, "order")
 
 
-def misfit(stranger: str, folders: int, labels: Sequence[str]) -> ClassFolderError:
+def misfit(stranger: str, folders: int, labels: Sequence[str], unfit: str = UNFIT) -> ClassFolderError:
     """What to say of a folder that fits no label, as none of so many folders does."""
     advice = "name the folders after the labels"
     if folders == len(labels):
         advice += ", or give --labels-by-order if they are the classes in sorted order"
     such = f", such as {shown(labels[0])}" if labels else ""
-    return ClassFolderError(f"class folder {shown(stranger)} is none of the bundle's {len(labels)} labels{such}; {advice}")
+    return ClassFolderError(f"class folder {shown(stranger)} {unfit.format(len(labels))}{such}; {advice}")
 
 
 def _folded(name: str) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from adavit.errors import InputError, bounded, shown
 from adavit.files import path_of
-from adavit.runtime.class_folders import ClassFolderError, Classes, Kind, match_folders, misfit
+from adavit.runtime.class_folders import Classes, ClassFolderError, Kind, match_folders, misfit
 
 __all__ = ["ImageFile", "find_calibration_images", "find_images", "labels_by"]
 

@@ -138,7 +138,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be opened as an image ({error.strerror})") from None
+        raise InputError(f"{path}: not a readable image ({error.strerror})") from None
     with file, _named(path), warnings.catch_warnings():
         if not os.fstat(file.fileno()).st_size:
             raise InputError("not a readable image (it is empty)")

@@ -23,7 +23,7 @@ from adavit.runtime.backend import Backend, Constants, FixedEngine
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.plan import SUBLAYERS, HeadSet, saved_macs, set_kinds, sets_of, sublayers_of
 from adavit.runtime.policy import Policy
-from adavit.runtime.weights import attention_weights, mlp_weights, set_weights
+from adavit.runtime.weights import attention_weights, check_deciding, mlp_weights, set_weights
 
 __all__ = ["DECIDING", "STEM", "Key", "Specialised"]
 
@@ -68,13 +68,26 @@ class Specialised:
 
     def _engines_of_any(self) -> dict[Key, FixedEngine]:
         """Engines that are given their heads' weights with each run."""
-        if (fixed := self._backend.fixed) is None:
+        if (fixed := self._fixed) is None:
             return {}
         arch, engines = self._bundle.architecture, self._deciding(fixed, first=0)
         for block in range(arch.depth):
             for kind in set_kinds(arch, block):
                 engines[block, bytes(_sublayers(kind))] = fixed(f"blocks.{block}.{kind}_set", {})
         return engines
+
+    @property
+    def _fixed(self) -> Callable[[str, Constants], FixedEngine] | None:
+        """See `Backend.fixed`; an engine's decisions are checked first."""
+        fixed = self._backend.fixed
+        if fixed is None:
+            return None
+
+        def checked(name: str, constants: Constants) -> FixedEngine:
+            check_deciding(self._bundle, name)
+            return fixed(name, constants)
+
+        return checked
 
     def _deciding(self, fixed: Callable[[str, Constants], FixedEngine], first: int) -> dict[Key, FixedEngine]:
         """Engines for the decisions of the blocks from the first on."""
@@ -111,7 +124,7 @@ class Specialised:
             BackendError: this backend cannot, or the bundle is not in fp32.
             BundleError: the bundle was exported before there were such engines.
         """
-        fixed, arch = self._backend.fixed, self._bundle.architecture
+        fixed, arch = self._fixed, self._bundle.architecture
         if not sets:
             self.engines, self.sets = self._of_any, ()
             return
