@@ -119,10 +119,12 @@ class Backend(Protocol):
         always_gathers: whether it runs any block in one engine, which is given its heads' weights, whatever the policy.
             Of a block, nothing else runs then but what gathers these weights; its fixed engines neither read nor leave
             norm1 of the tokens.
+        on_host: whether buffers are the host's memory, so that fetching them costs nothing.
     """
 
     name: str
     always_gathers: bool
+    on_host: bool
 
     @property
     def fixed(self) -> Callable[[str, Constants], FixedEngine] | None:

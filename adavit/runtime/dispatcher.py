@@ -268,8 +268,9 @@ class ImageRun:
         """Runs the head on the class token, where the last block's engine has not, and gives the state back."""
         if not self._decided:
             self._dispatcher.engines.head.run([state.x.rows(1)], [state.logits.rows(1)])
-        logits, x = self._backend.fetch(state.logits, state.x)
-        check_image(self._position, x, logits[0])
+        left = (state.logits, state.x) if self._backend.on_host else (state.logits,)
+        logits, *tokens = self._backend.fetch(*left)
+        check_image(self._position, logits, *tokens)
         self._logits[self._position] = logits[0]
         if self._observe:
             self._observe(self._position, "head", self._logits[self._position])

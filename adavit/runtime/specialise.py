@@ -68,26 +68,13 @@ class Specialised:
 
     def _engines_of_any(self) -> dict[Key, FixedEngine]:
         """Engines that are given their heads' weights with each run."""
-        if (fixed := self._fixed) is None:
+        if (fixed := self._backend.fixed) is None:
             return {}
         arch, engines = self._bundle.architecture, self._deciding(fixed, first=0)
         for block in range(arch.depth):
             for kind in set_kinds(arch, block):
                 engines[block, bytes(_sublayers(kind))] = fixed(f"blocks.{block}.{kind}_set", {})
         return engines
-
-    @property
-    def _fixed(self) -> Callable[[str, Constants], FixedEngine] | None:
-        """See `Backend.fixed`; an engine's decisions are checked first."""
-        fixed = self._backend.fixed
-        if fixed is None:
-            return None
-
-        def checked(name: str, constants: Constants) -> FixedEngine:
-            check_deciding(self._bundle, name)
-            return fixed(name, constants)
-
-        return checked
 
     def _deciding(self, fixed: Callable[[str, Constants], FixedEngine], first: int) -> dict[Key, FixedEngine]:
         """Engines for the decisions of the blocks from the first on."""
@@ -124,12 +111,17 @@ class Specialised:
             BackendError: this backend cannot, or the bundle is not in fp32.
             BundleError: the bundle was exported before there were such engines.
         """
-        fixed, arch = self._fixed, self._bundle.architecture
+        load, arch = self._backend.fixed, self._bundle.architecture
         if not sets:
             self.engines, self.sets = self._of_any, ()
             return
-        if fixed is None or not self.by_set:
+        if load is None or not self.by_set:
             raise BackendError(f"{self._backend.name} makes no engines for sets of heads, or the bundle is not in fp32")
+
+        def fixed(name: str, constants: Constants) -> FixedEngine:
+            check_deciding(self._bundle, name)
+            return load(name, constants)
+
         engines = {(STEM, DECIDING): fixed("stem_set", {}), **self._deciding(fixed, first=1)}
         for block, of_block in groupby(sorted(sets), key=lambda found: found.block):
             attention, mlp = attention_weights(self._bundle, block), mlp_weights(self._bundle, block)

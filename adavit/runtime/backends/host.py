@@ -24,6 +24,8 @@ class HostBuffer(Protocol):
 class HostMoves:
     """What `Backend` says of moving rows, in numpy; a backend adds `buffer`."""
 
+    on_host = True
+
     def upload(self, array: npt.NDArray[Any]) -> Any:
         """See `Backend.upload`."""
         buffer: Any = self.buffer(array.shape, array.dtype.name)  # type: ignore[attr-defined]
