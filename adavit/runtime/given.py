@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from operator import index
 from typing import Any
 
@@ -29,8 +30,9 @@ def pictures_of(given: Any) -> Iterator[ImageLike]:
     """
     if isinstance(given, ONE):
         return iter([given])
-    if not isinstance(given, NONE) and isinstance(given, Iterable):
-        return iter(given)
+    if not isinstance(given, NONE):
+        with suppress(TypeError):
+            return iter(given)
     raise InputError(
         f"images is {shown(given)}: expected a path, a PIL image, a uint8 array [H, W] or [H, W, 3], "
         "or an iterable of these"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,13 +152,13 @@ class Policy:
         return policy
 
     @classmethod
-    def concatenate(cls, policies: Iterable[Policy]) -> Policy:
+    def concatenate(cls, policies: Sequence[Policy]) -> Policy:
         """Joins the policies of consecutive batches; raises InputError where they are none, or of different models."""
-        found = list(policies) if isinstance(policies, Iterable) else []
-        if not found or not all(isinstance(policy, Policy) for policy in found):
+        given = isinstance(policies, list | tuple) and all(isinstance(policy, Policy) for policy in policies)
+        if not given or not policies:
             raise InputError(f"policies is {shown(policies)}: expected at least one adavit.Policy, in a list")
         try:
-            return cls(*(np.concatenate(masks) for masks in zip(*(policy.masks() for policy in found), strict=True)))
+            return cls(*(np.concatenate(masks) for masks in zip(*(policy.masks() for policy in policies), strict=True)))
         except ValueError:
             raise InputError("the policies are of different models: their masks have other sizes") from None
 
