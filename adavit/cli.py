@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from adavit import console
 from adavit.budget_options import BudgetOptions, budget_options
+from adavit.console_notes import echo_notes, export_notes
 from adavit.console_precision import calibration_lines, compare_lines
 from adavit.console_tune import tune_lines
 from adavit.option_types import Finite, Threads, labels_by_order
@@ -79,7 +80,7 @@ def export(
         else:
             options |= {"build": build, "budgets": budgets, "calibration": calibration}
             report = _export(source, output, check, against, threads, options, progress)
-    console.echo_notes("adavit-export", console.export_notes(report))
+    echo_notes("adavit-export", export_notes(report))
     console.write_json(report, json_file)
     if json_file != "-":
         lines = console.export_lines(report)
@@ -218,7 +219,7 @@ def run(
             report, lines = _tune(bundle, options, progress), tune_lines
         else:
             report, lines = run_bundle(bundle, RunOptions(**options), progress), console.run_lines
-    console.echo_notes("adavit-run", report["notes"])
+    echo_notes("adavit-run", report["notes"])
     for skipped in report.get("skipped", ()):
         click.echo(f"adavit-run: skipped {skipped}", err=True)
     console.write_json(report, json_file)

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -123,12 +123,6 @@ def _warn(command: str | None, message: Warning | str, *_: Any) -> None:
     click.echo(f"{command}: warning: {bounded(str(message))}", err=True)
 
 
-def echo_notes(command: str, notes: Iterable[str]) -> None:
-    """Prints notes on stderr, each once."""
-    for note in dict.fromkeys(notes):
-        click.echo(f"{command}: note: {bounded(note)}", err=True)
-
-
 def _disk_message(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     hint = {
@@ -222,12 +216,6 @@ def export_lines(report: dict[str, Any]) -> list[str]:
     if "seconds" in report:
         lines.append(f"took        {report['seconds']:.1f} s")
     return lines
-
-
-def export_notes(report: dict[str, Any]) -> list[str]:
-    """What an export notes of the images that it was calibrated on."""
-    parts = (report.get("calibration"), report.get("budgets"))
-    return [note for part in parts if part for note in part["notes"]]
 
 
 def _offset(value: float | Sequence[float]) -> str:
