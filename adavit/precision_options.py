@@ -26,13 +26,13 @@ class CalibrationOptions:
 
     precision: str = "fp32"
     calibration_images: tuple[Path, ...] = ()
-    labels_by_order: bool = False
     calibration_cache: Path | None = None
     samples: int = 64
     method: str = "max"
     decision_precision: str = "fp32"
     max_drop: float = 0.3
     seed: int = 0
+    labels_by_order: bool = False
 
     @classmethod
     def taken_from(cls, options: dict[str, Any]) -> CalibrationOptions:
