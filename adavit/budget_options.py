@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from adavit.errors import OptionError
+from adavit.option_types import labels_by_order
 
 __all__ = ["BudgetOptions", "budget_options"]
 
@@ -22,6 +23,7 @@ class BudgetOptions:
 
     budgets: tuple[float, ...] = ()
     calibration_images: tuple[Path, ...] = ()
+    labels_by_order: bool = False
 
     @classmethod
     def taken_from(cls, options: dict[str, Any]) -> BudgetOptions:
@@ -37,11 +39,14 @@ class BudgetOptions:
             raise OptionError("--budgets: a budget is given twice")
         if self.budgets and not self.calibration_images:
             raise OptionError("--budgets needs --calibration-images")
+        if self.labels_by_order and not self.calibration_images:
+            raise OptionError("--labels-by-order is of the class folders of --calibration-images; give them too")
 
 
 def budget_options(command: Function) -> Function:
     """Adds the options to a command."""
     for option in (
+        labels_by_order,
         click.option(
             "--calibration-images",
             type=click.Path(path_type=Path),

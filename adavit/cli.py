@@ -11,10 +11,11 @@ from click.core import ParameterSource
 
 from adavit import console
 from adavit.budget_options import BudgetOptions, budget_options
+from adavit.console_notes import echo_notes, export_notes
 from adavit.console_precision import calibration_lines, compare_lines
 from adavit.console_tune import tune_lines
 from adavit.files import find_folder
-from adavit.option_types import Finite, Threads
+from adavit.option_types import Finite, Threads, labels_by_order
 from adavit.precision_options import CalibrationOptions, calibration_options
 from adavit.runtime.backend import names as backend_names
 from adavit.tensorrt.options import BuildOptions, build_options
@@ -23,6 +24,7 @@ from adavit.version import __version__
 PATH = click.Path(path_type=Path)
 CALIBRATING = ("calibration_cache", "samples", "method", "decision_precision", "max_drop", "seed")
 """Options that only an export in another precision than fp32 follows."""
+CALIBRATION_IMAGES = ("calibration_images", "labels_by_order")
 EXPORTING = ("with_dense", "opset", "labels", "image_size", "crop_ratio", "verify", "force", "precision", *CALIBRATING)
 """Options that only an export of a checkpoint follows."""
 MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile")
@@ -80,6 +82,7 @@ def export(
         else:
             options |= {"build": build, "budgets": budgets, "calibration": calibration}
             report = _export(source, output, check, against, threads, options, progress)
+    echo_notes("adavit-export", export_notes(report))
     console.write_json(report, json_file)
     if json_file != "-":
         lines = console.export_lines(report)
@@ -124,13 +127,13 @@ def _export(
     if check is not None:
         if against is None or source is not None or output is not None:
             raise click.UsageError("--check BUNDLE takes --against CHECKPOINT and neither CHECKPOINT nor --output")
-        _refuse({*EXPORTING, "target", "budgets", "calibration_images"}, "to check a BUNDLE, leave out")
+        _refuse({*EXPORTING, "target", "budgets", *CALIBRATION_IMAGES}, "to check a BUNDLE, leave out")
         return check_bundle(check, against, options["heads"], threads, progress)
     if source is None or output is None:
         raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")
     _refuse({"against"}, "an export is verified against its CHECKPOINT, leave out")
     if options["calibration"].precision == "fp32":
-        images = () if options["budgets"].budgets else ("calibration_images",)
+        images = () if options["budgets"].budgets else CALIBRATION_IMAGES
         _refuse({*CALIBRATING, *images}, "nothing is calibrated in fp32, give a --precision or leave out")
     return export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
 
@@ -138,6 +141,7 @@ def _export(
 @click.command(cls=console.Command, name="adavit-run")
 @click.argument("bundle", type=PATH, required=False)
 @click.option("--images", type=PATH, multiple=True, help="Image file or folder; class-named folders give accuracy.")
+@labels_by_order
 @click.option("--batch", type=click.IntRange(1, 4096), default=1, show_default=True, help="Images per run.")
 @click.option("--iterations", type=click.IntRange(1), help="Measured runs.")
 @click.option("--seconds", type=Finite(0.01), help="Length of the measurement.  [default: 3]")
@@ -202,6 +206,8 @@ def run(
     """
     from adavit.runtime.evaluate import RunOptions, run_bundle
 
+    if options["labels_by_order"] and not options["images"]:
+        raise click.UsageError("--labels-by-order is of the class folders of --images; give them too")
     if options["iterations"] and options["seconds"]:
         raise click.UsageError("give --iterations or --seconds, not both")
     if sum(options[key] is not None for key in ("budget", "latency_ms", "replay_policy")) > 1:
@@ -218,6 +224,7 @@ def run(
             report, lines = _tune(bundle, options, progress), tune_lines
         else:
             report, lines = run_bundle(bundle, RunOptions(**options), progress), console.run_lines
+    echo_notes("adavit-run", report["notes"])
     for skipped in report.get("skipped", ()):
         click.echo(f"adavit-run: skipped {skipped}", err=True)
     console.write_json(report, json_file)
@@ -236,12 +243,13 @@ def _compare(
         raise click.UsageError("--compare A B takes --images and no other BUNDLE")
     _refuse({*MEASURING, "tune"}, "--compare runs the trained policies once, without")
     images, backend, threads, provider = (options[key] for key in ("images", "backend", "threads", "provider"))
-    return compare_bundles(*compare, images, backend, threads, provider, progress, options["trust_engines"])
+    by_order, trust = options["labels_by_order"], options["trust_engines"]
+    return compare_bundles(*compare, images, backend, threads, provider, progress, by_order, trust)
 
 
 def _tune(bundle: Path | None, options: dict[str, Any], progress: console.Progress) -> dict[str, Any]:
     """Tunes a bundle on this machine."""
     from adavit.runtime.evaluate import RunOptions, tune_bundle
 
-    _refuse(MEASURING, "--tune measures by itself, without")
+    _refuse({*MEASURING, "labels_by_order"}, "--tune measures by itself, without")
     return tune_bundle(bundle, RunOptions(**options), progress)

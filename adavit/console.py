@@ -19,10 +19,18 @@ from typing import Any, NoReturn
 
 import click
 
-from adavit.errors import AdaViTError, InputError, OptionError
+from adavit.errors import AdaViTError, InputError, OptionError, bounded, printable
 from adavit.files import check_place, write_beside
 
-__all__ = ["Command", "Progress", "check_target", "export_lines", "printable", "run_lines", "write_json"]
+__all__ = [
+    "Command",
+    "Progress",
+    "check_target",
+    "export_lines",
+    "printable",
+    "run_lines",
+    "write_json",
+]
 
 MODULES = {  # An optional package that is missing, and the extra that brings it.
     "torch": "export",
@@ -47,8 +55,7 @@ class Command(click.Command):
         except click.exceptions.NoArgsIsHelpError:
             raise
         except click.UsageError as error:
-            error.ctx = None  # Without it, click leaves out the usage lines.
-            raise
+            raise _in_one_line(error) from None
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -64,8 +71,7 @@ class Command(click.Command):
                 warnings.showwarning = partial(_warn, ctx.info_name)
                 return super().invoke(ctx)
         except click.UsageError as error:
-            error.ctx = None
-            raise
+            raise _in_one_line(error) from None
         except OptionError as error:
             raise click.UsageError(str(error)) from None
         except AdaViTError as error:
@@ -116,9 +122,14 @@ def _interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _in_one_line(error: click.UsageError) -> click.UsageError:
+    """A mistake in usage without the context, whose usage lines click would print, and bounded."""
+    return click.UsageError(bounded(error.format_message()))
+
+
 def _fail(command: str | None, message: str) -> NoReturn:
     """Ends the command with one line."""
-    click.echo(f"{command}: error: {' '.join(message.split())}", err=True)
+    click.echo(f"{command}: error: {bounded(message)}", err=True)
     _drop_output()
     raise click.exceptions.Exit(1)
 
@@ -134,7 +145,7 @@ def _drop_output() -> None:
 
 
 def _warn(command: str | None, message: Warning | str, *_: Any) -> None:
-    click.echo(f"{command}: warning: {' '.join(str(message).split())}", err=True)
+    click.echo(f"{command}: warning: {bounded(str(message))}", err=True)
 
 
 def _disk_message(error: OSError) -> str:
@@ -178,11 +189,6 @@ class Progress:
         if self._dirty:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
-
-
-def printable(line: str) -> str:
-    """A line whose names, which come from files, cannot command the terminal."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
 
 
 def check_target(option: str, target: str | Path | None) -> None:
@@ -294,7 +300,8 @@ def run_lines(report: dict[str, Any]) -> list[str]:
             f"efficiency {report['efficiency']:.2f}"
         )
     if found := report["accuracy"]:
-        lines.append(f"accuracy    top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%} of {found['n']} images")
+        by = ", labelled by the order of their folders" if report["labels_by"] == "order" else ""
+        lines.append(f"accuracy    top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%} of {found['n']} images{by}")
     if found := report["profile"]:
         lines += ["", *_profile_lines(found)]
     return lines

@@ -49,8 +49,9 @@ def compare_lines(report: dict[str, Any]) -> list[str]:
     rows.append(("top-1 agreement", *(f"{mode['top1_agreement']:.2%}" for mode in (free, replayed))))
     rows.append(("logit difference, mean", *(f"{mode['mean_logit_difference']:.2g}" for mode in (free, replayed))))
     if found := report["accuracy"]:
+        by = "labels by the order of folders" if report["labels_by"] == "order" else ""
         rows.append(("top-1 accuracy", f"{found['second']:.2%}", f"{found['replayed']:.2%}"))
-        rows.append(("... of the first", f"{found['first']:.2%}", ""))
+        rows.append(("... of the first", f"{found['first']:.2%}", by))
     lines = [f"first       {report['first']}", f"second      {report['second']}", f"images      {report['images']}"]
     lines += ["", *table(rows), "", *table(_block_rows(free)), "", *table(_margin_rows(report["decisions"]))]
     return lines

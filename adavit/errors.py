@@ -10,20 +10,56 @@ __all__ = [
     "InputError",
     "OptionError",
     "VerificationError",
+    "bounded",
     "one_line",
+    "printable",
     "raise_interrupt",
+    "shown",
 ]
 
-LONGEST_MESSAGE = 400
+LONGEST_MESSAGE = 500
+LONGEST_QUOTE = 300
+LONGEST_VALUE = 80
+ELIDED = " ... "
+
+
+def printable(text: str) -> str:
+    """Text that cannot command a terminal and that any encoding of Unicode takes: the rest is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def bounded(text: str, most: int = LONGEST_MESSAGE) -> str:
+    """Text as one printable line of at most so many characters; of a longer one the middle is left out."""
+    line = printable(" ".join(part for part in text.splitlines() if part))
+    if len(line) <= most:
+        return line
+    end = (most - len(ELIDED)) // 2
+    return line[: most - len(ELIDED) - end] + ELIDED + line[-end:]
+
+
+def shown(value: object) -> str:
+    """A value that may be anything, as messages show it: its repr, bounded."""
+    try:
+        return bounded(repr(value), LONGEST_VALUE)
+    except Exception:  # of a whole number of thousands of digits, or of a foreign class
+        return f"a value of the type {type(value).__name__}"
 
 
 def one_line(error: Exception) -> str:
     """What another library's exception says, without line breaks and not too long."""
-    return " ".join(str(error).split())[:LONGEST_MESSAGE]
+    return bounded(" ".join(str(error).split()), LONGEST_QUOTE)
 
 
 class AdaViTError(Exception):
-    """Base of every error this package raises on purpose; the command line prints it without a traceback."""
+    """Base of every error this package raises on purpose; the command line prints it without a traceback.
+
+    Its message is `bounded`, whatever values it tells.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(bounded(str(message)))
 
 
 class CheckpointError(AdaViTError):

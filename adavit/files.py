@@ -1,4 +1,4 @@
-"""Reading what may be hostile, and writing without leaving halves: beside the target first, then renamed over it."""
+"""Writing without leaving halves behind: beside the target first, then renamed over it."""
 
 from __future__ import annotations
 
@@ -8,35 +8,22 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import tempfile
 import time
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, BinaryIO
-
-import numpy as np
-import numpy.typing as npt
-
-from adavit.errors import InputError
+from typing import IO, Any
 
 __all__ = [
     "check_place",
     "find_folder",
     "folder_beside",
-    "open_regular",
-    "read_arrays",
-    "read_labels",
-    "read_regular",
     "sha256",
     "write_beside",
 ]
 
-MOST_LABELS = 16 << 20
-"""Bytes of a file of labels."""
 REPLACING = 2.0
 """Seconds to wait for a process that is between the two renames of a replacement."""
 
@@ -44,81 +31,6 @@ REPLACING = 2.0
 def sha256(data: bytes) -> str:
     """SHA-256 of `data`, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
-
-
-def open_regular(path: str | Path) -> BinaryIO:
-    """Opens a file for reading, once, without blocking; a symbolic link is followed.
-
-    Raises:
-        OSError: it is not there, may not be read, or is no regular file, with a `strerror` that says which.
-        ValueError: no file can have this path.
-    """
-    _require_regular(os.stat(path), path)  # opening a device may do something
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        _require_regular(os.fstat(handle), path)
-        return os.fdopen(handle, "rb")
-    except BaseException:
-        os.close(handle)
-        raise
-
-
-def _require_regular(found: os.stat_result, path: str | Path) -> None:
-    if stat.S_ISDIR(found.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
-
-
-def read_regular(path: str | Path, most: int) -> bytes:
-    """All bytes of a regular file; see `open_regular`.
-
-    Raises:
-        OSError: it cannot be read, or holds more than `most` bytes.
-        ValueError: no file can have this path.
-    """
-    with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > most or len(data := file.read(most + 1)) > most:
-            raise OSError(errno.EFBIG, f"larger than {most} bytes", str(path))
-    return data
-
-
-def read_arrays(path: Path, names: Iterable[str], most: int) -> list[npt.NDArray[Any]]:
-    """Arrays of an .npz file, which may be hostile.
-
-    Args:
-        path: of the file.
-        names: of the arrays.
-        most: bytes that all of it may take, unpacked.
-
-    Raises:
-        ValueError: it is no such file, lacks one of them, or is larger.
-    """
-    try:
-        with open_regular(path) as file:
-            with zipfile.ZipFile(file) as packed:
-                size = sum(member.file_size for member in packed.infolist())
-            if size > most:
-                raise ValueError(f"it takes {size} bytes unpacked, over {most}")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as data:
-                return [data[name] for name in names]
-    except Exception as error:  # a damaged archive raises anything
-        raise ValueError(str(error)) from None
-
-
-def read_labels(path: Path) -> list[str]:
-    """The lines of a text file, stripped; blank ones are kept.
-
-    Raises:
-        InputError: it cannot be read as text.
-    """
-    try:
-        return [line.strip() for line in read_regular(path, MOST_LABELS).decode("utf-8-sig").splitlines()]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read as labels ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read as labels ({type(error).__name__})") from None
 
 
 def check_place(path: Path) -> None:
@@ -179,16 +91,12 @@ def folder_beside(path: Path) -> Iterator[Path]:
         _sweep(path, old)
 
 
-def find_folder(path: str | Path) -> Path:
+def find_folder(path: Path) -> Path:
     """Where the folder that belongs at `path` is.
 
     That is `path`, but where a process was killed between the two renames of a replacement: then the old folder is put
     back first or, where this process may not do that, found where it lies. A living process is waited for.
-
-    Raises:
-        TypeError, ValueError: no folder can have this path.
     """
-    path = Path(path)
     place = Path(os.path.realpath(path))
     old = _aside(place)
     until = time.monotonic() + REPLACING

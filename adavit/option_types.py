@@ -1,4 +1,4 @@
-"""Numbers as the commands' options take them."""
+"""Numbers as the commands' options take them, and an option that all of them share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import click
 
 from adavit.runtime.session import usable_cpus
 
-__all__ = ["Finite", "Threads"]
+__all__ = ["Finite", "Threads", "labels_by_order"]
+
+labels_by_order = click.option(
+    "--labels-by-order",
+    is_flag=True,
+    help="Class folders that fit no label, and are as many, are the classes in sorted order.",
+)
 
 
 class Finite(click.FloatRange):

@@ -32,12 +32,14 @@ class CalibrationOptions:
     decision_precision: str = "fp32"
     max_drop: float = 0.3
     seed: int = 0
+    labels_by_order: bool = False
 
     @classmethod
     def taken_from(cls, options: dict[str, Any]) -> CalibrationOptions:
         """Takes its options out of a command's, but for the images, which budgets are calibrated on too."""
-        names = {field.name for field in fields(cls)} - {"calibration_images"}
-        return cls(calibration_images=options["calibration_images"], **{name: options.pop(name) for name in names})
+        shared = {"calibration_images", "labels_by_order"}
+        own = {field.name for field in fields(cls)} - shared
+        return cls(**{name: options[name] for name in shared}, **{name: options.pop(name) for name in own})
 
     def check(self, opset: int) -> None:
         """Raises OptionError where the options do not fit together, ModuleNotFoundError without Model Optimizer."""

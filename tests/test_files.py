@@ -8,7 +8,8 @@ import pytest
 from cases import python
 
 from adavit import files
-from adavit.files import find_folder, folder_beside, open_regular, read_regular, write_beside
+from adavit.files import find_folder, folder_beside, write_beside
+from adavit.reading import open_regular, read_regular
 
 
 class Stopped(BaseException):

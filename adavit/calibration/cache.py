@@ -13,7 +13,8 @@ from adavit.calibration.histogram import BINS, Histogram
 from adavit.calibration.ranges import Ranges
 from adavit.calibration.recording import Seen
 from adavit.errors import InputError
-from adavit.files import read_arrays, write_beside
+from adavit.files import write_beside
+from adavit.reading import read_arrays
 
 __all__ = ["Origin", "load_ranges", "save_ranges"]
 

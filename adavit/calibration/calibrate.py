@@ -17,8 +17,9 @@ from adavit.calibration.recording import Recorder
 from adavit.errors import InputError
 from adavit.export.write import write_bundle
 from adavit.precision_options import CalibrationOptions
+from adavit.reading import open_regular
 from adavit.runtime.bundle import Bundle
-from adavit.runtime.images import find_images
+from adavit.runtime.image_files import ImageFile, find_calibration_images, labels_by
 from adavit.runtime.session import Runtime, load
 
 __all__ = ["calibrate_bundle"]
@@ -58,10 +59,14 @@ def calibrate_bundle(
     runtime = load(source, "onnxruntime", threads)
     bundle = runtime.bundle
     cache = options.calibration_cache or cache
-    ranges, report = _ranges(runtime, options, cache, progress)
+    notes: list[str] = []
+    files = find_calibration_images(options.calibration_images, bundle.labels, options.labels_by_order, notes.append)
+    ranges, report = _ranges(runtime, files, options, cache, progress)
+    report["notes"] = notes
     assigned = assign(bundle, ranges, "int8" if options.precision == "mixed" else options.precision)
     if options.precision == "mixed":
-        assigned = _search(runtime, folder, ranges, options, report, progress)
+        assigned = _search(runtime, folder, ranges, files, options, report, progress)
+        report["labels_by"] = labels_by(files)
     config = write_converted(bundle, folder, ranges, assigned, options, progress)
     report["method"] = None if options.precision == "fp16" else options.method
     report["engines"] = {
@@ -82,6 +87,7 @@ def _search(
     runtime: Runtime,
     folder: Path,
     ranges: Ranges,
+    files: list[ImageFile],
     options: CalibrationOptions,
     report: dict[str, Any],
     progress: Progress,
@@ -94,7 +100,7 @@ def _search(
         part.mkdir()
         write_converted(runtime.bundle, part, ranges, units, options, progress)
         bundles[precision] = Bundle.open(part)
-    images, labels = read_images(find_images(options.calibration_images, runtime.labels), runtime.preprocess)
+    images, labels = read_images(files, runtime.preprocess)
     measure = Measure(bundles, runtime.options, options.decision_precision, images, labels)
     search = Search(measure, assigned["int8"], assigned["fp16"], options.max_drop, progress)
     found = search.run()
@@ -135,11 +141,10 @@ def write_converted(
 
 
 def _ranges(
-    runtime: Runtime, options: CalibrationOptions, cache: Path, progress: Progress
+    runtime: Runtime, files: list[ImageFile], options: CalibrationOptions, cache: Path, progress: Progress
 ) -> tuple[Ranges, dict[str, Any]]:
     """Ranges from the cache where they are of this model and these images, else measured, and cached."""
     bundle = runtime.bundle
-    files = find_images(options.calibration_images, bundle.labels)
     origin: Origin = {"model": _model_hash(bundle), "samples": options.samples, "seed": options.seed}
     origin["images"] = _hash_files([file.path for file in files])
     report: dict[str, Any] = {"cache": str(cache), "reused": False, "skipped": []}
@@ -180,7 +185,8 @@ def _hash_files(paths: list[Path]) -> str:
     total = hashlib.sha256()
     for path in paths:
         try:
-            total.update(hashlib.sha256(path.read_bytes()).digest())
+            with open_regular(path) as file:
+                total.update(hashlib.sha256(file.read()).digest())
         except OSError:
             total.update(hashlib.sha256().digest())
     return total.hexdigest()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from adavit.errors import InputError
 from adavit.macs import dense_macs
 from adavit.runtime.budget import TRAINED, Offsets
-from adavit.runtime.images import find_images
+from adavit.runtime.image_files import ImageFile
 from adavit.runtime.session import Runtime
 
 __all__ = ["Outcome", "Trial"]
@@ -84,13 +83,12 @@ class Trial:
         self.trained = self.run(TRAINED)
 
     @classmethod
-    def of_files(cls, runtime: Runtime, paths: tuple[Path, ...], progress: Progress) -> tuple[Trial, list[str]]:
-        """The images at `paths`, a random part of them if they are many, and what could not be read.
+    def of_files(cls, runtime: Runtime, files: Sequence[ImageFile], progress: Progress) -> tuple[Trial, list[str]]:
+        """The images of some files, a random part of them if they are many, and what could not be read.
 
         Raises:
             InputError: there are no images, or too few.
         """
-        files = find_images(paths, runtime.labels)
         most = max(FEWEST_IMAGES, min(MOST_IMAGES, MOST_BYTES // (4 * 3 * runtime.architecture.image_size**2)))
         pixels, labels, skipped = [], [], []
         for position in np.random.default_rng(0).permutation(len(files)):

@@ -18,10 +18,11 @@ from adavit.export.graph import OPSETS
 from adavit.export.verify import verify
 from adavit.export.weights import Weights
 from adavit.export.write import write_bundle
-from adavit.files import find_folder, folder_beside, read_labels, sha256
+from adavit.files import find_folder, folder_beside, sha256
 from adavit.model import AdaViT, load_checkpoint, resize
 from adavit.model.checkpoint import read_classes, read_crop
 from adavit.precision_options import CalibrationOptions
+from adavit.reading import read_labels
 from adavit.runtime.bundle import Bundle, is_bundle
 from adavit.runtime.evaluate import demo_bundle
 from adavit.runtime.images import Preprocessor

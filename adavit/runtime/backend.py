@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from adavit.errors import BackendError, OptionError
+from adavit.errors import BackendError, OptionError, shown
 from adavit.runtime.bundle import Bundle, EngineSpec
 
 __all__ = ["Backend", "Buffer", "Constants", "Engine", "FixedEngine", "Options", "Sizes", "create_backend", "names"]
@@ -121,12 +121,12 @@ class Backend(Protocol):
         always_gathers: whether it runs any block in one engine, which is given its heads' weights, whatever the policy.
             Of a block, nothing else runs then but what gathers these weights; its fixed engines neither read nor leave
             norm1 of the tokens.
-        survives_fork: whether what was loaded runs in a forked child too.
+        on_host: whether buffers are the host's memory, so that fetching them costs nothing.
     """
 
     name: str
     always_gathers: bool
-    survives_fork: bool
+    on_host: bool
 
     @property
     def fixed(self) -> Callable[[str, Constants], FixedEngine] | None:
@@ -221,8 +221,8 @@ def create_backend(name: str, bundle: Bundle, options: Options) -> Backend:
         BackendError: it is unknown or not installed.
         OptionError: it has no CUDA graphs to make, or no such provider on any machine.
     """
-    if name not in _BACKENDS:
-        raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(names())}")
+    if not isinstance(name, str) or name not in _BACKENDS:
+        raise BackendError(f"unknown backend {shown(name)}; choose one of {', '.join(names())}")
     if options.cuda_graphs and not name.startswith("tensorrt"):
         raise OptionError(f"{name} has no CUDA graphs; they are for the backends tensorrt and tensorrt-rtx")
     module, attribute = _BACKENDS[name].split(":")

@@ -9,7 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from adavit.errors import InputError
+from adavit.errors import InputError, shown
 
 __all__ = ["TRAINED", "Budgets", "Offsets", "OperatingPoint", "present", "resolve"]
 
@@ -36,7 +36,7 @@ class Offsets:
         for kind, value in vars(self).items():
             several = isinstance(value, list | tuple)
             if any(type(v) not in (int, float) or not abs(v) <= MAX_OFFSET for v in (value if several else [value])):
-                raise ValueError(f"the offset of {kind} is {value!r}: expected numbers up to {MAX_OFFSET:g}")
+                raise ValueError(f"the offset of {kind} is {shown(value)}: expected numbers up to {MAX_OFFSET:g}")
             if several:
                 object.__setattr__(self, kind, tuple(value))
 
@@ -120,8 +120,11 @@ class Budgets:
         """
         ends = f"{self.points[0].budget:.4g} to {self.points[-1].budget:.4g}"
         if not isinstance(budget, Real) or isinstance(budget, bool):
-            raise InputError(f"budget is {budget!r}: expected a share of the dense MACs from {ends}")
-        asked = float(budget)
+            raise InputError(f"budget is {shown(budget)}: expected a share of the dense MACs from {ends}")
+        try:
+            asked = float(budget)
+        except (OverflowError, ValueError):  # of whole numbers and fractions beyond any float
+            raise InputError(f"budget is {shown(budget)}: expected a share of the dense MACs from {ends}") from None
         if not self.points[0].budget <= asked <= self.points[-1].budget:
             raise InputError(f"budget {asked:g} is out of range: this bundle's go from {ends} of the dense MACs")
         above = bisect_left(self.points, asked, key=lambda point: point.budget)
@@ -145,7 +148,7 @@ class Budgets:
         last = 0.0
         for point in points:
             if type(point.budget) not in (int, float) or not last < point.budget <= 1:
-                raise ValueError(f"budget {point.budget!r} is no share of the dense MACs, or out of order")
+                raise ValueError(f"budget {shown(point.budget)} is no share of the dense MACs, or out of order")
             last = point.budget
             try:
                 point.offsets.by_block(depth)

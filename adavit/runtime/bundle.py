@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 from adavit.architecture import Architecture
 from adavit.errors import BundleError, InputError
-from adavit.files import find_folder, read_regular, sha256, write_beside
+from adavit.files import find_folder, sha256, write_beside
 from adavit.macs import dense_macs, outside_macs
+from adavit.reading import path_of, read_regular
 from adavit.runtime.budget import Budgets
 from adavit.runtime.images import Preprocessor
 
@@ -237,15 +238,14 @@ def _check_file(folder: Path, stored: Stored) -> Path:
     return path
 
 
-def _folder(path: Any) -> Path:
-    """Where a bundle is; raises InputError where `path` is no path, BundleError where no folder is there."""
+def _folder(given: Any) -> Path:
+    """Where a bundle is; raises InputError where what is given is no path, BundleError where no folder is there."""
+    path = path_of(given, "bundle")
     try:
         folder = find_folder(path)
         there = folder.is_dir()
-    except (TypeError, ValueError):
-        raise InputError(f"bundle is {str(path)[:80]!r}: expected the path of a folder") from None
     except OSError as error:
-        raise BundleError(f"{str(path)[:80]}: cannot be looked into ({error.strerror})") from None
+        raise BundleError(f"{path}: cannot be looked into ({error.strerror})") from None
     if not there:
         raise BundleError(f"{folder}: no such bundle folder; make one with adavit-export")
     return folder

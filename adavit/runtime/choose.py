@@ -9,7 +9,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from adavit.errors import AdaViTError, BackendError
+from adavit.errors import AdaViTError, BackendError, one_line
 from adavit.runtime.backend import Options, names
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.cache import facts, kept_at, recall, remember
@@ -78,8 +78,8 @@ def _recalled(known: dict[str, Any]) -> Choice | None:
         skipped = {str(name): str(reason) for name, reason in found["skipped"].items()}
         if min(times, key=times.__getitem__) != found["backend"] or found["backend"] not in names():
             raise ValueError("it does not name the fastest")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        log.warning("%s is of no use (%s); measuring again", kept_at(KIND, known), error)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        log.warning("%s is of no use (%s); measuring again", kept_at(KIND, known), one_line(error))
         return None
     return Choice(found["backend"], times, skipped, True, str(kept_at(KIND, known)))
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from adavit.architecture import TOKEN_LOGIT
 from adavit.errors import InputError
 from adavit.runtime.dispatcher import of_engines
-from adavit.runtime.images import find_images
+from adavit.runtime.image_files import find_images, labels_by
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result, Runtime, load
 
@@ -192,6 +192,7 @@ def compare_bundles(
     threads: int | None,
     provider: str | None,
     progress: Progress,
+    labels_by_order: bool = False,
     trust_engines: bool = False,
 ) -> dict[str, Any]:
     """Compares two bundles of one model on image files; returns the report that `adavit-run --json` writes.
@@ -206,7 +207,8 @@ def compare_bundles(
     compared = load(second, backend, threads, provider, "samples", trust_engines=trust_engines)
     runtimes = reference, compared
     parity = Parity(*runtimes)
-    files = find_images(images, runtimes[0].labels)
+    notes: list[str] = []
+    files = find_images(images, runtimes[0].labels, labels_by_order, notes.append)
     skipped: list[str] = []
     pixels: list[Float] = []
     labels: list[int | None] = []
@@ -228,5 +230,7 @@ def compare_bundles(
         "second": names[1],
         "backend": runtimes[1].backend.name,
         **parity.report(),
+        "labels_by": labels_by(files),
+        "notes": notes,
         "skipped": skipped,
     }

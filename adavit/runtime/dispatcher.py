@@ -37,6 +37,7 @@ from adavit.runtime.backend import Backend, Buffer, Sizes
 from adavit.runtime.budget import Offsets
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.engines import Engines
+from adavit.runtime.finite import check_image, not_finite
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.heads import HeadWeights
 from adavit.runtime.plan import EnginePlan, HeadSet, sublayers_run
@@ -273,7 +274,10 @@ class ImageRun:
         """Runs the head on the class token, where the last block's engine has not, and gives the state back."""
         if not self._decided:
             self._dispatcher.engines.head.run([state.x.rows(1)], [state.logits.rows(1)])
-        self._logits[self._position] = self._backend.fetch(state.logits)[0][0]
+        left = (state.logits, state.x) if self._backend.on_host else (state.logits,)
+        logits, *tokens = self._backend.fetch(*left)
+        check_image(self._position, logits, *tokens)
+        self._logits[self._position] = logits[0]
         if self._observe:
             self._observe(self._position, "head", self._logits[self._position])
         if not self._follows:
@@ -293,7 +297,10 @@ class ImageRun:
         outputs = [state.normed.rows(rows), *scratch.logits[index]]
         self._dispatcher.engines.blocks[index].decide.run([state.x.rows(rows)], outputs)
         if scratch.decided[index] and (self._observe or not self._follows):
-            state.decide(index, self._backend.fetch(*scratch.decided[index]))
+            logits = self._backend.fetch(*scratch.decided[index])
+            if any(np.isnan(part).any() for part in logits):
+                raise not_finite(f"the decisions of block {index} on image {self._position} are")
+            state.decide(index, logits)
 
     def _run(self, index: int, state: State, scratch: Scratch) -> bool:
         """Runs what the policy keeps of a block; returns whether what comes behind is known by it."""

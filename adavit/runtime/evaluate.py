@@ -14,7 +14,7 @@ import numpy.typing as npt
 from adavit.errors import InputError
 from adavit.runtime.benchmark import Images, Plan, Progress, measure, summarise
 from adavit.runtime.budget import present
-from adavit.runtime.images import ImageFile, find_images
+from adavit.runtime.image_files import ImageFile, find_calibration_images, find_images, labels_by
 from adavit.runtime.latency import budget_for_latency
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result, Runtime, load
@@ -57,6 +57,7 @@ class RunOptions:
     top: int = 1
     profile: str | None = None
     specialise: bool = True
+    labels_by_order: bool = False
 
 
 @dataclass
@@ -100,7 +101,8 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         raise InputError(f"{folder}: exported without its dense twin; export with --with-dense or leave out {without}")
     replayed = Policy.load(options.replay_policy) if options.replay_policy else None
     given = options.images or (() if path else (demo_bundle().parent / "images",))
-    files = find_images(given, runtime.labels)
+    notes: list[str] = []
+    files = find_images(given, runtime.labels, options.labels_by_order, notes.append)
     budget = options.budget
     if options.latency_ms is not None:
         budget = _meet_latency(runtime, files, options, options.latency_ms, progress)
@@ -139,6 +141,8 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         "images": seen.images,
         "input": "images" if given else "random",
         "accuracy": seen.accuracy(),
+        "labels_by": labels_by(files),
+        "notes": notes,
         "predictions": seen.predictions,
         "skipped": seen.skipped,
         "profile": profile(runtime, held, plan, policy, trace, progress) if profiles else None,
@@ -158,10 +162,11 @@ def tune_bundle(path: Path | None, options: RunOptions, progress: Progress) -> d
         AdaViTError: the bundle, the backend or the images are not usable.
     """
     runtime = _load(path or demo_bundle(), options)
-    files = find_images(options.images, runtime.labels)
+    notes: list[str] = []
+    files = find_calibration_images(options.images, runtime.labels, note=notes.append)
     seen = _evaluate(runtime, files, options, None, progress)
     used = Policy.concatenate(seen.policies) if files else None
-    return {**tune(runtime, progress, used), "skipped": seen.skipped}
+    return {**tune(runtime, progress, used), "notes": notes, "skipped": seen.skipped}
 
 
 def _specialise(runtime: Runtime, used: Policy | None, batch: int) -> int:

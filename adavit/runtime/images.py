@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from adavit.errors import BundleError, InputError
+from adavit.errors import BundleError, InputError, shown
+from adavit.reading import open_regular, path_of
+from adavit.runtime.image_files import ImageFile, find_images
 
 __all__ = ["ImageFile", "Preprocessor", "decode", "find_images", "open_image"]
 
-ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8]
+ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 
 LONGEST = 64
 """Times its short side that a picture's long side may be."""
+EXTREME = 1e6
+"""Of a channel's mean and deviation: far beyond any of pixels in [0, 1], and far from what float32 cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,10 @@ class Preprocessor:
             mean, std = (tuple(float(v) for v in values[key]) for key in ("image_mean", "image_std"))
             result = cls(int(values["crop_size"]["height"]), float(values["crop_ratio"]), mean, std)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise BundleError(f"preprocessor_config.json: {error!r} is missing or wrong; export again") from None
+            raise BundleError(f"preprocessor_config.json: {shown(error)} is missing or wrong; export again") from None
         if result.side != side or not 0.1 <= result.crop_ratio <= 1 or len(mean) != 3 or len(std) != 3:
             raise BundleError("preprocessor_config.json does not fit the model; export again")
-        if not all(np.isfinite([*mean, *std])) or min(std) <= 0:
+        if not (all(abs(m) <= EXTREME for m in mean) and all(1 / EXTREME <= s <= EXTREME for s in std)):
             raise BundleError("preprocessor_config.json: mean or std is not usable; export again")
         return result
 
@@ -111,15 +116,16 @@ def decode(image: ImageLike) -> Image.Image:
     Raises:
         InputError: it cannot be read, or is not an image.
     """
-    if isinstance(image, str | Path):
-        with open_image(Path(image)) as opened:
+    if isinstance(image, str | os.PathLike):
+        with open_image(path_of(image, "image")) as opened:
             return _rgb(opened)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
-            raise InputError(f"array {image.dtype} {list(image.shape)}: an image is uint8 [H, W] or [H, W, 3]")
-        image = Image.fromarray(image)
+            several = "; give several as a list" if image.ndim == 4 else ""
+            raise InputError(f"array {image.dtype} {list(image.shape)}: an image is uint8 [H, W] or [H, W, 3]{several}")
+        image = Image.fromarray(np.asarray(image))
     if not isinstance(image, Image.Image):
-        raise InputError(f"{type(image).__name__}: an image is a path, a PIL image or a uint8 array")
+        raise InputError(f"{shown(image)}: an image is a path, a PIL image or a uint8 array")
     with _named("image"):
         return _rgb(image)
 
@@ -127,9 +133,17 @@ def decode(image: ImageLike) -> Image.Image:
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
     """An image file, to be decoded or verified meanwhile; what that raises is an InputError which names the file."""
-    with _named(path), warnings.catch_warnings():
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except OSError as error:
+        raise InputError(f"{path}: not a readable image ({error.strerror})") from None
+    with file, _named(path), warnings.catch_warnings():
+        if not os.fstat(file.fileno()).st_size:
+            raise InputError("not a readable image (it is empty)")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
             yield opened
 
 
@@ -142,14 +156,10 @@ def _named(name: str | Path) -> Iterator[None]:
         raise
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such image") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise InputError(f"{name}: too many pixels to decode safely; make it smaller") from None
     except Exception as error:
-        empty = isinstance(name, Path) and name.is_file() and name.stat().st_size == 0
-        reason = "it is empty" if empty else type(error).__name__
-        raise InputError(f"{name}: not a readable image ({reason})") from None
+        raise InputError(f"{name}: not a readable image ({type(error).__name__})") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -168,54 +178,3 @@ def _rgb(image: Image.Image) -> Image.Image:
             raise InputError("a picture with values beyond 16 bits has no known range; convert it to 8 or 16 bits")
         image = Image.fromarray((grey >> 8).astype(np.uint8))
     return image.convert("RGB")
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image on disk and, in a labelled set, the index of its class."""
-
-    path: Path
-    label: int | None = None
-
-
-def find_images(paths: Iterable[str | Path], labels: Sequence[str]) -> list[ImageFile]:
-    """Lists image files: files as given, folders sorted; a folder of class-named folders is a labelled set.
-
-    Args:
-        paths: files and folders.
-        labels: the bundle's class names. Class folders carry these names, or are as many as the classes and
-            stand for them in sorted order, where none carries one.
-
-    Raises:
-        InputError: a path is not there, a folder holds no image, or class folders fit no class.
-    """
-    found: list[ImageFile] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found += _in_folder(path, labels)
-        elif path.exists():
-            found.append(ImageFile(path))
-        else:
-            raise InputError(f"{path}: no such image or folder")
-    return found
-
-
-def _in_folder(folder: Path, labels: Sequence[str]) -> list[ImageFile]:
-    classes = sorted(child for child in folder.iterdir() if child.is_dir() and _images_of(child))
-    if not classes:
-        files = [ImageFile(path) for path in _images_of(folder)]
-        if not files:
-            raise InputError(f"{folder}: holds no image file")
-        return files
-    names = [child.name for child in classes]
-    index = {label: i for i, label in enumerate(labels)}
-    if strangers := [name for name in names if name not in index]:
-        if len(names) != len(labels) or len(strangers) < len(names):
-            raise InputError(f"{folder}: class folder {strangers[0]!r} is none of the bundle's {len(labels)} labels")
-        index = {name: i for i, name in enumerate(names)}
-    return [ImageFile(path, index[child.name]) for child in classes for path in _images_of(child)]
-
-
-def _images_of(folder: Path) -> list[Path]:
-    known = Image.registered_extensions()
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())

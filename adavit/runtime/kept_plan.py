@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adavit.errors import one_line
 from adavit.runtime.backend import Backend, Options
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.cache import facts, kept_any, kept_at, recall, remember
@@ -31,7 +32,7 @@ def recalled_plan(bundle: Bundle, options: Options, backend: Backend) -> EngineP
     try:
         return EnginePlan.from_dict(found.get("gathers"), arch, str(kept_at(KIND, known)))
     except ValueError as error:
-        log.warning("%s holds no plan (%s); tune again", kept_at(KIND, known), error)
+        log.warning("%s holds no plan (%s); tune again", kept_at(KIND, known), one_line(error))
         return rule
 
 

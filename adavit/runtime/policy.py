@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import Architecture
-from adavit.errors import InputError
-from adavit.files import read_arrays, write_beside
+from adavit.errors import InputError, shown
+from adavit.files import write_beside
+from adavit.reading import path_of, read_arrays
+from adavit.runtime.given import whole
 
 __all__ = ["Policy"]
 
 Bool = npt.NDArray[np.bool_]
 
+KINDS = ("tokens", "heads", "sublayers")
 MOST_BYTES = 4 << 30
 """Of a recorded policy; 50,000 images of T2T-ViT-19 take 190 MB."""
 
@@ -39,35 +43,58 @@ class Policy:
 
     @classmethod
     def dense(cls, arch: Architecture, batch: int) -> Policy:
-        """The policy that keeps everything."""
-        return cls(
-            np.ones((batch, arch.depth, arch.tokens), bool),
-            np.ones((batch, arch.depth, arch.heads), bool),
-            np.ones((batch, arch.depth, 2), bool),
-        )
+        """The policy that keeps everything; raises InputError where that is of no model or no number of images."""
+        policy = cls.empty(arch, batch)
+        for mask in policy.masks():
+            mask[...] = True
+        return policy
 
     @classmethod
     def empty(cls, arch: Architecture, batch: int) -> Policy:
-        """One to be filled, with no values yet."""
+        """One to be filled, with no values yet; raises InputError where that is of no model or number of images."""
+        if not isinstance(arch, Architecture):
+            raise InputError(f"arch is {shown(arch)}: expected an Architecture, such as Runtime.architecture")
+        batch = whole("batch", batch, 0, MOST_BYTES // (arch.depth * (arch.tokens + arch.heads + 2)))
         choices = np.empty((batch, arch.depth, arch.heads + 2), bool)
         return cls(np.empty((batch, arch.depth, arch.tokens), bool), choices[..., :-2], choices[..., -2:])
 
-    def __len__(self) -> int:
-        return len(self.tokens)
+    def masks(self) -> tuple[Bool, Bool, Bool]:
+        """Tokens, heads and sub-layers; raises InputError where they are no masks of the same images and blocks."""
+        masks: tuple[Any, ...] = (self.tokens, self.heads, self.sublayers)
+        for name, mask in zip(KINDS, masks, strict=True):
+            if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.ndim != 3:
+                raise InputError(f"policy.{name} is {_described(mask)}: expected bool of 3 dimensions")
+        if len({mask.shape[:2] for mask in masks}) > 1:
+            shapes = ", ".join(str(list(mask.shape)) for mask in masks)
+            raise InputError(f"the policy's masks are of different images or blocks: {shapes}")
+        return masks
 
-    def __getitem__(self, images: slice | npt.NDArray[np.int64]) -> Policy:
-        return Policy(self.tokens[images], self.heads[images], self.sublayers[images])
+    def __len__(self) -> int:
+        return len(self.masks()[0])
+
+    def __getitem__(self, images: slice | npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Policy:
+        """The policy of some images, by a slice or an array of numbers; raises InputError where there are none such."""
+        masks = self.masks()
+        if not isinstance(images, slice | np.ndarray) or (isinstance(images, np.ndarray) and images.ndim != 1):
+            raise InputError(f"{shown(images)} names no images: expected a slice, or a flat array of numbers")
+        try:
+            return Policy(*(mask[images] for mask in masks))
+        except (IndexError, TypeError, ValueError) as error:
+            raise InputError(f"{shown(images)} names no images of a policy of {len(masks[0])}: {error}") from None
 
     def usage(self) -> dict[str, float]:
-        """Mean share of tokens, heads and sub-layers kept, over images and blocks."""
-        return {
-            "tokens": float(self.tokens.mean()),
-            "heads": float(self.heads.mean()),
-            "sublayers": float(self.sublayers.mean()),
-        }
+        """Mean share of tokens, heads and sub-layers kept, over images and blocks; raises InputError without any."""
+        masks = self.masks()
+        if not all(mask.size for mask in masks):
+            raise InputError("the policy is empty: it is of no image, and has no usage")
+        return {kind: float(mask.mean()) for kind, mask in zip(KINDS, masks, strict=True)}
 
     def check(self, arch: Architecture, batch: int) -> None:
-        """Raises InputError where the policy does not fit `batch` images of a model."""
+        """Raises InputError where the policy does not fit `batch` images of a model, at least one."""
+        if not isinstance(arch, Architecture):
+            raise InputError(f"arch is {shown(arch)}: expected an Architecture, such as Runtime.architecture")
+        if whole("batch", batch, 0) == 0:
+            raise InputError("the policy is empty: expected one of at least one image")
         wanted = {
             "tokens": (batch, arch.depth, arch.tokens),
             "heads": (batch, arch.depth, arch.heads),
@@ -76,8 +103,9 @@ class Policy:
         for name, shape in wanted.items():
             mask: Any = getattr(self, name)
             if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != shape:
-                found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else type(mask).__name__
-                raise InputError(f"policy.{name} is {found}: these images and this model need bool {list(shape)}")
+                raise InputError(
+                    f"policy.{name} is {_described(mask)}: these images and this model need bool {list(shape)}"
+                )
         if not self.tokens[..., 0].all():
             raise InputError("policy.tokens drops a class token: token 0 must be true in every block")
         if not arch.token_policy and not self.tokens.all():
@@ -91,9 +119,17 @@ class Policy:
                     raise InputError(f"policy.{name} drops some in block {block}, where this model always keeps all")
 
     def save(self, path: str | Path) -> None:
-        """Writes the policy to `path` (npz), beside it first, then renamed."""
-        with write_beside(Path(path).resolve()) as file:
-            np.savez_compressed(file, tokens=self.tokens, heads=self.heads, sublayers=self.sublayers)
+        """Writes the policy to `path` (npz), beside it first, then renamed.
+
+        Raises:
+            InputError: it is no policy, or no file can be written there.
+        """
+        masks, path = self.masks(), path_of(path, "policy file")
+        try:
+            with write_beside(path.resolve()) as file:
+                np.savez_compressed(file, tokens=masks[0], heads=masks[1], sublayers=masks[2])
+        except (OSError, RuntimeError) as error:  # RuntimeError of links that go round
+            raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
@@ -102,23 +138,32 @@ class Policy:
         Raises:
             InputError: no such file, or not a policy.
         """
-        path = Path(path)
-        if not path.is_file():
+        path = path_of(path, "policy file")
+        try:
+            regular = path.is_file()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        if not regular:
             raise InputError(f"{path}: no such policy file; record one with adavit-run --record-policy")
         try:
-            names = "tokens", "heads", "sublayers"
-            masks = dict(zip(names, read_arrays(path, names, MOST_BYTES), strict=True))
-        except ValueError as error:
+            policy = cls(*read_arrays(path, KINDS, MOST_BYTES))
+            policy.masks()
+        except (ValueError, InputError) as error:
             raise InputError(f"{path}: not a recorded policy ({error}); record it again") from None
-        if any(mask.dtype != bool or mask.ndim != 3 for mask in masks.values()):
-            raise InputError(f"{path}: not a recorded policy (masks must be bool and of 3 dimensions)")
-        return cls(**masks)
+        return policy
 
     @classmethod
-    def concatenate(cls, policies: list[Policy]) -> Policy:
-        """Joins the policies of consecutive batches."""
-        return cls(
-            np.concatenate([p.tokens for p in policies]),
-            np.concatenate([p.heads for p in policies]),
-            np.concatenate([p.sublayers for p in policies]),
-        )
+    def concatenate(cls, policies: Sequence[Policy]) -> Policy:
+        """Joins the policies of consecutive batches; raises InputError where they are none, or of different models."""
+        given = isinstance(policies, list | tuple) and all(isinstance(policy, Policy) for policy in policies)
+        if not given or not policies:
+            raise InputError(f"policies is {shown(policies)}: expected at least one adavit.Policy, in a list")
+        try:
+            return cls(*(np.concatenate(masks) for masks in zip(*(policy.masks() for policy in policies), strict=True)))
+        except ValueError:
+            raise InputError("the policies are of different models: their masks have other sizes") from None
+
+
+def _described(mask: object) -> str:
+    """What is given as a mask."""
+    return f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else type(mask).__name__

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import Architecture
-from adavit.errors import BackendError, BundleError, InputError, OptionError
+from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
 from adavit.macs import image_macs
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
 from adavit.runtime.budget import TRAINED, Budgets, Offsets, resolve
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.choose import Choice, choose
-from adavit.runtime.dispatcher import Dispatcher, Observer
+from adavit.runtime.dispatcher import SIDE_BY_SIDE, Dispatcher, Observer
+from adavit.runtime.finite import not_finite
 from adavit.runtime.forks import renew_in_fork
+from adavit.runtime.given import pictures_of, whole
 from adavit.runtime.images import ImageLike
 from adavit.runtime.kept_plan import recalled_plan
 from adavit.runtime.plan import sizes_of
@@ -32,6 +35,10 @@ __all__ = ["Prediction", "Result", "Runtime", "load", "usable_cpus"]
 
 Float = npt.NDArray[np.float32]
 TRIED_IMAGES = 4
+LARGEST = 1e15
+"""Of an image's values: far beyond any pixel, and products with weights stay within what a layer norm bears."""
+TURNS = 2
+"""Times as many pictures as run side by side are held at once."""
 
 
 @dataclass(frozen=True)
@@ -116,24 +123,34 @@ def load(
         >>> runtime = adavit.load("bundle")  # doctest: +SKIP
         >>> runtime.predict(["cat.jpg"], top=1)  # doctest: +SKIP
     """
-    if threads is None:
-        threads = usable_cpus()
-    if type(threads) is not int or not 1 <= threads <= 1024:
-        raise OptionError(f"threads is {threads!r}: expected a whole number from 1 to 1024")
-    if parallel not in ("operators", "samples"):
-        raise OptionError(f"parallel is {parallel!r}: choose 'operators' or 'samples'")
-    if type(trust_engines) is not bool:
-        raise OptionError(f"trust_engines is {trust_engines!r}: expected True or False")
-    options = Options(threads, provider, parallel, cuda_graphs, trust_engines)
+    options = _options(threads, provider, parallel, cuda_graphs, trust_engines)
     opened = Bundle.open(bundle)
     offsets = resolve(budget, opened.budgets, opened.path)
     choice = None
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         if provider is not None:
-            raise OptionError(f"provider is {provider!r}: it belongs to one backend; name that instead of 'auto'")
+            raise OptionError(f"provider is {shown(provider)}: it belongs to one backend; name that instead of 'auto'")
         choice = choose(opened, options, lambda name: _trial(opened, name, options))
         backend = choice.backend
     return Runtime(opened, create_backend(backend, opened, options), options, offsets, choice)
+
+
+def _options(
+    threads: object, provider: object, parallel: object, cuda_graphs: object, trust_engines: object
+) -> Options:
+    """How a backend is to run, of what a caller gave."""
+    if threads is None:
+        threads = usable_cpus()
+    if type(threads) is not int or not 1 <= threads <= 1024:
+        raise OptionError(f"threads is {shown(threads)}: expected a whole number from 1 to 1024")
+    if not isinstance(parallel, str) or parallel not in ("operators", "samples"):
+        raise OptionError(f"parallel is {shown(parallel)}: choose 'operators' or 'samples'")
+    if provider is not None and not isinstance(provider, str):
+        raise OptionError(f"provider is {shown(provider)}: expected a name, or None for the backend's own choice")
+    for name, value in (("cuda_graphs", cuda_graphs), ("trust_engines", trust_engines)):
+        if not isinstance(value, bool):
+            raise OptionError(f"{name} is {shown(value)}: expected True or False")
+    return Options(threads, provider, parallel, bool(cuda_graphs), bool(trust_engines))
 
 
 def usable_cpus() -> int:
@@ -161,6 +178,13 @@ def _reloaded(
     if bundle.fingerprint != fingerprint:
         raise BundleError(f"{path}: another bundle than the one that was loaded; load it by adavit.load")
     return Runtime(bundle, create_backend(backend, bundle, options), options, offsets, choice)
+
+
+def _policy(value: object) -> Policy:
+    """A policy that a caller gave."""
+    if not isinstance(value, Policy):
+        raise InputError(f"policy is {shown(value)}: expected an adavit.Policy, as a result has it")
+    return value
 
 
 class Runtime:
@@ -244,14 +268,16 @@ class Runtime:
         Raises:
             InputError: images or policy do not fit the model, the budget is beyond the bundle's operating points,
                 or both a policy and a budget are given.
-            BackendError: an engine failed.
+            BackendError: an engine failed, or what it computed is not finite, or beyond what a layer norm bears.
         """
         images = self._checked(images)
+        if observe is not None and not callable(observe):
+            raise InputError(f"observe is {shown(observe)}: expected a function, see adavit.runtime.dispatcher")
         if policy is not None:
-            policy.check(self.architecture, len(images))
+            _policy(policy).check(self.architecture, len(images))
             if budget is not None:
                 raise InputError("a recorded policy leaves nothing to a budget; give one of them")
-        offsets = self.offsets if budget is None else resolve(budget, self.budgets, self.bundle.path)
+        offsets = resolve(self.offsets if budget is None else budget, self.budgets, self.bundle.path)
         return Result(*self.dispatcher.run(images, offsets, policy, observe), self.architecture)
 
     def specialise(self, policy: Policy) -> int:
@@ -269,10 +295,10 @@ class Runtime:
             How many engines there are: 0 where the bundle is not in fp32, or the backend not on a CPU.
 
         Raises:
-            InputError: the policy is not of this model.
+            InputError: the policy is not of this model, or of no image.
             BundleError: the bundle was exported before there were such engines.
         """
-        policy.check(self.architecture, len(policy))
+        _policy(policy).check(self.architecture, len(policy))
         specialised = self.dispatcher.specialised
         if not specialised.able:
             return 0
@@ -290,7 +316,8 @@ class Runtime:
 
         Raises:
             BundleError: the bundle was exported without its dense twin.
-            InputError: images of another shape or type, or with values that are not finite.
+            InputError: images of another shape or type, or with values that are not finite or beyond 1e15.
+            BackendError: the twin failed, or made logits that are not finite.
         """
         if self._dense is None:
             with self._dense_lock:
@@ -299,7 +326,10 @@ class Runtime:
         images = self._checked(images)
         logits = self.backend.buffer((len(images), self.architecture.classes))
         self._dense.run([images], [logits.rows(len(images))])
-        return self.backend.fetch(logits)[0]
+        found: Float = self.backend.fetch(logits)[0]
+        if not (bad := ~np.isfinite(found).all(1)).any():
+            return found
+        raise not_finite(f"the dense twin's logits of image {int(bad.argmax())} are")
 
     def preprocess(self, image: ImageLike) -> Float:
         """A path, PIL image or array uint8 [H, W] or [H, W, 3] as the model wants it: float32 [3, S, S].
@@ -310,38 +340,58 @@ class Runtime:
         return self.bundle.preprocessor(image)
 
     def predict(
-        self, images: Sequence[ImageLike] | ImageLike, top: int = 5, budget: float | None = None
+        self, images: Iterable[ImageLike] | ImageLike, top: int = 5, budget: float | None = None
     ) -> list[Prediction]:
         """Labels and probabilities of pictures, in order.
 
         Args:
-            images: paths, PIL images or uint8 arrays [H, W] or [H, W, 3]. One that cannot be read gets a
-                Prediction with `error`; the others are done.
+            images: paths, PIL images or uint8 arrays [H, W] or [H, W, 3], or one alone. Any iterable does, and some
+                at a time are taken from it. One that cannot be read gets a Prediction with `error`; the others are
+                done.
             top: how many classes for each.
             budget: as of `run`.
 
         Raises:
-            InputError: `top` is below 1, or `budget` beyond the bundle's operating points.
+            InputError: `images` is none of these, `top` no whole number from 1 on, or `budget` beyond the bundle's
+                operating points.
+            BackendError: as of `run`.
         """
-        if isinstance(images, str | Path | np.ndarray) or hasattr(images, "convert"):
-            images = [images]  # type: ignore[list-item]
-        if top < 1:
-            raise InputError(f"top is {top}: ask for at least one class")
-        predictions: list[Prediction | None] = [None] * len(images)
+        pictures = pictures_of(images)
+        top = whole("top", top, 1)
+        offsets = resolve(self.offsets if budget is None else budget, self.budgets, self.bundle.path)
+        at_once = TURNS * max(SIDE_BY_SIDE, self.options.workers)
+        predictions: list[Prediction] = []
+        while some := list(islice(pictures, at_once)):
+            predictions += self._predict(some, top, offsets)
+        return predictions
+
+    def _predict(self, images: Sequence[ImageLike], top: int, offsets: Offsets) -> list[Prediction]:
+        """The Predictions of pictures that are held at once."""
         pixels: dict[int, Float] = {}
+        predictions: dict[int, Prediction] = {}
         for position, image in enumerate(images):
             try:
                 pixels[position] = self.preprocess(image)
             except InputError as error:
                 predictions[position] = Prediction(error=str(error))
         if pixels:
-            result = self.run(np.stack(list(pixels.values())), budget=budget)
+            result = self.run(np.stack(list(pixels.values())), budget=offsets)
             for row, position in enumerate(pixels):
                 predictions[position] = self.prediction(result, row, top)
-        return [prediction for prediction in predictions if prediction is not None]
+        return [predictions[position] for position in range(len(images))]
 
     def prediction(self, result: Result, row: int, top: int = 5) -> Prediction:
-        """The Prediction of the image at `row` of a result, with its `top` classes."""
+        """The Prediction of the image at `row` of a result, with its `top` classes.
+
+        Raises:
+            InputError: the result is none of this model, or has no such row, or `top` is no whole number from 1 on.
+        """
+        if not isinstance(result, Result):
+            raise InputError(f"result is {shown(result)}: expected what Runtime.run returned")
+        logits, classes = result.logits, len(self.labels)
+        if not isinstance(logits, np.ndarray) or logits.shape != (len(_policy(result.policy)), classes):
+            raise InputError(f"the result is of another model: its logits are not [images, {classes}]")
+        row, top = whole("row", row, 0, len(logits) - 1), whole("top", top, 1)
         scores = np.exp(result.logits[row] - result.logits[row].max(), dtype=np.float64)
         scores /= scores.sum()
         best = np.argsort(-scores, kind="stable")[:top]
@@ -353,16 +403,21 @@ class Runtime:
         )
 
     def _checked(self, images: Any) -> Float:
-        if self._forked and not self.backend.survives_fork:
+        if self._forked and not self.backend.on_host:
             raise BackendError(
                 "a runtime on a GPU does not survive a fork; load it in the child, or start children by spawn"
             )
         side = self.architecture.image_size
+        if isinstance(images, np.ndarray):
+            images = np.asarray(images)
         wanted = f"float32 [B, 3, {side}, {side}] with B >= 1"
         if not isinstance(images, np.ndarray):
-            raise InputError(f"images is a {type(images).__name__}: expected a numpy array, {wanted}")
+            raise InputError(f"images is a {type(images).__name__}, {shown(images)}: expected a numpy array, {wanted}")
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, side, side) or not len(images):
             raise InputError(f"images is {images.dtype} {list(images.shape)}: expected {wanted}")
-        if not (math.isfinite(images.max()) and math.isfinite(images.min())):  # NaN is both where there is one
+        largest = max(float(images.max()), -float(images.min()))  # NaN where there is one: it is both
+        if not math.isfinite(largest):
             raise InputError("images hold NaN or infinite values; check the preprocessing")
+        if largest > LARGEST:
+            raise InputError(f"images hold values of {largest:.0e}; normalised pixels are below 10, see preprocess")
         return np.require(images, requirements=["C", "W"])  # OpenVINO takes no memory that is read-only

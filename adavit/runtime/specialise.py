@@ -23,7 +23,7 @@ from adavit.runtime.backend import Backend, Constants, FixedEngine
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.plan import SUBLAYERS, HeadSet, saved_macs, set_kinds, sets_of, sublayers_of
 from adavit.runtime.policy import Policy
-from adavit.runtime.weights import attention_weights, mlp_weights, set_weights
+from adavit.runtime.weights import attention_weights, check_deciding, mlp_weights, set_weights
 
 __all__ = ["DECIDING", "STEM", "Key", "Specialised"]
 
@@ -111,12 +111,17 @@ class Specialised:
             BackendError: this backend cannot, or the bundle is not in fp32.
             BundleError: the bundle was exported before there were such engines.
         """
-        fixed, arch = self._backend.fixed, self._bundle.architecture
+        load, arch = self._backend.fixed, self._bundle.architecture
         if not sets:
             self.engines, self.sets = self._of_any, ()
             return
-        if fixed is None or not self.by_set:
+        if load is None or not self.by_set:
             raise BackendError(f"{self._backend.name} makes no engines for sets of heads, or the bundle is not in fp32")
+
+        def fixed(name: str, constants: Constants) -> FixedEngine:
+            check_deciding(self._bundle, name)
+            return load(name, constants)
+
         engines = {(STEM, DECIDING): fixed("stem_set", {}), **self._deciding(fixed, first=1)}
         for block, of_block in groupby(sorted(sets), key=lambda found: found.block):
             attention, mlp = attention_weights(self._bundle, block), mlp_weights(self._bundle, block)

@@ -14,9 +14,12 @@ from adavit.runtime.bundle import Bundle
 from adavit.runtime.onnx_file import weights_of
 from adavit.runtime.plan import HeadSet
 
-__all__ = ["attention_weights", "block_weights", "engine_weights", "mlp_weights", "set_weights"]
+__all__ = ["attention_weights", "block_weights", "check_deciding", "engine_weights", "mlp_weights", "set_weights"]
 
 Float = npt.NDArray[np.float32]
+
+DECIDING = ("norm1.", "token_select.", "choices.")
+"""Parts of the names of weights that decisions are made with."""
 
 
 def block_weights(bundle: Bundle, block: int, engine: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Float]:
@@ -45,6 +48,17 @@ def engine_weights(bundle: Bundle, source: str, prefix: str, shapes: Mapping[str
             )
         found[name] = value
     return found
+
+
+def check_deciding(bundle: Bundle, engine: str) -> None:
+    """Checks the weights that an engine decides with, where it compares the logits itself: NaN would keep nothing.
+
+    Raises:
+        BundleError: some are not finite, or the engine's file is not what was exported.
+    """
+    for name, value in weights_of(bundle.read(engine)).items():
+        if any(part in name for part in DECIDING) and not np.isfinite(value).all():
+            raise BundleError(f"{bundle.path}: engine {engine} has NaN or infinite weights {name}; export again")
 
 
 def attention_weights(bundle: Bundle, block: int) -> dict[str, Float]:

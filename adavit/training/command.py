@@ -8,6 +8,7 @@ import click
 
 import adavit
 from adavit import console
+from adavit.option_types import labels_by_order
 from adavit.training.options import ABOVE_0, AMOUNT, PATH, POSITIVE, SHARE, data_options, run_options, teacher_options
 
 __all__ = ["main"]
@@ -83,6 +84,7 @@ def adapt(**options: Any) -> None:
 @main.command()
 @click.argument("source", type=PATH, metavar="CHECKPOINT|BUNDLE")
 @data_options
+@labels_by_order
 @click.option(
     "--dense",
     type=PATH,

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from adavit.errors import InputError
 from adavit.files import sha256
+from adavit.runtime.class_folders import Classes, ClassFolderError, Kind, match_folders, misfit
 from adavit.runtime.images import decode, open_image
 from adavit.training.errors import DataError
 from adavit.training.idx import read_idx
@@ -34,10 +35,12 @@ class LabelledImages(Protocol):
     Attributes:
         classes: the class names; a label is an index into it.
         labels: int64 [n].
+        labels_by: what tells an image's class: the "name", the "number" or the "order" of its folder, or its number.
     """
 
     classes: list[str]
     labels: npt.NDArray[np.int64]
+    labels_by: Kind
 
     def pixels(self, index: int) -> Pixels:
         """One image, uint8 [height, width, 3]."""
@@ -51,6 +54,8 @@ class LabelledImages(Protocol):
 
 class IdxImages:
     """Images of one IDX pair, held in memory; grey ones are replicated to three channels."""
+
+    labels_by: Kind = "number"
 
     def __init__(self, images: Path, labels: Path, classes: list[str] | None = None) -> None:
         self._images = read_idx(images)
@@ -82,24 +87,28 @@ class FolderImages:
     Args:
         folder: holds one folder a class.
         corrupt: "refuse" names the first unreadable file and stops; "skip" warns of each and leaves it out.
-        classes: the expected classes, in order; default the names of the folders, sorted.
+        classes: the expected classes, in order, which the folders are matched with by `match_folders`; default the
+            names of the folders, sorted.
+        by_order: whether folders that fit none of the classes, and are as many, are these in sorted order.
     """
 
-    def __init__(self, folder: Path, corrupt: str = "refuse", classes: list[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, corrupt: str = "refuse", classes: list[str] | None = None, by_order: bool = False
+    ) -> None:
         found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         self.classes = found if classes is None else classes
-        if unknown := sorted(set(found) - set(self.classes)):
-            raise DataError(f"{folder}: class {unknown[0]!r} is not one of the {len(self.classes)} known classes")
+        matched = _match(folder, found, self.classes, by_order)
+        self.labels_by: Kind = matched.by
         self._folder = folder
         self._files: list[Path] = []
         labels: list[int] = []
         for name in found:
-            files = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+            files = sorted(_images_in(folder / name))
             readable = [file for file in files if _accept(file, corrupt)]
             if not readable:
                 raise DataError(f"{folder / name}: no readable image for this class; add some or remove the folder")
             self._files += readable
-            labels += [self.classes.index(name)] * len(readable)
+            labels += [matched.index[name]] * len(readable)
         if not self._files:
             raise DataError(f"{folder}: no class-named folders with images in it")
         self.labels = np.array(labels, np.int64)
@@ -118,6 +127,31 @@ class FolderImages:
         """By the names and sizes of the files."""
         files = (f"{file.relative_to(self._folder).as_posix()} {file.stat().st_size}" for file in self._files)
         return _identity(self, "\n".join(files).encode())
+
+
+def _match(folder: Path, found: list[str], classes: list[str], by_order: bool) -> Classes:
+    """The classes of the folders in a folder."""
+
+    def note(text: str) -> None:
+        warnings.warn(f"{folder}: {text}", stacklevel=2)
+
+    unfit = "is not one of the {} known classes"
+    try:
+        if found and (matched := match_folders(found, classes, by_order, note=note, unfit=unfit)):
+            return matched
+        if found:
+            raise misfit(found[0], len(found), classes, unfit)
+    except ClassFolderError as error:
+        raise DataError(f"{folder}: {error}") from None
+    return Classes({}, "name")
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    """The image files at any depth of a folder, but for hidden ones."""
+    for file in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.suffix.lower() in SUFFIXES and not hidden and file.is_file():
+            yield file
 
 
 def _identity(data: LabelledImages, content: bytes) -> str:
@@ -163,7 +197,9 @@ def _find_idx(folder: Path, part: str) -> _IdxPair | None:
     return None
 
 
-def open_images(folder: Path, part: str, corrupt: str = "refuse", classes: list[str] | None = None) -> LabelledImages:
+def open_images(
+    folder: Path, part: str, corrupt: str = "refuse", classes: list[str] | None = None, by_order: bool = False
+) -> LabelledImages:
     """The "train" or "test" part of a data set.
 
     Args:
@@ -171,6 +207,7 @@ def open_images(folder: Path, part: str, corrupt: str = "refuse", classes: list[
         part: "train" or "test".
         corrupt: "refuse" or "skip" unreadable files.
         classes: class names in label order, where already known.
+        by_order: as of `FolderImages`.
 
     Raises:
         DataError: nothing usable is there, or there are fewer than two classes.
@@ -185,7 +222,7 @@ def open_images(folder: Path, part: str, corrupt: str = "refuse", classes: list[
         if not parts:
             wanted = " or ".join(FOLDERS[part])
             raise DataError(f"{folder}: neither IDX files nor a folder {wanted} of class-named folders in it")
-        found = FolderImages(parts[0], corrupt, classes)
+        found = FolderImages(parts[0], corrupt, classes, by_order)
     if len(found.classes) < 2:
         raise DataError(f"{folder}: a single class, {found.classes[0]!r}; there is nothing to learn to tell apart")
     return found

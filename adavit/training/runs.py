@@ -10,10 +10,11 @@ import click
 import torch
 
 from adavit.architecture import Architecture
-from adavit.files import find_folder, read_labels
+from adavit.files import find_folder
 from adavit.model import AdaViT, load_checkpoint, save_safetensors
 from adavit.model import policy as P
 from adavit.model.checkpoint import read_classes, read_crop
+from adavit.reading import read_labels
 from adavit.runtime import Runtime, load
 from adavit.runtime.images import Preprocessor
 from adavit.training import start
@@ -88,11 +89,8 @@ def evaluate(options: Options) -> Options:
     _set_threads(options)
     model = _open_model(options["source"], options["heads"], options["threads"])
     arch = _shapes(model)
-    names = _class_names(options["labels"])
-    test = open_images(options["data"], "test", options["corrupt"], names)
-    known = list(model.labels) if isinstance(model, Runtime) else read_classes(options["source"])
-    if names is None and known != test.classes and sorted(known) == sorted(test.classes):  # the model's own order
-        test = open_images(options["data"], "test", options["corrupt"], known)
+    names = _class_names(options["labels"]) or _labels_of(model, options["source"])
+    test = open_images(options["data"], "test", options["corrupt"], names, options["labels_by_order"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def run(name: str, model: AdaViT | Runtime, chance: RandomPolicy | None = None) -> Predictions:
@@ -109,12 +107,16 @@ def evaluate(options: Options) -> Options:
         if not options[name]:
             return None
         model = _open_model(options[name], arch.heads, options["threads"])
+        theirs = _labels_of(model, options[name])
+        if theirs != test.classes and sorted(theirs) == sorted(test.classes):
+            raise DataError(f"{options[name]}: has the classes in another order; compare models of one order")
         return run(name, model), _shapes(model)
 
     found, dense, baseline = run("source", model), other("dense"), other("baseline")
     by_chance = options["random"] and arch.adapts
     chance = run("source", model, RandomPolicy(found, arch, options["seed"])) if by_chance else None
     report = evaluation_report(found, arch, test.classes, dense[0] if dense else None, chance, baseline)
+    report["labels_by"] = test.labels_by
     if options["plot"]:
         plot_evaluation(report, options["plot"])
     return report
@@ -123,8 +125,9 @@ def evaluate(options: Options) -> Options:
 def report_lines(report: Options) -> list[str]:
     """An evaluation for people."""
     usage = ", ".join(f"{kind} {share:.1%}" for kind, share in report["usage"].items())
+    by = ", labelled by the order of their folders" if report["labels_by"] == "order" else ""
     lines = [
-        f"accuracy    {report['accuracy']:.2%} of {report['images']} images",
+        f"accuracy    {report['accuracy']:.2%} of {report['images']} images{by}",
         f"MACs        {report['macs']:.1%} of dense",
         f"usage       {usage}",
     ]
@@ -150,6 +153,14 @@ def _open_model(path: Path, heads: int | None, threads: int | None) -> AdaViT | 
     if find_folder(path).is_dir():
         return load(path, threads=threads, parallel="samples")
     return load_checkpoint(path, heads).eval()
+
+
+def _labels_of(model: AdaViT | Runtime, path: Path) -> list[str]:
+    """A model's class names: its bundle's, those that its weights note, or numbers."""
+    if isinstance(model, Runtime):
+        return list(model.labels)
+    noted, count = read_classes(path), model.arch.classes
+    return noted if len(noted) == count else [str(index) for index in range(count)]
 
 
 def _preprocessor(model: AdaViT | Runtime, path: Path, crop: float | None) -> Preprocessor:

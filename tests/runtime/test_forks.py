@@ -112,7 +112,7 @@ def test_what_runs_on_a_gpu_says_that_it_does_not_survive_a_fork(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime, images = adavit.load(tiny_bundle, threads=1), random_images(tiny(), 1)
-    monkeypatch.setattr(runtime.backend, "survives_fork", False)
+    monkeypatch.setattr(runtime.backend, "on_host", False)
     runtime.run(images)
 
     def work() -> bytes:

@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 import adavit
 from adavit.cli import run
 from adavit.errors import BackendError, BundleError, OptionError
-from adavit.runtime import Policy, Runtime
+from adavit.runtime import Policy, Runtime, session
 from adavit.runtime.backend import Options
 from adavit.runtime.backends.openvino import OpenVinoBackend
 from adavit.runtime.backends.openvino_buffers import rounded, to_bfloat16
@@ -75,14 +75,14 @@ def test_a_first_image_of_its_class_token_alone_spoils_no_later_one(golden_bundl
     np.testing.assert_allclose(fresh.run(images, policy=dense).logits, fresh.run_dense(images), atol=1e-4, rtol=0)
 
 
-def test_what_an_image_overflows_spoils_no_later_one(wide: tuple[Path, Path]) -> None:
+def test_what_an_image_overflows_spoils_no_later_one(wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = adavit.load(wide[0], backend="openvino", provider="fp32", threads=1)
     policy = Policy.dense(WIDE, 1)
     policy.tokens[..., 1:100] = False  # of 145, so that rows behind the kept ones are computed
     wanted = fresh.run(random_images(WIDE, 1), policy=policy).logits
-    assert not np.isfinite(
-        fresh.run(np.full((1, 3, 48, 48), 3e38, np.float32), policy=Policy.dense(WIDE, 1)).logits
-    ).all()
+    with monkeypatch.context() as patched, pytest.raises(BackendError, match="NaN, infinite"):
+        patched.setattr(session, "LARGEST", np.inf)
+        fresh.run(np.full((1, 3, 48, 48), 3e38, np.float32), policy=Policy.dense(WIDE, 1))
     np.testing.assert_array_equal(fresh.run(random_images(WIDE, 1), policy=policy).logits, wanted)
 
 

@@ -233,6 +233,13 @@ def test_a_model_keeps_its_order_of_classes(tmp_path: Path) -> None:
         report = tmp_path / "report.json"
         assert call("evaluate", source, "--data", data, "--json", report).exit_code == 0
         assert json.loads(report.read_text())["accuracy"] > 0.9
+        assert json.loads(report.read_text())["labels_by"] == "name"
+    for place, name in enumerate(sorted(names)):
+        (data / "val" / name).rename(data / "val" / f"{place} {name}")
+    fails("'0 ant' is not one of the 3 known classes", "evaluate", weights, "--data", data)
+    done = call("evaluate", weights, "--data", data, "--labels-by-order")
+    assert done.exit_code == 0, done.output
+    assert "of 24 images, labelled by the order of their folders" in done.output
 
 
 def test_each_model_is_evaluated_with_its_own_crop(

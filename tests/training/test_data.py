@@ -156,3 +156,21 @@ def test_truncated_photograph_is_found_when_skipping(tmp_path: Path) -> None:
         [images.pixels(i) for i in range(len(images.labels))]
     with pytest.warns(UserWarning, match=r"late\.jpg"):
         assert len(open_images(root, "train", corrupt="skip").labels) == 4
+
+
+def test_folders_are_matched_with_known_classes_and_hidden_files_left_out(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "case", ("Cat", "DOG"), part="val")
+    (root / "val/Cat/.ipynb_checkpoints").mkdir()
+    Image.new("RGB", (5, 5)).save(root / "val/Cat/.ipynb_checkpoints/0.png")
+    (root / "val/Cat/._0.png").write_bytes(b"no image")
+    images = open_images(root, "test", classes=["dog", "cat"])
+    assert (images.classes, images.labels.tolist(), images.labels_by) == (["dog", "cat"], [1, 1, 0, 0], "name")
+    numbered = write_folders(tmp_path / "numbers", tuple(str(i) for i in range(11)), part="val")
+    images = open_images(numbered, "test", classes=[f"class {i}" for i in range(11)])
+    assert (sorted(set(images.labels.tolist())), images.labels_by) == (list(range(11)), "number")
+    assert images.labels.tolist()[4:6] == [10, 10]  # of 0, 1, 10
+    with pytest.raises(DataError, match=r"'Cat' is not one of the 2 known classes.*give --labels-by-order"):
+        open_images(root, "test", classes=["owl", "newt"])
+    with pytest.warns(UserWarning, match="its 2 class folders fit no label, and count as the classes in sorted order"):
+        images = open_images(root, "test", classes=["owl", "newt"], by_order=True)
+    assert (images.labels.tolist(), images.labels_by) == ([0, 0, 1, 1], "order")

@@ -135,7 +135,7 @@ class DeviceMoves(ABC):
 
     fixed = None
     always_gathers = False
-    survives_fork = False
+    on_host = False
 
     def __init__(self, device: Device) -> None:
         self._device = device

@@ -24,7 +24,7 @@ class HostBuffer(Protocol):
 class HostMoves:
     """What `Backend` says of moving rows, in numpy; a backend adds `buffer`."""
 
-    survives_fork = True
+    on_host = True
 
     def upload(self, array: npt.NDArray[Any]) -> Any:
         """See `Backend.upload`."""

@@ -25,7 +25,7 @@ from adavit.runtime.backends.openvino_engine import OpenVinoEngine
 from adavit.runtime.backends.openvino_models import block_model, decide_model, names_of
 from adavit.runtime.bundle import Bundle, EngineSpec, TensorSpec
 from adavit.runtime.plan import sublayers_of
-from adavit.runtime.weights import attention_weights, block_weights, engine_weights, mlp_weights
+from adavit.runtime.weights import attention_weights, block_weights, check_deciding, engine_weights, mlp_weights
 
 __all__ = ["Blocks"]
 
@@ -194,6 +194,7 @@ class Blocks:
             shapes |= {f"{TOKEN_SELECT}.weight": (1, width), f"{TOKEN_SELECT}.bias": (1,)}
         if choices:
             shapes |= {"choices.weight": (width, choices), "choices.bias": (choices,)}
+        check_deciding(self._bundle, f"blocks.{block}.decide")
         found = block_weights(self._bundle, block, "decide", shapes)
         fixed = {name: found[name].copy() for name in ("norm1.weight", "norm1.bias")}
         if arch.token_policy:

@@ -1,0 +1,41 @@
+"""Whether what engines computed can be relied on: NaN and infinity make confident classes elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.errors import BackendError
+
+__all__ = ["check_image", "not_finite"]
+
+LARGEST = 1e17
+"""Of a token's values: of larger ones, the sum of squares that a layer norm takes overflows float32."""
+
+
+def check_image(position: int, logits: npt.NDArray[Any], tokens: npt.NDArray[Any] | None = None) -> None:
+    """Checks what an image's run left: logits [1, C], and tokens [N, D] behind the last block.
+
+    Sub-layers add to the tokens, so that what was not finite in any of them is not finite at the end. Norms and the
+    softmax would hide it from the logits. From a device, where they are None, fetching them would take too long; each
+    block's decisions are made of them, and checked.
+
+    Raises:
+        BackendError: there are values that are NaN, infinite or too large.
+    """
+    if tokens is not None and not (
+        tokens.max() < LARGEST and tokens.min() > -LARGEST
+    ):  # NaN is both, where there is one
+        raise not_finite(f"the tokens of image {position} are")
+    if not np.isfinite(logits).all():
+        raise not_finite(f"the logits of image {position} are")
+
+
+def not_finite(what: str) -> BackendError:
+    """What to say of values that are not finite."""
+    return BackendError(
+        f"{what} NaN, infinite or beyond {LARGEST:.0e}: the engines' weights are damaged, or their precision is too "
+        "low for this image; check the bundle with adavit-export --check, or export in fp32"
+    )
