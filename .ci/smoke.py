@@ -16,12 +16,19 @@ DEMO = REPOSITORY / "adavit/demo"
 IMAGES = DEMO / "images"
 
 
-def adavit(command: str, *arguments: object) -> dict[str, Any]:
-    """The report of `adavit-COMMAND` with --json; a command that fails ends the smoke test."""
-    line = [str(Path(sys.executable).parent / f"adavit-{command}"), *map(str, arguments)]
-    done = subprocess.run(line, text=True, capture_output=True, check=False)
+def attempt(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs `adavit-NAME`, whether it fails or not."""
+    command = [str(Path(sys.executable).parent / f"adavit-{name}"), *map(str, arguments)]
+    return subprocess.run(command, text=True, capture_output=True, check=False)
+
+
+def adavit(name: str, *arguments: object) -> dict[str, Any]:
+    """The report of `adavit-NAME` with --json; a command that fails ends the smoke test."""
+    done = attempt(name, *arguments)
     if done.returncode:
-        raise SystemExit(f"{' '.join(line)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(done.args)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        )
     return json.loads(done.stdout) if "--json" in arguments else {}
 
 
@@ -98,11 +105,18 @@ def train(folder: Path) -> None:
 
 
 def tensorrt_rtx(folder: Path) -> None:
-    """An engine set of the demo for one GPU architecture; that it runs, only such a GPU shows."""
+    """An engine set of the demo for one GPU architecture; that it runs, only such a GPU shows.
+
+    Without a GPU the run says so in one line, so the bindings of CUDA and TensorRT do import.
+    """
     adavit("export", "demo", "--output", folder / "rtx", "--no-verify")
     build = ("--target", "tensorrt-rtx", "--compute-capability", 86, "--json", "-")
     report = adavit("export", folder / "rtx", *build)
     expect(len(report["engine_sets"]) == 1, "the engine set", list(report))
+    refused = attempt("run", folder / "rtx", "--backend", "tensorrt-rtx")
+    lines = refused.stderr.splitlines()
+    right = len(lines) == 1 and "no NVIDIA GPU can be used here" in lines[0]
+    expect(not refused.returncode or right, "the reason why it does not run here", lines)
 
 
 PARTS = {
