@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from adavit.runtime.session import usable_cpus
+from adavit.runtime.cpus import usable_cpus
 
 __all__ = ["Finite", "Threads", "labels_by_order"]
 

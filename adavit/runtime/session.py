@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from adavit.runtime.backend import Backend, Engine, Options, create_backend
 from adavit.runtime.budget import TRAINED, Budgets, Offsets, resolve
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.choose import Choice, choose
+from adavit.runtime.cpus import usable_cpus
 from adavit.runtime.dispatcher import SIDE_BY_SIDE, Dispatcher, Observer
 from adavit.runtime.finite import not_finite
 from adavit.runtime.forks import renew_in_fork
@@ -31,7 +31,7 @@ from adavit.runtime.kept_plan import recalled_plan
 from adavit.runtime.plan import sizes_of
 from adavit.runtime.policy import Policy
 
-__all__ = ["Prediction", "Result", "Runtime", "load", "usable_cpus"]
+__all__ = ["Prediction", "Result", "Runtime", "load"]
 
 Float = npt.NDArray[np.float32]
 TRIED_IMAGES = 4
@@ -100,8 +100,8 @@ def load(
         bundle: the folder.
         backend: what runs the engines; `adavit.runtime.backend.names()` lists them. "auto" takes the fastest that
             is installed, measured on this machine in some seconds once, and kept in the user's cache folder.
-        threads: CPU threads, by default as many as this process may use. ONNX Runtime keeps one pool for the
-            whole process: the first runtime decides its size.
+        threads: CPU threads, by default one for each CPU of this process's affinity, or fewer where a cgroup's quota
+            allows fewer. ONNX Runtime keeps one pool for the whole process: the first runtime decides its size.
         provider: ONNX Runtime's execution provider, by default the CPU's; for OpenVINO the precision, "fp32" or "bf16".
         parallel: "operators" shares the threads inside every engine, for the lowest latency of one image;
             "samples" gives each thread an image, for the highest throughput of batches.
@@ -151,11 +151,6 @@ def _options(
         if not isinstance(value, bool):
             raise OptionError(f"{name} is {shown(value)}: expected True or False")
     return Options(threads, provider, parallel, bool(cuda_graphs), bool(trust_engines))
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _trial(bundle: Bundle, backend: str, options: Options) -> tuple[Callable[[], object], int]:

@@ -16,6 +16,7 @@ from adavit.model import policy as P
 from adavit.model.checkpoint import read_classes, read_crop
 from adavit.reading import read_labels
 from adavit.runtime import Runtime, load
+from adavit.runtime.cpus import usable_cpus
 from adavit.runtime.images import Preprocessor
 from adavit.training import start
 from adavit.training.augment import usual_crop
@@ -220,8 +221,7 @@ def _sources(options: Options, train: LabelledImages, test: LabelledImages, teac
 
 
 def _set_threads(options: Options) -> None:
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
+    torch.set_num_threads(options["threads"] or min(torch.get_num_threads(), usable_cpus()))
 
 
 def _class_names(path: Path | None) -> list[str] | None:

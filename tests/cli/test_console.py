@@ -65,6 +65,7 @@ def test_numbers_are_finite(share: str) -> None:
 
 @pytest.mark.parametrize("command", [[run], [export], [main, "dense"], [main, "adapt"], [main, "evaluate"]])
 def test_no_more_threads_than_cpus_bear(command: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adavit.runtime.cpus.quota_cpus", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5}, raising=False)
     message = "9 threads are too many; give at most 8, 4 for each CPU that this process may use."
     assert message in refusal(invoke(*command, "--threads", 9), code=2)

@@ -52,6 +52,20 @@ def dense(tmp_path: Path, idx_folder: Path) -> Path:
     return tmp_path / "dense" / "weights.safetensors"
 
 
+def test_no_more_threads_than_this_process_may_use(
+    idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adavit.runtime.cpus.quota_cpus", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    own = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert call("dense", "--data", idx_folder, "-o", tmp_path / "dense", *SMALL[:-2]).exit_code == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(own)
+
+
 def test_help_needs_no_torch() -> None:
     program = "import sys; from adavit.training.command import main; main(['--help'], standalone_mode=False); " \
               "assert 'torch' not in sys.modules"  # fmt: skip

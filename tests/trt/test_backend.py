@@ -255,6 +255,17 @@ def test_without_a_gpu_or_bindings_there_is_one_line(built: Path, gpu: Gpu, monk
     assert "pip install 'adavit[tensorrt]'" in refusal(invoke(run_command, built, *ON_GPU))
 
 
+def test_bindings_that_raise_without_a_driver(built: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    bindings = cuda_double(gpu)
+    monkeypatch.setattr(bindings, "cudaGetDeviceCount", missing)
+    monkeypatch.setattr(cuda, "import_runtime", lambda: bindings)
+    message = refusal(invoke(run_command, built, "--backend", "tensorrt"))
+    assert "no NVIDIA GPU can be used here: Failed to dlopen libcuda.so.1" in message
+
+
 def test_what_the_backend_has_not(built: Path, gpu: Gpu) -> None:
     with pytest.raises(OptionError, match="tensorrt has no providers"):
         adavit.load(built, **TENSORRT, provider="CUDAExecutionProvider")

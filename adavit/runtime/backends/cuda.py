@@ -34,7 +34,7 @@ class Cuda:
         self.runtime = import_runtime()
         try:
             count = self.call("cudaGetDeviceCount")
-        except BackendError as error:
+        except (BackendError, RuntimeError) as error:  # RuntimeError: cuda-python before 12.9, without a driver
             raise BackendError(f"no NVIDIA GPU can be used here: {error}") from None
         if not count:
             raise BackendError("no NVIDIA GPU can be used here: CUDA finds none")

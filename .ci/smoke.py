@@ -1,0 +1,143 @@
+"""Smoke tests of an installed adavit, as users run it: `python .ci/smoke.py PART ...`, with the Python it is in.
+
+Parts: lowest, run, openvino, export, int8, train, tensorrt-rtx. Ends with 1 at the first that fails, and says which.
+"""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEMO = REPOSITORY / "adavit/demo"
+IMAGES = DEMO / "images"
+
+
+def attempt(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs `adavit-NAME`, whether it fails or not."""
+    command = [str(Path(sys.executable).parent / f"adavit-{name}"), *map(str, arguments)]
+    return subprocess.run(command, text=True, capture_output=True, check=False)
+
+
+def adavit(name: str, *arguments: object) -> dict[str, Any]:
+    """The report of `adavit-NAME` with --json; a command that fails ends the smoke test."""
+    done = attempt(name, *arguments)
+    if done.returncode:
+        raise SystemExit(
+            f"{' '.join(done.args)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        )
+    return json.loads(done.stdout) if "--json" in arguments else {}
+
+
+def expect(right: bool, what: str, report: object) -> None:
+    """Ends the smoke test where a report isn't right."""
+    if not right:
+        raise SystemExit(f"{what} is wrong in:\n{json.dumps(report)[:4000]}")
+
+
+def measured(*arguments: object, budget: float | None = 0.35) -> dict[str, Any]:
+    """Runs the demo's images, and checks what the report says."""
+    arguments = (*arguments, "--images", IMAGES, "--iterations", 3, "--warmup", 1, "--json", "-")
+    report = adavit("run", *arguments, *(() if budget is None else ("--budget", budget)))
+    share = report["macs"]["executed_mean"] / report["macs"]["dense"]
+    expect(report["accuracy"]["n"] == 20 and report["accuracy"]["top1"] >= 0.8, "the accuracy", report["accuracy"])
+    expect(0.3 < share < (0.4 if budget else 0.5), "the share of the dense MACs", report["macs"])
+    expect(report["speedup"] > 0 and report["dense"]["latency_ms"]["p50"] > 0, "the speedup", report)
+    return report
+
+
+def lowest(_: Path) -> None:
+    """What adavit needs is there in the lowest versions that it asks for."""
+    for requirement in metadata.requires("adavit") or []:
+        name, _, floor = requirement.partition(">=")
+        if ";" not in requirement:
+            found = metadata.version(name)
+            expect(f"{found}.".startswith(f"{floor}."), "the version", f"{name} {found}, not {floor}")
+
+
+def run(_: Path) -> None:
+    """The demo bundle that comes with the package."""
+    versions = measured()["versions"]
+    print("   ", *(f"{name} {versions[name]}" for name in ("python", "numpy", "onnxruntime")))
+
+
+def openvino(_: Path) -> None:
+    """The same in OpenVINO."""
+    versions = measured("--backend", "openvino", "--provider", "fp32")["versions"]
+    print("    openvino", versions["openvino"])
+
+
+def export(folder: Path) -> None:
+    """The demo's checkpoint, verified against PyTorch, and the bundle run."""
+    report = adavit("export", "demo", "--output", folder / "exported", "--json", "-")
+    expect(report["verified"]["decisions"] > 0, "the verification", report)
+    measured(folder / "exported")
+
+
+def int8(folder: Path) -> None:
+    """The same checkpoint in int8."""
+    options = ("--precision", "int8", "--calibration-images", IMAGES, "--samples", 16, "--with-dense", "--json", "-")
+    report = adavit("export", DEMO / "checkpoint.safetensors", "--output", folder / "int8", *options)
+    precisions = [engine["precision"] for engine in report["calibration"]["engines"].values()]
+    expect(precisions.count("int8") >= 8, "the precision of the engines", report["calibration"])
+    measured(folder / "int8", budget=None)
+
+
+def train(folder: Path) -> None:
+    """A few steps of a dense backbone and of its policies, and a bundle of the weights."""
+    sys.path.insert(0, str(REPOSITORY / "tests/training"))
+    from training_cases import write_idx_set
+
+    data = ("--data", write_idx_set(folder / "data"), "--steps", 3, "--batch", 16, "--threads", 1)
+    shape = ("--width", 16, "--depth", 2, "--heads", 2, "--patch-size", 2, "--image-size", 8, "--hidden", 32)
+    adavit("train", "dense", *data, *shape, "--output", folder / "dense")
+    weights = folder / "dense/weights.safetensors"
+    adavit("train", "adapt", *data, "--from", weights, "--output", folder / "adapted")
+    weights = folder / "adapted/weights.safetensors"
+    for plot in folder.glob("*/plot.png"):
+        expect(plot.read_bytes().startswith(b"\x89PNG"), "a plot", str(plot))
+    report = adavit("export", weights, "--output", folder / "trained", "--json", "-")
+    expect(report["verified"]["decisions"] > 0, "the verification", report)
+    adavit("run", folder / "trained", "--iterations", 2, "--json", "-")
+
+
+def tensorrt_rtx(folder: Path) -> None:
+    """An engine set of the demo for one GPU architecture; that it runs, only such a GPU shows.
+
+    Without a GPU the run says so in one line, so the bindings of CUDA and TensorRT do import.
+    """
+    adavit("export", "demo", "--output", folder / "rtx", "--no-verify")
+    build = ("--target", "tensorrt-rtx", "--compute-capability", 86, "--json", "-")
+    report = adavit("export", folder / "rtx", *build)
+    expect(len(report["engine_sets"]) == 1, "the engine set", list(report))
+    refused = attempt("run", folder / "rtx", "--backend", "tensorrt-rtx")
+    lines = refused.stderr.splitlines()
+    right = len(lines) == 1 and "no NVIDIA GPU can be used here" in lines[0]
+    expect(not refused.returncode or right, "the reason why it does not run here", lines)
+
+
+PARTS = {
+    "lowest": lowest,
+    "run": run,
+    "openvino": openvino,
+    "export": export,
+    "int8": int8,
+    "train": train,
+    "tensorrt-rtx": tensorrt_rtx,
+}
+
+
+def main(parts: list[str]) -> None:
+    """Runs these parts in their order, each in the same temporary folder."""
+    if not parts or set(parts) - set(PARTS):
+        raise SystemExit(f"name parts of {', '.join(PARTS)}")
+    with TemporaryDirectory() as folder:
+        for part in parts:
+            PARTS[part](Path(folder))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
