@@ -282,7 +282,7 @@ def test_preprocessing_for_another_size(bundle: Path) -> None:
 
 @pytest.mark.parametrize("path", [None, b"bundle", 3, "a\0b", ["bundle"]])
 def test_what_is_no_path(path: Any) -> None:
-    with pytest.raises(adavit.InputError, match="bundle is .*: (expected a path|no file can have this path)"):
+    with pytest.raises(adavit.InputError, match=r"bundle is .*: (expected a path|no file can have this path)"):
         adavit.load(path, threads=1)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import assert_same_policy, invoke, random_images, random_policy, read_config, refusal, write_config
-from double import CAPABILITY, VERSION, Gpu, add_double_engines
+from double import CAPABILITY, VERSION, Gpu, add_double_engines, cuda_double
 
 import adavit
 from adavit.cli import run as run_command
 from adavit.errors import BackendError, BundleError, OptionError
 from adavit.runtime import Runtime
+from adavit.runtime.backends import cuda
 
 TENSORRT = dict(backend="tensorrt", threads=2, trust_engines=True)
 ON_GPU = ("--backend", "tensorrt", "--trust-engines")
