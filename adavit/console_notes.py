@@ -21,4 +21,4 @@ def echo_notes(command: str, notes: Iterable[str]) -> None:
 def export_notes(report: dict[str, Any]) -> list[str]:
     """What an export notes of the images that it was calibrated on."""
     parts = (report.get("calibration"), report.get("budgets"))
-    return [note for part in parts if part for note in part["notes"]]
+    return [note for part in parts if part for note in part.get("notes", ())]

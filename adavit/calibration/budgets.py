@@ -15,7 +15,6 @@ from adavit.calibration.walk import Stop
 from adavit.errors import BundleError, InputError
 from adavit.runtime.budget import MAX_OFFSET, TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.runtime.bundle import Bundle, write_config
-from adavit.runtime.image_files import find_calibration_images, labels_by
 from adavit.runtime.session import load
 
 __all__ = ["add_budgets"]
@@ -42,8 +41,8 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
         progress: told the stage and the share done.
 
     Returns:
-        What was written, with the images that could not be read as `skipped`, how their labels are known as
-        `labels_by`, and `notes` of what was left out of them; or None.
+        What was written, with the images that could not be read as `skipped`, and `notes` of how they were found,
+        if there are any; or None.
 
     Raises:
         InputError: the images or budgets are not usable, or a budget is out of the policies' reach.
@@ -54,15 +53,15 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
         return None
     runtime = load(bundle, threads=threads, parallel="samples")
     notes: list[str] = []
-    files = find_calibration_images(options.calibration_images, runtime.labels, options.labels_by_order, notes.append)
-    trial, skipped = Trial.of_files(runtime, files, progress)
+    images = options.calibration_images, progress, options.labels_by_order, notes.append
+    trial, skipped = Trial.of_files(runtime, *images)
     budgets = calibrate(trial, options.budgets)
     Budgets.from_dict(budgets.to_dict(), runtime.architecture.depth)  # what no reader would take is not written
     config = Bundle.open(bundle).config  # others may have written to it meanwhile
     if config["engines"] != runtime.bundle.config["engines"]:
         raise BundleError(f"{bundle}: was exported anew meanwhile; calibrate it again")
     write_config(bundle, {**config, "budgets": budgets.to_dict()})
-    return {**budgets.to_dict(), "labels_by": labels_by(files), "notes": notes, "skipped": skipped}
+    return {**budgets.to_dict(), "skipped": skipped, **({"notes": notes} if notes else {})}
 
 
 def calibrate(trial: Trial, asked: Sequence[float]) -> Budgets:

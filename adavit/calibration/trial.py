@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from adavit.errors import InputError
 from adavit.macs import dense_macs
 from adavit.runtime.budget import TRAINED, Offsets
-from adavit.runtime.image_files import ImageFile
+from adavit.runtime.image_files import find_calibration_images
 from adavit.runtime.session import Runtime
 
 __all__ = ["Outcome", "Trial"]
@@ -83,12 +84,22 @@ class Trial:
         self.trained = self.run(TRAINED)
 
     @classmethod
-    def of_files(cls, runtime: Runtime, files: Sequence[ImageFile], progress: Progress) -> tuple[Trial, list[str]]:
-        """The images of some files, a random part of them if they are many, and what could not be read.
+    def of_files(
+        cls,
+        runtime: Runtime,
+        paths: tuple[Path, ...],
+        progress: Progress,
+        by_order: bool = False,
+        note: Callable[[str], None] | None = None,
+    ) -> tuple[Trial, list[str]]:
+        """The images at `paths`, a random part of them if they are many, and what could not be read.
+
+        Their labels, by `by_order`, and what is noted are as of `find_calibration_images`.
 
         Raises:
             InputError: there are no images, or too few.
         """
+        files = find_calibration_images(paths, runtime.labels, by_order, note)
         most = max(FEWEST_IMAGES, min(MOST_IMAGES, MOST_BYTES // (4 * 3 * runtime.architecture.image_size**2)))
         pixels, labels, skipped = [], [], []
         for position in np.random.default_rng(0).permutation(len(files)):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from adavit.architecture import TOKEN_LOGIT, Architecture
-from adavit.errors import VerificationError
+from adavit.errors import BackendError, VerificationError
 from adavit.model import AdaViT, Output
 from adavit.model.adavit import Block, BlockLogits
 from adavit.model.policy import BlockPolicy, decide
@@ -184,8 +184,12 @@ def _decisions(model: AdaViT, policy: Policy) -> int:
 def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> float:
     """Compares one image engine by engine, in the order they ran; returns the largest logit difference."""
     seen: list[tuple[str, npt.NDArray[Any]]] = []
-    result = runtime.run(wanted.image[None], replay, lambda _, engine, x: seen.append((engine, x.copy())))
-    before = ""
+    failure: BackendError | None = None
+    try:
+        runtime.run(wanted.image[None], replay, lambda _, engine, x: seen.append((engine, x.copy())))
+    except BackendError as error:  # what was seen before tells by which engine
+        failure = error
+    before, worst = "", 0.0
     for engine, found in seen:
         if engine.startswith(DECISIONS):
             block = engine.removeprefix(DECISIONS)
@@ -195,12 +199,14 @@ def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> floa
             continue
         if engine == "head":
             last = before.endswith("_set") and _block(before) == runtime.architecture.depth - 1
-            _difference(before if last else engine, found, wanted.logits)
+            worst = _difference(before if last else engine, found, wanted.logits)
             continue
         behind = engine.split("_")[0].replace(".both", ".mlp")  # whichever of the engines that end with it ran
         _difference(engine, found, wanted.tokens[behind])
         before = engine
-    return float(np.abs(result.logits[0] - wanted.logits).max())
+    if failure:
+        raise failure
+    return worst
 
 
 def _compare_sets(wanted: Reference, runtime: Runtime, replay: Policy | None, sets: tuple[HeadSet, ...]) -> float:

@@ -276,10 +276,10 @@ class ImageRun:
             self._dispatcher.engines.head.run([state.x.rows(1)], [state.logits.rows(1)])
         left = (state.logits, state.x) if self._backend.on_host else (state.logits,)
         logits, *tokens = self._backend.fetch(*left)
-        check_image(self._position, logits, *tokens)
         self._logits[self._position] = logits[0]
         if self._observe:
             self._observe(self._position, "head", self._logits[self._position])
+        check_image(self._position, logits, *tokens)
         if not self._follows:
             state.write(self._policy, self._position)
         self._dispatcher.give_state(state)

@@ -173,7 +173,10 @@ def test_images_that_do_not_do(busy: Path, pictures: Path, tmp_path: Path) -> No
     strange = tmp_path / "strange"
     (strange / "aardvark").mkdir(parents=True)
     picture().save(strange / "aardvark" / "0.png")
-    assert "aardvark" in refused(tmp_path, busy, *arguments, "--calibration-images", strange)
+    line = refused(tmp_path, busy, *arguments, "--calibration-images", strange)
+    assert "at least 16 images, 1 can be read" in line  # whatever its class is
+    line = refused(tmp_path, busy, *arguments, "--calibration-images", strange, "--labels-by-order")
+    assert "class folder 'aardvark' is none of the bundle's" in line
 
 
 def test_unreadable_images_are_left_out_and_named(busy: Path, pictures: Path, tmp_path: Path) -> None:

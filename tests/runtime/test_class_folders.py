@@ -209,4 +209,4 @@ def test_budgets_are_calibrated_on_other_classes(bundle: Path, tmp_path: Path) -
     assert "adavit-export: note: " in done.stderr
     assert "going on without labels" in done.stderr
     report = json.loads(done.stdout)["budgets"]
-    assert (report["labels_by"], report["calibration"]["labelled"], len(report["notes"])) == (None, False, 1)
+    assert (report["calibration"]["labelled"], len(report["notes"])) == (False, 1)
