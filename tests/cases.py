@@ -11,8 +11,10 @@ from typing import Any
 
 import click
 import numpy as np
+import onnx
 import torch
 from click.testing import CliRunner, Result
+from onnx import numpy_helper
 from PIL import Image
 
 from adavit.architecture import TOKEN_THRESHOLD, Architecture
@@ -173,6 +175,21 @@ def rewrite_engine(bundle: Path, name: str, data: bytes) -> None:
     (bundle / engine["file"]).write_bytes(data)
     engine.update(bytes=len(data), sha256=sha256(data))
     write_config(bundle, config)
+
+
+def with_weights(bundle: Path, engine: str, value: float, weight: str = "") -> None:
+    """Puts a value into a bundle's engine, as the first of each of its weights with this in their name."""
+    path = bundle / read_config(bundle)["engines"][engine]["file"]
+    model = onnx.load(path)
+    found = 0
+    for tensor in model.graph.initializer:
+        if weight in tensor.name and tensor.data_type == onnx.TensorProto.FLOAT:
+            array = numpy_helper.to_array(tensor).copy()
+            array.reshape(-1)[0] = value
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+            found += 1
+    assert found
+    rewrite_engine(bundle, engine, model.SerializeToString())
 
 
 def rewrite_text(bundle: Path, name: str, data: bytes) -> None:

@@ -14,6 +14,7 @@ from adavit.calibration.convert import Assignment, engine_precision
 from adavit.errors import InputError
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
 from adavit.runtime.bundle import Bundle
+from adavit.runtime.finite import NotFiniteError
 from adavit.runtime.images import ImageFile
 from adavit.runtime.session import Runtime
 
@@ -25,6 +26,8 @@ MOST_IMAGES = 512
 """Images that the drop is measured on."""
 
 Float = npt.NDArray[np.float32]
+OVERFLOW_ERROR = float(np.finfo(np.float32).max)
+"""Stands for the error of logits that are not finite."""
 Progress = Callable[[str, float], None]
 Assigned = Mapping[str, Assignment]
 
@@ -107,7 +110,10 @@ class Measure:
     def loss(self, assigned: Assigned, most: int | None = None) -> Loss:
         """What an assignment costs, on the first `most` images."""
         wanted, labels = self._wanted[:most], self._labels[:most]
-        found = self._runtime(assigned).run(self._images[:most]).logits
+        try:
+            found = self._runtime(assigned).run(self._images[:most]).logits
+        except NotFiniteError:
+            return Loss(100.0, 0.0, OVERFLOW_ERROR)
         agreement = float((found.argmax(1) == wanted.argmax(1)).mean())
         known = labels >= 0
         drop = 1 - agreement

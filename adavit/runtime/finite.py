@@ -9,10 +9,14 @@ import numpy.typing as npt
 
 from adavit.errors import BackendError
 
-__all__ = ["check_image", "not_finite"]
+__all__ = ["NotFiniteError", "check_image", "not_finite"]
 
 LARGEST = 1e17
 """Of a token's values: of larger ones, the sum of squares that a layer norm takes overflows float32."""
+
+
+class NotFiniteError(BackendError):
+    """Engines computed values that are NaN, infinite or too large."""
 
 
 def check_image(position: int, logits: npt.NDArray[Any], tokens: npt.NDArray[Any] | None = None) -> None:
@@ -23,7 +27,7 @@ def check_image(position: int, logits: npt.NDArray[Any], tokens: npt.NDArray[Any
     block's decisions are made of them, and checked.
 
     Raises:
-        BackendError: there are values that are NaN, infinite or too large.
+        NotFiniteError: there are values that are NaN, infinite or too large.
     """
     if tokens is not None and not (
         tokens.max() < LARGEST and tokens.min() > -LARGEST
@@ -33,9 +37,9 @@ def check_image(position: int, logits: npt.NDArray[Any], tokens: npt.NDArray[Any
         raise not_finite(f"the logits of image {position} are")
 
 
-def not_finite(what: str) -> BackendError:
+def not_finite(what: str) -> NotFiniteError:
     """What to say of values that are not finite."""
-    return BackendError(
+    return NotFiniteError(
         f"{what} NaN, infinite or beyond {LARGEST:.0e}: the engines' weights are damaged, or their precision is too "
         "low for this image; check the bundle with adavit-export --check, or export in fp32"
     )

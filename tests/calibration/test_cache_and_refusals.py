@@ -25,6 +25,7 @@ from cases import (
     save,
     shell,
     tiny,
+    with_weights,
 )
 from PIL import Image
 
@@ -374,6 +375,16 @@ def test_a_loss_is_what_a_precision_changes(calibrated: Calibrated, measured: Ca
     assert measured(labels).loss(INT8).drop == pytest.approx(100 * (1 - same[:24].mean()))
     gained: list[int | None] = found.argmax(1).tolist()
     assert measured(gained).loss(INT8).drop == pytest.approx(-100 * (1 - same.mean())) != 0
+
+
+def test_what_is_not_finite_is_the_worst_loss(
+    calibrated: Calibrated, measured: Callable[..., Measure], tmp_path: Path
+) -> None:
+    broken = shutil.copytree(calibrated("int8")[0], tmp_path / "bundle")
+    with_weights(broken, "blocks.1.mlp", np.nan, "bias")
+    found = measured([None] * len(NOISE), int8=Bundle.open(broken)).loss(INT8)
+    assert (found.drop, found.agreement) == (100, 0)
+    assert np.isfinite(found.logit_error)
 
 
 def test_losses_are_against_decisions_in_fp32(

@@ -5,10 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from cases import WIDE, random_images, read_config, rewrite_engine
-from onnx import numpy_helper
+from cases import WIDE, random_images, with_weights
 
 import adavit
 from adavit.errors import AdaViTError, BackendError, BundleError, InputError
@@ -16,21 +14,6 @@ from adavit.runtime import Policy, Runtime
 from adavit.runtime.finite import check_image
 
 IMAGES = random_images(WIDE, 2)
-
-
-def with_weights(bundle: Path, engine: str, value: float, weight: str = "") -> None:
-    """Puts a value into a bundle's engine, as the first of each of its weights with this in their name."""
-    path = bundle / read_config(bundle)["engines"][engine]["file"]
-    model = onnx.load(path)
-    found = 0
-    for tensor in model.graph.initializer:
-        if weight in tensor.name and tensor.data_type == onnx.TensorProto.FLOAT:
-            array = numpy_helper.to_array(tensor).copy()
-            array.reshape(-1)[0] = value
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-            found += 1
-    assert found
-    rewrite_engine(bundle, engine, model.SerializeToString())
 
 
 @pytest.fixture

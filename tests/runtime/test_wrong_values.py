@@ -83,9 +83,8 @@ def test_any_values(value: Any, more: Any, other: Any, runtime: Runtime) -> None
         lambda: Policy(value, more, other).usage(),
         lambda: len(Policy(policy.tokens, value, policy.sublayers)),
         lambda: Policy(value, policy.heads, policy.sublayers).check(tiny(), 2),
+        partial(adavit.load, value, threads=1),
     ]
-    if not isinstance(value, str | Path) or len(str(value)) < 200:
-        calls.append(partial(adavit.load, value, threads=1))
     if not isinstance(value, int) or value < 1000:  # larger ones are arrays that large
         calls += [partial(Policy.dense, tiny(), value), partial(Policy.empty, tiny(), value)]
     for call in calls:
