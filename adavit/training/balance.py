@@ -36,8 +36,8 @@ __all__ = ["balance"]
 IMAGES, IMAGE_STREAM = 1024, 2
 NEAR, FAR = 0.004, 0.02
 """Distances of a usage from its target: where the search ends, and where the user is told."""
-ROUNDS = 16
-SHORTER = 0.7
+ROUNDS = 24
+SHORTER = 0.8
 """The factor on the steps after a round that was no better than the best."""
 FARTHEST, FINEST = 64.0, 1e-4
 """Of offsets: the largest, and the least change that rounding cannot undo."""
@@ -74,9 +74,10 @@ def balance(
             best, best_offsets, best_usage = missed, offsets, usage
         else:
             part *= SHORTER
-        if all(abs(usage[kind] - target) <= NEAR for kind, target in targets.items()):
+        steps = {kind: decisions[kind].offset(target) for kind, target in targets.items()}
+        if not any(steps.values()) or all(abs(usage[kind] - target) <= NEAR for kind, target in targets.items()):
             break
-        offsets = {kind: offsets[kind] + part * decisions[kind].offset(target) for kind, target in targets.items()}
+        offsets = {kind: offsets[kind] + part * step for kind, step in steps.items()}
     _set_biases(model, trained, best_offsets)
     if world.leads:
         _warn_of_misses(targets, best_usage)
@@ -110,7 +111,7 @@ class _Decisions:
         while high - low > FINEST and abs((found := self.usage(middle)) - target) > NEAR / 4:
             low, high = (middle, high) if found < target else (low, middle)
             middle = (low + high) / 2
-        return min((middle, low, high), key=lambda offset: abs(self.usage(offset) - target))
+        return min((0.0, middle, low, high), key=lambda offset: abs(self.usage(offset) - target))
 
 
 def _choose(images: int, seed: int) -> list[int]:
@@ -170,7 +171,7 @@ def _warn_of_misses(targets: Mapping[str, float], usage: Mapping[str, float]) ->
     for kind, target in targets.items():
         if abs(usage[kind] - target) > FAR:
             warnings.warn(
-                f"the usage of {kind} is {usage[kind]:.3f}, the target {target:.3f}: the decisions do not vary enough "
-                "over the images to come nearer; train longer, or choose another target",
+                f"the usage of {kind} is {usage[kind]:.3f}, the target {target:.3f}: no move of the decision "
+                "biases brings it nearer; train longer, or choose another target",
                 stacklevel=3,
             )
