@@ -116,7 +116,7 @@ class _Decisions:
 
 def _choose(images: int, seed: int) -> list[int]:
     """Indices of the images to look at."""
-    order = np.random.default_rng([seed, IMAGE_STREAM]).permutation(images)
+    order = np.random.default_rng([seed, 0, IMAGE_STREAM]).permutation(images)
     return sorted(int(index) for index in order[:IMAGES])
 
 
