@@ -20,6 +20,7 @@ from adavit.model import policy as P
 from adavit.model.adavit import AdaViT
 from adavit.runtime.images import Preprocessor
 from adavit.training import objective
+from adavit.training.balance import balance
 from adavit.training.checkpoint import VERSION, read_checkpoint, write_checkpoint
 from adavit.training.data import LabelledImages
 from adavit.training.distributed import World, global_sum
@@ -119,6 +120,8 @@ class Trainer:
                 entry: dict[str, float] = {}
                 if last or self.step % intervals.log == 0:
                     entry |= {"learning_rate": learning_rate(self.step - 1, settings), **terms}
+                if last:
+                    entry |= self._balance(train)
                 if last or self.step % intervals.evaluate == 0:
                     entry |= self.evaluate(test, intervals.images)
                 if entry and log:
@@ -204,6 +207,13 @@ class Trainer:
                 f"the loss is not finite at step {self.step} ({', '.join(broken) or 'their sum'}); "
                 "lower --learning-rate, or train in fp32, and resume from the last checkpoint"
             )
+
+    def _balance(self, train: LabelledImages) -> dict[str, float]:
+        """Moves the averaged decisions to the targets of the kinds whose usage has a weight; the offsets."""
+        policy = self.settings.policy
+        targets = {kind: goal for kind, goal in policy.targets.items() if policy.weights[kind] > 0} if policy else {}
+        found = balance(self.average, targets, train, self.settings, self.world) if targets else {}
+        return {f"offset_{kind}": offset for kind, offset in found.items()}
 
     def evaluate(self, test: LabelledImages, images: int) -> dict[str, float]:
         """Accuracy, MACs share and usages of the averaged weights, over all processes."""

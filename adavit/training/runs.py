@@ -195,8 +195,18 @@ def _run(trainer: Trainer, train: LabelledImages, test: LabelledImages, options:
     trainer.run(train, test, intervals, options["workers"])
     if leads:
         _write_weights(trainer, train.classes, folder / WEIGHTS)
-        plot_log(read_log(folder / LOG), folder / PLOT)
+        records = read_log(folder / LOG)
+        plot_log(records, folder / PLOT)
+        if offsets := _offsets(records):
+            click.echo(f"decision biases moved to meet the usage targets: {offsets}")
         click.echo(f"{folder / WEIGHTS}: {trainer.metric:.2f} % of the test images right")
+
+
+def _offsets(records: list[dict[str, Any]]) -> str:
+    """What a finished run's biases were moved by, in words."""
+    last = records[-1] if records else {}
+    found = [(kind, last[f"offset_{kind}"]) for kind in KINDS if f"offset_{kind}" in last]
+    return ", ".join(f"{kind} {offset:+.3f}" for kind, offset in found)
 
 
 def _write_weights(trainer: Trainer, classes: list[str], path: Path) -> None:

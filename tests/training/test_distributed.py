@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from training_cases import tiny
 
-from adavit.model import load_checkpoint, save_safetensors
+from adavit.model import save_safetensors
+from adavit.model.checkpoint import load_safely
 from adavit.training import start
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def test_two_processes_train_like_one(tmp_path: Path, idx_folder: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program))
     adapt(tmp_path / "two", idx_folder, dense, *torchrun)
     before = start.new_model(shapes, 0).state_dict()
-    one, two = (load_checkpoint(tmp_path / name / "checkpoint.pth").state_dict() for name in ("one", "two"))
+    one, two = (load_safely(tmp_path / name / "checkpoint.pth")["state_dict"] for name in ("one", "two"))
     for name, expected in one.items():
         torch.testing.assert_close(two[name], expected, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     assert not torch.allclose(one["head.weight"], before["head.weight"], atol=1e-3)
