@@ -2,13 +2,36 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import openvino
 import pytest
 import torch
 from cases import GOLDEN, GOLDEN_FILES, WIDE, export, picture, random_model, save, tiny
+from openvino import opset13
 
 import adavit
+from adavit.errors import one_line
 from adavit.model import AdaViT
 from adavit.runtime import Runtime
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what runs OpenVINO where it does not normalise: version 2026.4 does on no CPU without AVX."""
+    named = [item for item in items if "openvino" in item.nodeid.lower() or item.get_closest_marker("openvino")]
+    if named and (reason := _openvino_refuses()):
+        for item in named:
+            item.add_marker(pytest.mark.skip(reason=f"OpenVINO does not run a layer norm on this CPU: {reason}"))
+
+
+def _openvino_refuses() -> str | None:
+    """Why OpenVINO runs no layer norm on this CPU; None where it does."""
+    x = opset13.parameter([1, 8], np.float32)
+    norm = opset13.mvn(x, np.array([-1]), True, 1e-6, "inside_sqrt")
+    try:
+        openvino.compile_model(openvino.Model([norm], [x]), "CPU")
+    except RuntimeError as error:
+        return one_line(error)
+    return None
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -110,6 +110,7 @@ def test_none_at_all(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         choose(opened, Options(1), Stage(monkeypatch, a=None, b=None).prepare)
 
 
+@pytest.mark.openvino
 def test_what_a_choice_depends_on(opened: Bundle, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch, a=1.0)
     choose(opened, Options(1), stage.prepare)
@@ -218,6 +219,7 @@ def test_no_home(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept_at("backend", known) is recall("backend", known) is remember("backend", known, {}) is None
 
 
+@pytest.mark.openvino
 def test_loading(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         loaded = adavit.load(tiny_bundle, backend="auto", threads=1)

@@ -299,6 +299,7 @@ def test_a_policy_of_another_model(loaded: Runtime) -> None:
         loaded.specialise(Policy.dense(tiny(), 1))
 
 
+@pytest.mark.openvino
 def test_only_where_it_can(wide: tuple[Path, Path]) -> None:
     other = adavit.load(wide[0], threads=2, backend="openvino", provider="fp32", parallel="samples")
     with pytest.raises(BackendError, match="makes no engines for sets of heads"):

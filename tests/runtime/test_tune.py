@@ -166,6 +166,7 @@ def test_times_are_medians_without_the_first(monkeypatch: pytest.MonkeyPatch) ->
     assert shares == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.openvino
 @pytest.mark.parametrize("faster", ["rule", "measured"])
 def test_the_faster_plan_is_taken(faster: str, wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = adavit.load(wide[0], threads=1)
@@ -309,6 +310,7 @@ def test_where_nothing_can_be_kept(wide: tuple[Path, Path], tmp_path: Path) -> N
     assert loaded.dispatcher.plan.to_dict() == report["gathers"]
 
 
+@pytest.mark.openvino
 def test_no_heads_to_decide_on(tmp_path: Path) -> None:
     bundle = export(random_model(tiny(head_policy=False)), tmp_path)
     with pytest.raises(InputError, match="no engines to choose between"):
