@@ -1,4 +1,5 @@
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def _openvino_refuses() -> str | None:
     except RuntimeError as error:
         return one_line(error)
     return None
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """Ctrl-C reaches the processes of tests, also where a shell started these in the background, without it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

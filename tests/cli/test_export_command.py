@@ -180,7 +180,6 @@ def test_a_folder_that_cannot_be_written(checkpoint: Path, tmp_path: Path, monke
 SIGNAL = """
 import os, signal
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
 write, written = Path.write_bytes, []
 
 def signalling(path, data):
