@@ -7,8 +7,9 @@ import glob
 import hashlib
 import os
 import platform
+import re
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,10 @@ __all__ = [
     "write_beside",
 ]
 
+BESIDE = re.compile(r"\.[0-9a-f]{8}\.[0-9a-f]{8}\.[0-9]{1,20}\.(tmp|old)")
+"""What follows the name of what is written: chance, host and process, and what it is."""
+TRIES = 20
+"""Replacements of a folder that others put back each time."""
 REPLACING = 2.0
 """Seconds to wait for a process that is between the two renames of a replacement."""
 
@@ -56,17 +61,17 @@ def write_beside(path: Path) -> Iterator[IO[Any]]:
             yield file
         return
     _remove_left(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".{_host()}.{os.getpid()}.tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    beside = _beside(path, "tmp")
+    with _making(beside):
+        try:
+            with beside.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(beside, 0o644)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -76,19 +81,36 @@ def folder_beside(path: Path) -> Iterator[Path]:
     A folder already at `path` is renamed aside for the instant between two renames, then deleted. What a
     killed process left is put back by `find_folder` or the next call, or swept up by that.
     """
-    path = path.absolute()
-    old = _aside(path)
-    _sweep(path, old)
-    fresh = path.parent / f".{path.name}.{_host()}.{os.getpid()}.tmp"
-    fresh.mkdir()
-    try:
-        yield fresh
-        if path.exists():
-            os.rename(path, old)
-        os.rename(fresh, path)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        _sweep(path, old)
+    path = find_folder(path.absolute())
+    _remove_left(path)
+    fresh = _beside(path, "tmp")
+    with _making(fresh):
+        fresh.mkdir()
+        try:
+            yield fresh
+            _replace(path, fresh)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            _remove_left(path)
+
+
+def _replace(path: Path, fresh: Path) -> None:
+    """Renames a folder to `path`; the one that is there goes aside first, from where others may put it back."""
+    for tries_left in reversed(range(TRIES)):
+        aside = _beside(path, "old")
+        with _making(aside):
+            try:
+                with suppress(FileNotFoundError):
+                    os.rename(path, aside)
+                os.rename(fresh, path)
+                return
+            except OSError as error:
+                if not tries_left or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            finally:
+                if aside.exists() and not path.exists():
+                    os.rename(aside, path)
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 def find_folder(path: Path) -> Path:
@@ -98,13 +120,13 @@ def find_folder(path: Path) -> Path:
     back first or, where this process may not do that, found where it lies. A living process is waited for.
     """
     place = Path(os.path.realpath(path))
-    old = _aside(place)
     until = time.monotonic() + REPLACING
     with suppress(OSError):  # where nothing can be seen, nothing can be put back
-        while not place.exists() and old.is_dir():
-            if any(_is_live(left) for left in _left(place)) and time.monotonic() < until:
+        while not place.exists() and (aside := [left for left in _left(place) if left.suffix == ".old"]):
+            if not all(map(_is_dead, aside)) and time.monotonic() < until:
                 time.sleep(0.01)
                 continue
+            old = max(aside, key=lambda left: left.stat().st_ctime_ns)
             try:
                 os.rename(old, place)
             except OSError:
@@ -112,23 +134,30 @@ def find_folder(path: Path) -> Path:
     return path
 
 
-def _aside(path: Path) -> Path:
-    """Where the folder at `path` goes for the instant between two renames."""
-    return path.parent / f".{path.name}.old"
+_made: set[str] = set()
+"""The names of what this process makes at present."""
 
 
-def _sweep(path: Path, old: Path) -> None:
-    """Puts back a folder that was renamed aside and not replaced; removes what dead processes left."""
-    if old.exists() and not path.exists():
-        os.rename(old, path)
-    shutil.rmtree(old, ignore_errors=True)
-    _remove_left(path)
+def _beside(path: Path, kind: str) -> Path:
+    """A new name beside `path`, for what is to become it ("tmp") or for what it was ("old")."""
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}.{_host()}.{os.getpid()}.{kind}"
+
+
+@contextmanager
+def _making(beside: Path) -> Iterator[None]:
+    """Marks a file or folder as one that this process needs."""
+    _made.add(beside.name)
+    try:
+        yield
+    finally:
+        _made.discard(beside.name)
 
 
 def _remove_left(path: Path) -> None:
-    """Removes what dead processes left of files and folders that were to become `path`; other hosts see to theirs."""
+    """Removes what dead processes of this host left of what was to become `path`, or was it before."""
+    kinds = (".tmp", ".old") if path.exists() else (".tmp",)
     for left in _left(path):
-        if _is_live(left):
+        if left.suffix not in kinds or not _is_dead(left):
             continue
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -137,16 +166,18 @@ def _remove_left(path: Path) -> None:
 
 
 def _left(path: Path) -> Iterator[Path]:
-    """The files and folders of this host that are, or were, to become `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        host, process = left.name.split(".")[-3:-1]
-        if host == _host() and process.isdecimal():
+    """The files and folders that `_beside` named after `path`, on any host."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if BESIDE.fullmatch(left.name.removeprefix(f".{path.name}")):
             yield left
 
 
-def _is_live(left: Path) -> bool:
-    """Whether the process that makes one of `_left` is alive."""
-    return _alive(int(left.name.split(".")[-2]))
+def _is_dead(left: Path) -> bool:
+    """Whether the process that made one of `_left` is known to be gone, and is not of another host."""
+    host, process = left.name.split(".")[-3:-1]
+    if host != _host():
+        return False
+    return left.name not in _made if int(process) == os.getpid() else not _alive(int(process))
 
 
 @cache

@@ -156,7 +156,7 @@ def test_a_kill_at_any_rename_leaves_the_old_folder_or_none(
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
-    other = tmp_path / f".a.{files._host()}.{os.getppid()}.tmp"
+    other = tmp_path / f".a.00000000.{files._host()}.{os.getppid()}.tmp"
     other.mkdir()
     write(tmp_path / "a", "new")
     assert other.is_dir()
@@ -166,10 +166,10 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
 def test_what_another_host_or_container_writes_is_left_alone(
     attribute: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = f".a.{files._host()}.999999999.tmp"
+    ours = f".a.00000000.{files._host()}.999999999.tmp"
     files._host.cache_clear()
     monkeypatch.setattr(attribute, lambda *_: value)
-    theirs = f".a.{files._host()}.999999999.tmp"
+    theirs = f".a.00000000.{files._host()}.999999999.tmp"
     monkeypatch.undo()
     files._host.cache_clear()
     for left in (ours, theirs):
@@ -233,3 +233,40 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
         open_regular(tmp_path / "nothing")
     with pytest.raises(ValueError, match="null"):
         open_regular("a\0b")
+
+
+@pytest.mark.parametrize("name", [".a.old", ".a.b.old", ".a.thesis.12345678.77.old", ".a.tmp", ".a.b.tmp"])
+def test_what_others_named_alike_is_theirs(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis").touch()
+    assert find_folder(tmp_path / "a") == tmp_path / "a"
+    assert not (tmp_path / "a").exists()
+    for content in ("old", "new"):
+        write(tmp_path / "a", content)
+    assert (tmp_path / name / "thesis").exists()
+
+
+def test_what_an_earlier_process_of_this_number_left_is_swept_up(tmp_path: Path) -> None:
+    (tmp_path / f".a.00000000.{files._host()}.{os.getpid()}.tmp").mkdir()
+    with folder_beside(tmp_path / "a"), folder_beside(tmp_path / "a"):  # two at once in this process
+        assert len(names(tmp_path)) == 2
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_folder_that_is_put_back_between_the_renames_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a", "old")
+    rename, put_back = os.rename, []
+
+    def meddle(source: Path, target: Path) -> None:
+        rename(source, target)
+        if len(put_back) < 3:
+            put_back.append(target)
+            rename(target, source)
+
+    monkeypatch.setattr(os, "rename", meddle)
+    write(tmp_path / "a", "new")
+    assert len(put_back) == 3
+    assert (tmp_path / "a" / "content").read_text() == "new"
+    assert names(tmp_path) == ["a"]
