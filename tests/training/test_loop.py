@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from training_cases import tiny, write_idx_set
 
 from adavit.model import load_checkpoint
@@ -109,7 +111,12 @@ def test_bf16_autocast_trains(tmp_path: Path, idx_folder: Path) -> None:
     assert not torch.equal(one.model.head.weight, before)
 
 
-def test_a_compiled_run_ends_where_an_eager_one_does(tmp_path: Path, idx_folder: Path) -> None:
+def test_a_compiled_run_ends_where_an_eager_one_does(
+    tmp_path: Path, idx_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without torch's cache of generated code, which forgets for which instructions it was generated."""
+    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
     settings = Settings(steps=3, batch=16, learning_rate=1e-3)
     arch = tiny(depth=1, token_policy=False, head_policy=False, sublayer_policy=False)
     ends = []
