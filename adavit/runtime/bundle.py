@@ -111,7 +111,7 @@ class Bundle:
     """A checked bundle.
 
     Attributes:
-        path: the folder.
+        path: the folder, absolute.
         architecture: the model's shapes.
         engines: by name.
         labels: one per class.
@@ -139,7 +139,7 @@ class Bundle:
         folder = _folder(path)
         config = _object(folder / CONFIG, _config_text(folder))
         version = config.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version != SCHEMA_VERSION or type(version) is not int:
             raise BundleError(
                 f"{folder}: bundle schema version {version!r}, this adavit reads {SCHEMA_VERSION}; "
                 "export again with this version, or install the one that made it"
@@ -244,11 +244,12 @@ def _folder(given: Any) -> Path:
     try:
         folder = find_folder(path)
         there = folder.is_dir()
+        absolute = folder.absolute()  # the process may go elsewhere
     except OSError as error:
         raise BundleError(f"{path}: cannot be looked into ({error.strerror})") from None
     if not there:
-        raise BundleError(f"{folder}: no such bundle folder; make one with adavit-export")
-    return folder
+        raise BundleError(f"{path}: no such bundle folder; make one with adavit-export")
+    return absolute
 
 
 def _config_text(folder: Path) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adavit.files import sha256, write_beside
+from adavit.reading import open_regular
 from adavit.runtime.backend import Options
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.user_folder import user_folder
@@ -83,9 +84,11 @@ def recall(kind: str, known: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         if path is None:
             return None
-        if (size := path.stat().st_size) > MAX_FILE:
-            raise ValueError(f"{size} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            data = file.read(MAX_FILE + 1)
+        if len(data) > MAX_FILE:
+            raise ValueError(f"over {MAX_FILE} bytes")
+        value = json.loads(data)
     except FileNotFoundError:
         return None
     except OSError as error:

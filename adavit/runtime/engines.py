@@ -39,9 +39,8 @@ class Engines:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         arch = bundle.architecture
-        if not backend.always_gathers:
-            for index in range(arch.depth):
-                _require_fit(bundle, index)
+        for index in range(arch.depth):
+            _require_fit(bundle, index)
 
         def block(index: int) -> BlockEngines:
             kinds = [field.name for field in fields(BlockEngines)] if arch.adapts_heads(index) else _ALWAYS

@@ -107,6 +107,8 @@ class Preprocessor:
             raise BundleError("preprocessor_config.json does not fit the model; export again")
         if not (all(abs(m) <= EXTREME for m in mean) and all(1 / EXTREME <= s <= EXTREME for s in std)):
             raise BundleError("preprocessor_config.json: mean or std is not usable; export again")
+        if other := [key for key, value in result.to_dict().items() if values.get(key) != value]:
+            raise BundleError(f"preprocessor_config.json: {other[0]} asks for what is not done here; export again")
         return result
 
 

@@ -30,11 +30,13 @@ from adavit.runtime.images import ImageLike
 from adavit.runtime.kept_plan import recalled_plan
 from adavit.runtime.plan import sizes_of
 from adavit.runtime.policy import Policy
+from adavit.runtime.replaced import again_if_replaced
 
 __all__ = ["Prediction", "Result", "Runtime", "load"]
 
 Float = npt.NDArray[np.float32]
 TRIED_IMAGES = 4
+MOST_THREADS = 1024
 LARGEST = 1e15
 """Of an image's values: far beyond any pixel, and products with weights stay within what a layer norm bears."""
 TURNS = 2
@@ -124,12 +126,19 @@ def load(
         >>> runtime.predict(["cat.jpg"], top=1)  # doctest: +SKIP
     """
     options = _options(threads, provider, parallel, cuda_graphs, trust_engines)
+    return again_if_replaced(bundle, lambda: _load(bundle, backend, options, budget))
+
+
+def _load(bundle: str | Path, backend: str, options: Options, budget: float | None) -> Runtime:
+    """See `load`."""
     opened = Bundle.open(bundle)
     offsets = resolve(budget, opened.budgets, opened.path)
     choice = None
     if isinstance(backend, str) and backend == "auto":
-        if provider is not None:
-            raise OptionError(f"provider is {shown(provider)}: it belongs to one backend; name that instead of 'auto'")
+        if options.provider is not None:
+            raise OptionError(
+                f"provider is {shown(options.provider)}: it belongs to one backend; name that instead of 'auto'"
+            )
         choice = choose(opened, options, lambda name: _trial(opened, name, options))
         backend = choice.backend
     return Runtime(opened, create_backend(backend, opened, options), options, offsets, choice)
@@ -140,9 +149,9 @@ def _options(
 ) -> Options:
     """How a backend is to run, of what a caller gave."""
     if threads is None:
-        threads = usable_cpus()
-    if type(threads) is not int or not 1 <= threads <= 1024:
-        raise OptionError(f"threads is {shown(threads)}: expected a whole number from 1 to 1024")
+        threads = min(usable_cpus(), MOST_THREADS)
+    if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
+        raise OptionError(f"threads is {shown(threads)}: expected a whole number from 1 to {MOST_THREADS}")
     if not isinstance(parallel, str) or parallel not in ("operators", "samples"):
         raise OptionError(f"parallel is {shown(parallel)}: choose 'operators' or 'samples'")
     if provider is not None and not isinstance(provider, str):
@@ -227,7 +236,7 @@ class Runtime:
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process, the bundle is loaded again, and run as here."""
         how = self.backend.name, self.options, self.offsets, self.choice
-        return _reloaded, (str(self.bundle.path.absolute()), self.bundle.fingerprint, *how)
+        return _reloaded, (str(self.bundle.path), self.bundle.fingerprint, *how)
 
     @property
     def architecture(self) -> Architecture:

@@ -72,7 +72,7 @@ class OnnxRuntimeGpuBackend(DeviceMoves):
 
     def load(self, name: str, alone: bool = False) -> OnnxRuntimeGpuEngine:
         """Creates a session; see `Backend.load`."""
-        data, spec = self._bundle.read(name), self._bundle.engines[name]
+        data, spec = self._bundle.read(name), self._bundle.engine(name)
         if NATIVE in data:
             raise BackendError(
                 f"engine {name} holds compiled code for a provider ({NATIVE.decode()}), which is not run; export again"

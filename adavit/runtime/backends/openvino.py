@@ -94,7 +94,7 @@ class OpenVinoBackend(HostMoves):
 
     def _make(self, name: str, copies: int | None = None) -> OpenVinoEngine:
         """The engine of a file."""
-        model, spec = self._read(name), self._bundle.engines[name]
+        model, spec = self._read(name), self._bundle.engine(name)
         found = [[port.any_name for port in ports] for ports in (model.inputs, model.outputs)]
         if found != [[tensor.name for tensor in tensors] for tensors in (spec.inputs, spec.outputs)]:
             raise BackendError(f"engine {spec.name} has other inputs or outputs than config.json says; export again")

@@ -101,7 +101,7 @@ class Blocks:
         Raises:
             BundleError: its file is not what was exported, or lacks weights, or has them in other shapes.
         """
-        spec = self._bundle.engines[name]
+        spec = self._bundle.engine(name)
         number, part = name.split(".")[1:]
         block = int(number)
         if part != "decide":
