@@ -298,7 +298,7 @@ class ImageRun:
         self._dispatcher.engines.blocks[index].decide.run([state.x.rows(rows)], outputs)
         if scratch.decided[index] and (self._observe or not self._follows):
             logits = self._backend.fetch(*scratch.decided[index])
-            if any(np.isnan(part).any() for part in logits):
+            if not all(np.isfinite(part).all() for part in logits):
                 raise not_finite(f"the decisions of block {index} on image {self._position} are")
             state.decide(index, logits)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 from adavit.errors import BundleError
 
@@ -15,7 +16,7 @@ T = TypeVar("T")
 TRIES = 10
 
 
-def again_if_replaced(path: Any, load: Callable[[], T]) -> T:
+def again_if_replaced(path: Path, load: Callable[[], T]) -> T:
     """What `load` returns; where it fails and the bundle at `path` is another one than before, it is called again.
 
     Raises:
@@ -31,10 +32,10 @@ def again_if_replaced(path: Any, load: Callable[[], T]) -> T:
     return load()
 
 
-def _identity(path: Any) -> tuple[int, ...] | None:
+def _identity(path: Path) -> tuple[int, ...] | None:
     """Tells a bundle's folder and description from others at its path; None where there is none."""
     try:
-        folder, config = os.stat(path), os.stat(os.path.join(path, "config.json"))
-    except (OSError, TypeError, ValueError):
+        folder, config = os.stat(path), os.stat(path / "config.json")
+    except OSError:
         return None
     return folder.st_dev, folder.st_ino, config.st_ino, config.st_mtime_ns

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from adavit.architecture import Architecture
 from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
 from adavit.macs import image_macs
+from adavit.reading import path_of
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
 from adavit.runtime.budget import TRAINED, Budgets, Offsets, resolve
 from adavit.runtime.bundle import Bundle
@@ -126,10 +127,11 @@ def load(
         >>> runtime.predict(["cat.jpg"], top=1)  # doctest: +SKIP
     """
     options = _options(threads, provider, parallel, cuda_graphs, trust_engines)
-    return again_if_replaced(bundle, lambda: _load(bundle, backend, options, budget))
+    path = path_of(bundle, "bundle")
+    return again_if_replaced(path, lambda: _load(path, backend, options, budget))
 
 
-def _load(bundle: str | Path, backend: str, options: Options, budget: float | None) -> Runtime:
+def _load(bundle: Path, backend: str, options: Options, budget: float | None) -> Runtime:
     """See `load`."""
     opened = Bundle.open(bundle)
     offsets = resolve(budget, opened.budgets, opened.path)

@@ -20,6 +20,8 @@ Float = npt.NDArray[np.float32]
 
 DECIDING = ("norm1.", "token_select.", "choices.")
 """Parts of the names of weights that decisions are made with."""
+MOST_DECIDING = 1e15
+"""The largest of these."""
 
 
 def block_weights(bundle: Bundle, block: int, engine: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Float]:
@@ -53,12 +55,18 @@ def engine_weights(bundle: Bundle, source: str, prefix: str, shapes: Mapping[str
 def check_deciding(bundle: Bundle, engine: str) -> None:
     """Checks the weights that an engine decides with, where it compares the logits itself: NaN would keep nothing.
 
+    Tokens are checked to be below 1e17; times weights of 1e15, a logit is far from what float32 holds.
+
     Raises:
-        BundleError: some are not finite, or the engine's file is not what was exported.
+        BundleError: some are not finite or beyond 1e15, or the engine's file is not what was exported.
     """
     for name, value in weights_of(bundle.read(engine)).items():
-        if any(part in name for part in DECIDING) and not np.isfinite(value).all():
-            raise BundleError(f"{bundle.path}: engine {engine} has NaN or infinite weights {name}; export again")
+        usable = -MOST_DECIDING <= value.min() <= value.max() <= MOST_DECIDING  # NaN is both, where there is one
+        if any(part in name for part in DECIDING) and not usable:
+            raise BundleError(
+                f"{bundle.path}: engine {engine} has weights {name} that are NaN, infinite or beyond "
+                f"{MOST_DECIDING:.0e}; export again"
+            )
 
 
 def attention_weights(bundle: Bundle, block: int) -> dict[str, Float]:

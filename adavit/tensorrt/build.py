@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +24,7 @@ from adavit.statistics import Statistics
 from adavit.tensorrt import worker
 from adavit.tensorrt.options import BuildOptions
 from adavit.tensorrt.profiles import profiles_of
+from adavit.tensorrt.worker import Builder
 
 __all__ = ["add_engines"]
 
@@ -51,19 +54,16 @@ def add_engines(folder: Path, options: BuildOptions, progress: Progress) -> dict
 def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progress) -> tuple[str, dict[str, Any]]:
     began = time.perf_counter()
     bundle = Bundle.open(folder)
-    with _pool(flavour, bundle, options) as pool:
+    with _workers(flavour, bundle, options) as (pool, builder):
+        capabilities = (f"sm{value}" for value in builder.compute_capabilities)
+        key = "-".join((flavour, builder.version, this_platform(), *capabilities))
+        place = _free_place(bundle, key)
+        place.parent.mkdir(exist_ok=True)
         try:
-            builder = pool.submit(worker.describe).result()
-            capabilities = (f"sm{value}" for value in builder.compute_capabilities)
-            key = "-".join((flavour, builder.version, this_platform(), *capabilities))
-            place = _free_place(bundle, key)
-            place.parent.mkdir(exist_ok=True)
             with folder_beside(place) as output:
                 engines = _build_all(pool, bundle, options, output, f"building {flavour}", progress)
                 report = {"seconds": time.perf_counter() - began, "engines": engines}
                 (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except BrokenProcessPool:
-            raise BackendError(f"the {flavour} builder died; if memory ran out, build with fewer --jobs") from None
         finally:
             with suppress(OSError):  # where there is a set
                 (folder / FOLDER).rmdir()
@@ -89,9 +89,37 @@ def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progre
     return key, report
 
 
-def _pool(flavour: str, bundle: Bundle, options: BuildOptions) -> ProcessPoolExecutor:
+@contextmanager
+def _workers(flavour: str, bundle: Bundle, options: BuildOptions) -> Iterator[tuple[ProcessPoolExecutor, Builder]]:
+    """Worker processes, and what they build with. Ctrl-C does not reach them: it ends this block, which ends them."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(options.jobs, context, worker.start, (flavour, bundle.path, options))
+    pool = ProcessPoolExecutor(options.jobs, context, worker.start, (flavour, bundle.path, options))
+    try:
+        with _interrupts_later():
+            described = pool.submit(worker.describe)
+        yield pool, described.result()
+    except BrokenProcessPool:
+        raise BackendError(f"the {flavour} builder died; if memory ran out, build with fewer --jobs") from None
+    except BaseException:
+        for process in list(pool._processes.values()):  # none is worth waiting for; later Pythons have kill_workers()
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Keeps Ctrl-C back until the block ends, where the system can, and from the processes that start in it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # else multiprocessing starts it with the first process, and lets Ctrl-C through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _build_all(
@@ -111,7 +139,8 @@ def _build_all(
         raise BundleError(f"{bundle.path}: {error}; export again") from None
     # The large ones first, so that no worker is left with one at the end.
     large_first = sorted(jobs, key=lambda job: -bundle.engines[job.name].bytes)
-    running = {pool.submit(worker.build, job): job.name for job in large_first}
+    with _interrupts_later():
+        running = {pool.submit(worker.build, job): job.name for job in large_first}
     made = {}
     try:
         for done, future in enumerate(as_completed(running), 1):

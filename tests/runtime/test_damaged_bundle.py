@@ -156,6 +156,16 @@ def test_what_the_runtime_does_not_read_may_be_anything(bundle: Path) -> None:
     adavit.load(bundle, threads=1)
 
 
+@pytest.mark.openvino
+@pytest.mark.parametrize("name", ["blocks.1.attention_weights", "blocks.2.mlp_weights", "blocks.0.both_set", "stem"])
+def test_an_engine_that_is_not_described_for_openvino(name: str, bundle: Path) -> None:
+    config = read_config(bundle)
+    del config["engines"][name]
+    write_config(bundle, config)
+    with pytest.raises(BundleError, match=f"has no engine '{name}'"):
+        adavit.load(bundle, "openvino", threads=1)
+
+
 @pytest.mark.parametrize("name", ["stem", "head", "blocks.1"])
 def test_an_engine_that_is_not_described(name: str, bundle: Path) -> None:
     for engine in [engine for engine in engine_names(bundle) if engine.startswith(name)]:

@@ -1,8 +1,11 @@
 """A builder's workers end with the process that started them, however that ends."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +30,20 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
         assert parent.stdout.readline() == "sleeping\n"
         parent.send_signal(signal.SIGKILL)
         assert parent.communicate(timeout=60) == ("", None)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds children in /proc")
+def test_ctrl_c_reaches_the_command_alone(bundle: Path) -> None:
+    """A terminal sends it to the workers too, which import packages at first and build for seconds then."""
+    before = (bundle / "config.json").read_bytes()
+    command = [sys.executable, "-c", "from adavit.cli import export; export(prog_name='adavit-export')", str(bundle)]
+    command += ["--target", "tensorrt-rtx", "--compute-capability", "86", "--jobs", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        while parent.poll() is None and len(children.read_text().split()) < 2:  # what tracks resources, and a worker
+            time.sleep(0.01)
+        os.killpg(parent.pid, signal.SIGINT)
+        assert parent.communicate(timeout=60)[1] == "adavit-export: interrupted\n"
+    assert parent.returncode == 130
+    assert (bundle / "config.json").read_bytes() == before
+    assert not (bundle / "tensorrt").exists()
