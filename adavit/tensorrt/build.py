@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -110,16 +111,21 @@ def _workers(flavour: str, bundle: Bundle, options: BuildOptions) -> Iterator[tu
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Keeps Ctrl-C back until the block ends, where the system can, and from the processes that start in it."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """Keeps Ctrl-C back until the block ends, and from the processes that start in it."""
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
         return
     resource_tracker.ensure_running()  # else multiprocessing starts it with the first process, and lets Ctrl-C through
+    heard = []
+    handler = signal.signal(signal.SIGINT, lambda *_: heard.append(True))  # for what other threads are told
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _build_all(

@@ -157,7 +157,7 @@ def test_what_the_runtime_does_not_read_may_be_anything(bundle: Path) -> None:
 
 
 @pytest.mark.openvino
-@pytest.mark.parametrize("name", ["blocks.1.attention_weights", "blocks.2.mlp_weights", "blocks.0.both_set", "stem"])
+@pytest.mark.parametrize("name", ["blocks.1.attention_weights", "blocks.2.mlp_weights", "stem"])
 def test_an_engine_that_is_not_described_for_openvino(name: str, bundle: Path) -> None:
     config = read_config(bundle)
     del config["engines"][name]
