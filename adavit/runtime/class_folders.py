@@ -64,10 +64,10 @@ def match_folders(
     """
     found = _by_name(folders, labels)
     strangers = [name for name in folders if name not in found and name not in empty]
-    if found and strangers:
+    if strangers and not empty.issuperset(found):
         stranger = f"class folder {shown(strangers[0])} {unfit.format(len(labels))}"
         raise ClassFolderError(f"{stranger}, where other folders are; rename or remove it")
-    if found:
+    if found and not strangers:
         return Classes(found, "name")
     if numbers := _by_number(folders, labels, empty):
         return Classes(numbers, "number")

@@ -91,15 +91,16 @@ def test_a_folder_without_images_needs_no_label_and_is_noted(tmp_path: Path) -> 
     named = place(tmp_path / "named", "bee/a.png", "notes/")
     stranger = "1 folders that fit no class and hold no image are left out, such as"
     assert found(named, ANIMALS) == ({"bee/a.png": 1}, [f"{named}: {stranger} 'notes'"])
-    numbered = place(tmp_path / "numbered", "0/", "1/a.png", "2/b.png", "tmp/", "7/")
+    numbered = place(tmp_path / "numbered", "0/", "1/a.png", "2/b.png", "tmp/", "7/", "x/")
     labels, notes = found(numbered, ["x", "y", "z"])
     assert labels == {"1/a.png": 1, "2/b.png": 2}
     assert notes == [
         f"{numbered}: class folder '0' holds no readable image file: left out",
-        f"{numbered}: 2 folders that fit no class and hold no image are left out, such as '7'",
+        f"{numbered}: 3 folders that fit no class and hold no image are left out, such as '7'",
     ]
     with pytest.raises(InputError, match=r"numbered: class folder '1' is none of the bundle's 4 labels, such as 'w'"):
-        found(numbered, ["w", "x", "y", "z"])
+        found(numbered, ["w", "v", "y", "z"])
+    (numbered / "x").rmdir()
     place(numbered, "tmp/a.png")
     with pytest.raises(InputError, match=r"numbered: class folder 'tmp' is none of the bundle's 3 labels"):
         found(numbered, ["x", "y", "z"])

@@ -242,7 +242,7 @@ def test_test_images_do_not_move_decisions(tmp_path: Path, idx_folder: Path) -> 
     assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
 
 
-@pytest.mark.parametrize("weight", ["head.weight", "blocks.1.mlp.fc2.weight", "blocks.1.head_select.mlp_head.weight"])
+@pytest.mark.parametrize("weight", ["head.weight", "blocks.0.mlp.fc2.weight", "blocks.1.head_select.mlp_head.weight"])
 def test_values_that_overflow_are_no_accuracy(weight: str, tmp_path: Path, idx_folder: Path) -> None:
     one = trainer(tmp_path / "run")
     state = one.average.state_dict()
