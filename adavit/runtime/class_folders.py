@@ -15,7 +15,7 @@ from typing import Literal
 
 from adavit.errors import InputError, shown
 
-__all__ = ["ClassFolderError", "Classes", "Kind", "match_folders", "misfit"]
+__all__ = ["ClassFolderError", "Classes", "Kind", "folded", "match_folders", "misfit"]
 
 Kind = Literal["name", "number", "order"]
 WORDNET_ID = re.compile(r"n[0-9]{8}")
@@ -54,42 +54,39 @@ def match_folders(
         folders: names of the folders.
         labels: the classes' names, by index.
         by_order: whether folders that fit no label, and are as many as these, stand for them in sorted order.
-        empty: those of the folders without images, which need not fit where others do by name.
+        empty: those of the folders without images: they need not fit where others do, and have no place in the order.
         note: told where the order counts.
         unfit: what to say of a folder that fits no label, of which there are {}.
 
     Raises:
-        ClassFolderError: only some of the folders fit a label, or one fits several, or several fit one.
+        ClassFolderError: only some of the folders fit a label, or one fits several, or several fit one; or they are
+            to count by their order, and are numbers, or as many only with empty ones.
     """
     found = _by_name(folders, labels)
     strangers = [name for name in folders if name not in found and name not in empty]
-    if found and strangers:
+    if strangers and not empty.issuperset(found):
         stranger = f"class folder {shown(strangers[0])} {unfit.format(len(labels))}"
         raise ClassFolderError(f"{stranger}, where other folders are; rename or remove it")
-    if found:
+    if found and not strangers:
         return Classes(found, "name")
-    if numbers := _by_number(folders, labels):
+    if numbers := _by_number(folders, labels, empty):
         return Classes(numbers, "number")
-    wordnet = _are_wordnet_ids(folders) and not any(WORDNET_ID.fullmatch(_folded(label)) for label in labels)
-    if len(folders) != len(labels) or not (wordnet or by_order):
-        return None
-    if note:
-        why = "are WordNet ids" if wordnet else "fit no label"
-        note(f"its {len(folders)} class folders {why}, and count as the classes in sorted order")
-    ordered = sorted(folders, key=_folded if wordnet else None)
-    return Classes({name: index for index, name in enumerate(ordered)}, "order")
+    return _by_order([name for name in folders if name not in empty], labels, by_order, sorted(empty), note)
 
 
-def misfit(stranger: str, folders: int, labels: Sequence[str], unfit: str = UNFIT) -> ClassFolderError:
-    """What to say of a folder that fits no label, as none of so many folders does."""
+def misfit(folders: Sequence[str], labels: Sequence[str], unfit: str = UNFIT) -> ClassFolderError:
+    """What to say of folders, all with images, of which none fits a label."""
     advice = "name the folders after the labels"
-    if folders == len(labels):
+    if _are_numbers(folders):
+        advice += f", or 0 to {len(labels) - 1}"
+    elif len(folders) == len(labels):
         advice += ", or give --labels-by-order if they are the classes in sorted order"
     such = f", such as {shown(labels[0])}" if labels else ""
+    stranger = min(folders, key=lambda name: bool(NUMBER.fullmatch(name)))
     return ClassFolderError(f"class folder {shown(stranger)} {unfit.format(len(labels))}{such}; {advice}")
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
     """A name without what file systems and people change in it."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name.strip()).casefold())
 
@@ -97,14 +94,14 @@ def _folded(name: str) -> str:
 def _by_name(folders: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
     """The classes of the folders that carry a label."""
     exact: dict[str, list[int]] = {}
-    folded: dict[str, list[int]] = {}
+    alike: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
         exact.setdefault(label, []).append(index)
-        folded.setdefault(_folded(label), []).append(index)
+        alike.setdefault(folded(label), []).append(index)
     found: dict[str, int] = {}
     holder: dict[int, str] = {}
     for name in folders:
-        fits = exact.get(name) or folded.get(_folded(name), [])
+        fits = exact.get(name) or alike.get(folded(name), [])
         if len(fits) > 1:
             raise ClassFolderError(
                 f"class folder {shown(name)} fits several labels: {shown(labels[fits[0]])} and "
@@ -121,16 +118,49 @@ def _by_name(folders: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def _by_number(folders: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
+def _by_number(folders: Sequence[str], labels: Sequence[str], empty: frozenset[str]) -> dict[str, int]:
     """The classes of folders that are the numbers 0 to C - 1; none where labels are other numbers."""
     if any(NUMBER.fullmatch(label) and int(label) != index for index, label in enumerate(labels)):
         return {}
+    classes = range(len(labels))
     numbers = {name: int(name) for name in folders if NUMBER.fullmatch(name)}
-    whole = len(numbers) == len(folders) and sorted(numbers.values()) == list(range(len(labels)))
-    return numbers if whole else {}
+    fit = {name: number for name, number in numbers.items() if name not in empty or number in classes}
+    strangers = any(name not in fit and name not in empty for name in folders)
+    return fit if not strangers and sorted(fit.values()) == list(classes) else {}
+
+
+def _by_order(
+    folders: Sequence[str], labels: Sequence[str], asked: bool, empty: Sequence[str], note: Callable[[str], None] | None
+) -> Classes | None:
+    """The classes of as many folders with images; None where their order does not count."""
+    wordnet = _are_wordnet_ids(folders) and not any(WORDNET_ID.fullmatch(folded(label)) for label in labels)
+    if not (wordnet or asked):
+        return None
+    if len(folders) < len(labels) <= len(folders) + len(empty):
+        raise ClassFolderError(
+            f"class folder {shown(empty[0])} holds no image, and without such the order of {len(folders)} folders "
+            f"cannot tell {len(labels)} classes; put images in it, or name the folders after the labels"
+        )
+    if len(folders) != len(labels):
+        return None
+    if _are_numbers(folders):
+        raise ClassFolderError(
+            f"class folders are numbers, such as {shown(folders[0])}, which do not count as classes by their order; "
+            f"rename them after the labels, or to the numbers 0 to {len(labels) - 1}"
+        )
+    ordered = sorted(folders, key=folded if wordnet else None)
+    if note:
+        why = "are WordNet ids" if wordnet else "fit no label"
+        between = f"from {shown(ordered[0])} to {shown(ordered[-1])}"
+        note(f"its {len(folders)} class folders {why}, and count as the classes in sorted order as text, {between}")
+    return Classes({name: index for index, name in enumerate(ordered)}, "order")
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(NUMBER.fullmatch(name) for name in names)
 
 
 def _are_wordnet_ids(names: Sequence[str]) -> bool:
     """Whether names are WordNet ids, each another one."""
-    folded = {_folded(name) for name in names}
-    return len(folded) == len(names) and all(WORDNET_ID.fullmatch(name) for name in folded)
+    distinct = {folded(name) for name in names}
+    return len(distinct) == len(names) and all(WORDNET_ID.fullmatch(name) for name in distinct)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from adavit.errors import BackendError
 
-__all__ = ["NotFiniteError", "check_image", "not_finite"]
+__all__ = ["LARGEST", "NotFiniteError", "check_image", "not_finite"]
 
 LARGEST = 1e17
 """Of a token's values: of larger ones, the sum of squares that a layer norm takes overflows float32."""

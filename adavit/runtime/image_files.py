@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from PIL import Image
 
 from adavit.errors import InputError, bounded, shown
 from adavit.reading import path_of
 from adavit.runtime.class_folders import Classes, ClassFolderError, Kind, match_folders, misfit
+from adavit.runtime.folder_listing import ImageFolder, Listing, Note, list_images
 
 __all__ = ["ImageFile", "find_calibration_images", "find_images", "labels_by"]
-
-Note = Callable[[str], None]
 
 log = logging.getLogger(__name__)
 
@@ -108,88 +104,40 @@ def _is_folder(path: Path) -> bool:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-@dataclass(frozen=True)
-class _Listing:
-    """What a folder holds, by name: images, folders, and what looks like an image and is no regular file."""
-
-    images: list[Path]
-    folders: list[Path]
-    odd: list[str]
-
-    def files(self, note: Note, label: int | None = None, by: Kind | None = None) -> Iterator[ImageFile]:
-        """The images; `note` is told of the odd ones."""
-        if self.odd:
-            note(f"{len(self.odd)} files are left out, such as {shown(self.odd[0])}: they are no regular files")
-        return (ImageFile(path, label, by) for path in self.images)
-
-
-def _listed(folder: Path) -> _Listing:
-    known, listing = Image.registered_extensions(), _Listing([], [], [])
-    try:
-        with os.scandir(folder) as entries:
-            ordered = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be listed ({error.strerror}); give other images, or access") from None
-    for entry in ordered:
-        path = folder / entry.name
-        if _holds(entry.is_dir):
-            listing.folders.append(path)
-        elif path.suffix.lower() in known:
-            if _holds(entry.is_file):
-                listing.images.append(path)
-            else:
-                listing.odd.append(entry.name)
-    return listing
-
-
-def _holds(test: Callable[[], bool]) -> bool:
-    """Whether it is so of an entry, which may be a link to what cannot be reached."""
-    try:
-        return test()
-    except OSError:
-        return False
-
-
-def _in_folder(folder: Path, labels: Sequence[str] | None, by_order: bool, note: Note) -> list[ImageFile]:
+def _in_folder(path: Path, labels: Sequence[str] | None, by_order: bool, note: Note) -> list[ImageFile]:
     """The images of a folder, or of the class folders in it."""
-    top = _listed(folder)
-    inner = {path.name: _listed(path) for path in top.folders}
-    if not top.images and not any(listing.images for listing in inner.values()):
-        raise InputError(f"{folder}: holds no image file")
+    folder = list_images(path)
+    if not folder.top.images and not folder.full:
+        raise InputError(f"{path}: holds no image file")
     if labels is None:
-        return [file for listing in (top, *inner.values()) for file in listing.files(note)]
+        return _unlabelled(folder, [folder.top, *folder.inner.values()], note)
     try:
-        classes = _classes(top, inner, labels, by_order, note)
+        classes = _classes(folder, labels, by_order, note)
     except ClassFolderError as error:
-        raise ClassFolderError(f"{folder}: {error}") from None
+        raise ClassFolderError(f"{path}: {error}") from None
     if classes is None:
-        return list(top.files(note))
-    found: list[ImageFile] = []
-    for name, label in classes.index.items():
-        found += inner[name].files(note, label, classes.by)
-    _tell_left_out(top, [inner[name] for name in classes.index], note)
-    return found
+        return _unlabelled(folder, [folder.top], note)
+    folder.tell_set(classes.index, note)
+    return [
+        ImageFile(image, label, classes.by)
+        for name, label in classes.index.items()
+        for image in folder.inner[name].images
+    ]
 
 
-def _classes(
-    top: _Listing, inner: dict[str, _Listing], labels: Sequence[str], by_order: bool, note: Note
-) -> Classes | None:
+def _unlabelled(folder: ImageFolder, listings: list[Listing], note: Note) -> list[ImageFile]:
+    folder.tell_files(listings, note)
+    return [ImageFile(image) for listing in listings for image in listing.images]
+
+
+def _classes(folder: ImageFolder, labels: Sequence[str], by_order: bool, note: Note) -> Classes | None:
     """What the folders in a folder stand for; None where its own images are meant."""
-    full = [name for name, listing in inner.items() if listing.images]
+    full = folder.full
     if full:
-        classes = match_folders(list(inner), labels, by_order, frozenset(inner) - frozenset(full), note)
-        if classes:
+        if classes := match_folders(list(folder.inner), labels, by_order, folder.empty, note):
             return classes
-        if not top.images:
-            raise misfit(full[0], len(inner), labels)
-    if left := full or [name for name, listing in inner.items() if listing.folders]:
+        if not folder.top.images:
+            raise misfit(full, labels)
+    if left := full or [name for name, listing in folder.inner.items() if listing.folders]:
         note(f"{len(left)} folders in it are left out, such as {shown(left[0])}: none is named after a label")
     return None
-
-
-def _tell_left_out(top: _Listing, classes: list[_Listing], note: Note) -> None:
-    """Notes what of a labelled set is in no class folder, or too deep in one."""
-    if top.images or top.odd:
-        note(f"{len(top.images) + len(top.odd)} images beside the class folders are left out")
-    if deeper := [path for listing in classes for path in listing.folders]:
-        note(f"{len(deeper)} folders inside class folders are left out, such as {shown(deeper[0].name)}")

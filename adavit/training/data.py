@@ -16,6 +16,7 @@ import numpy.typing as npt
 from adavit.errors import InputError
 from adavit.files import sha256
 from adavit.runtime.class_folders import Classes, ClassFolderError, Kind, match_folders, misfit
+from adavit.runtime.folder_listing import ImageFolder, list_images
 from adavit.runtime.images import decode, open_image
 from adavit.training.errors import DataError
 from adavit.training.idx import read_idx
@@ -24,7 +25,6 @@ __all__ = ["FolderImages", "IdxImages", "LabelledImages", "Pixels", "open_images
 
 Pixels = npt.NDArray[np.uint8]
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FOLDERS = {"train": ("train",), "test": ("val", "test")}
 IDX_PREFIX = {"train": "train", "test": "t10k"}
 
@@ -82,31 +82,35 @@ class IdxImages:
 
 
 class FolderImages:
-    """Images of a folder of class-named folders, decoded when asked for.
+    """Images of a folder of class-named folders, decoded when asked for; warnings say what else is in it.
 
     Args:
         folder: holds one folder a class.
         corrupt: "refuse" names the first unreadable file and stops; "skip" warns of each and leaves it out.
         classes: the expected classes, in order, which the folders are matched with by `match_folders`; default the
-            names of the folders, sorted.
+            names of the folders, sorted, all of which must hold images.
         by_order: whether folders that fit none of the classes, and are as many, are these in sorted order.
     """
 
     def __init__(
         self, folder: Path, corrupt: str = "refuse", classes: list[str] | None = None, by_order: bool = False
     ) -> None:
-        found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        self.classes = found if classes is None else classes
-        matched = _match(folder, found, self.classes, by_order)
+        found = list_images(folder)
+        if classes is None and found.empty:
+            raise _no_image(folder / min(found.empty))
+        odd = [path for listing in found.inner.values() for path in listing.odd]
+        if odd and corrupt == "refuse":
+            raise DataError(f"{odd[0]}: is no regular file; remove it or pass --corrupt skip")
+        self.classes = list(found.inner) if classes is None else classes
+        matched = _match(found, self.classes, by_order)
         self.labels_by: Kind = matched.by
         self._folder = folder
         self._files: list[Path] = []
         labels: list[int] = []
-        for name in found:
-            files = sorted(_images_in(folder / name))
-            readable = [file for file in files if _accept(file, corrupt)]
+        for name in found.full:
+            readable = [file for file in found.inner[name].images if _accept(file, corrupt)]
             if not readable:
-                raise DataError(f"{folder / name}: no readable image for this class; add some or remove the folder")
+                raise _no_image(folder / name)
             self._files += readable
             labels += [matched.index[name]] * len(readable)
         if not self._files:
@@ -129,29 +133,27 @@ class FolderImages:
         return _identity(self, "\n".join(files).encode())
 
 
-def _match(folder: Path, found: list[str], classes: list[str], by_order: bool) -> Classes:
-    """The classes of the folders in a folder."""
+def _match(found: ImageFolder, classes: list[str], by_order: bool) -> Classes:
+    """The classes of the folders in a folder; warns of what is left out."""
 
     def note(text: str) -> None:
-        warnings.warn(f"{folder}: {text}", stacklevel=2)
+        warnings.warn(f"{found.path}: {text}", stacklevel=2)
 
-    unfit = "is not one of the {} known classes"
+    unfit, matched = "is not one of the {} known classes", None
     try:
-        if found and (matched := match_folders(found, classes, by_order, note=note, unfit=unfit)):
-            return matched
-        if found:
-            raise misfit(found[0], len(found), classes, unfit)
+        if found.full:
+            matched = match_folders(list(found.inner), classes, by_order, found.empty, note, unfit)
+            if matched is None:
+                raise misfit(found.full, classes, unfit)
     except ClassFolderError as error:
-        raise DataError(f"{folder}: {error}") from None
-    return Classes({}, "name")
+        raise DataError(f"{found.path}: {error}") from None
+    matched = matched or Classes({}, "name")
+    found.tell_set(matched.index, note)
+    return matched
 
 
-def _images_in(folder: Path) -> Iterator[Path]:
-    """The image files at any depth of a folder, but for hidden ones."""
-    for file in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.suffix.lower() in SUFFIXES and not hidden and file.is_file():
-            yield file
+def _no_image(folder: Path) -> DataError:
+    return DataError(f"{folder}: no readable image for this class; add some or remove the folder")
 
 
 def _identity(data: LabelledImages, content: bytes) -> str:

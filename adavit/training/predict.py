@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from adavit.macs import dense_macs, image_macs
-from adavit.model.adavit import AdaViT
+from adavit.model.adavit import AdaViT, Output
 from adavit.model.policy import Decide
 from adavit.runtime import Policy, Runtime
+from adavit.runtime.finite import LARGEST
+from adavit.training.errors import TrainingError
 
 __all__ = ["Batches", "Predictions", "predict", "predict_bundle"]
 
@@ -64,15 +67,56 @@ class Predictions:
 
 @torch.no_grad()
 def predict(model: AdaViT, batches: Batches, decide: Decide | None) -> Predictions:
-    """Predictions of a model in eval mode; `decide` None is its dense twin."""
+    """Predictions of a model in eval mode; `decide` None is its dense twin.
+
+    Raises:
+        TrainingError: for an image, the model computes values that are NaN, infinite or too large for a layer norm.
+    """
     device = model.cls_token.device
     parts: list[Part] = []
+    done = 0
     for images, labels in batches:
-        output = model(images.to(device), decide=decide)
+        with _last_tokens(model) as last:
+            output = model(images.to(device), decide=decide)
+        _require_finite(output, last[0], done)
         masks = [mask.cpu().numpy() for mask in output.stacked(model.arch)]
         share = image_macs(model.arch, *masks) / dense_macs(model.arch)
         parts.append((labels, output.logits.float().cpu().numpy(), *masks, share))
+        done += len(labels)
     return _joined(parts)
+
+
+@contextmanager
+def _last_tokens(model: AdaViT) -> Iterator[list[Tensor]]:
+    """Where a forward leaves the last block's output [B, N, D]; keeping every block's would take memory."""
+    found: list[Tensor] = []
+    handle = model.norm.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _require_finite(output: Output, tokens: Tensor, done: int) -> None:
+    """Checks a batch as the runtime checks an image: argmax and comparisons make decisions of NaN, too.
+
+    Sub-layers add to the tokens, so that what was not finite in any of them is not finite at the end.
+    """
+    decisions = [
+        logits for block in output.decisions for logits in (block.tokens, block.heads, block.sublayers)
+        if logits is not None
+    ]  # fmt: skip
+    for what, good in (
+        ("tokens", (tokens.abs() < LARGEST).flatten(1).all(1)),
+        ("logits", output.logits.isfinite().all(1)),
+        *(("decisions", logits.isfinite().all(1)) for logits in decisions),
+    ):
+        if not good.all():
+            raise TrainingError(
+                f"the {what} of image {done + int(good.int().argmin())} are NaN, infinite or beyond {LARGEST:.0e}: "
+                "the model's weights are damaged, or its training has diverged; take another checkpoint, or train "
+                "with a lower --learning-rate"
+            )
 
 
 def predict_bundle(runtime: Runtime, batches: Batches, choose: Callable[[int], Policy] | None = None) -> Predictions:

@@ -16,6 +16,7 @@ from adavit.model import policy as P
 from adavit.model.checkpoint import read_classes, read_crop
 from adavit.reading import read_labels
 from adavit.runtime import Runtime, load
+from adavit.runtime.class_folders import folded
 from adavit.runtime.cpus import usable_cpus
 from adavit.runtime.images import Preprocessor
 from adavit.training import start
@@ -109,7 +110,7 @@ def evaluate(options: Options) -> Options:
             return None
         model = _open_model(options[name], arch.heads, options["threads"])
         theirs = _labels_of(model, options[name])
-        if theirs != test.classes and sorted(theirs) == sorted(test.classes):
+        if _reordered(theirs, test.classes):
             raise DataError(f"{options[name]}: has the classes in another order; compare models of one order")
         return run(name, model), _shapes(model)
 
@@ -162,6 +163,12 @@ def _labels_of(model: AdaViT | Runtime, path: Path) -> list[str]:
         return list(model.labels)
     noted, count = read_classes(path), model.arch.classes
     return noted if len(noted) == count else [str(index) for index in range(count)]
+
+
+def _reordered(theirs: list[str], classes: list[str]) -> bool:
+    """Whether both are the same names in another order, as they are written or but for their case."""
+    alike = [folded(name) for name in theirs], [folded(name) for name in classes]
+    return any(one != other and sorted(one) == sorted(other) for one, other in (alike, (theirs, classes)))
 
 
 def _preprocessor(model: AdaViT | Runtime, path: Path, crop: float | None) -> Preprocessor:

@@ -87,13 +87,58 @@ def test_what_fits_in_part_or_twice_is_refused(folders: list[str], labels: list[
         assert message in str(caught.value)
 
 
-def test_a_folder_without_images_needs_no_label_and_counts_for_the_order(tmp_path: Path) -> None:
+def test_a_folder_without_images_needs_no_label_and_is_noted(tmp_path: Path) -> None:
     named = place(tmp_path / "named", "bee/a.png", "notes/")
-    assert found(named, ANIMALS) == ({"bee/a.png": 1}, [])
-    numbered = place(tmp_path / "numbered", "0/", "1/a.png", "2/b.png")
-    assert found(numbered, ["x", "y", "z"]) == ({"1/a.png": 1, "2/b.png": 2}, [])
+    stranger = "1 folders that fit no class and hold no image are left out, such as"
+    assert found(named, ANIMALS) == ({"bee/a.png": 1}, [f"{named}: {stranger} 'notes'"])
+    numbered = place(tmp_path / "numbered", "0/", "1/a.png", "2/b.png", "tmp/", "7/", "x/")
+    labels, notes = found(numbered, ["x", "y", "z"])
+    assert labels == {"1/a.png": 1, "2/b.png": 2}
+    assert notes == [
+        f"{numbered}: class folder '0' holds no readable image file: left out",
+        f"{numbered}: 3 folders that fit no class and hold no image are left out, such as '7'",
+    ]
     with pytest.raises(InputError, match=r"numbered: class folder '1' is none of the bundle's 4 labels, such as 'w'"):
-        found(numbered, ["w", "x", "y", "z"])
+        found(numbered, ["w", "v", "y", "z"])
+    (numbered / "x").rmdir()
+    place(numbered, "tmp/a.png")
+    with pytest.raises(InputError, match=r"numbered: class folder 'tmp' is none of the bundle's 3 labels"):
+        found(numbered, ["x", "y", "z"])
+
+
+@pytest.mark.parametrize("names", [ANIMALS, WORDNET])
+def test_a_folder_without_images_has_no_place_in_the_order(names: list[str], tmp_path: Path) -> None:
+    labels, first, by_order = [f"label {name}" for name in names], names[0], names is ANIMALS
+    folder = place(tmp_path, f"{first}/", *(f"{name}/a.png" for name in names[1:]))
+    with pytest.raises(InputError, match=rf"class folder '{first}' holds no image, and .* order of 4 .* tell 5 class"):
+        found(folder, labels, by_order)
+    place(folder, f"{first}/a.png", "0 stranger/")
+    classes, notes = found(folder, labels, by_order)
+    assert classes == {f"{name}/a.png": index for index, name in enumerate(names)}
+    assert notes[-1].endswith("1 folders that fit no class and hold no image are left out, such as '0 stranger'")
+
+
+def test_numbers_do_not_count_by_their_order(tmp_path: Path) -> None:
+    labels = [f"label {index}" for index in range(10)]
+    folder = place(tmp_path, *(f"{number}/a.png" for number in range(1, 11)))
+    with pytest.raises(InputError, match=r"class folder '1' is none .* after the labels, or 0 to 9$"):
+        found(folder, labels)
+    with pytest.raises(InputError, match=r"class folders are numbers, such as '1', .* the numbers 0 to 9$"):
+        found(folder, labels, by_order=True)
+
+
+@pytest.mark.parametrize("lost", ["dangling", "loop", "heic", "no suffix"])
+def test_a_class_without_images_is_named(lost: str, tmp_path: Path) -> None:
+    folder = place(tmp_path, "ant/a.png", "ant/notes.txt")
+    if lost in ("dangling", "loop"):
+        (folder / "bee").symlink_to("bee" if lost == "loop" else "nothing")
+        files = []
+    else:
+        names = [f"bee/{name}{'.heic' if lost == 'heic' else ''}" for name in ("x", "y")]
+        place(folder, *names)
+        files = [f"{folder}: 2 files are left out, such as '{names[0]}': no known image suffix"]
+    vanished = f"{folder}: class folder 'bee' holds no readable image file: left out"
+    assert found(folder, ANIMALS) == ({"ant/a.png": 0}, [vanished, *files])
 
 
 def test_the_order_is_noted_and_told(tmp_path: Path) -> None:
@@ -102,7 +147,8 @@ def test_the_order_is_noted_and_told(tmp_path: Path) -> None:
         found(folder, ["x", "y"])
     labels, notes = found(folder, ["x", "y"], by_order=True)
     assert labels == {"one/a.png": 0, "two/b.png": 1}
-    assert notes == [f"{folder}: its 2 class folders fit no label, and count as the classes in sorted order"]
+    in_order = "count as the classes in sorted order as text, from 'one' to 'two'"
+    assert notes == [f"{folder}: its 2 class folders fit no label, and {in_order}"]
     named = place(tmp_path / "named", "x/a.png")
     assert labels_by(find_images([named], ["x", "y"])) == "name"
     assert labels_by(find_images([named, folder], ["x", "y"], True)) == "order"

@@ -11,6 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from adavit.export import ExportOptions, export_bundle
 from adavit.model import load_checkpoint, save_safetensors
@@ -287,3 +289,41 @@ def test_evaluating_on_other_classes_is_refused(tmp_path: Path, idx_folder: Path
     fails("5 classes, the model has 4", "evaluate", dense, "--data", idx_folder, "--labels", labels)
     labels.write_bytes(b"\xff\xfe")
     fails("labels.txt: cannot be read as labels", "evaluate", dense, "--data", idx_folder, "--labels", labels)
+
+
+def altered(weights: Path, output: Path, change: Any) -> Path:
+    """The weights' file with other tensors or notes."""
+    with safe_open(weights, "pt") as file:
+        notes, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    change(tensors, notes)
+    save_file(tensors, output, notes)
+    return output
+
+
+def test_values_that_overflow_are_no_accuracy(tmp_path: Path, idx_folder: Path, dense: Path) -> None:
+    def overflow(name: str) -> Path:
+        def change(tensors: dict[str, torch.Tensor], _: dict[str, str]) -> None:
+            tensors[name] = tensors[name].sign() * 3e38
+
+        return altered(dense, tmp_path / f"{name}.safetensors", change)
+
+    hidden, head = overflow("blocks.0.attn.proj.weight"), overflow("head.weight")
+    evaluate = ("evaluate", "--data", idx_folder)
+    fails("the tokens of image 0 are NaN, infinite or beyond 1e+17", *evaluate, hidden)
+    fails("the logits of image 0 are NaN, infinite", *evaluate, head)
+    for other in ("--dense", "--baseline"):
+        fails("the tokens of image 0 are NaN, infinite", *evaluate, dense, other, hidden)
+
+
+def test_classes_in_another_order_and_case_are_refused(tmp_path: Path, idx_folder: Path, dense: Path) -> None:
+    def name(classes: list[str]) -> Path:
+        def change(_: dict[str, torch.Tensor], notes: dict[str, str]) -> None:
+            notes["classes"] = json.dumps(classes)
+
+        return altered(dense, tmp_path / f"{''.join(classes)}.safetensors", change)
+
+    first, cased, swapped = name(list("abcd")), name(list("ABCD")), name(list("BACD"))
+    evaluate = ("evaluate", "--data", idx_folder, first)
+    assert call(*evaluate, "--dense", cased).exit_code == 0
+    for other in ("--dense", "--baseline"):
+        fails("has the classes in another order", *evaluate, other, swapped)

@@ -1,4 +1,5 @@
 import gzip
+import os
 import warnings
 from pathlib import Path
 
@@ -174,3 +175,51 @@ def test_folders_are_matched_with_known_classes_and_hidden_files_left_out(tmp_pa
     with pytest.warns(UserWarning, match="its 2 class folders fit no label, and count as the classes in sorted order"):
         images = open_images(root, "test", classes=["owl", "newt"], by_order=True)
     assert (images.labels.tolist(), images.labels_by) == ([0, 0, 1, 1], "order")
+
+
+def opened(root: Path, part: str = "train", **options: object) -> tuple[list[int], str]:
+    """The labels, and what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        labels = open_images(root, part, **options).labels.tolist()  # type: ignore[arg-type]
+    return labels, "\n".join(str(warning.message) for warning in caught)
+
+
+def test_what_is_left_out_is_warned_of(tmp_path: Path) -> None:
+    root = write_folders(tmp_path)
+    picture = root / "train/cat/0.png"
+    for name in ("loose.png", "cat/thumbs/0.png", "cat/x.heic", "dog/notes.txt"):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / "train" / name).write_bytes(picture.read_bytes())
+    (root / "train/dog/more").symlink_to(root / "train/cat")
+    Image.new("RGB", (5, 5)).save(root / "train/dog/2.jp2")
+    labels, warned = opened(root)
+    assert labels == [0, 0, 1, 1, 1]
+    assert warned.splitlines() == [
+        f"{root}/train: 1 images beside the class folders are left out",
+        f"{root}/train: 2 folders inside class folders are left out, such as 'thumbs'",
+        f"{root}/train: 1 files are left out, such as 'cat/x.heic': no known image suffix",
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs")
+@pytest.mark.parametrize("kind", ["fifo", "link"])
+def test_what_is_no_regular_file_is_refused_or_skipped(kind: str, tmp_path: Path) -> None:
+    odd = write_folders(tmp_path) / "train/cat/odd.png"
+    os.mkfifo(odd) if kind == "fifo" else odd.symlink_to("nothing.png")
+    with pytest.raises(DataError, match=r"cat/odd\.png: is no regular file; remove it or pass --corrupt skip"):
+        open_images(tmp_path, "train")
+    labels, warned = opened(tmp_path, corrupt="skip")
+    assert labels == [0, 0, 1, 1]
+    assert warned.endswith("1 files are left out, such as 'cat/odd.png': they are no regular files")
+
+
+def test_a_class_folder_that_is_a_dangling_link(tmp_path: Path) -> None:
+    write_folders(write_folders(tmp_path), part="val")
+    for part in ("train", "val"):
+        (tmp_path / part / "owl").symlink_to("nothing")
+    with pytest.raises(DataError, match="owl: no readable image for this class"):
+        open_images(tmp_path, "train")
+    labels, warned = opened(tmp_path, "test", classes=["cat", "dog", "owl"])
+    assert labels == [0, 0, 1, 1]
+    assert warned == f"{tmp_path}/val: class folder 'owl' holds no readable image file: left out"

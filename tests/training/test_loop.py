@@ -240,3 +240,13 @@ def test_test_images_do_not_move_decisions(tmp_path: Path, idx_folder: Path) -> 
         one.run(open_images(idx_folder, "train"), open_images(tested, "test"), Intervals(2, 5, 4), 1)
         ends.append(one.average.state_dict())
     assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
+
+
+@pytest.mark.parametrize("weight", ["head.weight", "blocks.0.mlp.fc2.weight", "blocks.1.head_select.mlp_head.weight"])
+def test_values_that_overflow_are_no_accuracy(weight: str, tmp_path: Path, idx_folder: Path) -> None:
+    one = trainer(tmp_path / "run")
+    state = one.average.state_dict()
+    state["cls_token"].fill_(1e3)
+    state[weight].copy_(state[weight].sign() * 3e38)
+    with pytest.raises(TrainingError, match="of image 0 are NaN, infinite or beyond"):
+        one.evaluate(open_images(idx_folder, "test"), 16)
