@@ -83,13 +83,27 @@ class ImageFolder:
 
 
 def list_images(folder: Path) -> ImageFolder:
-    """Lists a folder and the folders in it.
+    """Lists a folder and the folders in it; one of these that holds folders alone stands for what is in them.
 
     Raises:
         InputError: one of them cannot be listed.
     """
     top = _listed(folder)
-    return ImageFolder(folder, top, {path.name: _listed(path) for path in top.folders})
+    return ImageFolder(folder, top, {path.name: _deepened(_listed(path)) for path in top.folders})
+
+
+def _deepened(listing: Listing) -> Listing:
+    """With the images of the folders in it, where it has none of its own: sets have such as `class/images/1.jpg`."""
+    if listing.images:
+        return listing
+    deeper = [_deepened(_listed(folder)) for folder in listing.folders if not folder.is_symlink()]
+    left = [folder for folder in listing.folders if folder.is_symlink()]
+    return Listing(
+        [path for found in deeper for path in found.images],
+        [*left, *(path for found in deeper for path in found.folders)],
+        [*listing.odd, *(path for found in deeper for path in found.odd)],
+        [*listing.unknown, *(path for found in deeper for path in found.unknown)],
+    )
 
 
 def _listed(folder: Path) -> Listing:

@@ -256,3 +256,15 @@ def test_budgets_are_calibrated_on_other_classes(bundle: Path, tmp_path: Path) -
     assert "going on without labels" in done.stderr
     report = json.loads(done.stdout)["budgets"]
     assert (report["calibration"]["labelled"], len(report["notes"])) == (False, 1)
+
+
+def test_images_in_folders_of_class_folders(tmp_path: Path) -> None:
+    for name in ("bee/images/0.png", "bee/images/more/1.png", "dog/2.png", "dog/thumbs/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture().save(tmp_path / name)
+    (tmp_path / "bee" / "round").symlink_to(tmp_path)
+    notes: list[str] = []
+    found = find_images([tmp_path], ["ant", "bee", "dog"], note=notes.append)
+    listed = [(file.path.relative_to(tmp_path).as_posix(), file.label) for file in found]
+    assert listed == [("bee/images/0.png", 1), ("dog/2.png", 2)]
+    assert [note for note in notes if "folders inside class folders are left out" in note]
