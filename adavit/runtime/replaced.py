@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from adavit.errors import BundleError
+from adavit.reading import path_of
 
 __all__ = ["again_if_replaced"]
 
@@ -20,6 +21,7 @@ def again_if_replaced(path: Any, load: Callable[[], T]) -> T:
 
     Raises:
         BundleError: `load` failed, and nobody replaced the bundle meanwhile.
+        InputError: `path` is no path.
     """
     for _ in range(TRIES):
         before = _identity(path)
@@ -33,8 +35,9 @@ def again_if_replaced(path: Any, load: Callable[[], T]) -> T:
 
 def _identity(path: Any) -> tuple[int, ...] | None:
     """Tells a bundle's folder and description from others at its path; None where there is none."""
+    place = path_of(path, "bundle")
     try:
-        folder, config = os.stat(path), os.stat(os.path.join(path, "config.json"))
-    except (OSError, TypeError, ValueError):
+        folder, config = os.stat(place), os.stat(place / "config.json")
+    except OSError:
         return None
     return folder.st_dev, folder.st_ino, config.st_ino, config.st_mtime_ns
