@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from adavit.errors import shown
+
 __all__ = ["TOKEN_LOGIT", "TOKEN_THRESHOLD", "Architecture"]
 
 TOKEN_THRESHOLD = 0.6
@@ -64,15 +66,15 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if self.stem not in ("patch", "t2t"):
-            raise ValueError(f"unknown stem {self.stem!r}: expected 'patch' or 't2t'")
+            raise ValueError(f"unknown stem {shown(self.stem)}: expected 'patch' or 't2t'")
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
             lowest = 0 if name == "keep" else 1
             if type(value) is not int or not lowest <= value <= limit:
-                raise ValueError(f"{name} is {value!r}: expected a whole number from {lowest} to {limit}")
+                raise ValueError(f"{name} is {shown(value)}: expected a whole number from {lowest} to {limit}")
         for name in ("qkv_bias", "token_policy", "head_policy", "sublayer_policy"):
             if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected true or false")
+                raise ValueError(f"{name} is {shown(getattr(self, name))}: expected true or false")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
         if self.image_size % self.patch_size:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import reprlib
+from numbers import Number
+from typing import Any
+
 __all__ = [
     "AdaViTError",
     "BackendError",
@@ -39,12 +44,38 @@ def bounded(text: str, most: int = LONGEST_MESSAGE) -> str:
     return line[: most - len(ELIDED) - end] + ELIDED + line[-end:]
 
 
+class _Short(reprlib.Repr):
+    """The repr of values that may hold one another a million times over: a few of each, some levels deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxlong = LONGEST_MESSAGE  # what is longer than a value, `bounded` shortens
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Of any other type: its repr where that is of one value, else the type alone, which may hold anything."""
+        if isinstance(x, bytes | bytearray):
+            return repr(x[:LONGEST_MESSAGE])
+        if isinstance(x, BaseException):
+            return f"{type(x).__name__}({', '.join(self.repr1(part, level - 1) for part in x.args[: self.maxother])})"
+        single = isinstance(x, str | Number | os.PathLike | type) or type(x).__repr__ in (object.__repr__, _NONE)
+        return repr(x) if single else _typed(x)
+
+
+_NONE = type(None).__repr__
+_SHORT = _Short()
+
+
+def _typed(value: object) -> str:
+    return f"a value of the type {type(value).__name__}"
+
+
 def shown(value: object) -> str:
-    """A value that may be anything, as messages show it: its repr, bounded."""
+    """A value that may be anything, as messages show it: its repr, bounded in length and in time."""
     try:
-        return bounded(repr(value), LONGEST_VALUE)
+        return bounded(_SHORT.repr(value), LONGEST_VALUE)
     except Exception:  # of a whole number of thousands of digits, or of a foreign class
-        return f"a value of the type {type(value).__name__}"
+        return bounded(_typed(value), LONGEST_VALUE)
 
 
 def one_line(error: Exception) -> str:

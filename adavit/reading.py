@@ -19,6 +19,9 @@ __all__ = ["open_regular", "path_of", "read_arrays", "read_labels", "read_regula
 
 MOST_LABELS = 16 << 20
 """Bytes of a file of labels."""
+SPECIAL = (
+    (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"),
+)  # fmt: skip
 
 
 def path_of(value: object, what: str) -> Path:
@@ -31,10 +34,10 @@ def path_of(value: object, what: str) -> Path:
         path = Path(value)  # type: ignore[arg-type]
         if b"\0" in os.fsencode(path):
             raise ValueError
-    except TypeError:
-        raise InputError(f"{what} is {shown(value)}: expected a path, as str or pathlib.Path") from None
     except ValueError:
         raise InputError(f"{what} is {shown(value)}: no file can have this path") from None
+    except Exception:  # TypeError of what is no path, and a foreign __fspath__ raises anything
+        raise InputError(f"{what} is {shown(value)}: expected a path, as str or pathlib.Path") from None
     return path
 
 
@@ -59,7 +62,8 @@ def _require_regular(found: os.stat_result, path: str | Path) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        kind = next((name for test, name in SPECIAL if test(found.st_mode)), "special file")
+        raise OSError(errno.EINVAL, f"is not a regular file but a {kind}", str(path))
 
 
 def read_regular(path: str | Path, most: int) -> bytes:

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adavit.errors import CheckpointError, one_line
+from adavit.errors import CheckpointError, one_line, shown
 from adavit.files import write_beside
 from adavit.model.adavit import AdaViT
 from adavit.model.infer import infer_architecture
 from adavit.model.names import find_weights, own_names
+from adavit.reading import open_regular, path_of
 
 State = dict[str, Tensor]
 
@@ -30,6 +31,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHOWN = 8
 LENGTH = 8
 """Bytes at the start of a safetensors file: the length of the header that follows, little-endian."""
+WANTED = "give the path of a trained AdaViT (.pth or .safetensors)"
 MAX_HEADER = 100_000_000
 """Bytes of a header that the safetensors library reads at most."""
 
@@ -65,8 +67,9 @@ def load_checkpoint(path: str | Path, heads: int | None = None) -> AdaViT:
 
     Raises:
         CheckpointError: the file cannot be read, or keys are missing, unexpected, mis-shaped or not finite.
+        InputError: `path` is no path.
     """
-    path = Path(path)
+    path = path_of(path, "checkpoint")
     state, prefix, noted = read_weights(path)
     try:
         arch = infer_architecture(state, heads if heads is not None else noted)
@@ -74,17 +77,17 @@ def load_checkpoint(path: str | Path, heads: int | None = None) -> AdaViT:
             model = AdaViT(arch)
         lint(state, model)
     except CheckpointError as error:
-        under = f"under {prefix!r}: " if prefix else ""
+        under = f"under {shown(prefix)}: " if prefix else ""
         raise CheckpointError(f"{path}: {under}{error}") from None
     if noted not in (None, arch.heads):
-        raise CheckpointError(f"{path}: {arch.heads} heads asked for, but it notes {noted}")
+        raise CheckpointError(f"{path}: {arch.heads} heads asked for, but it notes {shown(noted)}")
     model.load_state_dict(state, assign=True)
     return model.float().eval()
 
 
 def load_safely(path: Path) -> Any:
     """What `torch.save` wrote, where it is tensors, plain containers and `argparse.Namespace`; torch's errors."""
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(), path.open("rb") as file:
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(), open_regular(path) as file:
         warnings.simplefilter("ignore")  # torch's remarks on files that are about to be refused
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -95,8 +98,6 @@ def read_weights(path: Path) -> Weights:
     Raises:
         CheckpointError: it cannot be read, or holds no weights that can be used; the message names the path.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give the path of a trained AdaViT (.pth or .safetensors)")
     noted: Any
     content: Any
     if is_safetensors(path):
@@ -114,12 +115,18 @@ def read_weights(path: Path) -> Weights:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do, whatever it is called: a header's length, then the header's brace."""
+    """Whether a file begins as safetensors do, whatever it is called: a header's length, then the header's brace.
+
+    Raises:
+        CheckpointError: it is no file, or cannot be read.
+    """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(LENGTH + 1)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; {WANTED}") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {WANTED}") from None
     return start[LENGTH:] == b"{" and int.from_bytes(start[:LENGTH], "little") <= MAX_HEADER
 
 
@@ -180,8 +187,9 @@ def read_crop(path: Path) -> float | None:
     except (ValueError, OverflowError):
         crop = nan
     if not 0.1 <= crop <= 1:
-        shown = repr(noted)[:80]
-        raise CheckpointError(f"{path}: its crop ratio is {shown}; name one of 0.1 to 1 with --crop-ratio or --crop")
+        raise CheckpointError(
+            f"{path}: its crop ratio is {shown(noted)}; name one of 0.1 to 1 with --crop-ratio or --crop"
+        )
     return crop
 
 
@@ -234,7 +242,9 @@ def normalise_state(content: Any) -> tuple[State, str]:
 
 def _check_weight(key: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor; save model.state_dict()")
+        raise CheckpointError(f"{shown(key)} is a {type(value).__name__}, not a tensor; save model.state_dict()")
+    if value.is_nested:
+        raise CheckpointError(f"{key} is a nested tensor; save model.state_dict() with a plain one")
     if value.dtype not in FLOATS or value.layout != torch.strided:
         raise CheckpointError(f"{key} is {value.dtype}; export needs floating-point weights of 16 to 64 bits")
     if value.is_meta or value.untyped_storage().nbytes() < value.numel() * value.element_size():
@@ -263,8 +273,8 @@ def lint(state: State, model: AdaViT) -> None:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:SHOWN])
-    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
+    first = ", ".join(names[:SHOWN])
+    return first if len(names) <= SHOWN else f"{first} and {len(names) - SHOWN} more"
 
 
 def save_safetensors(model: AdaViT, path: str | Path, metadata: dict[str, Any] | None = None) -> None:

@@ -9,7 +9,7 @@ from math import isqrt
 from torch import Tensor
 
 from adavit.architecture import Architecture
-from adavit.errors import CheckpointError
+from adavit.errors import CheckpointError, shown
 
 T2T_PATCH = 16
 USUAL_HEAD_WIDTH = 64
@@ -58,7 +58,7 @@ def infer_architecture(state: Mapping[str, Tensor], heads: int | None = None) ->
     if head_blocks:
         counted = shape(f"blocks.{head_blocks[0]}.head_select.mlp_head.weight", 2)[0]
         if heads is not None and heads != counted:
-            raise CheckpointError(f"{heads} heads asked for, but head_select decides on {counted}")
+            raise CheckpointError(f"{shown(heads)} heads asked for, but head_select decides on {counted}")
         heads = counted
     elif heads is None:
         if width % USUAL_HEAD_WIDTH:

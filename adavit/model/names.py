@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from adavit.errors import CheckpointError
+from adavit.errors import CheckpointError, shown
 
 __all__ = ["find_weights", "own_names"]
 
-CONTAINERS = (
-    "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema",
-    "state_dict", "model_state_dict", "model_state", "model", "module", "net", "weights",
-)  # fmt: skip
-"""Where training checkpoints keep their weights, the exponential moving average first."""
+CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "weights")
+"""Where training checkpoints keep their weights."""
+AVERAGE = re.compile("ema|swa|averag|shadow", re.IGNORECASE)
+"""In the names of where they keep an average of the weights, which comes first."""
 MAX_DEPTH = 4
 """Containers within containers; a pickle may hold itself."""
 
@@ -30,13 +30,57 @@ ROOTS = frozenset({"blocks", "cls_token", "head", "norm", "patch_embed", "pos_em
 
 
 def find_weights(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """The innermost container of a checkpoint that holds weights; the content itself where there is none."""
+    """The innermost container of a checkpoint that holds weights; the content itself where there is none.
+
+    Averaged weights come before those that were averaged.
+
+    Raises:
+        CheckpointError: there are several averages, or one whose tensors have no names.
+    """
     for _ in range(MAX_DEPTH):
-        inner = next((content[key] for key in CONTAINERS if _holds_weights(content.get(key))), None)
+        inner = _average(content)
+        if inner is None:
+            inner = next((content[key] for key in CONTAINERS if _holds_weights(content.get(key))), None)
         if inner is None:
             break
         content = inner
     return content
+
+
+def _average(content: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
+    """What holds averaged weights by name; None where there is no average."""
+    keys = [key for key in content if isinstance(key, str) and AVERAGE.search(key)]
+    held = {key: names for key in keys if (names := list(_tensor_names(content[key])))}
+    named = [key for key, names in held.items() if any(ROOTS.intersection(name.split(".")) for name in names)]
+    if held and not named:
+        raise CheckpointError(
+            f"its average {shown(next(iter(held)))} holds tensors without the names of the model's weights; put them "
+            "into the model, and save it alone with torch.save(model.state_dict(), ...)"
+        )
+    if len(named) > 1:
+        listed = " and ".join(map(shown, named))
+        raise CheckpointError(
+            f"holds several averages, {listed}; save one of them alone with torch.save(model.state_dict(), ...)"
+        )
+    return content[named[0]] if named else None
+
+
+def _tensor_names(held: Any) -> Iterator[str]:
+    """The names of the tensors in a container and in those within, empty in lists; single numbers are none.
+
+    Each container is looked into once: a pickle may hold one in itself, or in a million places.
+    """
+    waiting, seen = [held], set()
+    while waiting:
+        container = waiting.pop()
+        if not isinstance(container, dict | list | tuple) or id(container) in seen:
+            continue
+        seen.add(id(container))
+        for key, value in container.items() if isinstance(container, dict) else (("", part) for part in container):
+            if isinstance(value, Tensor) and value.numel() > 1:
+                yield key if isinstance(key, str) else ""
+            else:
+                waiting.append(value)
 
 
 def _holds_weights(value: Any) -> bool:
@@ -60,7 +104,7 @@ def own_names(state: Mapping[Any, Any]) -> tuple[list[tuple[str, str]], str]:
     pairs = []
     for key, value in state.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"{key!r} is no name of a weight; save model.state_dict()")
+            raise CheckpointError(f"{shown(key)} is no name of a weight; save model.state_dict()")
         parts = [part for part in key.split(".") if part not in WRAPPERS]
         counts = parts[-1:] == [COUNTER] and isinstance(value, Tensor) and value.numel() == 1
         if not counts:

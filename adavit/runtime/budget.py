@@ -26,6 +26,9 @@ class Offsets:
 
     The same as thresholds that are lower by as much: a larger offset keeps whatever a smaller one keeps at the
     same logits. Zeros are the trained policy. A kind's offset is a number for all blocks, or a number for each.
+
+    Raises:
+        InputError: an offset is no number, or beyond 1000.
     """
 
     tokens: Offset = 0.0
@@ -36,7 +39,7 @@ class Offsets:
         for kind, value in vars(self).items():
             several = isinstance(value, list | tuple)
             if any(type(v) not in (int, float) or not abs(v) <= MAX_OFFSET for v in (value if several else [value])):
-                raise ValueError(f"the offset of {kind} is {shown(value)}: expected numbers up to {MAX_OFFSET:g}")
+                raise InputError(f"the offset of {kind} is {shown(value)}: expected numbers up to {MAX_OFFSET:g}")
             if several:
                 object.__setattr__(self, kind, tuple(value))
 
@@ -123,7 +126,7 @@ class Budgets:
             raise InputError(f"budget is {shown(budget)}: expected a share of the dense MACs from {ends}")
         try:
             asked = float(budget)
-        except (OverflowError, ValueError):  # of whole numbers and fractions beyond any float
+        except Exception:  # of numbers beyond any float, or of a foreign class
             raise InputError(f"budget is {shown(budget)}: expected a share of the dense MACs from {ends}") from None
         if not self.points[0].budget <= asked <= self.points[-1].budget:
             raise InputError(f"budget {asked:g} is out of range: this bundle's go from {ends} of the dense MACs")
@@ -144,16 +147,17 @@ class Budgets:
         found = values["points"]
         if not isinstance(found, list) or not 1 <= len(found) <= MAX_POINTS:
             raise ValueError(f"budgets are not a list of 1 to {MAX_POINTS} points")
-        points = tuple(OperatingPoint(p["budget"], Offsets(**p["offsets"]), dict(p["measured"])) for p in found)
+        try:
+            points = tuple(OperatingPoint(p["budget"], Offsets(**p["offsets"]), dict(p["measured"])) for p in found)
+            for point in points:
+                point.offsets.by_block(depth)
+        except InputError as error:
+            raise ValueError(str(error)) from None
         last = 0.0
         for point in points:
             if type(point.budget) not in (int, float) or not last < point.budget <= 1:
                 raise ValueError(f"budget {shown(point.budget)} is no share of the dense MACs, or out of order")
             last = point.budget
-            try:
-                point.offsets.by_block(depth)
-            except InputError as error:
-                raise ValueError(str(error)) from None
         if sum(point.offsets == TRAINED for point in points) != 1:
             raise ValueError("not exactly one of the operating points is the trained policy")
         return cls(points, dict(values["calibration"]))

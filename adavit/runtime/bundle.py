@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from adavit.architecture import Architecture
-from adavit.errors import BundleError, InputError
+from adavit.errors import BundleError, InputError, shown
 from adavit.files import find_folder, sha256, write_beside
 from adavit.macs import dense_macs, outside_macs
 from adavit.reading import path_of, read_regular
@@ -141,7 +141,7 @@ class Bundle:
         version = config.get("schema_version")
         if version != SCHEMA_VERSION or type(version) is not int:
             raise BundleError(
-                f"{folder}: bundle schema version {version!r}, this adavit reads {SCHEMA_VERSION}; "
+                f"{folder}: bundle schema version {shown(version)}, this adavit reads {SCHEMA_VERSION}; "
                 "export again with this version, or install the one that made it"
             )
         try:
@@ -150,7 +150,7 @@ class Bundle:
             texts = {name: _text_file(name, config["files"][name]) for name in (LABELS, PREPROCESSING)}
             budgets = Budgets.from_dict(config["budgets"], arch.depth) if "budgets" in config else None
             if config["macs"] != {"dense": dense_macs(arch), "outside_blocks": outside_macs(arch)}:
-                raise ValueError(f"its MACs, {config['macs']}, are not those of its architecture")
+                raise ValueError(f"its MACs, {shown(config['macs'])}, are not those of its architecture")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{folder}/{CONFIG} is damaged ({error}); export again") from None
         labels = tuple(_decoded(folder / LABELS, read_stored(folder, texts[LABELS])).splitlines())
@@ -307,7 +307,7 @@ def _engine(name: str, spec: dict[str, Any]) -> EngineSpec:
         raise ValueError(f"an engine is named {name[:80]!r}")
     size = spec["bytes"]
     if type(size) is not int or not 0 < size <= MAX_ENGINE:
-        raise ValueError(f"engine {name} is said to have {size!r} bytes")
+        raise ValueError(f"engine {name} is said to have {shown(size)} bytes")
     if not isinstance(spec["file"], str) or not isinstance(spec["sha256"], str):
         raise ValueError(f"engine {name} has no file or hash")
     inputs, outputs = (tuple(_tensor(t) for t in spec[key]) for key in ("inputs", "outputs"))
@@ -318,7 +318,7 @@ def _tensor(spec: dict[str, Any]) -> TensorSpec:
     shape = tuple(spec["shape"])
     for size in shape:
         if not (isinstance(size, str) or (type(size) is int and 0 <= size <= 1 << 31)):
-            raise ValueError(f"tensor {spec['name']} has a dimension {size!r}")
+            raise ValueError(f"tensor {shown(spec['name'])} has a dimension {shown(size)}")
     if spec["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {spec['name']} has the type {spec['dtype']!r}")
+        raise ValueError(f"tensor {shown(spec['name'])} has the type {shown(spec['dtype'])}")
     return TensorSpec(str(spec["name"]), spec["dtype"], shape)

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from adavit.errors import bounded, one_line
 from adavit.files import sha256, write_beside
 from adavit.reading import open_regular
 from adavit.runtime.backend import Options
@@ -95,10 +96,10 @@ def recall(kind: str, known: Mapping[str, Any]) -> dict[str, Any] | None:
         _warn_unreadable(_folder(), error.strerror or str(error))
         return None
     except (ValueError, RecursionError) as error:
-        log.warning("%s is of no use (%s); measuring again", path, error)
+        log.warning("%s", bounded(f"{path} is of no use ({one_line(error)}); measuring again"))
         return None
     if not isinstance(value, dict) or value.get("facts") != known or not isinstance(value.get("measured"), dict):
-        log.warning("%s holds something else; measuring again", path)
+        log.warning("%s", bounded(f"{path} holds something else; measuring again"))
         return None
     found: dict[str, Any] = value["measured"]
     return found
@@ -107,7 +108,7 @@ def recall(kind: str, known: Mapping[str, Any]) -> dict[str, Any] | None:
 @cache
 def _warn_unreadable(folder: Path | None, why: str) -> None:
     """Warns once of a folder, which every runtime looks into."""
-    log.warning("%s cannot be read (%s); what was measured before is not used", folder, why)
+    log.warning("%s", bounded(f"{folder} cannot be read ({why}); what was measured before is not used"))
 
 
 def remember(kind: str, known: Mapping[str, Any], measured: Mapping[str, Any]) -> Path | None:
@@ -122,6 +123,6 @@ def remember(kind: str, known: Mapping[str, Any], measured: Mapping[str, Any]) -
             file.write((json.dumps({"facts": known, "measured": measured}, indent=2) + "\n").encode())
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        log.warning("%s cannot be written (%s); what was measured is not kept", path, why)
+        log.warning("%s", bounded(f"{path} cannot be written ({why}); what was measured is not kept"))
         return None
     return path

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adavit.errors import BackendError, BundleError
+from adavit.errors import BackendError, BundleError, shown
 from adavit.files import sha256
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.trust import built_here
@@ -209,14 +209,14 @@ def read_engine_set(key: str, values: Mapping[str, Any]) -> EngineSet:
 def _stored(values: Mapping[str, Any]) -> StoredEngine:
     size = values["bytes"]
     if type(size) is not int or size <= 0:
-        raise ValueError(f"an engine has {str(size)[:80]} bytes")
+        raise ValueError(f"an engine has {shown(size)} bytes")
     return StoredEngine(str(values["file"]), size, _text("sha256", values["sha256"]), _text("sha256", values["source"]))
 
 
 def _text(kind: str, value: Any) -> str:
     """A text of a set, if it is what it may be: some become parts of files' names."""
     if not isinstance(value, str) or not PATTERNS[kind].fullmatch(value):
-        raise ValueError(f"{kind} is {repr(value)[:80]}")
+        raise ValueError(f"{kind} is {shown(value)}")
     return value
 
 

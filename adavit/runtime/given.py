@@ -48,7 +48,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     if not isinstance(value, bool | np.bool_ | np.ndarray):
         try:
             found = index(value)
-        except TypeError:
+        except Exception:  # TypeError of what is no number, and a foreign __index__ raises anything
             pass
         else:
             if least <= found and (most is None or found <= most):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import Architecture
-from adavit.errors import InputError, shown
+from adavit.errors import InputError, one_line, shown
 from adavit.files import write_beside
 from adavit.reading import path_of, read_arrays
 from adavit.runtime.given import whole
@@ -79,8 +79,11 @@ class Policy:
             raise InputError(f"{shown(images)} names no images: expected a slice, or a flat array of numbers")
         try:
             return Policy(*(mask[images] for mask in masks))
-        except (IndexError, TypeError, ValueError) as error:
-            raise InputError(f"{shown(images)} names no images of a policy of {len(masks[0])}: {error}") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # numpy's, or of a foreign __index__
+            reason = one_line(error)
+            raise InputError(f"{shown(images)} names no images of a policy of {len(masks[0])}: {reason}") from None
 
     def usage(self) -> dict[str, float]:
         """Mean share of tokens, heads and sub-layers kept, over images and blocks; raises InputError without any."""
@@ -93,7 +96,8 @@ class Policy:
         """Raises InputError where the policy does not fit `batch` images of a model, at least one."""
         if not isinstance(arch, Architecture):
             raise InputError(f"arch is {shown(arch)}: expected an Architecture, such as Runtime.architecture")
-        if whole("batch", batch, 0) == 0:
+        batch = whole("batch", batch, 0)
+        if batch == 0:
             raise InputError("the policy is empty: expected one of at least one image")
         wanted = {
             "tokens": (batch, arch.depth, arch.tokens),

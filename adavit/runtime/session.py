@@ -390,15 +390,21 @@ class Runtime:
         """The Prediction of the image at `row` of a result, with its `top` classes.
 
         Raises:
-            InputError: the result is none of this model, or has no such row, or `top` is no whole number from 1 on.
+            InputError: the result is none of this model, has no such row or no finite logits there, or `top` is no
+                whole number from 1 on.
         """
         if not isinstance(result, Result):
             raise InputError(f"result is {shown(result)}: expected what Runtime.run returned")
         logits, classes = result.logits, len(self.labels)
         if not isinstance(logits, np.ndarray) or logits.shape != (len(_policy(result.policy)), classes):
             raise InputError(f"the result is of another model: its logits are not [images, {classes}]")
+        if result.architecture != self.architecture:
+            raise InputError(f"the result is of another model: its architecture is {shown(result.architecture)}")
         row, top = whole("row", row, 0, len(logits) - 1), whole("top", top, 1)
-        scores = np.exp(result.logits[row] - result.logits[row].max(), dtype=np.float64)
+        result.policy.check(self.architecture, len(logits))
+        if logits.dtype.kind != "f" or not np.isfinite(logits[row]).all():
+            raise InputError(f"the result's logits of image {row} are not finite floats, but {logits.dtype}")
+        scores = np.exp(logits[row] - logits[row].max(), dtype=np.float64)
         scores /= scores.sum()
         best = np.argsort(-scores, kind="stable")[:top]
         return Prediction(

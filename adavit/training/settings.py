@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from adavit.errors import shown
 from adavit.training.budget import KINDS
 
 __all__ = ["PolicySettings", "Settings", "describe_change"]
@@ -98,5 +99,5 @@ def describe_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str 
     """The first entry in which a resumed run would differ, in words, or None."""
     for name in sorted({*before, *after}, key=str):
         if before.get(name) != after.get(name):
-            return f"{name} was {before.get(name)}, now {after.get(name)}"
+            return f"{name} was {shown(before.get(name))}, now {shown(after.get(name))}"
     return None

@@ -13,6 +13,7 @@ from adavit.files import sha256
 from adavit.model import AdaViT, load_checkpoint
 from adavit.model import policy as P
 from adavit.model.adavit import Output
+from adavit.reading import open_regular
 from adavit.runtime.backends.onnxruntime import import_onnxruntime, share_pool
 from adavit.training.errors import TrainingError
 
@@ -37,8 +38,10 @@ class OnnxTeacher(nn.Module):
         share_pool(ort, torch.get_num_threads())
         options.use_per_session_threads = False
         options.add_session_config_entry("session.force_spinning_stop", "1")  # the student needs the cores
-        if not path.is_file():
-            raise TrainingError(f"{path}: no such file")
+        try:
+            open_regular(path).close()
+        except OSError as error:
+            raise TrainingError(f"{path}: cannot be read ({error.strerror}); give a graph or a checkpoint") from None
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
@@ -67,6 +70,7 @@ def open_teacher(path: Path, arch: Architecture) -> Teacher:
 
     Raises:
         TrainingError: it cannot be read, or cannot teach that student.
+        CheckpointError: as of `load_checkpoint`.
     """
     teacher = OnnxTeacher(path) if path.suffix == ".onnx" else load_checkpoint(path, arch.heads)
     check_teacher(teacher, arch)

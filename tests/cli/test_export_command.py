@@ -108,7 +108,7 @@ def test_wrong_checkpoints_and_options(checkpoint: Path, tmp_path: Path) -> None
     for source, options, message in (
         (tmp_path / "notes.pth", [], "notes.pth: not a PyTorch checkpoint"),
         (tmp_path / "nan.pth", [], "nan.pth: not a complete AdaViT: NaN or infinite values in norm.bias"),
-        (tmp_path, [], "no such file"),
+        (tmp_path, [], "cannot be read (is a folder, not a file)"),
         (checkpoint, ["--image-size", 31], "image size 31 cannot be had"),
         (checkpoint, ["--labels", tmp_path / "no.txt"], "no.txt: cannot be read as labels"),
         (checkpoint, ["-o", tmp_path / "no" / "bundle"], "no such folder to write the bundle into"),

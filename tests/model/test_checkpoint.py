@@ -13,9 +13,9 @@ from cases import GOLDEN, python, random_model, save, tiny
 from safetensors.torch import save_file
 
 from adavit.architecture import Architecture
-from adavit.errors import CheckpointError
+from adavit.errors import CheckpointError, InputError
 from adavit.model import AdaViT, load_checkpoint, read_metadata, save_safetensors
-from adavit.model.checkpoint import read_classes, read_crop
+from adavit.model.checkpoint import load_safely, read_classes, read_crop
 
 State = dict[str, Any]
 
@@ -170,6 +170,10 @@ FAULTS: dict[str, tuple[Callable[[State], Any], str]] = {
     ),
     "query bias of one block": (without("blocks.1.attn.query.bias"), "missing blocks.1.attn.query.bias"),
     "fused and split": (lambda s: {**s, **fused(s)}, "is there twice"),
+    "a nested tensor": (
+        having("pos_embed", lambda _: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+        "pos_embed is a nested tensor",
+    ),
     "whole numbers": (having("head.bias", lambda v: v.long()), "head.bias is torch.int64"),
     "text among weights": (having("note", lambda _: "hello"), "'note' is a str, not a tensor"),
     "no storage": (having("head.bias", lambda v: v.to("meta")), "head.bias has no weights of its own"),
@@ -182,6 +186,7 @@ FAULTS: dict[str, tuple[Callable[[State], Any], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", FAULTS)
 def test_faults_are_named(kind: str, state: State, tmp_path: Path) -> None:
     change, message = FAULTS[kind]
@@ -254,9 +259,50 @@ def test_whatever_reading_raises(state: State, tmp_path: Path, monkeypatch: pyte
     assert "not a PyTorch checkpoint, or a truncated one" in fault(tmp_path / "model.pth")
 
 
-def test_no_such_file(tmp_path: Path) -> None:
-    assert "no such file" in fault(tmp_path / "nothing.pth")
-    assert "no such file" in fault(tmp_path)
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    assert "no such file; give the path" in fault(tmp_path / "nothing.pth")
+    os.mkfifo(tmp_path / "pipe.pth")
+    (tmp_path / "loop.pth").symlink_to("loop.pth")
+    for path, kind in (
+        (tmp_path, "is a folder, not a file"),
+        (tmp_path / "pipe.pth", "is not a regular file but a pipe"),
+        (Path("/dev/zero"), "is not a regular file but a device"),
+        (tmp_path / "loop.pth", "symbolic links"),
+        (tmp_path / f"{'x' * 300}.pth", "name too long"),
+    ):
+        for read in (load_checkpoint, read_metadata, read_classes, read_crop):
+            with pytest.raises(CheckpointError) as caught:
+                read(path)
+            assert f"{path}: cannot be read (" in str(caught.value)
+            assert kind in str(caught.value).replace("File", "file")
+    with pytest.raises(OSError, match="pipe"):
+        load_safely(tmp_path / "pipe.pth")
+
+
+@pytest.mark.parametrize("path", [5, None, b"model.pth", "a\0b"])
+def test_what_is_no_path(path: Any) -> None:
+    with pytest.raises(InputError, match=r"^checkpoint is .*path"):
+        load_checkpoint(path)
+
+
+def bomb() -> list[Any]:
+    """A list whose repr would be of 2^60 parts."""
+    parts: list[Any] = []
+    for _ in range(60):
+        parts = [parts, parts]
+    return parts
+
+
+def test_values_that_hold_one_another_are_told_in_short(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"state_dict": state, "ema": bomb(), "args": Namespace(crop_pct=bomb(), num_heads=bomb())}, path)
+    assert load_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"its crop ratio is \[\["):
+        read_crop(path)
+
+
+def test_a_number_of_heads_that_no_text_can_hold(checkpoint: Path) -> None:
+    assert "a value of the type int heads asked for" in fault(checkpoint, heads=10**5000)
 
 
 def test_the_saved_weights_load_again(model: AdaViT, checkpoint: Path) -> None:

@@ -89,6 +89,44 @@ def test_what_tools_make_of_a_model(kind: str, state: State, model: AdaViT, tmp_
     assert_loads(tmp_path / "model.pth", model)
 
 
+AVERAGES: dict[str, Callable[[State], State]] = {
+    **{
+        key: lambda s, key=key: {key: s}  # type: ignore[misc]
+        for key in (
+            "averaged_model", "ema_weights", "model_ema_state_dict", "ema_state", "swa_state_dict", "module_ema",
+            "shadow", "ema", "EMA",
+        )
+    },
+    "a shadow": lambda s: {"ema": {"decay": 0.9, "shadow": s}},
+    "a shadow beside tensors": lambda s: {"ema": {"decay": torch.tensor(0.9), "updates": torch.tensor(5), "shadow": s}},
+    "its state": lambda s: {"ema": {"decay": 0.9, "state_dict": under("module.", s)}},
+    "its optimiser beside it": lambda s: {"ema_optimizer": {"state": {0: {"exp_avg": s["pos_embed"]}}}, "ema": s},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize("container", ["state_dict", "model"])
+def test_an_average_comes_before_what_was_averaged(
+    kind: str, container: str, state: State, model: AdaViT, tmp_path: Path
+) -> None:
+    last = {key: value + 1 for key, value in state.items()}
+    torch.save({container: last, **AVERAGES[kind](state)}, tmp_path / "model.pth")
+    assert_loads(tmp_path / "model.pth", model)
+
+
+NO_AVERAGES: dict[str, State] = {
+    "none": {"state_dict_ema": None, "ema": None},
+    "empty": {"state_dict_ema": {}, "shadow": []},
+    "numbers": {"ema_decay": 0.99, "ema": {"decay": torch.tensor(0.99), "updates": 5}, "swa_start": torch.tensor(7)},
+}
+
+
+@pytest.mark.parametrize("kind", NO_AVERAGES)
+def test_what_is_called_an_average_and_holds_no_weights(kind: str, state: State, model: AdaViT, tmp_path: Path) -> None:
+    torch.save({"model": state, **NO_AVERAGES[kind]}, tmp_path / "model.pth")
+    assert_loads(tmp_path / "model.pth", model)
+
+
 FAULTS: dict[str, tuple[Callable[[State], Any], tuple[str, ...]]] = {
     "a loss beside it": (
         lambda s: {**under("model.", s), "loss.weight": torch.ones(5), "loss.count": torch.tensor(1)},
@@ -97,6 +135,15 @@ FAULTS: dict[str, tuple[Callable[[State], Any], tuple[str, ...]]] = {
     "an average beside it": (
         lambda s: {**under("ema.", s), **under("model.", s)},
         ("holds several models, under 'ema.' and 'model.'", "save one of them alone"),
+    ),
+    "an average without names": (
+        lambda s: {"model": s, "ema": {"decay": 0.9, "shadow_params": list(s.values())}},
+        ("its average 'ema' holds tensors without the names", "save it alone with torch.save(model.state_dict(), ...)"),
+    ),
+    "an average out of reach": (lambda s: {"model": s, "ema": {"best": s}}, ("'best' is a dict, not a tensor",)),
+    "several averages": (
+        lambda s: {"model": s, "ema": s, "swa_state_dict": s},
+        ("holds several averages, 'ema' and 'swa_state_dict'", "save one of them alone"),
     ),
     "a teacher beside bare weights": (lambda s: {**s, **under("teacher.", s)}, ("no prefix and 'teacher.'",)),
     "a hole under a prefix": (

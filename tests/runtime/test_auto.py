@@ -12,7 +12,7 @@ from cases import assert_same_policy, invoke, random_images, refusal, tiny
 
 import adavit
 from adavit.cli import run
-from adavit.errors import BackendError, InputError
+from adavit.errors import LONGEST_MESSAGE, BackendError, InputError
 from adavit.runtime import backend as backends
 from adavit.runtime import choose as choosing
 from adavit.runtime.backend import Options
@@ -207,6 +207,25 @@ def test_a_cache_that_cannot_be_read(
     assert [record.levelname for record in caplog.records if "cannot be read" in record.message] == ["WARNING"]
     if kind != "not allowed":
         assert recall("plan", {}) is remember("plan", {}, {}) is None
+
+
+def test_warnings_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.joinpath(*(["a\n\x1b[31m" * 20] * 5))))
+    path = kept_at("plan", {})
+    assert path
+    path.parent.mkdir(parents=True)
+    for content in ("{", "{}"):
+        path.write_text(content)
+        assert recall("plan", {}) is None
+    path.unlink()
+    path.mkdir()
+    assert recall("plan", {}) is remember("plan", {}, {}) is None
+    assert len(caplog.records) == 4
+    for record in caplog.records:
+        assert record.message.isprintable()
+        assert len(record.message) <= LONGEST_MESSAGE
 
 
 def test_no_home(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,20 +5,23 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cases import WIDE, assert_same_policy, picture, random_images, random_policy, tiny
 from PIL import Image
 
 import adavit
 from adavit.errors import BackendError, InputError
 from adavit.runtime import Policy, Prediction, Result, Runtime, dispatcher
+from adavit.runtime.budget import TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.runtime.state import Scratch
 
 IMAGES = random_images(tiny(), 3)
@@ -359,6 +362,71 @@ def test_pictures_of_a_generator_are_taken_some_at_a_time(tiny_bundle: Path) -> 
     assert most == 32
 
 
+WRONG_RESULTS: dict[str, tuple[Callable[[Result], dict[str, Any]], str]] = {
+    "no architecture": (lambda _: {"architecture": None}, "its architecture is None"),
+    "another architecture": (lambda _: {"architecture": tiny(keep=2)}, "of another model"),
+    "objects": (lambda r: {"logits": r.logits.astype(object)}, "not finite floats, but object"),
+    "text": (lambda r: {"logits": r.logits.astype(str)}, "not finite floats, but <U"),
+    "complex": (lambda r: {"logits": r.logits.astype(complex)}, "not finite floats, but complex128"),
+    "NaN": (lambda r: {"logits": r.logits * np.nan}, "image 0 are not finite floats"),
+    "infinite": (lambda r: {"logits": r.logits + np.inf}, "image 0 are not finite floats"),
+    "another policy": (lambda r: {"policy": Policy.dense(tiny(depth=2), len(r.logits))}, "policy.tokens is bool"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_RESULTS)
+def test_results_that_do_not_fit(kind: str, runtime: Runtime) -> None:
+    change, message = WRONG_RESULTS[kind]
+    result = runtime.run(IMAGES)
+    assert runtime.prediction(result, 0).top
+    with pytest.raises(InputError) as caught:
+        runtime.prediction(replace(result, **change(result)), 0)
+    assert message in str(caught.value)
+
+
+class Foreign(os.PathLike[str]):
+    """What fails in whatever it is asked for."""
+
+    def fail(self) -> Any:
+        raise RuntimeError("not mine")
+
+    __index__ = __float__ = __fspath__ = fail
+
+
+class ForeignFloat(float):
+    __float__ = Foreign.fail  # type: ignore[assignment]
+
+
+def test_foreign_classes_that_fail(runtime: Runtime) -> None:
+    policy, foreign = Policy.dense(tiny(), 3), Foreign()
+    result = runtime.run(IMAGES)
+    calls: list[Callable[[Any], Any]] = [
+        lambda value: runtime.predict(picture(), top=value),
+        lambda value: runtime.prediction(result, value),
+        lambda value: runtime.prediction(result, 0, value),
+        lambda value: runtime.preprocess(value),
+        lambda value: adavit.load(value),
+        lambda value: Policy.dense(tiny(), value),
+        lambda value: policy.check(tiny(), value),
+        lambda value: policy[slice(value)],
+        lambda value: policy.save(value),
+        lambda value: Policy.load(value),
+    ]
+    for call in calls:
+        for value in (foreign, torch.tensor(1, device="meta")):
+            with pytest.raises(InputError):
+                call(value)
+    with pytest.raises(InputError, match="expected a share"):
+        points().offsets(ForeignFloat(0.7))
+    bad, good = runtime.predict([foreign, picture()])
+    assert "expected a path" in str(bad.error)
+    assert good.top
+
+
+def points() -> Budgets:
+    return Budgets((OperatingPoint(0.5, Offsets(heads=-1.0), {}), OperatingPoint(0.9, TRAINED, {})), {})
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs")
 def test_a_path_that_cannot_be_opened_takes_nothing_else_down(runtime: Runtime, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jpg")
@@ -379,4 +447,4 @@ def test_a_path_that_cannot_be_opened_takes_nothing_else_down(runtime: Runtime, 
         assert found.error
         assert found.error.isprintable()
         assert len(found.error) <= 500
-    assert "x.jpg: not a readable image (is not a regular file)" in str(errors[1].error)
+    assert "x.jpg: not a readable image (is not a regular file but a pipe)" in str(errors[1].error)

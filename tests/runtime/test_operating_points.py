@@ -215,7 +215,7 @@ def test_a_budget_and_a_recorded_policy(runtime: Runtime) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1001.0, "1", None, True])
 def test_offsets_that_are_none(value: Any) -> None:
-    with pytest.raises(ValueError, match="the offset of heads is"):
+    with pytest.raises(InputError, match="the offset of heads is"):
         Offsets(heads=value)
 
 

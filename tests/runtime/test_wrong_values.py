@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import pickle
+from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 import adavit
 from adavit.errors import LONGEST_MESSAGE, AdaViTError, InputError, OptionError, shown
 from adavit.runtime import Policy, Result, Runtime
-from adavit.runtime.budget import Offsets
+from adavit.runtime.budget import Offsets, OperatingPoint
 from adavit.runtime.images import Preprocessor
 
 IMAGES = random_images(tiny(), 2)
@@ -31,6 +34,21 @@ class Odd:
         raise RuntimeError("no repr")
 
 
+class Index:
+    def __index__(self) -> int:
+        raise RuntimeError("no index")
+
+
+class Fspath(os.PathLike[str]):
+    def __fspath__(self) -> str:
+        raise RuntimeError("no path")
+
+
+class Float(float):
+    def __float__(self) -> float:
+        raise RuntimeError("no float")
+
+
 JUNK: list[Any] = [
     None, True, 0, -1, 1.5, 2.5, float("nan"), float("inf"), 10**400, 10**5000, Fraction(10**400, 3), 1j, "", "a",
     "a" * 300 + ".jpg", "a\0b", "\ud800", "\udc80", "a\nb\x1b[31m", "x" * 10_000, b"", b"bytes", bytearray(b"x"), [],
@@ -41,7 +59,7 @@ JUNK: list[Any] = [
     np.zeros((2, 3, 32, 32), np.float16), np.full((1, 3, 32, 32), np.nan, np.float32), IMAGES[:0],
     np.ma.masked_array(IMAGES, IMAGES > 0), IMAGES.astype(">f4"), IMAGES.view(np.recarray), Policy(None, None, None),  # type: ignore[arg-type]
     Policy.dense(tiny(), 0), Policy.dense(tiny(), 2), Policy.dense(tiny(depth=2), 2), Offsets(), Offsets(heads=(1, 2)),
-    tiny(), picture(), Result(None, None, None),  # type: ignore[arg-type]
+    tiny(), picture(), Index(), Fspath(), Float(0.7), slice(Index()), Result(None, None, None),  # type: ignore[arg-type]
 ]  # fmt: skip
 
 values = st.sampled_from(JUNK) | st.integers() | st.floats() | st.text(max_size=20) | st.binary(max_size=5)
@@ -214,3 +232,25 @@ def test_values_are_shown_in_short() -> None:
     assert len(shown("x" * 10_000)) == 80
     assert shown(10**5000) == "a value of the type int"
     assert shown(Odd()) == "a value of the type Odd"
+    assert shown(b"x" * 10_000).startswith("b'xxx")
+    assert (shown([1, {"a": None}]), shown(KeyError("a"))) == ("[1, {'a': None}]", "KeyError('a')")
+
+
+HOLDERS: dict[str, Callable[[Any], Any]] = {
+    "list": lambda value: [value, value],
+    "tuple": lambda value: (value, value),
+    "dict": lambda value: {"a": value, "b": value},
+    "OrderedDict": lambda value: OrderedDict(a=value, b=value),
+    "Namespace": lambda value: Namespace(a=value, b=value),
+    "dataclass": lambda value: OperatingPoint(value, value, value),
+    "array of objects": lambda value: np.array([None, value, value], object),
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_values_that_hold_one_another_are_shown_at_once(kind: str) -> None:
+    value: Any = 1
+    for _ in range(60):
+        value = HOLDERS[kind](value)
+    assert len(shown(value)) <= 80
+    assert len(shown(ValueError(value))) <= 80

@@ -90,8 +90,11 @@ def test_what_cannot_teach_is_refused(tmp_path: Path) -> None:
     broken.write_bytes(b"not a graph")
     with pytest.raises(TrainingError, match="not a model that ONNX Runtime can load"):
         open_teacher(broken, tiny())
-    with pytest.raises(TrainingError, match="no such file"):
+    with pytest.raises(TrainingError, match="No such file"):
         open_teacher(tmp_path / "absent.onnx", tiny())
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(TrainingError, match="is a folder, not a file"):
+        open_teacher(tmp_path / "folder.onnx", tiny())
     with pytest.raises(TrainingError, match="one float32 input"):
         open_teacher(constant_graph(tmp_path / "double.onnx", [0.0] * CLASSES, TensorProto.DOUBLE), tiny())
     graph = constant_graph(tmp_path / "three.onnx", [0.0] * 3)
