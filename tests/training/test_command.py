@@ -123,7 +123,7 @@ def test_other_images_or_another_teacher_are_not_resumed(tmp_path: Path, idx_fol
         data = shutil.copytree(idx_folder, tmp_path / part)
         images = data / f"{prefix}-images-idx3-ubyte"
         images.write_bytes(images.read_bytes()[:-1] + b"\7")
-        fails(f"other sources: {part} was {count} images of 4 classes (", *run, "--data", data, "--from", dense)
+        fails(f"other sources: {part} was '{count} images of 4 classes (", *run, "--data", data, "--from", dense)
     other = tmp_path / "other.safetensors"
     save_safetensors(load_checkpoint(dense), other, {"by": "another"})
     fails("other sources: teacher was ", *run, "--data", idx_folder, "--from", other)
