@@ -17,7 +17,7 @@ from adavit.cli import export
 
 def test_the_commands_are_installed() -> None:
     scripts = {script.name: script.value for script in entry_points(group="console_scripts")}
-    assert (scripts["adavit-export"], scripts["adavit-run"]) == ("adavit.cli:export", "adavit.cli:run")
+    assert (scripts["adavit-export"], scripts["adavit-run"]) == ("adavit.entry:export", "adavit.entry:run")
 
 
 def test_export_and_check(checkpoint: Path, tmp_path: Path) -> None:
