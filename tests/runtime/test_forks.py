@@ -100,6 +100,25 @@ def test_a_child_may_let_go_of_what_its_parent_loaded(
 
 
 @forks
+@both_backends
+def test_a_child_loads_anew_where_the_parent_let_go_of_a_runtime(
+    backend: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    images = random_images(tiny(), 4)
+    wanted = adavit.load(tiny_bundle, backend, threads=2, parallel="samples").run(images).logits
+    gc.collect()
+
+    def work() -> bytes:
+        runtime = adavit.load(tiny_bundle, backend, threads=2, parallel="samples")
+        runtime.specialise(runtime.run(images).policy)
+        runtime.run_dense(images)
+        return runtime.run(images).logits.tobytes()
+
+    found = np.frombuffer(in_a_fork(work, tmp_path), np.float32).reshape(4, -1)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@forks
 def test_a_fork_while_another_thread_holds_the_locks(tiny_bundle: Path, tmp_path: Path) -> None:
     runtime, images = adavit.load(tiny_bundle, threads=1), random_images(tiny(), 2)
     with runtime._dense_lock, runtime.dispatcher.head_weights._lock:

@@ -15,7 +15,7 @@ from adavit.errors import BackendError, OptionError, one_line, raise_interrupt
 from adavit.runtime.backend import Engine, Options, Sizes
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle
-from adavit.runtime.forks import keep_in_fork
+from adavit.runtime.forks import keep_in_fork, renew_in_fork
 
 try:
     import openvino
@@ -40,6 +40,23 @@ WITH_STEM = {"stem", "dense"}
 """Engines that a stem is part of."""
 DECISIONS = {"tokens", "choices"}
 """Outputs that are compared with thresholds; engines that have them stay in float32."""
+
+
+class Executors:
+    """Whether OpenVINO would compile on threads that only the parent of this process had.
+
+    It keeps the threads of models that are gone for the next ones; in a forked child these never answer.
+    """
+
+    used = lost = False
+
+    def after_fork(self) -> None:
+        """See `renew_in_fork`."""
+        self.lost = self.lost or self.used
+
+
+EXECUTORS = Executors()
+renew_in_fork(EXECUTORS)
 
 
 class OpenVinoBackend(HostMoves):
@@ -128,7 +145,9 @@ class OpenVinoBackend(HostMoves):
             "INFERENCE_PRECISION_HINT": "f32" if exact else PRECISIONS[self._precision],
             "ENABLE_CPU_PINNING": False,
             "CPU_RUNTIME_CACHE_CAPACITY": PREPARED_KEPT,
+            "EXCLUSIVE_ASYNC_REQUESTS": EXECUTORS.lost,  # then it compiles in the thread that asks
         }
+        EXECUTORS.used = True
         rows = [port.partial_shape for port in model.inputs if len(port.partial_shape) < 4]  # all but images
         if any(shape.is_dynamic for shape in rows):
             properties["SNIPPETS_MODE"] = "DISABLE"  # fused attention may be wrong from the second number of tokens on
