@@ -344,7 +344,8 @@ def test_an_altered_graph_is_not_built(bundle: Path) -> None:
 def test_a_build_that_was_killed_leaves_nothing_that_matters(bundle: Path) -> None:
     (key,) = add_engines(bundle, RTX, quiet)
     folder = bundle / "tensorrt" / key
-    shutil.copytree(folder, folder.with_name(f".{key}-again.00000000.{_host()}.999999999.tmp"))  # killed while it was building
+    killed = f".{key}-again.00000000.{_host()}.999999999.tmp"  # while it was building
+    shutil.copytree(folder, folder.with_name(killed))
     shutil.copytree(folder, folder.with_name(f"{key}-again"))  # killed before it was described
     assert_complete(bundle, add_engines(bundle, RTX, quiet))
     assert [path.name for path in (bundle / "tensorrt").iterdir()] == [f"{key}-again"]
