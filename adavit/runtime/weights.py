@@ -61,8 +61,8 @@ def check_deciding(bundle: Bundle, engine: str) -> None:
         BundleError: some are not finite or beyond 1e15, or the engine's file is not what was exported.
     """
     for name, value in weights_of(bundle.read(engine)).items():
-        usable = -MOST_DECIDING <= value.min() <= value.max() <= MOST_DECIDING  # NaN is both, where there is one
-        if any(part in name for part in DECIDING) and not usable:
+        decides = any(part in name for part in DECIDING)
+        if decides and not -MOST_DECIDING <= value.min() <= value.max() <= MOST_DECIDING:  # NaN is both, where it is
             raise BundleError(
                 f"{bundle.path}: engine {engine} has weights {name} that are NaN, infinite or beyond "
                 f"{MOST_DECIDING:.0e}; export again"
