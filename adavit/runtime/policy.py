@@ -86,11 +86,26 @@ class Policy:
             raise InputError(f"{shown(images)} names no images of a policy of {len(masks[0])}: {reason}") from None
 
     def usage(self) -> dict[str, float]:
-        """Mean share of tokens, heads and sub-layers kept, over images and blocks; raises InputError without any."""
-        masks = self.masks()
+        """Mean share of tokens, heads and sub-layers that ran, over images and all blocks.
+
+        A block whose two sub-layers are off uses no token and no head; see `executed`.
+
+        Raises:
+            InputError: the policy is of no image.
+        """
+        masks = self.executed().masks()
         if not all(mask.size for mask in masks):
             raise InputError("the policy is empty: it is of no image, and has no usage")
         return {kind: float(mask.mean()) for kind, mask in zip(KINDS, masks, strict=True)}
+
+    def executed(self) -> Policy:
+        """What ran: without the tokens and heads of blocks whose two sub-layers are off, the class token included.
+
+        It counts and shows what was computed. It is not to be replayed: decisions need a class token in every block.
+        """
+        tokens, heads, sublayers = self.masks()
+        runs = sublayers.any(-1, keepdims=True)
+        return Policy(tokens & runs, heads & runs, sublayers)
 
     def check(self, arch: Architecture, batch: int) -> None:
         """Raises InputError where the policy does not fit `batch` images of a model, at least one."""

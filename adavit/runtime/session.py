@@ -72,7 +72,8 @@ class Prediction:
         top: (label, probability) pairs, most probable first; empty where the image could not be read.
         classes: the same classes as indices.
         macs: multiply-accumulates the image took.
-        usage: mean share of tokens, heads and sub-layers it used.
+        usage: mean share of tokens, heads and sub-layers it used; see `Policy.usage`.
+        policy: what the image used, a Policy of one image; None where the image could not be read.
         error: why the image could not be read, or None.
     """
 
@@ -81,6 +82,7 @@ class Prediction:
     macs: int = 0
     usage: dict[str, float] | None = None
     error: str | None = None
+    policy: Policy | None = field(default=None, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[tuple[str, float]]:
         """The (label, probability) pairs."""
@@ -407,11 +409,13 @@ class Runtime:
         scores = np.exp(logits[row] - logits[row].max(), dtype=np.float64)
         scores /= scores.sum()
         best = np.argsort(-scores, kind="stable")[:top]
+        policy = result.policy[row : row + 1]
         return Prediction(
             tuple((self.labels[i], float(scores[i])) for i in best),
             tuple(int(i) for i in best),
             int(result.macs[row]),
-            result.policy[row : row + 1].usage(),
+            policy.usage(),
+            policy=policy,
         )
 
     def _checked(self, images: Any) -> Float:

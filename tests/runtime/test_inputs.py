@@ -293,6 +293,7 @@ def test_predictions_of_paths_pictures_and_arrays(runtime: Runtime, tmp_path: Pa
         np.testing.assert_allclose([share for _, share in found.top], shares[order], rtol=1e-4)
         assert found.macs == logits.macs[0]
         assert found.usage == logits.policy.usage()
+        assert_same_policy(found.policy, logits.policy)
 
 
 @pytest.mark.parametrize("one", ["path", "picture", "array"])

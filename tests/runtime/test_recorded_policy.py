@@ -28,11 +28,24 @@ def test_slices_and_joins() -> None:
     assert_same_policy(Policy.concatenate([policy[:2], policy[2:]]), policy)
 
 
-def test_usage_is_the_mean_share_kept() -> None:
+def test_usage_is_the_mean_share_that_ran() -> None:
     policy = Policy.dense(tiny(), 2)
     assert policy.usage() == {"tokens": 1.0, "heads": 1.0, "sublayers": 1.0}
-    policy.sublayers[0] = False
-    assert policy.usage() == {"tokens": 1.0, "heads": 1.0, "sublayers": 0.5}
+    policy.sublayers[0, :, 0] = False
+    assert policy.usage() == {"tokens": 1.0, "heads": 1.0, "sublayers": 0.75}
+    policy.sublayers[0] = False  # an image that skips every block
+    assert policy.usage() == {"tokens": 0.5, "heads": 0.5, "sublayers": 0.5}
+    assert policy.tokens.all()  # what was decided stays
+
+
+def test_a_block_without_sublayers_executes_no_token_and_no_head() -> None:
+    policy = random_policy(tiny(), 6, seed=3)
+    ran = policy.executed()
+    idle = ~policy.sublayers.any(-1)
+    assert idle.any() and not idle.all()
+    assert not ran.tokens[idle].any() and not ran.heads[idle].any()
+    assert (ran.tokens[~idle] == policy.tokens[~idle]).all() and (ran.heads[~idle] == policy.heads[~idle]).all()
+    assert (ran.sublayers == policy.sublayers).all()
 
 
 def npz(**arrays: np.ndarray) -> bytes:
