@@ -10,6 +10,7 @@ TYPE_CHECKING = False  # as type checkers read it; typing would take a while to 
 if TYPE_CHECKING:
     from typing import Any
 
+    from adavit.drawing import draw
     from adavit.errors import (
         AdaViTError,
         BackendError,
@@ -31,6 +32,7 @@ __all__ = [
     "Result",
     "Runtime",
     "VerificationError",
+    "draw",
     "load",
 ]
 
@@ -41,7 +43,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"adavit.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'adavit' has no attribute {name!r}")
-    return getattr(import_module("adavit.errors" if name.endswith("Error") else "adavit.runtime"), name)
+    module = "drawing" if name == "draw" else "errors" if name.endswith("Error") else "runtime"
+    return getattr(import_module(f"adavit.{module}"), name)
 
 
 def __dir__() -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from adavit.architecture import Architecture
 from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
@@ -27,7 +28,7 @@ from adavit.runtime.dispatcher import SIDE_BY_SIDE, Dispatcher, Observer
 from adavit.runtime.finite import not_finite
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.given import pictures_of, whole
-from adavit.runtime.images import ImageLike
+from adavit.runtime.images import ImageLike, Preprocessor
 from adavit.runtime.kept_plan import recalled_plan
 from adavit.runtime.plan import sizes_of
 from adavit.runtime.policy import Policy
@@ -52,16 +53,25 @@ class Result:
         logits: float32 [B, C].
         policy: what each image used.
         architecture: the model's shapes.
+        preprocessor: how pictures become such images, and back; `adavit.draw` needs it.
     """
 
     logits: Float
     policy: Policy
     architecture: Architecture = field(repr=False)
+    preprocessor: Preprocessor | None = field(default=None, repr=False)
 
     @cached_property
     def macs(self) -> npt.NDArray[np.int64]:
         """Multiply-accumulates of each image, stem and head included: int64 [B]."""
         return image_macs(self.architecture, self.policy.tokens, self.policy.heads, self.policy.sublayers)
+
+    def __getitem__(self, images: slice | npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Result:
+        """The result of some images, by a slice or an array of numbers; raises InputError where there are none such."""
+        policy = self.policy[images]
+        if len(self.logits) != len(self.policy):
+            raise InputError(f"the result has logits of {len(self.logits)} images, and a policy of {len(self.policy)}")
+        return Result(self.logits[images], policy, self.architecture, self.preprocessor)
 
 
 @dataclass(frozen=True)
@@ -286,7 +296,8 @@ class Runtime:
             if budget is not None:
                 raise InputError("a recorded policy leaves nothing to a budget; give one of them")
         offsets = resolve(self.offsets if budget is None else budget, self.budgets, self.bundle.path)
-        return Result(*self.dispatcher.run(images, offsets, policy, observe), self.architecture)
+        ran = self.dispatcher.run(images, offsets, policy, observe)
+        return Result(*ran, self.architecture, self.bundle.preprocessor)
 
     def specialise(self, policy: Policy) -> int:
         """Makes engines of whole blocks for what some images used most.
@@ -387,6 +398,29 @@ class Runtime:
             for row, position in enumerate(pixels):
                 predictions[position] = self.prediction(result, row, top)
         return [predictions[position] for position in range(len(images))]
+
+    def draw(self, images: Iterable[ImageLike] | ImageLike | Float, budget: float | None = None) -> Image.Image:
+        """Runs images and draws what was kept of each, as `adavit.draw` does.
+
+        Args:
+            images: what `predict` takes, or what `run` takes: float32 [B, 3, S, S]; at most 64.
+            budget: as of `run`.
+
+        Returns:
+            The picture, RGB. A notebook shows it, `save` writes it.
+
+        Raises:
+            InputError: an image cannot be read, there are none or too many, or the budget is beyond the bundle's
+                operating points.
+            BackendError: as of `run`.
+
+        Example:
+            >>> runtime.draw(["cat.jpg", "dog.jpg"]).save("kept.png")  # doctest: +SKIP
+        """
+        from adavit.drawing import MOST_IMAGES, draw, normalised
+
+        pixels = normalised(images, self.bundle.preprocessor, MOST_IMAGES)
+        return draw(self.run(pixels, budget=budget), pixels, self.labels)
 
     def prediction(self, result: Result, row: int, top: int = 5) -> Prediction:
         """The Prediction of the image at `row` of a result, with its `top` classes.
