@@ -27,7 +27,7 @@ CALIBRATING = ("calibration_cache", "samples", "method", "decision_precision", "
 CALIBRATION_IMAGES = ("calibration_images", "labels_by_order")
 EXPORTING = ("with_dense", "opset", "labels", "image_size", "crop_ratio", "verify", "force", "precision", *CALIBRATING)
 """Options that only an export of a checkpoint follows."""
-MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile")
+MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile", "draw")
 """Options of a measurement alone."""
 
 
@@ -168,6 +168,7 @@ def _export(
 )
 @click.option("--record-policy", type=PATH, metavar="FILE", help="Write what every image used (npz).")
 @click.option("--replay-policy", type=PATH, metavar="FILE", help="Follow a recorded policy instead of deciding.")
+@click.option("--draw", type=PATH, metavar="FILE.png", help="Draw what the first 8 images kept in each block.")
 @click.option(
     "--budget",
     type=Finite(0, 1, min_open=True),
@@ -214,7 +215,9 @@ def run(
         raise click.UsageError("give one of --budget, --latency-ms and --replay-policy")
     if options["profile"] and Path(options["profile"]).is_dir():
         raise click.UsageError(f"--profile {options['profile']} is a folder; a BUNDLE goes before --profile")
-    for name, target in (("json", json_file), ("record-policy", options["record_policy"])):
+    if options["draw"] and options["draw"].suffix.lower() != ".png":
+        raise click.UsageError(f"--draw {options['draw']} is no name of a PNG; end it in .png")
+    for name, target in (("json", json_file), ("record-policy", options["record_policy"]), ("draw", options["draw"])):
         console.check_target(f"--{name}", target)
     console.check_target("--profile", options["profile"] or None)
     with console.Progress() as progress:

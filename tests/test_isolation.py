@@ -26,6 +26,7 @@ side = runtime.architecture.image_size
 images = np.zeros((2, 3, side, side), np.float32)
 assert runtime.run(images).logits.shape == runtime.run_dense(images).shape
 assert runtime.predict(np.zeros((9, 9), np.uint8))[0].top
+assert runtime.draw(images).mode == "RGB"
 from adavit.runtime import benchmark, evaluate
 import adavit.cli
 loaded = {name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "safetensors"}
@@ -46,6 +47,7 @@ def test_the_public_names() -> None:
         "Result",
         "Runtime",
         "VerificationError",
+        "draw",
         "load",
     ]
     assert all(getattr(adavit, name).__doc__ for name in adavit.__all__)
@@ -75,7 +77,7 @@ def reaches(names: set[str], *forbidden: str) -> set[str]:
     return {name for name in names if any(name == other or name.startswith(f"{other}.") for other in forbidden)}
 
 
-CORE = [*PACKAGE.glob("*.py"), *PACKAGE.glob("runtime/**/*.py")]
+CORE = [*PACKAGE.glob("*.py"), *PACKAGE.glob("runtime/**/*.py"), *PACKAGE.glob("drawing/*.py")]
 CORE = [path for path in CORE if path.name not in ("cli.py", "entry.py") and not path.name.startswith("console")]
 
 

@@ -2,5 +2,6 @@
 
 from adavit.drawing.draw import MOST_IMAGES, draw
 from adavit.drawing.pictures import normalised
+from adavit.drawing.sample import Sample
 
-__all__ = ["MOST_IMAGES", "draw", "normalised"]
+__all__ = ["MOST_IMAGES", "Sample", "draw", "normalised"]

@@ -15,7 +15,7 @@ Colour = tuple[int, int, int]
 
 BLUE, VERMILLION = (0, 114, 178), (213, 94, 0)
 """Of Okabe and Ito's palette, which people with any colour vision tell apart."""
-FADED = (206, 209, 214)
+FADED = (200, 203, 208)
 """What dropped patches fade to: a grey unlike black and unlike white backgrounds."""
 SHARE = 0.8
 """How far they do."""

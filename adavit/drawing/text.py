@@ -15,7 +15,7 @@ SIZE = 12
 LINE = 16
 """Height of a line of text, in pixels."""
 ELLIPSIS = "..."
-LONGEST = 400
+LONGEST = 120
 """Characters of a text that are looked at."""
 
 
@@ -43,7 +43,7 @@ def wrapped(text: str, width: int, lines: int) -> list[str]:
     """Text in at most so many lines, broken at spaces where there are any; what is too long is shortened."""
     rest, found = _line(text), list[str]()
     while len(found) < lines - 1 and width_of(rest) > width:
-        end = max(count for count in range(1, len(rest) + 1) if count == 1 or width_of(rest[:count]) <= width)
+        end = next((count for count in range(1, len(rest)) if width_of(rest[: count + 1]) > width), len(rest))
         space = rest.rfind(" ", 0, end + 1)
         end = space if space > 0 else end
         found.append(rest[:end])

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adavit.errors import InputError
+from adavit.drawing import Sample
+from adavit.errors import InputError, OptionError
 from adavit.runtime.benchmark import Images, Plan, Progress, measure, summarise
 from adavit.runtime.budget import present
 from adavit.runtime.image_files import ImageFile, find_calibration_images, find_images, labels_by
@@ -51,6 +52,7 @@ class RunOptions:
     trust_engines: bool = False
     record_policy: Path | None = None
     replay_policy: Path | None = None
+    draw: Path | None = None
     budget: float | None = None
     latency_ms: float | None = None
     dense: bool | None = None
@@ -74,6 +76,7 @@ class Evaluation:
     policies: list[Policy] = field(default_factory=list)
     held: list[Images] = field(default_factory=list)
     held_at: list[int] = field(default_factory=list)
+    drawn: Sample = field(default_factory=Sample)
 
     def accuracy(self) -> dict[str, float] | None:
         """Top-1 and top-5 shares, where images had labels."""
@@ -94,13 +97,15 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         AdaViTError: the bundle, the backend or the images are not usable.
     """
     folder = path or demo_bundle()
+    given = options.images or (() if path else (demo_bundle().parent / "images",))
+    if options.draw and not given:
+        raise OptionError("--draw draws images, and random input has none; give --images too")
     runtime = _load(folder, options)
     profiles = options.profile is not None
     if (options.dense or profiles) and "dense" not in runtime.bundle.engines:
         without = "--profile" if profiles else "--dense"
         raise InputError(f"{folder}: exported without its dense twin; export with --with-dense or leave out {without}")
     replayed = Policy.load(options.replay_policy) if options.replay_policy else None
-    given = options.images or (() if path else (demo_bundle().parent / "images",))
     notes: list[str] = []
     files = find_images(given, runtime.labels, options.labels_by_order, notes.append)
     budget = options.budget
@@ -119,6 +124,8 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         engines = _specialise(runtime, used if given or replayed else None, options.batch)
     if options.record_policy:
         used.save(options.record_policy)
+    if options.draw:
+        seen.drawn.save(options.draw, runtime.labels)
     plan = Plan(
         options.batch,
         options.iterations,
@@ -212,6 +219,8 @@ def _evaluate(
         for row in range(-seen.images % stride, len(batch), stride):
             seen.held.append(pixels[row : row + 1].copy())  # not the batch
             seen.held_at.append(seen.images + row)
+        if options.draw:
+            seen.drawn.add(pixels, result)
         _gather(runtime, seen, batch, result, options.top)
         progress("running images", min(1.0, done * options.batch / len(files)))
     if files and not seen.images:

@@ -68,10 +68,11 @@ class Result:
 
     def __getitem__(self, images: slice | npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Result:
         """The result of some images, by a slice or an array of numbers; raises InputError where there are none such."""
-        policy = self.policy[images]
-        if len(self.logits) != len(self.policy):
-            raise InputError(f"the result has logits of {len(self.logits)} images, and a policy of {len(self.policy)}")
-        return Result(self.logits[images], policy, self.architecture, self.preprocessor)
+        logits: Any = self.logits
+        policy = _policy(self.policy)[images]
+        if not isinstance(logits, np.ndarray) or logits.shape[:1] != (len(self.policy),):
+            raise InputError(f"the result's logits are not of the {len(self.policy)} images that its policy is of")
+        return Result(logits[images], policy, self.architecture, self.preprocessor)
 
 
 @dataclass(frozen=True)
