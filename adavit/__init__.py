@@ -38,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is public when it is first asked for: the commands are to be there before numpy is."""
+    """Imports a public name at its first use, so that the commands start before numpy is imported."""
     if name in ("errors", "runtime"):
         return import_module(f"adavit.{name}")
     if name not in __all__:

@@ -86,7 +86,7 @@ def one_line(error: Exception) -> str:
 class AdaViTError(Exception):
     """Base of every error this package raises on purpose; the command line prints it without a traceback.
 
-    Its message is `bounded`, whatever values it tells.
+    Its message is one line of bounded length; see `bounded`.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -94,7 +94,7 @@ class AdaViTError(Exception):
 
 
 class CheckpointError(AdaViTError):
-    """A checkpoint cannot be read, or does not describe an AdaViT completely."""
+    """A checkpoint cannot be read, or is no complete AdaViT."""
 
 
 class BundleError(AdaViTError):
@@ -106,11 +106,11 @@ class BackendError(AdaViTError):
 
 
 class InputError(AdaViTError):
-    """What a caller gave cannot be used: images, labels, a policy, a budget, options or paths."""
+    """Images, labels, a policy, a budget, options or paths cannot be used as given."""
 
 
 class OptionError(InputError):
-    """Options make no sense, whatever the files hold; the command line takes it as a mistake in its usage."""
+    """Options are wrong, whatever the files hold; the command line ends with exit code 2."""
 
 
 class VerificationError(AdaViTError):

@@ -43,7 +43,7 @@ class Policy:
 
     @classmethod
     def dense(cls, arch: Architecture, batch: int) -> Policy:
-        """The policy that keeps everything; raises InputError where that is of no model or no number of images."""
+        """The policy that keeps everything, of `batch` images; raises InputError if an argument is of a wrong type."""
         policy = cls.empty(arch, batch)
         for mask in policy.masks():
             mask[...] = True
@@ -51,7 +51,7 @@ class Policy:
 
     @classmethod
     def empty(cls, arch: Architecture, batch: int) -> Policy:
-        """One to be filled, with no values yet; raises InputError where that is of no model or number of images."""
+        """A policy of `batch` images to fill in, not initialised; raises InputError as `dense` does."""
         if not isinstance(arch, Architecture):
             raise InputError(f"arch is {shown(arch)}: expected an Architecture, such as Runtime.architecture")
         batch = whole("batch", batch, 0, MOST_BYTES // (arch.depth * (arch.tokens + arch.heads + 2)))
@@ -59,7 +59,7 @@ class Policy:
         return cls(np.empty((batch, arch.depth, arch.tokens), bool), choices[..., :-2], choices[..., -2:])
 
     def masks(self) -> tuple[Bool, Bool, Bool]:
-        """Tokens, heads and sub-layers; raises InputError where they are no masks of the same images and blocks."""
+        """Tokens, heads and sub-layers; raises InputError unless they are masks of the same images and blocks."""
         masks: tuple[Any, ...] = (self.tokens, self.heads, self.sublayers)
         for name, mask in zip(KINDS, masks, strict=True):
             if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.ndim != 3:
@@ -73,7 +73,7 @@ class Policy:
         return len(self.masks()[0])
 
     def __getitem__(self, images: slice | npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Policy:
-        """The policy of some images, by a slice or an array of numbers; raises InputError where there are none such."""
+        """The policy of some images, by a slice or an array of numbers; raises InputError if there are none such."""
         masks = self.masks()
         if not isinstance(images, slice | np.ndarray) or (isinstance(images, np.ndarray) and images.ndim != 1):
             raise InputError(f"{shown(images)} names no images: expected a slice, or a flat array of numbers")
@@ -99,16 +99,16 @@ class Policy:
         return {kind: float(mask.mean()) for kind, mask in zip(KINDS, masks, strict=True)}
 
     def executed(self) -> Policy:
-        """What ran: without the tokens and heads of blocks whose two sub-layers are off, the class token included.
+        """What ran: blocks whose two sub-layers are off keep no tokens, not even the class token, and no heads.
 
-        It counts and shows what was computed. It is not to be replayed: decisions need a class token in every block.
+        It is for counting and drawing. It cannot be replayed: a policy keeps the class token in every block.
         """
         tokens, heads, sublayers = self.masks()
         runs = sublayers.any(-1, keepdims=True)
         return Policy(tokens & runs, heads & runs, sublayers)
 
     def check(self, arch: Architecture, batch: int) -> None:
-        """Raises InputError where the policy does not fit `batch` images of a model, at least one."""
+        """Raises InputError unless the policy fits `batch` images of a model, at least one."""
         if not isinstance(arch, Architecture):
             raise InputError(f"arch is {shown(arch)}: expected an Architecture, such as Runtime.architecture")
         batch = whole("batch", batch, 0)
@@ -138,10 +138,10 @@ class Policy:
                     raise InputError(f"policy.{name} drops some in block {block}, where this model always keeps all")
 
     def save(self, path: str | Path) -> None:
-        """Writes the policy to `path` (npz), beside it first, then renamed.
+        """Writes the policy to a file (npz), which appears whole or not at all.
 
         Raises:
-            InputError: it is no policy, or no file can be written there.
+            InputError: its masks do not fit each other, or the file cannot be written.
         """
         masks, path = self.masks(), path_of(path, "policy file")
         try:
@@ -173,7 +173,7 @@ class Policy:
 
     @classmethod
     def concatenate(cls, policies: Sequence[Policy]) -> Policy:
-        """Joins the policies of consecutive batches; raises InputError where they are none, or of different models."""
+        """Joins the policies of consecutive batches; raises InputError if there are none, or of different models."""
         given = isinstance(policies, list | tuple) and all(isinstance(policy, Policy) for policy in policies)
         if not given or not policies:
             raise InputError(f"policies is {shown(policies)}: expected at least one adavit.Policy, in a list")

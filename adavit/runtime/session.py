@@ -116,8 +116,8 @@ def load(
         bundle: the folder.
         backend: what runs the engines; `adavit.runtime.backend.names()` lists them. "auto" takes the fastest that
             is installed, measured on this machine in some seconds once, and kept in the user's cache folder.
-        threads: CPU threads, by default one for each CPU of this process's affinity, or fewer where a cgroup's quota
-            allows fewer. ONNX Runtime keeps one pool for the whole process: the first runtime decides its size.
+        threads: CPU threads, by default one for each CPU that this process's affinity and cgroup quota allow. With
+            "operators", ONNX Runtime has one pool for the whole process: the first runtime decides its size.
         provider: ONNX Runtime's execution provider, by default the CPU's; for OpenVINO the precision, "fp32" or "bf16".
         parallel: "operators" shares the threads inside every engine, for the lowest latency of one image;
             "samples" gives each thread an image, for the highest throughput of batches.
@@ -130,9 +130,8 @@ def load(
     Raises:
         BundleError: the bundle is missing, damaged or of another version.
         BackendError: the backend is unknown, not installed, or refuses an engine, or TensorRT engines are not trusted.
-        InputError: `threads` is not from 1 to 1024, `parallel` is unknown, a provider is given with "auto" or to a
-            backend that has no such, CUDA graphs are asked of one that makes none, or `budget` is beyond the bundle's
-            operating points.
+        InputError: `threads` is not from 1 to 1024, `parallel` is unknown, the backend has no such provider (or is
+            "auto") or no CUDA graphs, or `budget` is beyond the bundle's operating points.
 
     Example:
         >>> import adavit, numpy as np
@@ -209,14 +208,14 @@ def _policy(value: object) -> Policy:
 class Runtime:
     """A loaded bundle; every method may be called from many threads at once.
 
-    It runs in a forked child too, where no other thread ran it while the process forked. Pickled, it loads its bundle
-    again in the other process.
+    A forked child may use it, if no other thread was running it during the fork, and not on a GPU. A pickled runtime
+    loads its bundle again in the other process.
 
     Attributes:
         bundle: the bundle's description.
         backend: what runs its engines.
-        options: threads, what they share, and the provider, as asked for.
-        offsets: of the decision logits, where a request names no budget; may be replaced at any time.
+        options: what `load` was given: threads, provider, parallel and the like.
+        offsets: added to the decision logits of requests without a budget; may be replaced at any time.
         choice: why this backend, where it was chosen by "auto".
         dispatcher: runs the engines by a plan, which `adavit-run --tune` measures.
     """
@@ -287,7 +286,7 @@ class Runtime:
         Raises:
             InputError: images or policy do not fit the model, the budget is beyond the bundle's operating points,
                 or both a policy and a budget are given.
-            BackendError: an engine failed, or what it computed is not finite, or beyond what a layer norm bears.
+            BackendError: an engine failed, or computed values that are not finite or too large for a layer norm.
         """
         images = self._checked(images)
         if observe is not None and not callable(observe):
@@ -301,12 +300,11 @@ class Runtime:
         return Result(*ran, self.architecture, self.bundle.preprocessor)
 
     def specialise(self, policy: Policy) -> int:
-        """Makes engines of whole blocks for what some images used most.
+        """Makes engines of whole blocks for what some images used most, so that later images run faster.
 
-        In ONNX Runtime for sets of heads, whose weights are constants there; in OpenVINO for numbers of tokens and
-        heads. Later images that use the same run faster; results are the same to rounding. The engines of an earlier
-        call, or of a tuned plan, are replaced. It takes some milliseconds an engine and at most 192 MiB in ONNX
-        Runtime, 50 ms a size and about 240 MB in OpenVINO.
+        Results are the same to rounding. Engines of an earlier call, or of a tuned plan, are replaced. ONNX Runtime
+        gets one for each frequent set of heads: some milliseconds each, at most 192 MiB. OpenVINO gets one for each
+        frequent number of tokens and heads: 50 ms each, about 240 MB at most.
 
         Args:
             policy: of images like those to come, at the budget to come: some dozens or hundreds of them.
@@ -352,7 +350,13 @@ class Runtime:
         raise not_finite(f"the dense twin's logits of image {int(bad.argmax())} are")
 
     def preprocess(self, image: ImageLike) -> Float:
-        """A path, PIL image or array uint8 [H, W] or [H, W, 3] as the model wants it: float32 [3, S, S].
+        """Resizes, crops and normalises a picture as the model expects it.
+
+        Args:
+            image: a path, a PIL image, or an array uint8 [H, W] or [H, W, 3].
+
+        Returns:
+            float32 [3, S, S].
 
         Raises:
             InputError: it cannot be read as a picture.
@@ -365,9 +369,8 @@ class Runtime:
         """Labels and probabilities of pictures, in order.
 
         Args:
-            images: paths, PIL images or uint8 arrays [H, W] or [H, W, 3], or one alone. Any iterable does, and some
-                at a time are taken from it. One that cannot be read gets a Prediction with `error`; the others are
-                done.
+            images: an iterable of paths, PIL images or uint8 arrays [H, W] or [H, W, 3], or one alone. It is read
+                some images at a time. An image that cannot be read gets a Prediction with `error`.
             top: how many classes for each.
             budget: as of `run`.
 
@@ -427,7 +430,7 @@ class Runtime:
         """The Prediction of the image at `row` of a result, with its `top` classes.
 
         Raises:
-            InputError: the result is none of this model, has no such row or no finite logits there, or `top` is no
+            InputError: the result is of another model, has no such row, or no finite logits there, or `top` is no
                 whole number from 1 on.
         """
         if not isinstance(result, Result):
