@@ -3,18 +3,26 @@ unset PYTHONPATH
 work=$(mktemp -d)
 passed=0 failed=0
 
-# Makes what everything below needs: uv, which can resolve to the lowest versions, the wheel, built by the lowest version
-# of what builds it, and the list of interpreters.
+# Makes what everything below needs: uv, which can resolve to the lowest versions, the source distribution and the wheel
+# made from it, both by the lowest version of what builds them, and the list of interpreters.
 prepare() {
     python3.11 -m venv "$work/uv"
-    "$work/uv/bin/pip" install -q uv
+    "$work/uv/bin/pip" install -q build uv
     uv=$work/uv/bin/uv
     sed -n 's/^requires = \["\(setuptools\)>=\(.*\)"\]/\1~=\2.0/p' pyproject.toml > "$work/builder"
     [ -s "$work/builder" ] || { echo "pyproject.toml names no lowest setuptools" >&2; return 1; }
-    "$uv" build -q --wheel --python "$(type -P python3.11)" --build-constraints "$work/builder" --out-dir "$work/dist"
+    UV_CONSTRAINT=$work/builder "$work/uv/bin/python" -m build --installer uv --outdir "$work/dist" &> "$work/build.log" ||
+        { cat "$work/build.log" >&2; return 1; }
     wheel=$(ls "$work"/dist/*.whl)
     mapfile -t pythons < <(interpreters)
     oldest=${pythons[0]}
+}
+
+# The wheel holds the files of the package, all of them and no others.
+contents() {
+    diff <(find adavit -type f -not -path '*/__pycache__/*' | LC_ALL=C sort) \
+        <("$work/uv/bin/python" -c 'import sys, zipfile; print(*zipfile.ZipFile(sys.argv[1]).namelist(), sep="\n")' \
+            "$wheel" | grep -v '^adavit-[^/]*\.dist-info/' | LC_ALL=C sort)
 }
 
 # The paths of the interpreters from 3.11 to the newest, by name: on PATH, and in pyenv's versions, whose names on PATH

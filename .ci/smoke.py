@@ -1,19 +1,31 @@
 """Smoke tests of an installed adavit, as users run it: `python .ci/smoke.py PART ...`, with the Python it is in.
 
-Parts: lowest, run, openvino, export, int8, train, tensorrt-rtx. Ends with 1 at the first that fails, and says which.
+Parts: lowest, wheel, run, openvino, export, int8, train, tensorrt-rtx. All of them run in a temporary folder. Ends with
+1 at the first that fails, and says which.
 """
 
 import json
+import os
 import subprocess
 import sys
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import adavit as package
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-DEMO = REPOSITORY / "adavit/demo"
+DEMO = Path(package.__file__).resolve().parent / "demo"
 IMAGES = DEMO / "images"
+EMBEDDED = """
+import sys
+import adavit
+runtime = adavit.load(sys.argv[1])
+for prediction in runtime.predict(sys.argv[2:]):
+    print(prediction.top[0][0])
+"""
+"""A program that prints the labels of images."""
 
 
 def attempt(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -39,8 +51,8 @@ def expect(right: bool, what: str, report: object) -> None:
 
 
 def measured(*arguments: object, budget: float | None = 0.35) -> dict[str, Any]:
-    """Runs the demo's images, and checks what the report says."""
-    arguments = (*arguments, "--images", IMAGES, "--iterations", 3, "--warmup", 1, "--json", "-")
+    """Runs the demo's images, and checks what the report says. Without a bundle, these come with the demo's."""
+    arguments = (*arguments, "--iterations", 3, "--warmup", 1, "--json", "-")
     report = adavit("run", *arguments, *(() if budget is None else ("--budget", budget)))
     share = report["macs"]["executed_mean"] / report["macs"]["dense"]
     expect(report["accuracy"]["n"] == 20 and report["accuracy"]["top1"] >= 0.8, "the accuracy", report["accuracy"])
@@ -56,6 +68,23 @@ def lowest(_: Path) -> None:
         if ";" not in requirement:
             found = metadata.version(name)
             expect(f"{found}.".startswith(f"{floor}."), "the version", f"{name} {found}, not {floor}")
+
+
+def wheel(_: Path) -> None:
+    """What `pip install adavit[cpu]` brings: the package with its demo and licences, and neither torch nor onnx."""
+    expect(REPOSITORY not in DEMO.parents, "the place of the package", str(DEMO))
+    installed = metadata.distribution("adavit")
+    licences = installed.metadata.get_all("License-File") or []
+    held = [bool(installed.read_text(f"licenses/{licence}")) for licence in licences]
+    expect(len(held) == 3 and all(held), "the licences", licences)
+    extras = [name for name in ("torch", "onnx", "safetensors", "matplotlib") if util.find_spec(name)]
+    expect(not extras, "what is installed besides", extras)
+    done = attempt("run")
+    expect(done.returncode == 0 and "speedup" in done.stdout, "adavit-run", [done.stdout, done.stderr])
+    expect("left out" not in done.stderr, "the notes", done.stderr)
+    program = [sys.executable, "-c", EMBEDDED, DEMO / "bundle", *sorted((IMAGES / "trouser").glob("*.png"))]
+    done = subprocess.run(program, text=True, capture_output=True, check=False)
+    expect(done.stdout.split() == ["trouser", "trouser"], "an embedded run", [done.stdout, done.stderr])
 
 
 def run(_: Path) -> None:
@@ -74,7 +103,7 @@ def export(folder: Path) -> None:
     """The demo's checkpoint, verified against PyTorch, and the bundle run."""
     report = adavit("export", "demo", "--output", folder / "exported", "--json", "-")
     expect(report["verified"]["decisions"] > 0, "the verification", report)
-    measured(folder / "exported")
+    measured(folder / "exported", "--images", IMAGES)
 
 
 def int8(folder: Path) -> None:
@@ -83,7 +112,7 @@ def int8(folder: Path) -> None:
     report = adavit("export", DEMO / "checkpoint.safetensors", "--output", folder / "int8", *options)
     precisions = [engine["precision"] for engine in report["calibration"]["engines"].values()]
     expect(precisions.count("int8") >= 8, "the precision of the engines", report["calibration"])
-    measured(folder / "int8", budget=None)
+    measured(folder / "int8", "--images", IMAGES, budget=None)
 
 
 def train(folder: Path) -> None:
@@ -121,6 +150,7 @@ def tensorrt_rtx(folder: Path) -> None:
 
 PARTS = {
     "lowest": lowest,
+    "wheel": wheel,
     "run": run,
     "openvino": openvino,
     "export": export,
@@ -135,6 +165,7 @@ def main(parts: list[str]) -> None:
     if not parts or set(parts) - set(PARTS):
         raise SystemExit(f"name parts of {', '.join(PARTS)}")
     with TemporaryDirectory() as folder:
+        os.chdir(folder)
         for part in parts:
             PARTS[part](Path(folder))
 

@@ -173,10 +173,7 @@ def main() -> None:
         benchmark.of_demo()
     found = {"rows": benchmark.rows, "memory": benchmark.memory}
     (arguments.output / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    plot(
-        [row for row in benchmark.rows if row["policy"] == "own" and row["specialised"]],
-        arguments.output / "latency.png",
-    )
+    plot(benchmark.rows, arguments.output / "latency.png")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def test_without_arguments_the_demo_runs_on_its_own_images() -> None:
     assert (report["model"], report["images"], report["accuracy"]["n"]) == ("adavit-demo", 20, 20)
     assert report["accuracy"]["top1"] > 0.6
     assert report["macs"]["executed_mean"] < report["macs"]["dense"]
+    assert report["notes"] == []
 
 
 def test_an_export_of_the_demo_has_its_operating_points(tmp_path: Path) -> None:
