@@ -130,9 +130,15 @@ class Architecture:
         return 1e-5 if self.stem == "t2t" else 1e-6
 
     @property
+    def policies(self) -> tuple[str, ...]:
+        """What the model decides on: some of "tokens", "heads" and "sublayers"; nothing in a plain ViT."""
+        kinds = {"tokens": self.token_policy, "heads": self.head_policy, "sublayers": self.sublayer_policy}
+        return tuple(kind for kind, decides in kinds.items() if decides)
+
+    @property
     def adapts(self) -> bool:
         """Whether there is any policy."""
-        return self.token_policy or self.head_policy or self.sublayer_policy
+        return bool(self.policies)
 
     def adapts_heads(self, block: int) -> bool:
         """Whether `block` has a head policy."""

@@ -34,7 +34,12 @@ MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget"
 @click.command(cls=console.Command, name="adavit-export")
 @click.argument("source", metavar="CHECKPOINT|BUNDLE", type=PATH, required=False)
 @click.option("--output", "-o", type=PATH, help="Folder to write the bundle to.")
-@click.option("--with-dense/--no-dense", default=None, help="Add the dense twin, the baseline of every benchmark.")
+@click.option(
+    "--with-dense/--no-dense",
+    default=True,
+    show_default=True,
+    help="Bring the dense twin along, which adavit-run compares speed with; it is as large as the checkpoint.",
+)
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
 @click.option("--labels", type=PATH, help="Text file with one class name a line.")
 @click.option(

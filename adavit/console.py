@@ -228,8 +228,9 @@ def export_lines(report: dict[str, Any]) -> list[str]:
     if "engines" in report:
         lines.append(f"engines     {report['engines']}, {report['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
     if found := report.get("verified"):
+        decisions = f"{found['decisions']} decisions identical, " if found["decisions"] else ""
         lines.append(
-            f"verified    {found['images']} images: {found['decisions']} decisions identical, "
+            f"verified    {found['images']} images: {decisions}"
             f"largest logit difference {found['max_logit_difference']:.1e}"
         )
     if found := report.get("budgets"):
@@ -294,6 +295,8 @@ def run_lines(report: dict[str, Any]) -> list[str]:
     if found := report["budget"]:
         offsets = ", ".join(f"{kind} {_offset(value)}" for kind, value in found["offsets"].items())
         lines.append(f"budget      {found['macs']:.1%} of the dense MACs asked for; offsets of logits: {offsets}")
+    if not report["policies"]:
+        lines.append("policies    none: a dense model, which skips nothing; adavit-train adapt trains policies")
     if report["speedup"] is not None:
         lines.append(
             f"speedup     {report['speedup']:.2f}x of an ideal {report['ideal_speedup']:.2f}x: "
@@ -326,7 +329,7 @@ def _profile_lines(profile: dict[str, Any]) -> list[str]:
 
 def _latency_lines(report: dict[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]] = [("latency, ms", "p50", "p90", "p95", "p99", "mean", "images/s")]
-    for name, part in (("adaptive", report), ("dense twin", report["dense"])):
+    for name, part in (("adaptive" if report["policies"] else "dense", report), ("dense twin", report["dense"])):
         if part:
             values = [f"{part['latency_ms'][key]:.2f}" for key in ("p50", "p90", "p95", "p99", "mean")]
             rows.append((name, *values, f"{part['throughput']:.1f}"))

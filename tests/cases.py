@@ -48,6 +48,9 @@ def tiny(**changes: Any) -> Architecture:
     return Architecture(**{**values, **changes})
 
 
+DENSE = tiny(width=64, heads=1, token_policy=False, head_policy=False, sublayer_policy=False)
+"""A plain ViT: it has no policies."""
+
 WIDE = tiny(image_size=48, patch_size=4, width=96, heads=6)
 """Tokens enough that every engine of a block has counts at which it is the faster one."""
 

@@ -7,7 +7,7 @@ import numpy as np
 import openvino
 import pytest
 import torch
-from cases import GOLDEN, GOLDEN_FILES, WIDE, export, picture, random_model, save, tiny
+from cases import DENSE, GOLDEN, GOLDEN_FILES, WIDE, export, picture, random_model, save, tiny
 from openvino import opset13
 
 import adavit
@@ -103,6 +103,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("wide")
     source = save(random_model(WIDE), folder / "wide.safetensors")
     return export(source, folder, with_dense=True), source
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The bundle of a model without policies, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("plain")
+    source = save(random_model(DENSE), folder / "vit.safetensors")
+    return export(source, folder), source
 
 
 @pytest.fixture

@@ -54,9 +54,10 @@ def calibrate_bundle(
         `config.json`'s content, and the report of the calibration.
 
     Raises:
-        InputError: the images or the cache are not usable.
+        InputError: the images or the cache are not usable, or the model has no policies.
     """
     runtime = load(source, "onnxruntime", threads)
+    runtime.adaptive_dispatcher("calibrate")
     bundle = runtime.bundle
     cache = options.calibration_cache or cache
     notes: list[str] = []

@@ -85,7 +85,8 @@ class Recorder:
 
     def __post_init__(self) -> None:
         depth = self.runtime.architecture.depth
-        self.runtime.dispatcher.specialise(())  # engines of whole blocks show nothing between their sub-layers
+        dispatcher = self.runtime.adaptive_dispatcher("calibrate")
+        dispatcher.specialise(())  # engines of whole blocks show nothing between their sub-layers
         names = [f"blocks.{block}.{kind}" for block in range(depth) for kind in ("attention", "mlp")]
         self.reservoirs = {name: Reservoir(self.capacity, self.seed, name) for name in (*names, "dense")}
         self.tokens, self.heads = [Counter() for _ in range(depth)], [Counter() for _ in range(depth)]

@@ -43,7 +43,7 @@ DEMO = demo_bundle().parent
 class ExportOptions:
     """What `adavit-export` is asked for; see its --help. None leaves a choice to the checkpoint."""
 
-    with_dense: bool | None = None
+    with_dense: bool = True
     opset: int = 20
     labels: Path | None = None
     image_size: int | None = None
@@ -82,10 +82,11 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     if demo:
         source = DEMO / "checkpoint.safetensors"
     model = load_checkpoint(source, options.heads)
+    if not model.arch.adapts:
+        _check_dense_alone(source, options)
     if options.image_size is not None:
         model = resize(model, options.image_size)
     labels = _labels(options.labels or (DEMO / "labels.txt" if demo else None), source, model.arch.classes)
-    with_dense = demo if options.with_dense is None else options.with_dense
     about: dict[str, Any] = {
         "name": "adavit-demo" if demo else source.stem,
         "opset": options.opset,
@@ -100,8 +101,8 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         exported.mkdir(exist_ok=True)
         config = write_bundle(
             exported,
-            make_engines(model.arch, Weights.of(model), options.opset, with_dense),
-            engine_count(model.arch, with_dense),
+            make_engines(model.arch, Weights.of(model), options.opset, options.with_dense),
+            engine_count(model.arch, options.with_dense),
             model.arch,
             labels,
             _preprocessor(source, model, options.crop_ratio),
@@ -131,6 +132,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "verified": verified,
         "budgets": budgets,
         "engine_sets": engine_sets,
+        "notes": [] if model.arch.adapts else [_without_policies(source)],
         "seconds": time.perf_counter() - start,
     }
 
@@ -150,6 +152,27 @@ def check_bundle(
         raise VerificationError(f"{bundle} and {checkpoint} are of different architectures: {differing}")
     verified = verify(model, runtime, progress)
     return {"bundle": str(bundle), "verified": verified, "seconds": time.perf_counter() - start}
+
+
+def _check_dense_alone(source: Path, options: ExportOptions) -> None:
+    """Raises OptionError where an option makes no sense for a model without policies."""
+    precision = options.calibration.precision
+    if not options.with_dense:
+        raise OptionError(f"{source} has no policies: its bundle is its dense graph alone; leave out --no-dense")
+    if precision != "fp32":
+        raise OptionError(
+            f"{source} has no policies: only what policies dispatch is calibrated; leave out --precision {precision}, "
+            "and quantise the bundle's onnx/dense.onnx with another tool"
+        )
+    if options.budgets.budgets:
+        raise OptionError(f"{source} has no policies, and so takes the same MACs at any budget; leave out --budgets")
+
+
+def _without_policies(source: Path) -> str:
+    return (
+        f"{source} has no policies, so there is nothing to skip: the bundle is its dense graph alone. To train "
+        f"policies: adavit-train adapt --from {source} --data ... --output ... (docs/training.md)"
+    )
 
 
 def _check_output(output: Path, force: bool) -> None:

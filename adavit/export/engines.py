@@ -21,18 +21,30 @@ __all__ = ["engine_count", "make_engines"]
 def make_engines(
     arch: Architecture, weights: Weights, opset: int, with_dense: bool
 ) -> Iterator[tuple[str, onnx.ModelProto]]:
-    """Yields (name, model) of every engine that the model's policies can need."""
+    """Yields (name, model) of every engine that the model's policies can need.
+
+    A model without policies needs its dense graph alone.
+    """
     for graph in _graphs(arch, weights, opset, with_dense):
         yield graph.name, graph.build()
 
 
 def engine_count(arch: Architecture, with_dense: bool) -> int:
     """How many engines `make_engines` yields."""
+    if not arch.adapts:
+        return 1
     by_block = sum(4 + 4 * arch.adapts_heads(block) + len(set_kinds(arch, block)) for block in range(arch.depth))
     return 4 + by_block + 2 * arch.head_policy + with_dense
 
 
 def _graphs(arch: Architecture, weights: Weights, opset: int, with_dense: bool) -> Iterator[Graph]:
+    if arch.adapts:
+        yield from _adaptive(arch, weights, opset)
+    if with_dense or not arch.adapts:
+        yield _dense(arch, weights, opset)
+
+
+def _adaptive(arch: Architecture, weights: Weights, opset: int) -> Iterator[Graph]:
     yield _stem(arch, weights, opset)
     yield sets.stem_graph(arch, weights, opset)
     for block in range(arch.depth):
@@ -49,8 +61,6 @@ def _graphs(arch: Architecture, weights: Weights, opset: int, with_dense: bool) 
         yield blocks.empty_graph(arch, weights, opset)
     yield _head(arch, weights, opset)
     yield from row_graphs(arch, opset)
-    if with_dense:
-        yield _dense(arch, weights, opset)
 
 
 def _images(graph: Graph, arch: Architecture) -> str:
@@ -70,7 +80,7 @@ def _head(arch: Architecture, weights: Weights, opset: int) -> Graph:
 
 
 def _dense(arch: Architecture, weights: Weights, opset: int) -> Graph:
-    """The dense twin: images [B, 3, S, S] -> logits [B, C], every policy on, in one graph."""
+    """The dense model: images [B, 3, S, S] -> logits [B, C], every policy on, in one graph."""
     graph = Graph("dense", opset)
     x = add_stem(graph, arch, weights, _images(graph, arch))
     for block in range(arch.depth):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -102,12 +103,16 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
     Policies that keep every head, one, and none are replayed too, so that no engine goes unseen for want of an
     image that needs it; those of few heads also with engines for their sets of heads, where the backend makes them.
 
+    Of a model without policies, the logits of the dense graph are compared.
+
     Returns:
         How many images and decisions were compared, and the largest logit difference.
 
     Raises:
         VerificationError: they differ; the message names the first block and engine that do.
     """
+    if not model.arch.adapts:
+        return _verify_dense(model, runtime, progress)
     chosen = _samples(model, progress)
     replayed = [reference(model, chosen[0].image, policy) for policy in _replayed_policies(model.arch)]
     runs = [(wanted, None) for wanted in chosen] + [(wanted, wanted.policy) for wanted in replayed]
@@ -136,13 +141,31 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
     return result
 
 
-def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Reference]:
-    side, chosen = model.arch.image_size, []
+def _verify_dense(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], None]) -> dict[str, Any]:
+    """Runs random images through a model without policies and its dense graph, at once and one by one."""
+    images = np.stack(list(islice(_drawn(model.arch.image_size), IMAGES)))
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(images), decide=None).logits.numpy()
+    worst = _difference("dense", runtime.run(images).logits, wanted)
+    for done, image in enumerate(images):
+        worst = max(worst, _difference("dense", runtime.run(image[None]).logits, wanted[done : done + 1]))
+        progress("verifying", (done + 1) / IMAGES)
+    return {"images": IMAGES, "decisions": 0, "max_logit_difference": worst}
+
+
+def _drawn(side: int) -> Iterator[Float]:
+    """`DRAWS` random images [3, S, S], every second one half white."""
     source = np.random.default_rng(0)
     for draw in range(DRAWS):
         image = source.standard_normal((3, side, side), dtype=np.float32)
         if draw % 2:
             image[:, :, : side // 2] = WHITE
+        yield image
+
+
+def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Reference]:
+    chosen: list[Reference] = []
+    for draw, image in enumerate(_drawn(model.arch.image_size)):
         found = reference(model, image)
         if found.clear.all():
             chosen.append(found)
@@ -183,6 +206,7 @@ def _decisions(model: AdaViT, policy: Policy) -> int:
 
 def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> float:
     """Compares one image engine by engine, in the order they ran; returns the largest logit difference."""
+    dispatcher = runtime.adaptive_dispatcher("compare")
     seen: list[tuple[str, npt.NDArray[Any]]] = []
     failure: BackendError | None = None
     try:
@@ -193,7 +217,7 @@ def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> floa
     for engine, found in seen:
         if engine.startswith(DECISIONS):
             block = engine.removeprefix(DECISIONS)
-            alone = "decide_set" if runtime.dispatcher.specialised.sets else "decide"
+            alone = "decide_set" if dispatcher.specialised.sets else "decide"
             by = before if before.endswith("_set") and _block(before) == int(block) - 1 else f"blocks.{block}.{alone}"
             _same_decisions(by, runtime.architecture, found, wanted, int(block))
             continue
@@ -211,15 +235,15 @@ def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> floa
 
 def _compare_sets(wanted: Reference, runtime: Runtime, replay: Policy | None, sets: tuple[HeadSet, ...]) -> float:
     """Compares an image once more, with engines for some sets of heads."""
-    specialised = runtime.dispatcher.specialised
-    if not specialised.able:
+    dispatcher = runtime.adaptive_dispatcher("compare")
+    if not dispatcher.specialises:
         return 0.0
-    before = specialised.sets
-    runtime.dispatcher.specialise(sets)
+    before = dispatcher.specialised.sets
+    dispatcher.specialise(sets)
     try:
         return _compare(wanted, runtime, replay)
     finally:
-        runtime.dispatcher.specialise(before)
+        dispatcher.specialise(before)
 
 
 def _same_decisions(engine: str, arch: Architecture, found: Bool, wanted: Reference, block: int) -> None:

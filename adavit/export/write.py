@@ -23,6 +23,18 @@ __all__ = ["write_bundle"]
 
 _TYPE_NAMES: dict[int, str] = {number: name for name, number in TYPES.items()}
 _PACKAGES = ("torch", "onnx", "numpy")
+_ADAPTIVE = (
+    "image-classification, vision-transformer, adaptive-computation, onnx",
+    "An adaptive vision transformer ([AdaViT](https://arxiv.org/abs/2111.15668)) as engines that are dispatched per\n"
+    "image: what its policies drop is not computed.",
+    "measures it against its dense twin",
+)
+_DENSE = (
+    "image-classification, vision-transformer, onnx",
+    "A vision transformer as one ONNX graph. It has no policies, and computes everything for every image.",
+    "measures it",
+)
+"""Tags of the model card, what it says the model is, and what the command does."""
 
 
 def write_bundle(
@@ -102,14 +114,14 @@ def _card(config: dict[str, Any], labels: Sequence[str]) -> str:
     arch = config["architecture"]
     size = sum(engine["bytes"] for engine in config["engines"].values())
     policies = [kind for kind in ("token", "head", "sublayer") if arch[f"{kind}_policy"]]
+    tags, model, measures = _ADAPTIVE if policies else _DENSE
     return f"""---
 library_name: adavit
-tags: [image-classification, vision-transformer, adaptive-computation, onnx]
+tags: [{tags}]
 ---
 # {config["name"]}
 
-An adaptive vision transformer ([AdaViT](https://arxiv.org/abs/2111.15668)) as engines that are dispatched per
-image: what its policies drop is not computed. Exported by adavit {config["made_by"]["adavit"]} from
+{model} Exported by adavit {config["made_by"]["adavit"]} from
 `{config["checkpoint"]["file"]}` (SHA-256 `{config["checkpoint"]["sha256"]}`).
 
 | | |
@@ -128,5 +140,5 @@ runtime = adavit.load("this/folder")
 print(runtime.predict(["image.jpg"], top=5))
 ```
 
-`adavit-run this/folder --images photos/` measures it against its dense twin.
+`adavit-run this/folder --images photos/` {measures}.
 """

@@ -20,6 +20,7 @@ from torch import Tensor
 from adavit.errors import CheckpointError, one_line, shown
 from adavit.files import write_beside
 from adavit.model.adavit import AdaViT
+from adavit.model.foreign import refuse_foreign, refuse_lacking
 from adavit.model.infer import infer_architecture
 from adavit.model.names import find_weights, own_names
 from adavit.reading import open_regular, path_of
@@ -72,6 +73,7 @@ def load_checkpoint(path: str | Path, heads: int | None = None) -> AdaViT:
     path = path_of(path, "checkpoint")
     state, prefix, noted = read_weights(path)
     try:
+        refuse_lacking(state)
         arch = infer_architecture(state, heads if heads is not None else noted)
         with torch.device("meta"):
             model = AdaViT(arch)
@@ -223,6 +225,7 @@ def normalise_state(content: Any) -> tuple[State, str]:
         raise CheckpointError(f"holds a {type(content).__name__}, not weights; save a state dict")
     held = find_weights(content)
     names, prefix = own_names(held)
+    refuse_foreign(prefix + name for _, name in names)
     result: State = {}
     for key, name in names:
         value = held[key]

@@ -144,6 +144,7 @@ def summarise(
         "latency_ms": adaptive,
         "throughput": 1e3 * plan.batch / adaptive["mean"],
         "device": {kind: float(np.median(values)) for kind, values in measured.device_ms.items()} or None,
+        "policies": list(runtime.architecture.policies),
         "macs": {"executed_mean": executed, "dense": dense},
         "usage": usage,
         "ideal_speedup": dense / executed,

@@ -172,6 +172,11 @@ class Bundle:
         """The model's name, for people."""
         return str(self.config.get("name") or self.path.resolve().name)
 
+    @property
+    def has_twin(self) -> bool:
+        """Whether there is a dense twin to compare with; a model without policies is its own."""
+        return self.architecture.adapts and "dense" in self.engines
+
     def read(self, name: str) -> bytes:
         """The bytes of an engine, hashed before they are returned.
 
@@ -183,7 +188,7 @@ class Bundle:
     def engine(self, name: str) -> EngineSpec:
         """The description of an engine; raises BundleError where there is no such engine."""
         if name not in self.engines:
-            hint = "; export with --with-dense" if name == "dense" else "; export again"
+            hint = "; export again" + (", without --no-dense" if name == "dense" else "")
             raise BundleError(f"{self.path}: has no engine {name!r}{hint}")
         return self.engines[name]
 

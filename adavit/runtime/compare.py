@@ -39,6 +39,7 @@ class Watched:
     """
 
     def __init__(self, runtime: Runtime) -> None:
+        runtime.adaptive_dispatcher("compare")
         self.runtime = runtime
         specs, backend = runtime.bundle.engines, runtime.backend
         names = [f"blocks.{block}.decide" for block in range(runtime.architecture.depth)]
@@ -90,7 +91,7 @@ class Parity:
         second: what is compared with it.
 
     Raises:
-        InputError: the two are not of one model.
+        InputError: the two are not of one model, or it has no policies.
     """
 
     def __init__(self, first: Runtime, second: Runtime) -> None:

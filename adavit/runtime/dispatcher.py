@@ -40,7 +40,7 @@ from adavit.runtime.engines import Engines
 from adavit.runtime.finite import check_image, not_finite
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.heads import HeadWeights
-from adavit.runtime.plan import EnginePlan, HeadSet, sublayers_run
+from adavit.runtime.plan import EnginePlan, HeadSet, sizes_of, sublayers_run
 from adavit.runtime.policy import Policy
 from adavit.runtime.specialise import DECIDING, STEM, Specialised
 from adavit.runtime.state import Scratch, State, Thresholds
@@ -159,6 +159,18 @@ class Dispatcher:
         idle, self._states = self._states, []
         while state := taken(idle.pop):
             self.give_state(state)
+
+    @property
+    def specialises(self) -> bool:
+        """Whether `specialise_for` can make engines."""
+        return self.specialised.able
+
+    def specialise_for(self, policy: Policy) -> int:
+        """Makes engines for what some images kept most often; returns how many there are, 0 where it cannot."""
+        if not self.specialises:
+            return 0
+        self.specialise(self.specialised.choose(policy), sizes_of(policy))
+        return self.own_engines
 
     @property
     def own_engines(self) -> int:

@@ -102,9 +102,13 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         raise OptionError("--draw draws images, and random input has none; give --images too")
     runtime = _load(folder, options)
     profiles = options.profile is not None
-    if (options.dense or profiles) and "dense" not in runtime.bundle.engines:
-        without = "--profile" if profiles else "--dense"
-        raise InputError(f"{folder}: exported without its dense twin; export with --with-dense or leave out {without}")
+    if options.dense or profiles:
+        runtime.adaptive_dispatcher("profile" if profiles else "compare with a dense twin")
+        if not runtime.bundle.has_twin:
+            without = "--profile" if profiles else "--dense"
+            raise InputError(
+                f"{folder}: exported without its dense twin; export with --with-dense or leave out {without}"
+            )
     replayed = Policy.load(options.replay_policy) if options.replay_policy else None
     notes: list[str] = []
     files = find_images(given, runtime.labels, options.labels_by_order, notes.append)
@@ -131,7 +135,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         options.iterations,
         options.seconds or 3.0,
         options.warmup,
-        "dense" in runtime.bundle.engines if options.dense is None else options.dense,
+        runtime.bundle.has_twin if options.dense is None else options.dense,
     )
     # Shuffled, since labelled sets come sorted by class, and a measurement may not reach the last image.
     order = np.random.default_rng(0).permutation(len(seen.held))
@@ -169,6 +173,7 @@ def tune_bundle(path: Path | None, options: RunOptions, progress: Progress) -> d
         AdaViTError: the bundle, the backend or the images are not usable.
     """
     runtime = _load(path or demo_bundle(), options)
+    runtime.adaptive_dispatcher("tune")
     notes: list[str] = []
     files = find_calibration_images(options.images, runtime.labels, note=notes.append)
     seen = _evaluate(runtime, files, options, None, progress)
@@ -178,7 +183,7 @@ def tune_bundle(path: Path | None, options: RunOptions, progress: Progress) -> d
 
 def _specialise(runtime: Runtime, used: Policy | None, batch: int) -> int:
     """Makes engines for what some images used, by default further random ones; returns how many."""
-    if not runtime.dispatcher.specialised.able:
+    if not runtime.dispatcher.specialises:
         return 0
     if used is not None:
         used = used[:: math.ceil(len(used) / SPECIALISING_IMAGES)]

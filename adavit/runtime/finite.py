@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from adavit.errors import BackendError
 
-__all__ = ["LARGEST", "NotFiniteError", "check_image", "not_finite"]
+__all__ = ["LARGEST", "NotFiniteError", "check_image", "check_logits", "not_finite"]
 
 LARGEST = 1e17
 """Of a token's values: of larger ones, the sum of squares that a layer norm takes overflows float32."""
@@ -35,6 +35,16 @@ def check_image(position: int, logits: npt.NDArray[Any], tokens: npt.NDArray[Any
         raise not_finite(f"the tokens of image {position} are")
     if not np.isfinite(logits).all():
         raise not_finite(f"the logits of image {position} are")
+
+
+def check_logits(logits: npt.NDArray[Any], whose: str, first: int = 0) -> None:
+    """Checks the logits [B, C] of images, the first of which has the number `first`.
+
+    Raises:
+        NotFiniteError: an image's logits are not finite; the message names the image.
+    """
+    if (bad := ~np.isfinite(logits).all(1)).any():
+        raise not_finite(f"{whose} of image {first + int(bad.argmax())} are")
 
 
 def not_finite(what: str) -> NotFiniteError:

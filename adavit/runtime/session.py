@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,18 +18,18 @@ from adavit.architecture import Architecture
 from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
 from adavit.macs import image_macs
 from adavit.reading import path_of
-from adavit.runtime.backend import Backend, Engine, Options, create_backend
+from adavit.runtime.backend import Backend, Options, create_backend
 from adavit.runtime.budget import TRAINED, Budgets, Offsets, resolve
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.choose import Choice, choose
 from adavit.runtime.cpus import usable_cpus
+from adavit.runtime.dense import DenseDispatcher, DenseGraph, no_policies
 from adavit.runtime.dispatcher import SIDE_BY_SIDE, Dispatcher, Observer
-from adavit.runtime.finite import not_finite
+from adavit.runtime.finite import check_logits
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.given import pictures_of, whole
 from adavit.runtime.images import ImageLike, Preprocessor
 from adavit.runtime.kept_plan import recalled_plan
-from adavit.runtime.plan import sizes_of
 from adavit.runtime.policy import Policy
 from adavit.runtime.replaced import again_if_replaced
 
@@ -217,7 +216,8 @@ class Runtime:
         options: what `load` was given: threads, provider, parallel and the like.
         offsets: added to the decision logits of requests without a budget; may be replaced at any time.
         choice: why this backend, where it was chosen by "auto".
-        dispatcher: runs the engines by a plan, which `adavit-run --tune` measures.
+        dispatcher: runs the engines by a plan, which `adavit-run --tune` measures; a model without policies has a
+            `DenseDispatcher`, which runs its dense graph.
     """
 
     def __init__(
@@ -233,19 +233,24 @@ class Runtime:
         self.options = options
         self.offsets = offsets
         self.choice = choice
-        plan = recalled_plan(bundle, options, backend)
-        self.dispatcher = Dispatcher(bundle, backend, options.workers, plan)
-        if plan.sets or plan.sizes:
-            self.dispatcher.specialise(plan.sets, plan.sizes)
-        self._dense: Engine | None = None
-        self._dense_lock = threading.Lock()
+        self._dense = DenseGraph(bundle, backend)
+        self.dispatcher: Dispatcher | DenseDispatcher = (
+            self._adaptive() if bundle.architecture.adapts else DenseDispatcher(bundle, self._dense)
+        )
         self._forked = False
         renew_in_fork(self)
 
     def after_fork(self) -> None:
-        """Makes a forked child's lock; the child's own threads and engines run on what was loaded before."""
-        self._dense_lock = threading.Lock()
+        """Notes that this is a forked child; its own threads and engines run on what was loaded before."""
         self._forked = True
+
+    def _adaptive(self) -> Dispatcher:
+        """The dispatcher of a model with policies, with the plan that was tuned on this machine."""
+        plan = recalled_plan(self.bundle, self.options, self.backend)
+        dispatcher = Dispatcher(self.bundle, self.backend, self.options.workers, plan)
+        if plan.sets or plan.sizes:
+            dispatcher.specialise(plan.sets, plan.sizes)
+        return dispatcher
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process, the bundle is loaded again, and run as here."""
@@ -283,6 +288,8 @@ class Runtime:
             budget: mean share of the dense MACs to run at, of this request alone, or offsets of the decision
                 logits; by default what `load` was given.
 
+        A model without policies computes everything: its policy keeps all, and there is nothing to budget.
+
         Raises:
             InputError: images or policy do not fit the model, the budget is beyond the bundle's operating points,
                 or both a policy and a budget are given.
@@ -310,18 +317,28 @@ class Runtime:
             policy: of images like those to come, at the budget to come: some dozens or hundreds of them.
 
         Returns:
-            How many engines there are: 0 where the bundle is not in fp32, or the backend not on a CPU.
+            How many engines there are: 0 where the bundle is not in fp32, the backend not on a CPU, or the model
+            without policies.
 
         Raises:
             InputError: the policy is not of this model, or of no image.
             BundleError: the bundle was exported before there were such engines.
         """
         _policy(policy).check(self.architecture, len(policy))
-        specialised = self.dispatcher.specialised
-        if not specialised.able:
-            return 0
-        self.dispatcher.specialise(specialised.choose(policy), sizes_of(policy))
-        return self.dispatcher.own_engines
+        return self.dispatcher.specialise_for(policy)
+
+    def adaptive_dispatcher(self, purpose: str) -> Dispatcher:
+        """The dispatcher, for work that needs policies.
+
+        Args:
+            purpose: what is to be done, such as "tune"; for the message.
+
+        Raises:
+            InputError: the model has no policies.
+        """
+        if isinstance(self.dispatcher, Dispatcher):
+            return self.dispatcher
+        raise no_policies(self.bundle.path, purpose)
 
     def run_dense(self, images: Float) -> Float:
         """Runs the dense twin: the same weights with every policy on, as one graph.
@@ -337,17 +354,10 @@ class Runtime:
             InputError: images of another shape or type, or with values that are not finite or beyond 1e15.
             BackendError: the twin failed, or made logits that are not finite.
         """
-        if self._dense is None:
-            with self._dense_lock:
-                if self._dense is None:
-                    self._dense = self.backend.load("dense", alone=True)
-        images = self._checked(images)
-        logits = self.backend.buffer((len(images), self.architecture.classes))
-        self._dense.run([images], [logits.rows(len(images))])
-        found: Float = self.backend.fetch(logits)[0]
-        if not (bad := ~np.isfinite(found).all(1)).any():
-            return found
-        raise not_finite(f"the dense twin's logits of image {int(bad.argmax())} are")
+        self._dense.load()
+        logits = self._dense.run(self._checked(images))
+        check_logits(logits, "the dense twin's logits")
+        return logits
 
     def preprocess(self, image: ImageLike) -> Float:
         """Resizes, crops and normalises a picture as the model expects it.

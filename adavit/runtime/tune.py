@@ -38,9 +38,10 @@ def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> di
         The numbers under the keys of `adavit-run --tune --json`.
 
     Raises:
-        InputError: the model decides on no heads, and the backend runs sub-layers, so that there is nothing to plan.
+        InputError: the model has no policies, or decides on no heads where the backend runs sub-layers, so that there
+            is nothing to plan.
     """
-    arch, dispatcher = runtime.architecture, runtime.dispatcher
+    arch, dispatcher = runtime.architecture, runtime.adaptive_dispatcher("tune")
     specialised = dispatcher.specialised
     dispatcher.specialise(())
     staircase: BlockStaircase | Staircase

@@ -63,10 +63,12 @@ def profile(
 
     Raises:
         BundleError: the bundle was exported without its dense twin, whose speed is the ideal.
+        InputError: the model has no policies.
     """
+    tuned = runtime.adaptive_dispatcher("profile")
     profiler = Profiler(runtime.bundle, runtime.backend)
     timed = Runtime(runtime.bundle, profiler, runtime.options, runtime.offsets)
-    timed.dispatcher.specialise(runtime.dispatcher.specialised.sets, runtime.dispatcher.sizes)
+    timed.adaptive_dispatcher("profile").specialise(tuned.specialised.sets, tuned.sizes)
     timed.run_dense(images[: plan.batch])
     feed = batches(images, plan.batch, policy)
     for _ in range(max(plan.warmup, -(-len(images) // plan.batch))):  # every set of heads has been seen once

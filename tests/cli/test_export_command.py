@@ -30,7 +30,8 @@ def test_export_and_check(checkpoint: Path, tmp_path: Path) -> None:
     expected = {
         "bundle", "engines", "bytes", "opset", "architecture", "macs", "verified", "budgets", "engine_sets", "seconds",
     }  # fmt: skip
-    assert set(values) == expected | {"precision", "calibration"}
+    assert set(values) == expected | {"precision", "calibration", "notes"}
+    assert values["notes"] == []
     assert values["architecture"] == tiny().to_dict()
     done = invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1, "--json", "-")
     assert (done.exit_code, done.stderr) == (0, "")
@@ -64,7 +65,7 @@ def test_an_existing_bundle_needs_force(checkpoint: Path, bundle: Path) -> None:
     message = refusal(invoke(export, checkpoint, "-o", bundle))
     assert message == f"adavit-export: error: {bundle}: already there; add --force to replace it\n"
     assert "dense" in read_config(bundle)["engines"]
-    assert invoke(export, checkpoint, "-o", bundle, "--force", "--threads", 1).exit_code == 0
+    assert invoke(export, checkpoint, "-o", bundle, "--force", "--threads", 1, "--no-dense").exit_code == 0
     assert "dense" not in read_config(bundle)["engines"]
 
 

@@ -70,9 +70,9 @@ def test_the_operator_set_can_be_chosen(opset: int, checkpoint: Path, tmp_path: 
     np.testing.assert_allclose(other.run_dense(images), runtime.run_dense(images), atol=1e-5)
 
 
-def test_the_dense_twin_is_there_when_asked_for(checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    assert "dense" in read_config(tiny_bundle)["engines"]
-    assert "dense" not in read_config(export(checkpoint, tmp_path))["engines"]
+def test_the_dense_twin_is_there_unless_it_is_left_out(checkpoint: Path, tmp_path: Path) -> None:
+    assert "dense" in read_config(export(checkpoint, tmp_path))["engines"]
+    assert "dense" not in read_config(export(checkpoint, tmp_path, with_dense=False, force=True))["engines"]
 
 
 def test_labels_are_numbers_unless_given(checkpoint: Path, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_bundle_without_its_dense_twin(bundle: Path) -> None:
     config = read_config(bundle)
     del config["engines"]["dense"]
     write_config(bundle, config)
-    assert "has no engine 'dense'; export with --with-dense" in fault(bundle)
+    assert "has no engine 'dense'; export again, without --no-dense" in fault(bundle)
 
 
 def changed(config: Any, path: str, value: Any) -> None:

@@ -12,7 +12,7 @@ from time import monotonic, sleep
 
 import numpy as np
 import pytest
-from cases import random_images, read_config, tiny, write_config
+from cases import DENSE, random_images, read_config, tiny, write_config
 
 import adavit
 
@@ -42,6 +42,22 @@ def in_a_fork(work: Callable[[], bytes], tmp_path: Path) -> bytes:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     pytest.fail("the child waits for ever")
+
+
+@forks
+@both_backends
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_model_without_policies_survives_a_fork(
+    backend: str, ran: bool, plain: tuple[Path, Path], tmp_path: Path
+) -> None:
+    runtime, images = adavit.load(plain[0], backend, threads=2), random_images(DENSE, 3)
+
+    def work() -> bytes:
+        return runtime.run(images).logits.tobytes() + runtime.run_dense(images).tobytes()
+
+    before = work() if ran else None
+    found = np.frombuffer(in_a_fork(work, tmp_path), np.float32)
+    np.testing.assert_allclose(found, np.frombuffer(before or work(), np.float32), atol=1e-5)
 
 
 @forks

@@ -79,7 +79,6 @@ ARCHITECTURES = {
     "no heads": tiny(head_policy=False),
     "no sub-layers": tiny(sublayer_policy=False, keep=0),
     "tokens alone": tiny(head_policy=False, sublayer_policy=False),
-    "nothing": tiny(token_policy=False, head_policy=False, sublayer_policy=False),
 }
 
 

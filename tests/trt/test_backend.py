@@ -2,12 +2,13 @@
 
 import gc
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import assert_same_policy, invoke, random_images, random_policy, read_config, refusal, write_config
+from cases import DENSE, assert_same_policy, invoke, random_images, random_policy, read_config, refusal, write_config
 from double import CAPABILITY, VERSION, Gpu, add_double_engines, cuda_double
 
 import adavit
@@ -39,6 +40,16 @@ def test_the_same_results_as_in_onnx_runtime(
         if launched == 3:
             break
     assert bool(launched) == graphs
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_model_without_policies(plain: tuple[Path, Path], tmp_path: Path, gpu: Gpu, graphs: bool) -> None:
+    bundle = add_double_engines(shutil.copytree(plain[0], tmp_path / "plain"), max_batch=16)
+    on_gpu, images = adavit.load(bundle, **TENSORRT, cuda_graphs=graphs), random_images(DENSE, 20)
+    for _ in range(4):
+        found = on_gpu.run(images)  # more than the engine takes at once
+        np.testing.assert_allclose(found.logits, adavit.load(bundle, threads=1).run(images).logits, atol=1e-4)
+    assert found.policy.usage()["tokens"] == 1
 
 
 def test_any_policy_is_replayed(built: Path, runtime: Runtime, gpu: Gpu) -> None:

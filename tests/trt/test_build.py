@@ -84,7 +84,10 @@ def assert_complete(bundle: Path, report: dict[str, Any]) -> dict[str, Any]:
             for least, tuned, most in profile.values():
                 assert all(a <= b <= c for a, b, c in zip(least, tuned, most, strict=True))
     assert built_here(built.fingerprint)
-    assert json.loads((bundle / built.engines["stem"].file).with_name("report.json").read_text()).keys() == made.keys()
+    assert (
+        json.loads((bundle / next(iter(built.engines.values())).file).with_name("report.json").read_text()).keys()
+        == made.keys()
+    )
     return made["engines"]
 
 
@@ -154,6 +157,11 @@ def test_engines_are_built_with_the_export(checkpoint: Path, tmp_path: Path) -> 
     exported = {name for name in read_config(bundle)["engines"] if not name.endswith("_set")}
     assert set(engine_sets(Bundle.open(bundle))[0].engines) == exported
     assert "built       tensorrt-rtx-" in done.stdout
+
+
+def test_a_model_without_policies_has_one_engine_to_build(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle = shutil.copytree(plain[0], tmp_path / "plain")
+    assert set(assert_complete(bundle, add_engines(bundle, RTX, quiet))) == {"dense"}
 
 
 def test_sets_lie_side_by_side_and_one_of_the_same_key_is_replaced(bundle: Path) -> None:

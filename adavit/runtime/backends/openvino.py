@@ -86,7 +86,7 @@ class OpenVinoBackend(HostMoves):
             raise BackendError("this CPU does not compute in bf16 (AMX, AVX512-BF16); choose fp32")
         self._blocks: Blocks | None = None
         self._making: dict[str, Future[OpenVinoEngine]] = {}
-        if bundle.config.get("precision") == "fp32":
+        if bundle.config.get("precision") == "fp32" and bundle.architecture.adapts:
             self._blocks = Blocks(bundle, self._compile, self._precision == "bf16", options)
         else:
             pool = ThreadPoolExecutor(options.threads, "adavit-compile")

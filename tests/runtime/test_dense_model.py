@@ -1,0 +1,147 @@
+"""The bundle of a model without policies: its dense graph alone, which works wherever a bundle does."""
+
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import (
+    DENSE,
+    oracle,
+    picture,
+    quiet,
+    random_images,
+    random_model,
+    read_config,
+    tiny,
+    with_weights,
+    write_config,
+)
+
+import adavit
+from adavit.errors import BackendError, BundleError, InputError
+from adavit.macs import dense_macs
+from adavit.runtime import Policy
+from adavit.runtime import dense as dense_module
+from adavit.runtime.benchmark import Plan
+from adavit.runtime.budget import Offsets
+from adavit.runtime.compare import Parity
+from adavit.runtime.tune import tune
+from adavit.runtime.waterfall import profile
+
+both_backends = pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+IMAGES = random_images(DENSE, 5)
+FP32 = {"onnxruntime": {}, "openvino": {"provider": "fp32"}}
+
+
+@pytest.fixture(scope="module")
+def wanted() -> np.ndarray:
+    return oracle(random_model(DENSE), IMAGES)[0]
+
+
+def test_the_bundle_has_one_engine(plain: tuple[Path, Path]) -> None:
+    config = read_config(plain[0])
+    assert list(config["engines"]) == ["dense"]
+    assert [path.name for path in (plain[0] / "onnx").iterdir()] == ["dense.onnx"]
+    card = (plain[0] / "README.md").read_text()
+    assert "It has no policies" in card
+    assert "adaptive" not in card
+
+
+@both_backends
+@pytest.mark.parametrize("parallel", ["operators", "samples"])
+@pytest.mark.parametrize("at_once", [2, 16])
+def test_it_computes_its_model(
+    backend: str, parallel: str, at_once: int, plain: tuple[Path, Path], wanted: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(dense_module, "SIDE_BY_SIDE", at_once)
+    runtime = adavit.load(plain[0], backend, threads=2, parallel=parallel, **FP32[backend])
+    result = runtime.run(IMAGES)
+    np.testing.assert_allclose(result.logits, wanted, atol=1e-4)
+    np.testing.assert_allclose(runtime.run_dense(IMAGES), wanted, atol=1e-4)
+    assert result.macs.tolist() == [dense_macs(DENSE)] * 5
+    assert result.policy.usage() == {"tokens": 1, "heads": 1, "sublayers": 1}
+    again = runtime.run(IMAGES, policy=result.policy)
+    np.testing.assert_allclose(again.logits, wanted, atol=1e-4)
+    assert runtime.specialise(result.policy) == 0
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: runtime.run(IMAGES).logits, range(8)):
+            np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_predictions(plain: tuple[Path, Path]) -> None:
+    runtime = adavit.load(plain[0], threads=1)
+    pictures: list[Any] = [picture(seed) for seed in range(20)]
+    found = runtime.predict([*pictures, "nothing.png"], top=2)
+    logits = runtime.run(np.stack([runtime.preprocess(p) for p in pictures])).logits
+    assert [prediction.classes[0] for prediction in found[:20]] == logits.argmax(1).tolist()
+    assert found[0].macs == dense_macs(DENSE)
+    assert "nothing.png" in (found[20].error or "")
+
+
+def test_an_observer_is_told_of_the_one_engine(plain: tuple[Path, Path]) -> None:
+    seen: list[tuple[int, str, np.ndarray]] = []
+    result = adavit.load(plain[0], threads=1).run(IMAGES, observe=lambda *told: seen.append(told))
+    assert [told[:2] for told in seen] == [(position, "dense") for position in range(5)]
+    np.testing.assert_array_equal(np.stack([told[2] for told in seen]), result.logits)
+
+
+def test_the_fastest_backend_is_found(plain: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adavit.runtime.choose.SECONDS", 0.01)
+    monkeypatch.setattr("adavit.runtime.choose.ROUNDS", 1)
+    runtime = adavit.load(plain[0], "auto", threads=1)
+    assert runtime.choice is not None
+    assert {"onnxruntime"} <= set(runtime.choice.milliseconds)
+
+
+def test_it_can_be_pickled(plain: tuple[Path, Path]) -> None:
+    runtime = adavit.load(plain[0], threads=1)
+    again = pickle.loads(pickle.dumps(runtime))
+    np.testing.assert_array_equal(again.run(IMAGES).logits, runtime.run(IMAGES).logits)
+
+
+def test_what_needs_policies_says_so(plain: tuple[Path, Path]) -> None:
+    runtime = adavit.load(plain[0], threads=1)
+    dropping = Policy.dense(DENSE, 5)
+    dropping.sublayers[0, 1, 0] = False
+    with pytest.raises(InputError, match="block 1, where this model always keeps all"):
+        runtime.run(IMAGES, policy=dropping)
+    with pytest.raises(InputError, match="no policies, so there is nothing to add offsets to"):
+        runtime.run(IMAGES, budget=Offsets(heads=1.0))
+    with pytest.raises(
+        InputError, match="no policies, so there is nothing to tune; adavit-train adapt trains policies"
+    ):
+        tune(runtime, quiet)
+    with pytest.raises(InputError, match="no policies, so there is nothing to profile"):
+        profile(runtime, IMAGES, Plan(iterations=1))
+    with pytest.raises(InputError, match="no policies, so there is nothing to compare"):
+        Parity(runtime, runtime)
+
+
+def test_what_is_damaged(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle = shutil.copytree(plain[0], tmp_path / "bundle")
+    with_weights(bundle, "dense", np.nan, "head.bias")
+    with pytest.raises(BackendError, match="the logits of image 0 are NaN, infinite"):
+        adavit.load(bundle, threads=1).run(IMAGES)
+    config = read_config(bundle)
+    write_config(bundle, {**config, "engines": {}})
+    with pytest.raises(BundleError, match="has no engine 'dense'; export again"):
+        adavit.load(bundle, threads=1)
+    adaptive = tiny()
+    macs = {"dense": dense_macs(adaptive), "outside_blocks": adavit.macs.outside_macs(adaptive)}
+    write_config(bundle, {**config, "architecture": adaptive.to_dict(), "macs": macs})
+    with pytest.raises(BundleError, match=r"has no engine 'blocks\.0\."):
+        adavit.load(bundle, threads=1)
+
+
+def test_one_policy_alone_is_adaptive(tmp_path: Path) -> None:
+    from cases import export
+
+    arch = tiny(head_policy=False, sublayer_policy=False)
+    runtime = adavit.load(export(random_model(arch), tmp_path), threads=1)
+    assert len(runtime.bundle.engines) > 10
+    assert 0 < runtime.run(random_images(arch, 4)).policy.usage()["tokens"] < 1
