@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -18,7 +18,7 @@ from adavit.training.errors import DataError
 from adavit.training.losses import soft_labels
 from adavit.training.settings import Settings
 
-__all__ = ["TrainingBatches", "evaluation_batches", "spread"]
+__all__ = ["TrainingBatches", "evaluation_batches", "spread", "watched"]
 
 MIXUP_STREAM = 1
 
@@ -95,3 +95,14 @@ def evaluation_batches(
         part = list(indices[start : start + batch])
         images = [prepare(data.pixels(i)) for i in part]
         yield torch.from_numpy(np.stack(images)), data.labels[part]
+
+
+def watched(
+    batches: Iterable[tuple[Tensor, npt.NDArray[np.int64]]], images: int, tell: Callable[[float], None]
+) -> Iterator[tuple[Tensor, npt.NDArray[np.int64]]]:
+    """The batches of so many images; after each, `tell` gets the share that is done."""
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch[1])
+        tell(done / images)
