@@ -14,8 +14,8 @@ from adavit.training.errors import TrainingError
 
 __all__ = ["check_output", "check_packages", "warn_of_full_disk"]
 
-MODULES = {"matplotlib": "matplotlib.figure", "safetensors": "safetensors.torch"}
-"""What is imported of a package, whose own name alone would not show that it works."""
+PARTS = {"matplotlib": "matplotlib.figure", "safetensors": "safetensors.torch"}
+"""The module of a package that is used; the package itself may import where that does not."""
 
 
 def check_packages(*names: str) -> None:
@@ -27,7 +27,8 @@ def check_packages(*names: str) -> None:
     """
     for name in names:
         try:
-            import_module(MODULES.get(name, name))
+            import_module(name)
+            import_module(PARTS[name])
         except ImportError as error:
             raise_interrupt(error)
             if isinstance(error, ModuleNotFoundError) and error.name == name:

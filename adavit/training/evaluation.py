@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,8 +30,6 @@ from adavit.training.predict import Predictions, predict, predict_bundle
 from adavit.training.report import RandomPolicy, evaluation_report
 
 __all__ = ["evaluate", "report_lines"]
-
-log = logging.getLogger(__name__)
 
 Options = dict[str, Any]
 OTHERS = ("dense", "baseline")
@@ -64,8 +62,11 @@ class Candidate:
         if len(noted) == count:
             return noted
         if noted:
-            counts = self.path, len(noted), count
-            log.warning("%s: notes %d class names for %d classes; numbers name its classes, give --labels", *counts)
+            warnings.warn(
+                f"{self.path}: notes {len(noted)} class names for {count} classes; numbers name its classes, "
+                "give --labels",
+                stacklevel=2,
+            )
         return [str(index) for index in range(count)]
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adavit.architecture import Architecture
 from adavit.training.budget import expected_share
 from adavit.training.data import LabelledImages
-from adavit.training.loader import spread
+from adavit.training.loader import spread, steps_per_epoch
 from adavit.training.loop import Trainer
 
 __all__ = ["Pictures", "measure_pictures", "run_lines"]
@@ -64,10 +63,8 @@ def run_lines(
         lines.insert(1, f"            {len(names)} of the classes have no training image: {_first(names)}")
     if settings.policy:
         targets = settings.policy.targets
-        named = ", ".join(f"{kind} {share:.1%}" for kind, share in targets.items())
-        lines.append(
-            f"targets     {named.replace('sublayers', 'sub-layers')}; about {_share(arch, targets)} of the MACs"
-        )
+        named = ", ".join(f"{kind.replace('sub', 'sub-')} {share:.1%}" for kind, share in targets.items())
+        lines.append(f"targets     {named}; about {expected_share(arch, targets):.0%} of the MACs")
     if teacher:
         lines.append(f"teacher     {teacher}")
     lines.append(f"run         {_run(trainer, len(train.labels))}")
@@ -97,15 +94,13 @@ def _model(trainer: Trainer) -> str:
     )
 
 
-def _share(arch: Architecture, targets: dict[str, float]) -> str:
-    return f"{expected_share(arch, targets):.0%}"
-
-
 def _run(trainer: Trainer, images: int) -> str:
     settings, world = trainer.settings, trainer.world
-    device = f"{torch.get_num_threads()} CPU threads" if world.device.type == "cpu" else world.device.type.upper()
+    threads = torch.get_num_threads()
+    cpu = f"{threads} CPU thread" + ("s" if threads > 1 else "")
+    device = cpu if world.device.type == "cpu" else world.device.type.upper()
     several = f", in {world.size} processes" if world.size > 1 else ""
-    epochs = settings.steps / (images // settings.batch)
+    epochs = settings.steps / steps_per_epoch(images, settings.batch)
     begun = f"goes on at step {trainer.step:,} of" if trainer.step else ""
     return (
         f"{begun} {settings.steps:,} steps of {settings.batch} images, {epochs:.3g} epochs, "

@@ -18,7 +18,7 @@ from adavit.training.errors import DataError
 from adavit.training.losses import soft_labels
 from adavit.training.settings import Settings
 
-__all__ = ["TrainingBatches", "evaluation_batches", "spread", "watched"]
+__all__ = ["TrainingBatches", "evaluation_batches", "spread", "steps_per_epoch", "watched"]
 
 MIXUP_STREAM = 1
 
@@ -31,9 +31,7 @@ class TrainingBatches:
 
     def __init__(self, data: LabelledImages, settings: Settings, side: int, world: World, workers: int) -> None:
         self._data, self._settings, self._world = data, settings, world
-        self.per_epoch = len(data.labels) // settings.batch
-        if self.per_epoch == 0:
-            raise DataError(f"{len(data.labels)} training images are fewer than one batch of {settings.batch}")
+        self.per_epoch = steps_per_epoch(len(data.labels), settings.batch)
         self._augment = Augment(settings.augment, side, settings.crop, settings.mirror)
         self._normalise = Preprocessor(side).normalise
         self._epoch, self._order = -1, np.empty(0, np.int64)
@@ -80,6 +78,13 @@ class TrainingBatches:
     def close(self) -> None:
         """Ends the workers."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def steps_per_epoch(images: int, batch: int) -> int:
+    """Whole batches of an epoch; raises DataError where there is none."""
+    if images < batch:
+        raise DataError(f"{images} training images are fewer than one batch of {batch}")
+    return images // batch
 
 
 def spread(images: int, wanted: int) -> range:

@@ -240,11 +240,8 @@ class Trainer:
             batches = evaluation_batches(test, mine, prepare, self.settings.batch)
             batches = watched(batches, len(mine), lambda share: progress("evaluating", share))
             found = predict(self.average, batches, P.decide if self.settings.policy else None)
-            means = {
-                "accuracy": found.correct.mean(),
-                "macs": found.macs.mean(),
-                **found.target_usage(self.model.arch.keep),
-            }
+            usage = found.target_usage(self.model.arch.keep)
+            means = {"accuracy": found.correct.mean(), "macs": found.macs.mean(), **usage}
             sums = torch.tensor([float(means[name]) * len(mine) for name in names], dtype=torch.float64)
         overall = dict(zip(names, (global_sum(sums.to(self.world.device)) / len(chosen)).tolist(), strict=True))
         self.metric = 100 * overall["accuracy"]

@@ -23,7 +23,6 @@ from adavit.training.configure import (
 )
 from adavit.training.data import open_images
 from adavit.training.distributed import World, join_world
-from adavit.training.errors import DataError
 from adavit.training.found import Pictures, measure_pictures, run_lines
 from adavit.training.log import Reporter, read_log
 from adavit.training.loop import CHECKPOINT, LOG, Intervals, Trainer
@@ -56,8 +55,6 @@ class Data:
         names = read_class_names(options["labels"])
         self.train = open_images(options["data"], "train", options["corrupt"], names)
         self.test = open_images(options["data"], "test", options["corrupt"], self.train.classes)
-        if (count := len(self.train.labels)) < options["batch"]:
-            raise DataError(f"{count} training images are fewer than one batch of {options['batch']}")
         self.pictures = measure_pictures(self.train)
 
     @property
