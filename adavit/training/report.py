@@ -68,6 +68,7 @@ def evaluation_report(
     """A report of plain JSON values; shares of MACs are of the dense model's.
 
     `usage` is what ran, as `Policy.usage` defines it. `target_usage` is the usage that training's targets are about.
+    `blocks` is what the policy chose in each block, also where neither of its sub-layers runs.
 
     Args:
         found: predictions of the model, under its policy.
