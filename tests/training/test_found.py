@@ -80,6 +80,7 @@ def test_a_resumed_run_says_where_it_goes_on(tmp_path: Path, pictures: Path) -> 
         (96, {}, (96, 8)),
         (500, {}, (224, 16)),
         (28, {"patch_size": 7}, (28, 7)),
+        (28, {"patch_size": 3}, (27, 3)),
         (64, {"image_size": 28}, (28, 4)),
         (64, {"image_size": 100}, (100, 4)),
         (64, {"image_size": 224}, (224, 16)),
