@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adavit.console import Progress
 from adavit.runtime.images import Preprocessor
 from adavit.training.data import LabelledImages, open_images
-from adavit.training.log import Progress
 
 BATCH, SHIFT, HOLE = 128, 2, 7
 MOMENTUM, DECAY, SMOOTHING = 0.9, 5e-4, 0.05
@@ -81,11 +81,11 @@ def vary(images: Tensor, holes: bool, generator: torch.Generator) -> Tensor:
     return images
 
 
-def train(model: Teacher, images: Tensor, labels: Tensor, seed: int, bf16: bool) -> None:
+def train(model: Teacher, images: Tensor, labels: Tensor, seed: int, bf16: bool, progress: Progress) -> None:
     """Stochastic gradient descent, its learning rate rising and falling once a cycle."""
     generator = torch.Generator().manual_seed(seed)
     per_epoch = len(labels) // BATCH
-    progress = Progress(0, per_epoch * sum(epochs for epochs, _, _ in CYCLES), True)
+    steps = per_epoch * sum(epochs for epochs, _, _ in CYCLES)
     done = 0
     for epochs, rate, holes in CYCLES:
         optimiser = torch.optim.SGD(model.parameters(), rate, MOMENTUM, nesterov=True, weight_decay=DECAY)
@@ -102,8 +102,7 @@ def train(model: Teacher, images: Tensor, labels: Tensor, seed: int, bf16: bool)
             optimiser.step()
             schedule.step()
             done += 1
-            progress.update(done, f"loss {loss.item():.4f}")
-    progress.close()
+            progress("training", done / steps)
 
 
 @click.command(help=__doc__)
@@ -115,7 +114,8 @@ def main(data: Path, output: Path, seed: int, bf16: bool) -> None:
     torch.manual_seed(seed)
     learnt, held_out = open_images(data, "train"), open_images(data, "test")
     model = Teacher(len(learnt.classes)).to(memory_format=torch.channels_last)
-    train(model.train(), *load(learnt), seed, bf16)
+    with Progress() as progress:
+        train(model.train(), *load(learnt), seed, bf16, progress)
     images, labels = load(held_out)
     with torch.inference_mode():
         right = torch.cat([model.eval()(part).argmax(1) for part in torch.split(images, BATCH)]) == labels

@@ -27,7 +27,8 @@ from adavit.model.adavit import AdaViT, Block, Output, Select
 from adavit.runtime.images import Preprocessor
 from adavit.training.data import LabelledImages
 from adavit.training.distributed import World, global_sum
-from adavit.training.loader import evaluation_batches
+from adavit.training.loader import evaluation_batches, watched
+from adavit.training.log import Progress, silent
 from adavit.training.predict import Batches
 from adavit.training.settings import Settings
 
@@ -46,7 +47,12 @@ Values = dict[str, float]
 
 
 def balance(
-    model: AdaViT, targets: Mapping[str, float], train: LabelledImages, settings: Settings, world: World
+    model: AdaViT,
+    targets: Mapping[str, float],
+    train: LabelledImages,
+    settings: Settings,
+    world: World,
+    progress: Progress = silent,
 ) -> Values:
     """Moves the decision biases of a model in place; every process ends with the same.
 
@@ -56,6 +62,7 @@ def balance(
         train: the training images, of which up to 1,024 are looked at, prepared as in evaluation.
         settings: of the run.
         world: this process.
+        progress: told the share of the rounds that are done.
 
     Returns:
         The offsets by kind. Where a usage ends more than 0.02 from its target, a warning says so.
@@ -65,9 +72,14 @@ def balance(
     trained = _copied_biases(model)
     offsets, part = dict.fromkeys(targets, 0.0), 1.0
     best, best_offsets, best_usage = float("inf"), offsets, dict.fromkeys(targets, 0.0)
-    for _ in range(ROUNDS):
+    for done in range(ROUNDS):
+
+        def tell(share: float, done: int = done) -> None:
+            progress("meeting the targets", (done + share) / ROUNDS)
+
         _set_biases(model, trained, offsets)
-        decisions = _decisions(model, targets, evaluation_batches(train, chosen, prepare, settings.batch))
+        batches = evaluation_batches(train, chosen, prepare, settings.batch)
+        decisions = _decisions(model, targets, watched(batches, len(chosen), tell))
         usage = {kind: found.usage(0.0) for kind, found in decisions.items()}
         missed = sum((usage[kind] - target) ** 2 for kind, target in targets.items())
         if missed < best:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,10 @@ class LabelledImages(Protocol):
         """One image, uint8 [height, width, 3]."""
         ...
 
+    def sizes(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """Width and height of some images, in pixels."""
+        ...
+
     @property
     def identity(self) -> str:
         """What tells these images from others, in words, wherever they lie."""
@@ -74,6 +78,11 @@ class IdxImages:
         """One image, uint8 [height, width, 3]."""
         image = self._images[index]
         return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+
+    def sizes(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """Width and height of some images, in pixels, which all share."""
+        height, width = self._images.shape[1:3]
+        return [(width, height)] * len(indices)
 
     @property
     def identity(self) -> str:
@@ -125,6 +134,14 @@ class FolderImages:
         """
         with _refused():
             return np.asarray(decode(self._files[index]))
+
+    def sizes(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """Width and height of some images as they are stored, in pixels, by their headers alone."""
+        found = []
+        for index in indices:
+            with _refused(), open_image(self._files[index]) as image:
+                found.append(image.size)
+        return found
 
     @property
     def identity(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -18,7 +18,7 @@ from adavit.training.errors import DataError
 from adavit.training.losses import soft_labels
 from adavit.training.settings import Settings
 
-__all__ = ["TrainingBatches", "evaluation_batches", "spread"]
+__all__ = ["TrainingBatches", "evaluation_batches", "spread", "steps_per_epoch", "watched"]
 
 MIXUP_STREAM = 1
 
@@ -31,9 +31,7 @@ class TrainingBatches:
 
     def __init__(self, data: LabelledImages, settings: Settings, side: int, world: World, workers: int) -> None:
         self._data, self._settings, self._world = data, settings, world
-        self.per_epoch = len(data.labels) // settings.batch
-        if self.per_epoch == 0:
-            raise DataError(f"{len(data.labels)} training images are fewer than one batch of {settings.batch}")
+        self.per_epoch = steps_per_epoch(len(data.labels), settings.batch)
         self._augment = Augment(settings.augment, side, settings.crop, settings.mirror)
         self._normalise = Preprocessor(side).normalise
         self._epoch, self._order = -1, np.empty(0, np.int64)
@@ -82,6 +80,13 @@ class TrainingBatches:
         self._pool.shutdown(cancel_futures=True)
 
 
+def steps_per_epoch(images: int, batch: int) -> int:
+    """Whole batches of an epoch; raises DataError where there is none."""
+    if images < batch:
+        raise DataError(f"{images} training images are fewer than one batch of {batch}")
+    return images // batch
+
+
 def spread(images: int, wanted: int) -> range:
     """Indices of about `wanted` images, evenly spaced, since folders come sorted by class; 0 wants all."""
     return range(0, images, max(1, images // wanted)) if wanted else range(images)
@@ -95,3 +100,14 @@ def evaluation_batches(
         part = list(indices[start : start + batch])
         images = [prepare(data.pixels(i)) for i in part]
         yield torch.from_numpy(np.stack(images)), data.labels[part]
+
+
+def watched(
+    batches: Iterable[tuple[Tensor, npt.NDArray[np.int64]]], images: int, tell: Callable[[float], None]
+) -> Iterator[tuple[Tensor, npt.NDArray[np.int64]]]:
+    """The batches of so many images; after each, `tell` gets the share that is done."""
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch[1])
+        tell(done / images)

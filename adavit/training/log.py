@@ -1,19 +1,38 @@
-"""What a run says: a JSON-lines log, and one line of progress on a terminal."""
+"""What a run says: a JSON-lines log, and its progress."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adavit.files import write_beside
 from adavit.training.errors import TrainingError
 
-__all__ = ["Log", "Progress", "read_log"]
+__all__ = ["Log", "Progress", "Reporter", "read_log", "silent"]
 
 Record = dict[str, Any]
+Progress = Callable[[str, float], None]
+"""Told a stage and the share of it that is done."""
+
+
+def silent(*_: object) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Whom a run tells how far it is.
+
+    Attributes:
+        progress: gets a stage and the share done.
+        say: gets lines to read.
+    """
+
+    progress: Progress = silent
+    say: Callable[[str], None] = silent
 
 
 def read_log(path: Path) -> list[Record]:
@@ -50,28 +69,3 @@ class Log:
         """Adds one record, which has a "step"."""
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-class Progress:
-    """One rewritten line with the time left, where standard error is a terminal; else nothing."""
-
-    def __init__(self, first: int, steps: int, shown: bool) -> None:
-        self._first, self._steps = first, steps
-        self._start = time.monotonic()
-        self._shown = shown and sys.stderr.isatty()
-
-    def update(self, step: int, words: str) -> None:
-        """After `step` steps."""
-        if self._shown:
-            spent, done = time.monotonic() - self._start, max(1, step - self._first)
-            left = round(spent / done * (self._steps - step))
-            print(f"\rstep {step}/{self._steps}  {words}  {_clock(left)} left ", end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Ends the line."""
-        if self._shown:
-            print(file=sys.stderr)
-
-
-def _clock(seconds: int) -> str:
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -26,8 +26,8 @@ from adavit.training.data import LabelledImages
 from adavit.training.distributed import World, global_sum
 from adavit.training.errors import TrainingError
 from adavit.training.gumbel import GumbelDecide, noise_scale
-from adavit.training.loader import TrainingBatches, evaluation_batches, spread
-from adavit.training.log import Log, Progress
+from adavit.training.loader import TrainingBatches, evaluation_batches, spread, watched
+from adavit.training.log import Log, Progress, Reporter, silent
 from adavit.training.losses import classification
 from adavit.training.optimise import (
     build_optimiser,
@@ -47,6 +47,7 @@ __all__ = ["Intervals", "Trainer"]
 
 NOISE_STREAM = 1_000_003
 CHECKPOINT, LOG = "checkpoint.pth", "log.jsonl"
+SILENT = Reporter()
 
 
 @contextmanager
@@ -105,12 +106,19 @@ class Trainer:
         self.step = 0
         self.metric = 0.0
 
-    def run(self, train: LabelledImages, test: LabelledImages, intervals: Intervals, workers: int = 2) -> None:
+    def run(
+        self,
+        train: LabelledImages,
+        test: LabelledImages,
+        intervals: Intervals,
+        workers: int = 2,
+        reporter: Reporter = SILENT,
+    ) -> None:
         """Trains from the current step to the last one."""
         settings, arch = self.settings, self.model.arch
         batches = TrainingBatches(train, settings, arch.image_size, self.world, workers)
         log = Log(self.folder / LOG, self.step) if self.world.leads else None
-        progress = Progress(self.step, settings.steps, self.world.leads)
+        first = self.step
         with self._parts() as (forward, heard):
             for images, targets in batches.iterate(self.step, settings.steps):
                 with _compiler_errors():
@@ -121,15 +129,15 @@ class Trainer:
                 if last or self.step % intervals.log == 0:
                     entry |= {"learning_rate": learning_rate(self.step - 1, settings), **terms}
                 if last:
-                    entry |= self._balance(train)
+                    entry |= self._balance(train, reporter.progress)
                 if last or self.step % intervals.evaluate == 0:
-                    entry |= self.evaluate(test, intervals.images)
+                    entry |= self.evaluate(test, intervals.images, reporter.progress)
+                    reporter.say(self._result(terms["loss"], entry))
                 if entry and log:
                     log.write({"step": self.step, "epoch": self.step / batches.per_epoch, **entry})
                 if self.world.leads and (last or self.step % intervals.save == 0):
                     self.save(self.step // batches.per_epoch)
-                progress.update(self.step, f"loss {terms['loss']:.4f}")
-        progress.close()
+                reporter.progress("training", (self.step - first) / (settings.steps - first))
         batches.close()
 
     @contextmanager
@@ -208,14 +216,20 @@ class Trainer:
                 "lower --learning-rate, or train in fp32, and resume from the last checkpoint"
             )
 
-    def _balance(self, train: LabelledImages) -> dict[str, float]:
+    def _result(self, loss: float, found: Mapping[str, float]) -> str:
+        """An evaluation, in words."""
+        macs = f" at {found['macs']:.1%} of the MACs" if "macs" in found else ""
+        right = f"{found['accuracy']:.2%} of the test images right{macs}"
+        return f"step {self.step:,} of {self.settings.steps:,}: loss {loss:.4f}, {right}"
+
+    def _balance(self, train: LabelledImages, progress: Progress) -> dict[str, float]:
         """Moves the averaged decisions to the targets of the kinds whose usage has a weight; the offsets."""
         policy = self.settings.policy
         targets = {kind: goal for kind, goal in policy.targets.items() if policy.weights[kind] > 0} if policy else {}
-        found = balance(self.average, targets, train, self.settings, self.world) if targets else {}
+        found = balance(self.average, targets, train, self.settings, self.world, progress) if targets else {}
         return {f"offset_{kind}": offset for kind, offset in found.items()}
 
-    def evaluate(self, test: LabelledImages, images: int) -> dict[str, float]:
+    def evaluate(self, test: LabelledImages, images: int, progress: Progress = silent) -> dict[str, float]:
         """Accuracy, MACs share and usages of the averaged weights, over all processes."""
         chosen = spread(len(test.labels), images)
         mine = chosen[self.world.rank :: self.world.size]
@@ -224,8 +238,10 @@ class Trainer:
         sums = torch.zeros(len(names), dtype=torch.float64)
         if len(mine):
             batches = evaluation_batches(test, mine, prepare, self.settings.batch)
+            batches = watched(batches, len(mine), lambda share: progress("evaluating", share))
             found = predict(self.average, batches, P.decide if self.settings.policy else None)
-            means = {"accuracy": found.correct.mean(), "macs": found.macs.mean(), **found.usage(self.model.arch.keep)}
+            usage = found.target_usage(self.model.arch.keep)
+            means = {"accuracy": found.correct.mean(), "macs": found.macs.mean(), **usage}
             sums = torch.tensor([float(means[name]) * len(mine) for name in names], dtype=torch.float64)
         overall = dict(zip(names, (global_sum(sums.to(self.world.device)) / len(chosen)).tolist(), strict=True))
         self.metric = 100 * overall["accuracy"]

@@ -40,7 +40,7 @@ def plot_evaluation(report: Record, path: Path) -> None:
     axes[1].set(title=f"MACs from easy to hard ({report['difficulty']['by']})")
     for kind in KINDS:
         axes[2].plot([block[kind] for block in report["blocks"]], marker="o", label=kind)
-    axes[2].set(title="usage by block", xlabel="block", ylim=(0, 1.05))
+    axes[2].set(title="choices by block", xlabel="block", ylim=(0, 1.05))
     axes[2].legend()
     _write(figure, path)
 

@@ -54,8 +54,17 @@ class Predictions:
         log_sum = np.log(np.exp(shifted).sum(1))
         return np.asarray(log_sum - shifted[np.arange(len(self.labels)), self.labels])
 
-    def usage(self, keep: int) -> dict[str, float]:
-        """Mean usages as in `usage.measure_usage`; heads and sub-layers of the blocks from `keep` on."""
+    @property
+    def policy(self) -> Policy:
+        """What the images used."""
+        return Policy(self.tokens, self.heads, self.sublayers)
+
+    def target_usage(self, keep: int) -> dict[str, float]:
+        """Mean usages as the targets of training count them; see `usage.measure_usage`.
+
+        Patch tokens of all blocks; heads and sub-layers of the blocks from `keep` on, heads weighted by the
+        sub-layers that run. `policy.usage()` is the usage that the runtime reports.
+        """
         heads, sublayers = self.heads[:, keep:].mean(-1), self.sublayers[:, keep:]
         running = sublayers.sum(-1)
         return {

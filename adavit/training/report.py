@@ -67,6 +67,9 @@ def evaluation_report(
 ) -> dict[str, Any]:
     """A report of plain JSON values; shares of MACs are of the dense model's.
 
+    `usage` is what ran, as `Policy.usage` defines it. `target_usage` is the usage that training's targets are about.
+    `blocks` is what the policy chose in each block, also where neither of its sub-layers runs.
+
     Args:
         found: predictions of the model, under its policy.
         arch: its shapes.
@@ -80,7 +83,9 @@ def evaluation_report(
         "images": len(found.labels),
         "accuracy": float(found.correct.mean()),
         "macs": float(found.macs.mean()),
-        "usage": found.usage(arch.keep),
+        "adapts": arch.adapts,
+        "usage": found.policy.usage(),
+        "target_usage": found.target_usage(arch.keep),
         "classes": [_of_class(found, label, name) for label, name in enumerate(classes)],
         "blocks": [_of_block(found, block) for block in range(arch.depth)],
         "constant": _constant_units(found, arch),

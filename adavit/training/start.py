@@ -23,6 +23,10 @@ __all__ = ["adaptive_shapes", "dense_shapes", "fit", "new_model"]
 DEVIATION = 0.02
 INITIAL_USAGE = 0.9
 HEAD_WIDTH = 64
+SMALLEST, LARGEST = 28, 224
+"""Image sizes of a new model, where nothing sets one."""
+PATCHES, MOST_PATCHES = (4, 8, 16), 256
+"""Patch sides of a new model: the finest that gives no more than so many patches."""
 POLICIES = {"tokens": "token_policy", "heads": "head_policy", "sublayers": "sublayer_policy"}
 
 
@@ -59,8 +63,16 @@ def _start_decisions(block: nn.Module) -> None:
             nn.init.constant_(parameter, usual + (TOKEN_LOGIT if "token_select" in name else 0.0))
 
 
-def dense_shapes(source: Architecture | None, given: Mapping[str, Any], classes: int) -> Architecture:
-    """Shapes of a dense model: those given, else the source's, else those of a small model for 28 x 28 pixels.
+def dense_shapes(
+    source: Architecture | None, given: Mapping[str, Any], classes: int, side: int = SMALLEST
+) -> Architecture:
+    """Shapes of a dense model: those given, else the source's, else those of a small model.
+
+    Args:
+        source: shapes of the weights to start from.
+        given: shapes by name.
+        classes: number of classes.
+        side: of the pictures, in pixels, which the image size follows from 28 to 224 where nothing else sets it.
 
     Raises:
         OptionError: those given do not fit together.
@@ -70,11 +82,19 @@ def dense_shapes(source: Architecture | None, given: Mapping[str, Any], classes:
         usual = source.to_dict()
     else:
         stem, width = given.get("stem", "patch"), given.get("width", 192)
-        sides = {"image_size": 28, "patch_size": 4} if stem == "patch" else {"image_size": 224, "patch_size": 16}
+        sides = _usual_sides(given, side) if stem == "patch" else {"image_size": LARGEST, "patch_size": PATCHES[-1]}
         usual = {"stem": stem, "width": width, "depth": 8, "heads": max(1, width // HEAD_WIDTH), "hidden": 3 * width}
         usual |= {**sides, "qkv_bias": stem == "patch", "keep": 1}
     values = {**usual, **given, **dict.fromkeys(POLICIES.values(), False), "classes": classes}
     return _shapes(values, TrainingError if source else OptionError)
+
+
+def _usual_sides(given: Mapping[str, Any], side: int) -> dict[str, int]:
+    """Image size and patch side where they are not given: the pictures' size, in at most 256 patches if they can be."""
+    size = given.get("image_size", min(max(side, SMALLEST), LARGEST))
+    fitting = [patch for patch in PATCHES if "image_size" not in given or size % patch == 0] or [PATCHES[0]]
+    patch = given.get("patch_size") or next((p for p in fitting if (size // p) ** 2 <= MOST_PATCHES), fitting[-1])
+    return {"image_size": max(patch, size - size % patch), "patch_size": patch}
 
 
 def adaptive_shapes(source: Architecture, kinds: Collection[str], classes: int, patch: int | None) -> Architecture:

@@ -47,7 +47,7 @@ def random_model(seed: int, kinds: tuple[str, ...] = tuple(LAYERS), **changes: o
 
 def usage(model: AdaViT, data: LabelledImages) -> dict[str, float]:
     batches = evaluation_batches(data, range(len(data.labels)), Preprocessor(model.arch.image_size), 256)
-    return predict(model, batches, P.decide).usage(model.arch.keep)
+    return predict(model, batches, P.decide).target_usage(model.arch.keep)
 
 
 def moved(model: AdaViT, targets: Mapping[str, float], data: Path) -> tuple[AdaViT, dict[str, float]]:

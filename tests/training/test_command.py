@@ -273,7 +273,7 @@ def test_each_model_is_evaluated_with_its_own_crop(
         crops.append(prepare.crop_ratio)
         return evaluation_batches(data, chosen, prepare, batch)
 
-    monkeypatch.setattr("adavit.training.runs.evaluation_batches", batches)
+    monkeypatch.setattr("adavit.training.evaluation.evaluation_batches", batches)
     checkpoint = tmp_path / "next" / "checkpoint.pth"
     evaluate = ("evaluate", "--data", idx_folder, "--heads", 2, checkpoint)
     assert call(*evaluate, "--dense", tmp_path / "bundle", "--baseline", tmp_path / "wider").exit_code == 0

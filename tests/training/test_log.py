@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from adavit.training.errors import TrainingError
-from adavit.training.log import Log, Progress, read_log
+from adavit.training.log import Log, read_log
 from adavit.training.plot import plot_log
 
 
@@ -26,22 +26,6 @@ def test_a_damaged_log_is_kept(line: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"log.jsonl: line 2 is damaged; mend it"):
         Log(path, 2)
     assert line in path.read_text()
-
-
-def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(0, 10, True)
-    progress.update(5, "loss 1")
-    progress.close()
-    assert capsys.readouterr() == ("", "")
-
-
-def test_progress_on_a_terminal_tells_the_time_left(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    progress = Progress(0, 10, True)
-    progress.update(5, "loss 1")
-    assert "step 5/10  loss 1  0:00:00 left" in capsys.readouterr().err
 
 
 def test_a_plot_of_a_log_without_accuracy_is_drawn(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from adavit.training import start
 from adavit.training.data import open_images
 from adavit.training.distributed import World
 from adavit.training.errors import TrainingError
-from adavit.training.log import read_log
+from adavit.training.log import Reporter, read_log
 from adavit.training.loop import Intervals, Trainer
 from adavit.training.settings import PolicySettings, Settings
 
@@ -35,6 +35,20 @@ def trainer(folder: Path, settings: Settings = SETTINGS, **changes: object) -> T
 
 def run(one: Trainer, data: Path, save: int = 5) -> None:
     one.run(open_images(data, "train"), open_images(data, "test"), Intervals(2, save, 4, 16), 1)
+
+
+def test_a_run_tells_each_stage_to_its_end(tmp_path: Path, idx_folder: Path) -> None:
+    told: dict[str, list[float]] = {}
+    said: list[str] = []
+    reporter = Reporter(lambda stage, share: told.setdefault(stage, []).append(share), said.append)
+    train, test = (open_images(idx_folder, part) for part in ("train", "test"))
+    trainer(tmp_path / "run").run(train, test, Intervals(2, 5, 6), 1, reporter)
+    assert set(told) == {"training", "evaluating", "meeting the targets"}
+    assert told["training"] == pytest.approx([step / 12 for step in range(1, 13)])
+    assert told["evaluating"] == pytest.approx([0.25, 0.5, 0.75, 1.0] * 2)
+    assert 0 < told["meeting the targets"][0] < 1
+    assert told["meeting the targets"] == sorted(told["meeting the targets"])
+    assert [line.split(":")[0] for line in said] == ["step 6 of 12", "step 12 of 12"]
 
 
 class Killed(BaseException):

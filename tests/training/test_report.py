@@ -43,7 +43,7 @@ def test_a_report_tells_classes_difficulty_and_what_never_changes() -> None:
 
 def test_heads_are_weighed_by_the_sublayers_that_run() -> None:
     found = predictions(2)
-    usage = found.usage(ARCH.keep)
+    usage = found.target_usage(ARCH.keep)
     running, means = np.array([[1, 2], [2, 2]]), np.array([[0.75, 0.25], [0.75, 1.0]])
     assert usage["heads"] == pytest.approx(float((running * means).sum() / running.sum()))
 

@@ -71,7 +71,7 @@ def test_other_backbones_and_impossible_shapes_are_refused() -> None:
     with pytest.raises(TrainingError, match="have another depth"):
         start.fit(start.new_model(DENSE, 0), replace(DENSE, depth=4), 0)
     with pytest.raises(OptionError, match="not a multiple of the patch side 3"):
-        start.dense_shapes(None, {"patch_size": 3}, 10)
+        start.dense_shapes(None, {"image_size": 28, "patch_size": 3}, 10)
     with pytest.raises(TrainingError, match="not a multiple of the patch side 3"):
         start.dense_shapes(tiny(), {"patch_size": 3}, 10)
     assert start.dense_shapes(None, {"width": 128}, 10).heads == 2
