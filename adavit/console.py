@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import click
 
-from adavit.errors import AdaViTError, InputError, OptionError, bounded, printable
+from adavit.errors import AdaViTError, InputError, OptionError, bounded, install_hint, printable
 from adavit.files import check_place, write_beside
 
 __all__ = [
@@ -81,7 +81,7 @@ class Command(click.Command):
             if package not in MODULES:
                 raise
             extra = "train" if ctx.find_root().info_name == "adavit-train" else MODULES[package]
-            message = f"{package} is not installed; run: pip install 'adavit[{extra}]'"
+            message = f"{package} is not installed; run: {install_hint(extra)}"
         except BrokenPipeError:
             raise
         except OSError as error:

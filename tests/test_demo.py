@@ -7,7 +7,7 @@ from click.testing import CliRunner
 import adavit
 from adavit.cli import export, run
 from adavit.runtime.bundle import Bundle
-from adavit.runtime.evaluate import demo_bundle
+from adavit.runtime.demo import demo_bundle
 
 DEMO = Path(adavit.__file__).parent / "demo"
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from adavit.errors import InputError
 from adavit.runtime.benchmark import Images, Plan, Progress, measure, summarise
 from adavit.runtime.budget import present
+from adavit.runtime.demo import demo_bundle, names_demo
 from adavit.runtime.image_files import ImageFile, find_calibration_images, find_images, labels_by
 from adavit.runtime.latency import budget_for_latency
 from adavit.runtime.policy import Policy
@@ -21,7 +22,7 @@ from adavit.runtime.session import Result, Runtime, load
 from adavit.runtime.tune import tune
 from adavit.runtime.waterfall import profile
 
-__all__ = ["RunOptions", "demo_bundle", "run_bundle", "tune_bundle"]
+__all__ = ["RunOptions", "run_bundle", "tune_bundle"]
 
 SHOWN = 20
 """Images whose predictions are listed."""
@@ -82,25 +83,20 @@ class Evaluation:
         return {"top1": self.top1 / self.labelled, "top5": self.top5 / self.labelled, "n": self.labelled}
 
 
-def demo_bundle() -> Path:
-    """The bundle that comes with this package."""
-    return Path(__file__).parent.parent / "demo" / "bundle"
-
-
 def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> dict[str, Any]:
     """Runs and measures a bundle; returns the report that `adavit-run --json` writes.
 
     Raises:
         AdaViTError: the bundle, the backend or the images are not usable.
     """
-    folder = path or demo_bundle()
+    folder, demo = path or demo_bundle(), path is None or names_demo(path)
     runtime = _load(folder, options)
     profiles = options.profile is not None
     if (options.dense or profiles) and "dense" not in runtime.bundle.engines:
         without = "--profile" if profiles else "--dense"
         raise InputError(f"{folder}: exported without its dense twin; export with --with-dense or leave out {without}")
     replayed = Policy.load(options.replay_policy) if options.replay_policy else None
-    given = options.images or (() if path else (demo_bundle().parent / "images",))
+    given = options.images or ((demo_bundle().parent / "images",) if demo else ())
     notes: list[str] = []
     files = find_images(given, runtime.labels, options.labels_by_order, notes.append)
     budget = options.budget

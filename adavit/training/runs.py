@@ -18,6 +18,7 @@ from adavit.reading import read_labels
 from adavit.runtime import Runtime, load
 from adavit.runtime.class_folders import folded
 from adavit.runtime.cpus import usable_cpus
+from adavit.runtime.demo import names_demo
 from adavit.runtime.images import Preprocessor
 from adavit.training import start
 from adavit.training.augment import usual_crop
@@ -152,7 +153,7 @@ def report_lines(report: Options) -> list[str]:
 
 def _open_model(path: Path, heads: int | None, threads: int | None) -> AdaViT | Runtime:
     """A checkpoint's model, or the runtime of a bundle folder."""
-    if find_folder(path).is_dir():
+    if names_demo(path) or find_folder(path).is_dir():
         return load(path, threads=threads, parallel="samples")
     return load_checkpoint(path, heads).eval()
 

@@ -220,7 +220,10 @@ def test_a_package_that_is_missing(checkpoint: Path, tmp_path: Path) -> None:
     hidden = "import sys\nsys.modules['torch'] = None"
     done = shell("adavit-export", checkpoint, "-o", tmp_path / "bundle", before=hidden)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "adavit-export: error: torch is not installed; run: pip install 'adavit[export]'\n"
+    assert done.stderr == (
+        "adavit-export: error: torch is not installed; "
+        "run: pip install 'adavit[export]' (in a clone: pip install '.[export]')\n"
+    )
 
 
 def test_the_demo(tmp_path: Path) -> None:
