@@ -56,6 +56,7 @@ def calibrate_bundle(
     Raises:
         InputError: the images or the cache are not usable.
     """
+    progress("loading the bundle", 0.0)
     runtime = load(source, "onnxruntime", threads)
     bundle = runtime.bundle
     cache = options.calibration_cache or cache

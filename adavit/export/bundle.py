@@ -81,6 +81,8 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     options.calibration.check(options.opset)
     _check_output(output, options.force)
     demo, source = _is_demo(source), _checkpoint(source)
+    _refuse_bundle(source, output, options.calibration.precision)
+    progress("loading the checkpoint", 0.0)
     model = load_checkpoint(source, options.heads)
     if options.image_size is not None:
         model = resize(model, options.image_size)
@@ -108,7 +110,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
             about,
             progress,
         )
-        verified = verify(model, load(exported, threads=options.threads), progress) if options.verify else None
+        verified = _verified(model, exported, options.threads, progress) if options.verify else None
         if exported != folder:
             from adavit.calibration.calibrate import calibrate_bundle
 
@@ -135,14 +137,21 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     }
 
 
+def _verified(model: AdaViT, bundle: Path, threads: int | None, progress: Progress) -> dict[str, Any]:
+    progress("loading the bundle", 0.0)
+    return verify(model, load(bundle, threads=threads), progress)
+
+
 def check_bundle(
     bundle: Path, checkpoint: Path, heads: int | None, threads: int | None, progress: Progress
 ) -> dict[str, Any]:
     """Verifies an existing bundle against a checkpoint; raises VerificationError where they differ."""
     start = time.perf_counter()
+    progress("loading the bundle", 0.0)
     runtime = load(bundle, threads=threads)
     if (precision := runtime.bundle.config.get("precision")) not in ("fp32", "float32"):
         raise InputError(f"{bundle} is {precision}: compare it with its fp32 bundle, by adavit-run --compare")
+    progress("loading the checkpoint", 0.0)
     model = resize(load_checkpoint(_checkpoint(checkpoint), heads), runtime.architecture.image_size)
     if model.arch != runtime.architecture:
         ours, theirs = runtime.architecture.to_dict(), model.arch.to_dict()
@@ -155,6 +164,16 @@ def check_bundle(
 def _checkpoint(source: Path) -> Path:
     """The file of a checkpoint: the demo's where the path means that."""
     return DEMO / "checkpoint.safetensors" if _is_demo(source) else source
+
+
+def _refuse_bundle(source: Path, output: Path, precision: str) -> None:
+    """Raises InputError where a bundle is given in the place of the checkpoint that it was made of."""
+    if is_bundle(source):
+        option = "" if precision == "fp32" else f" --precision {precision}"
+        raise InputError(
+            f"{source} is a bundle; a bundle of any precision is exported from the checkpoint: "
+            f"adavit-export CHECKPOINT --output {output}{option}"
+        )
 
 
 def _is_demo(source: Path) -> bool:
