@@ -63,15 +63,15 @@ class Estimate:
     def update(self, text: str, part: float, now: float) -> None:
         """Notes that `part` of a stage is done; one that begins again is another stage."""
         if not text.startswith(self._stage.name) or not self._stage.name or part < self._part:
-            self._enter(text, now)
+            self._enter(text, self._updated if part else now)  # one that is told of late began before
         self._part, self._updated = part, now
 
-    def _enter(self, text: str, now: float) -> None:
+    def _enter(self, text: str, began: float) -> None:
         if self._stage.name:
             if not self._stage.fixed:
-                self._taken += now - self._entered
+                self._taken += began - self._entered
                 self._expected += self._stage.seconds
-            self._entered = now
+            self._entered = began
         coming = range(self._next, len(self._stages))
         found = next((index for index in coming if text.startswith(self._stages[index].name)), None)
         if found is None:

@@ -38,8 +38,8 @@ def run_lines(report: dict[str, Any]) -> list[str]:
     macs = report["macs"]
     lines += [
         "",
-        f"model       {report['model']} on {report['backend']}, batch {report['batch']}, {report['threads']} threads, "
-        f"{report['iterations']} runs",
+        f"model       {report['model']} on {report['backend']}, batch {report['batch']}, "
+        f"{_threads(report['threads'])}, {report['iterations']} runs",
         *([f"input       {NOISE}"] if report["input"] == "random" else []),
         *([f"backend     {report['choice']['reason']}"] if report["choice"] else []),
         *([f"plan        tuned on this machine: {report['plan']}"] if report["plan"] else []),
@@ -64,6 +64,10 @@ def run_lines(report: dict[str, Any]) -> list[str]:
     if found := report["profile"]:
         lines += ["", *_profile_lines(found)]
     return lines
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _offset(value: float | Sequence[float]) -> str:
