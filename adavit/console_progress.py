@@ -24,6 +24,8 @@ TICK = 1.0
 """Seconds after which the time left is shown anew, whatever the work tells."""
 TOLD = 0.02
 """The share of a stage from which on its own pace counts."""
+OVERDUE = 1.5
+"""How often as long as until now a stage takes that is overdue and tells nothing."""
 WIDTH = 20
 
 
@@ -81,19 +83,21 @@ class Estimate:
 
     def left(self, now: float) -> float:
         """Seconds to the end, as far as that can be told."""
-        spent, scale = now - self._entered, self._scale()
+        spent, scale = now - self._entered, self._scale(now)
         if self._part >= TOLD:
             total = (self._updated - self._entered) / self._part
         else:
-            total = self._stage.seconds * (1.0 if self._stage.fixed else scale)
+            total = max(self._stage.seconds * (1.0 if self._stage.fixed else scale), OVERDUE * spent)
         coming = (stage.seconds * (1.0 if stage.fixed else scale) for stage in self._stages[self._next :])
         return max(0.0, total - spent) + sum(coming)
 
-    def _scale(self) -> float:
+    def _scale(self, now: float) -> float:
         """Seconds that stages take, over those that are expected of them."""
         taken, expected = self._taken, self._expected
         if not self._stage.fixed and self._part >= TOLD:
             taken, expected = taken + self._updated - self._entered, expected + self._part * self._stage.seconds
+        elif not self._stage.fixed and now - self._entered > self._stage.seconds:
+            taken, expected = taken + now - self._entered, expected + self._stage.seconds
         return taken / expected if expected else 1.0
 
     def share(self, now: float) -> float:

@@ -36,13 +36,15 @@ def running_stages(
         backend: what runs; "auto" measures several.
     """
     measured = Stage("measuring", iterations * 0.02) if iterations else Stage("measuring", seconds or 3.0, fixed=True)
+    warm = Stage("warming up", 0.3)
     return [
         Stage("loading the bundle", 5.0 if backend == "auto" else 0.5),
         *([Stage("timing operating points", 3, fixed=True)] if latency else []),
         Stage("running images", 0.3),
         Stage("making engines", 0.3),
+        warm,
         measured,
-        *([measured._replace(name="profiling")] if profile else []),
+        *([warm, measured._replace(name="profiling")] if profile else []),
     ]
 
 

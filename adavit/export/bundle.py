@@ -75,13 +75,13 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         AdaViTError: the checkpoint, the options or the output folder are not usable, or verification failed.
     """
     start = time.perf_counter()
+    demo, source = _is_demo(source), _checkpoint(source)
+    _refuse_bundle(source, output, options.calibration.precision)
     if options.opset not in OPSETS:
         raise OptionError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     options.budgets.check()
     options.calibration.check(options.opset)
     _check_output(output, options.force)
-    demo, source = _is_demo(source), _checkpoint(source)
-    _refuse_bundle(source, output, options.calibration.precision)
     progress("loading the checkpoint", 0.0)
     model = load_checkpoint(source, options.heads)
     if options.image_size is not None:

@@ -69,7 +69,10 @@ def profile(
     timed.dispatcher.specialise(runtime.dispatcher.specialised.sets, runtime.dispatcher.sizes)
     timed.run_dense(images[: plan.batch])
     feed = batches(images, plan.batch, policy)
-    for _ in range(max(plan.warmup, -(-len(images) // plan.batch))):  # every set of heads has been seen once
+    warmup = max(plan.warmup, -(-len(images) // plan.batch))  # every set of heads has been seen once
+    for done in range(warmup):
+        if progress:
+            progress("warming up", done / warmup)
         chosen, recorded = next(feed)
         timed.run(chosen, policy=recorded)
     turns: list[Turn] = []

@@ -252,7 +252,7 @@ def test_the_name_of_a_model_tells_something(file: str, name: str, checkpoint: P
 
 def test_a_bundle_is_no_checkpoint(bundle: Path, tmp_path: Path) -> None:
     images = str(pictures_in(tmp_path, 1))
-    for options in ([], ["--precision", "fp16", "--calibration-images", images]):
+    for options in ([], ["--precision", "int8"], ["--precision", "fp16", "--calibration-images", images]):
         message = refusal(invoke(export, bundle, "-o", tmp_path / "other", *options))
         assert f"{bundle} is a bundle; a bundle of any precision is exported from the checkpoint" in message
         command = f"adavit-export CHECKPOINT --output {tmp_path}/other {' '.join(options[:2])}".strip()

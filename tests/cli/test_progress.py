@@ -123,6 +123,9 @@ def test_work_that_tells_nothing_for_long_is_told_of(pipe: io.StringIO, clock: C
         clock.now += 6
         progress.tick()
         assert pipe.getvalue() == "adavit-export: building, 10 %, about 50 s left\n"
+        clock.now += 600
+        progress.tick()
+        assert pipe.getvalue().endswith("adavit-export: building, 67 %, about 5 min left\n"), "it is overdue"
     alive = [thread for thread in threading.enumerate() if thread.name == "progress"]
     for thread in alive:
         thread.join(10)
