@@ -68,7 +68,7 @@ def export(
         stages = adding_stages(budgets, build)
     else:
         stages = exporting_stages(options["verify"], calibration, budgets, build)
-    with console.Progress("adavit-export", stages) as progress:
+    with console.Progress(stages) as progress:
         if to_bundle and source is not None:
             if output is not None or check is not None:
                 raise click.UsageError("to add to a BUNDLE, leave out --output and --check")
@@ -158,7 +158,7 @@ def run(
     for name, target in (("json", json_file), ("record-policy", options["record_policy"])):
         console.check_target(f"--{name}", target)
     console.check_target("--profile", options["profile"] or None)
-    with console.Progress("adavit-run", _stages(options, tune, compare is not None)) as progress:
+    with console.Progress(_stages(options, tune, compare is not None)) as progress:
         if compare is not None:
             report, lines = _compare(bundle, compare, options, progress), compare_lines
         elif tune:

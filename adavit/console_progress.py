@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+import click
+
 from adavit.errors import printable
 
 __all__ = ["Estimate", "Progress", "Stage", "time_left"]
@@ -114,15 +116,20 @@ class Progress:
     growing intervals. It may be called from any thread.
 
     Args:
-        command: whose lines these are.
         stages: what to expect; see `Estimate`.
+        command: whose lines these are, by default those of the command that runs.
         clock: tells the time in seconds.
     """
 
     def __init__(
-        self, command: str = "adavit", stages: Sequence[Stage] = (), clock: Callable[[], float] = time.monotonic
+        self,
+        stages: Sequence[Stage] = (),
+        command: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._command, self._clock = command, clock
+        context = click.get_current_context(silent=True)
+        running = context.find_root().info_name if context else None
+        self._command, self._clock = command or running or "adavit", clock
         self._stream = None if os.environ.get(OFF) == "0" else sys.stderr
         self._terminal = self._stream is not None and self._stream.isatty()
         self._estimate = Estimate(stages, clock())

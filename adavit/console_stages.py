@@ -9,16 +9,16 @@ from adavit.tensorrt.options import BuildOptions
 
 __all__ = ["COMPARING", "TUNING", "adding_stages", "checking_stages", "exporting_stages", "running_stages"]
 
-LOADING = Stage("loading the bundle", 0.5)
+LOADING = Stage("loading the bundle", 1)
 COMPARING = (LOADING, Stage("comparing", 2))
 TUNING = (
     LOADING, Stage("running images", 0.3), Stage("measuring engines", 4), Stage("comparing plans", 1),
     Stage("policies", 0.5), Stage("making engines", 0.3),
 )  # fmt: skip
-VERIFYING = (LOADING, Stage("running the checkpoint", 0.5), Stage("verifying", 3))
-CALIBRATING = (LOADING, Stage("running calibration images", 2), Stage("measuring ranges", 2))
+VERIFYING = (LOADING, Stage("running the checkpoint", 5), Stage("verifying", 4))
+CALIBRATING = (LOADING, Stage("running calibration images", 2), Stage("measuring ranges", 4))
 SEARCHING = (
-    Stage("exporting", 3), Stage("exporting", 3), Stage("measuring sensitivity", 20),
+    Stage("exporting", 10), Stage("exporting", 10), Stage("measuring sensitivity", 20),
     Stage("putting sub-layers back", 10),
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def running_stages(
     measured = Stage("measuring", iterations * 0.02) if iterations else Stage("measuring", seconds or 3.0, fixed=True)
     warm = Stage("warming up", 0.3)
     return [
-        Stage("loading the bundle", 5.0 if backend == "auto" else 0.5),
+        Stage("loading the bundle", 5.0 if backend == "auto" else 1.0),
         *([Stage("timing operating points", 3, fixed=True)] if latency else []),
         Stage("running images", 0.3),
         Stage("making engines", 0.3),
@@ -63,7 +63,7 @@ def exporting_stages(
     verify: bool, calibration: CalibrationOptions, budgets: BudgetOptions, build: BuildOptions
 ) -> list[Stage]:
     """Those of an export."""
-    stages = [Stage("loading the checkpoint", 2), Stage("exporting", 2), *(VERIFYING if verify else ())]
+    stages = [Stage("loading the checkpoint", 2), Stage("exporting", 1), *(VERIFYING if verify else ())]
     if calibration.precision != "fp32":
-        stages += [*CALIBRATING, *(SEARCHING if calibration.precision == "mixed" else ()), Stage("exporting", 3)]
+        stages += [*CALIBRATING, *(SEARCHING if calibration.precision == "mixed" else ()), Stage("exporting", 10)]
     return stages + adding_stages(budgets, build)

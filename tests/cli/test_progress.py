@@ -5,6 +5,7 @@ import sys
 import threading
 from contextlib import redirect_stderr
 
+import click
 import pytest
 
 from adavit.console_progress import GAPS, OFF, Estimate, Progress, Stage, time_left
@@ -49,7 +50,7 @@ def terminal() -> io.StringIO:
 def on(stream: io.StringIO, command: str, stages: list[Stage], clock: Clock) -> Progress:
     """A progress on another standard error."""
     with redirect_stderr(stream):
-        return Progress(command, stages, clock)
+        return Progress(stages, command, clock)
 
 
 def shares(written: str) -> list[int]:
@@ -130,6 +131,17 @@ def test_work_that_tells_nothing_for_long_is_told_of(pipe: io.StringIO, clock: C
     for thread in alive:
         thread.join(10)
     assert not any(thread.is_alive() for thread in alive)
+
+
+def test_the_command_that_runs_is_named(pipe: io.StringIO, clock: Clock) -> None:
+    @click.command(name="adavit-some")
+    def some() -> None:
+        with redirect_stderr(pipe), Progress(clock=clock) as progress:
+            clock.now += 10
+            progress("reading", 0.5)
+
+    some.main([], prog_name="adavit-some", standalone_mode=False)
+    assert pipe.getvalue() == "adavit-some: reading, 50 %, about 10 s left\n"
 
 
 def test_it_can_be_turned_off(pipe: io.StringIO, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
