@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,54 +10,34 @@ import click
 from click.core import ParameterSource
 
 from adavit import console
-from adavit.budget_options import BudgetOptions, budget_options
+from adavit.budget_options import BudgetOptions
 from adavit.console_notes import echo_notes, export_notes
 from adavit.console_precision import calibration_lines, compare_lines
+from adavit.console_progress import Stage
+from adavit.console_run import run_lines
+from adavit.console_stages import (
+    COMPARING,
+    TUNING,
+    adding_stages,
+    checking_stages,
+    exporting_stages,
+    running_stages,
+)
 from adavit.console_tune import tune_lines
+from adavit.export_options import CALIBRATING, CALIBRATION_IMAGES, EXPORT_EXAMPLES, EXPORTING, export_options
 from adavit.files import find_folder
-from adavit.option_types import Finite, Threads, labels_by_order
-from adavit.precision_options import CalibrationOptions, calibration_options
-from adavit.runtime.backend import names as backend_names
-from adavit.tensorrt.options import BuildOptions, build_options
+from adavit.precision_options import CalibrationOptions
+from adavit.run_options import MEASURING, RUN_EXAMPLES, run_options
+from adavit.runtime.demo import names_demo
+from adavit.tensorrt.options import BuildOptions
 from adavit.version import __version__
 
 PATH = click.Path(path_type=Path)
-CALIBRATING = ("calibration_cache", "samples", "method", "decision_precision", "max_drop", "seed")
-"""Options that only an export in another precision than fp32 follows."""
-CALIBRATION_IMAGES = ("calibration_images", "labels_by_order")
-EXPORTING = ("with_dense", "opset", "labels", "image_size", "crop_ratio", "verify", "force", "precision", *CALIBRATING)
-"""Options that only an export of a checkpoint follows."""
-MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile", "draw")
-"""Options of a measurement alone."""
 
 
-@click.command(cls=console.Command, name="adavit-export")
+@click.command(cls=console.Command, name="adavit-export", epilog=EXPORT_EXAMPLES)
 @click.argument("source", metavar="CHECKPOINT|BUNDLE", type=PATH, required=False)
-@click.option("--output", "-o", type=PATH, help="Folder to write the bundle to.")
-@click.option(
-    "--with-dense/--no-dense",
-    default=True,
-    show_default=True,
-    help="Bring the dense twin along, which adavit-run compares speed with; it is as large as the checkpoint.",
-)
-@click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
-@click.option("--labels", type=PATH, help="Text file with one class name a line.")
-@click.option(
-    "--image-size", type=click.IntRange(1), help="Side of the input in pixels; interpolates the position embedding."
-)
-@click.option(
-    "--crop-ratio", type=Finite(0.1, 1), help="Share of the short side the crop keeps.  [default: as noted, or 0.9]"
-)
-@click.option("--heads", type=click.IntRange(1), help="Attention heads, where the checkpoint does not tell.")
-@click.option("--verify/--no-verify", default=True, help="Run the bundle against the checkpoint before it is kept.")
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@click.option("--check", type=PATH, metavar="BUNDLE", help="Verify an existing bundle instead of exporting.")
-@click.option("--against", type=PATH, metavar="CHECKPOINT", help="The checkpoint that --check compares with.")
-@click.option("--threads", type=Threads(), help="CPU threads of the verification.")
-@budget_options
-@calibration_options
-@build_options
-@click.option("--json", "json_file", metavar="FILE|-", help="Write a report as JSON; - is standard output.")
+@export_options
 @click.version_option(__version__)
 def export(
     source: Path | None,
@@ -70,16 +50,26 @@ def export(
 ) -> None:
     """Turn a trained AdaViT into a bundle of engines, and prove that it computes the same.
 
-    CHECKPOINT is a training checkpoint, a state dict or a safetensors file, whatever its name; `demo` is the small
-    Fashion-MNIST model that comes with this package. To a BUNDLE, --target adds TensorRT engines and
-    --budgets operating points.
+    CHECKPOINT is a training checkpoint, a state dict or a safetensors file, whatever its name. `demo` is the small
+    Fashion-MNIST model that comes with this package.
+
+    Given a BUNDLE, --target adds TensorRT engines to it, and --budgets operating points.
     """
     console.check_target("--json", json_file)
     calibration = CalibrationOptions.taken_from(options)
     build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
-    with console.Progress() as progress:
-        adds = build.target or budgets.budgets
-        if source is not None and adds and (find_folder(source) / "config.json").is_file():
+    added = source if build.target or budgets.budgets else None
+    if added is not None and output is None and check is None and names_demo(added):
+        raise click.UsageError("the demo's bundle stays as it is; give --output BUNDLE, for a bundle of your own")
+    to_bundle = added is not None and (find_folder(added) / "config.json").is_file()
+    if check is not None:
+        stages = checking_stages()
+    elif to_bundle:
+        stages = adding_stages(budgets, build)
+    else:
+        stages = exporting_stages(options["verify"], calibration, budgets, build)
+    with console.Progress(stages) as progress:
+        if to_bundle and source is not None:
             if output is not None or check is not None:
                 raise click.UsageError("to add to a BUNDLE, leave out --output and --check")
             _refuse({*EXPORTING, "heads", "against"}, "to add to a BUNDLE, leave out")
@@ -143,72 +133,17 @@ def _export(
     return export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
 
 
-@click.command(cls=console.Command, name="adavit-run")
+@click.command(cls=console.Command, name="adavit-run", epilog=RUN_EXAMPLES)
 @click.argument("bundle", type=PATH, required=False)
-@click.option("--images", type=PATH, multiple=True, help="Image file or folder; class-named folders give accuracy.")
-@labels_by_order
-@click.option("--batch", type=click.IntRange(1, 4096), default=1, show_default=True, help="Images per run.")
-@click.option("--iterations", type=click.IntRange(1), help="Measured runs.")
-@click.option("--seconds", type=Finite(0.01), help="Length of the measurement.  [default: 3]")
-@click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Runs before the measurement.")
-@click.option("--threads", type=Threads(), help="CPU threads.  [default: all this process may use]")
-@click.option(
-    "--backend",
-    type=click.Choice([*backend_names(), "auto"]),
-    default="onnxruntime",
-    show_default=True,
-    help="What runs the engines; auto measures what is installed, once, and takes the fastest.",
-)
-@click.option(
-    "--provider", help="ONNX Runtime's execution provider [default: CPUExecutionProvider], or OpenVINO's fp32 or bf16."
-)
-@click.option("--cuda-graphs", is_flag=True, help="TensorRT: make CUDA graphs of what runs again.")
-@click.option(
-    "--trust-engines", is_flag=True, help="TensorRT: run engines that you did not build on this machine; native code."
-)
-@click.option(
-    "--parallel",
-    type=click.Choice(["operators", "samples"]),
-    help="What the threads share.  [default: operators for one image a run, else samples]",
-)
-@click.option("--record-policy", type=PATH, metavar="FILE", help="Write what every image used (npz).")
-@click.option("--replay-policy", type=PATH, metavar="FILE", help="Follow a recorded policy instead of deciding.")
-@click.option("--draw", type=PATH, metavar="FILE.png", help="Draw what the first 8 images kept in each block.")
-@click.option(
-    "--budget",
-    type=Finite(0, 1, min_open=True),
-    metavar="SHARE",
-    help="Mean share of the dense MACs to run at, such as 0.4.",
-)
-@click.option("--latency-ms", type=Finite(0, min_open=True), help="Run at the budget that takes this long.")
-@click.option("--dense/--no-dense", default=None, help="Alternate with the dense twin.  [default: where it is there]")
-@click.option(
-    "--profile",
-    is_flag=False,
-    flag_value="",
-    metavar="[FILE]",
-    help="Show where the time goes; FILE becomes a trace that Perfetto opens.",
-)
-@click.option(
-    "--specialise/--no-specialise",
-    default=True,
-    show_default=True,
-    help="Make engines for what some of the images keep most.",
-)
-@click.option("--tune", is_flag=True, help="Instead: measure engines and policies, and keep the plan that is fastest.")
-@click.option("--top", type=click.IntRange(1, 100), default=1, show_default=True, help="Classes shown per image.")
-@click.option(
-    "--compare", type=(PATH, PATH), metavar="A B", help="Instead: how far bundle B's decisions and classes are A's."
-)
-@click.option("--json", "json_file", metavar="FILE|-", help="Write the numbers as JSON; - is standard output.")
+@run_options
 @click.version_option(__version__)
 def run(
     bundle: Path | None, tune: bool, compare: tuple[Path, Path] | None, json_file: str | None, **options: Any
 ) -> None:
     """Run a BUNDLE on images, and measure it against its dense twin.
 
-    Without BUNDLE, the demo that comes with this package runs on its own images. Without --images, a bundle
-    runs on random input.
+    BUNDLE is a folder that adavit-export made, or `demo`, the default: the demo that comes with this package, on its
+    own images. Without --images, other bundles run on random input.
     """
     from adavit.runtime.evaluate import RunOptions, run_bundle
 
@@ -225,13 +160,13 @@ def run(
     for name, target in (("json", json_file), ("record-policy", options["record_policy"]), ("draw", options["draw"])):
         console.check_target(f"--{name}", target)
     console.check_target("--profile", options["profile"] or None)
-    with console.Progress() as progress:
+    with console.Progress(_stages(options, tune, compare is not None)) as progress:
         if compare is not None:
             report, lines = _compare(bundle, compare, options, progress), compare_lines
         elif tune:
             report, lines = _tune(bundle, options, progress), tune_lines
         else:
-            report, lines = run_bundle(bundle, RunOptions(**options), progress), console.run_lines
+            report, lines = run_bundle(bundle, RunOptions(**options), progress), run_lines
     echo_notes("adavit-run", report["notes"])
     for skipped in report.get("skipped", ()):
         click.echo(f"adavit-run: skipped {skipped}", err=True)
@@ -239,6 +174,18 @@ def run(
     if json_file != "-":
         for line in lines(report):
             click.echo(console.printable(line))
+
+
+def _stages(options: dict[str, Any], tune: bool, compare: bool) -> Sequence[Stage]:
+    """What the command is going to do."""
+    if compare:
+        return COMPARING
+    if tune:
+        return TUNING
+    seconds, iterations, backend = (options[key] for key in ("seconds", "iterations", "backend"))
+    return running_stages(
+        seconds, iterations, options["latency_ms"] is not None, options["profile"] is not None, backend
+    )
 
 
 def _compare(

@@ -1,4 +1,4 @@
-"""What the commands print: errors in one line, progress on a terminal, tables, JSON."""
+"""What the commands share: errors in one line, tables, JSON, and the summary of an export."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,8 +17,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import click
+import cloup
 
-from adavit.errors import AdaViTError, InputError, OptionError, bounded, printable
+from adavit.console_progress import Progress
+from adavit.errors import AdaViTError, InputError, OptionError, bounded, install_hint, printable
 from adavit.files import check_place, write_beside
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
     "check_target",
     "export_lines",
     "printable",
-    "run_lines",
+    "table",
     "write_json",
 ]
 
@@ -45,7 +46,7 @@ MODULES = {  # An optional package that is missing, and the extra that brings it
 OUT_OF_MEMORY = "out of memory; use a smaller --batch, smaller or fewer images"
 
 
-class Command(click.Command):
+class Command(cloup.Command):
     """A command whose failures are one line on stderr: exit code 2 for usage, 1 for the rest, 130 for Ctrl-C."""
 
     def make_context(self, info_name: str | None, *args: Any, **kwargs: Any) -> click.Context:
@@ -81,7 +82,7 @@ class Command(click.Command):
             if package not in MODULES:
                 raise
             extra = "train" if ctx.find_root().info_name == "adavit-train" else MODULES[package]
-            message = f"{package} is not installed; run: pip install 'adavit[{extra}]'"
+            message = f"{package} is not installed; run: {install_hint(extra)}"
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -158,39 +159,6 @@ def _disk_message(error: OSError) -> str:
     return f"{where}{hint}"
 
 
-class Progress:
-    """A bar on stderr while it is a terminal, nothing otherwise. Call it with a stage and the share done."""
-
-    WIDTH = 24
-
-    def __init__(self) -> None:
-        self._shown = sys.stderr is not None and sys.stderr.isatty()
-        self._last = 0.0
-        self._dirty = False
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.clear()
-
-    def __call__(self, stage: str, share: float) -> None:
-        """Shows that `share` of `stage` is done."""
-        now = time.monotonic()
-        if not self._shown or (now - self._last < 0.1 and share < 1):
-            return
-        self._last, self._dirty = now, True
-        bar = "#" * round(share * self.WIDTH)
-        sys.stderr.write(f"\r\x1b[K{stage:<28.28} [{bar:<{self.WIDTH}}] {share:4.0%}")
-        sys.stderr.flush()
-
-    def clear(self) -> None:
-        """Removes the bar."""
-        if self._dirty:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-
-
 def check_target(option: str, target: str | Path | None) -> None:
     """Refuses what no file can be written to, before any work is done for it."""
     if target is None or str(target) == "-":
@@ -244,11 +212,6 @@ def export_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _offset(value: float | Sequence[float]) -> str:
-    """The offset of a kind; where it differs between blocks, the least and the largest."""
-    return f"{value:+.2f}" if isinstance(value, float | int) else f"{min(value):+.2f} to {max(value):+.2f}"
-
-
 def _budget_lines(report: dict[str, Any]) -> list[str]:
     right = "accuracy" if report["calibration"]["labelled"] else "agreement"
     rows: list[tuple[str, ...]] = [("budget", "MACs", right, "tokens", "heads", "sub-layers")]
@@ -261,76 +224,3 @@ def _budget_lines(report: dict[str, Any]) -> list[str]:
     if report["skipped"]:
         images += f"; {len(report['skipped'])} could not be read, first: {report['skipped'][0]}"
     return ["", *table(rows), images]
-
-
-def run_lines(report: dict[str, Any]) -> list[str]:
-    """The tables of `adavit-run`."""
-    lines: list[str] = []
-    if report["predictions"]:
-        rows: list[tuple[str, ...]] = [("image", "prediction", "GMACs", "tokens", "heads", "sub-layers")]
-        for p in report["predictions"]:
-            top = ", ".join(f"{label} {share:.0%}" for label, share in p["top"])
-            usage = [f"{p['usage'][kind]:.0%}" for kind in ("tokens", "heads", "sublayers")]
-            rows.append((p["image"], top, f"{p['macs'] / 1e9:.3f}", *usage))
-        lines += [*table(rows), ""]
-        if more := report["images"] - len(report["predictions"]):
-            lines[-1:] = [f"... and {more} more", ""]
-    lines += _latency_lines(report)
-    if device := report["device"]:
-        enqueue, gpu, sync = (device[f"{kind}_ms"] for kind in ("enqueue", "gpu", "sync"))
-        lines.append(f"of p50      {enqueue:.2f} enqueuing, {gpu:.2f} on the GPU, {sync:.2f} waiting for it")
-    used = report["usage"]
-    macs = report["macs"]
-    lines += [
-        "",
-        f"model       {report['model']} on {report['backend']}, batch {report['batch']}, {report['threads']} threads, "
-        f"{report['iterations']} runs",
-        *([f"backend     {report['choice']['reason']}"] if report["choice"] else []),
-        *([f"plan        tuned on this machine: {report['plan']}"] if report["plan"] else []),
-        *([f"engines     {report['specialised']} for what blocks keep most often"] if report["specialised"] else []),
-        f"MACs        {macs['executed_mean'] / 1e9:.3f} G of {macs['dense'] / 1e9:.3f} G dense "
-        f"({macs['executed_mean'] / macs['dense']:.1%})",
-        f"usage       tokens {used['tokens']:.1%}, heads {used['heads']:.1%}, sub-layers {used['sublayers']:.1%}",
-    ]
-    if found := report["budget"]:
-        offsets = ", ".join(f"{kind} {_offset(value)}" for kind, value in found["offsets"].items())
-        lines.append(f"budget      {found['macs']:.1%} of the dense MACs asked for; offsets of logits: {offsets}")
-    if not report["policies"]:
-        lines.append("policies    none: a dense model, which skips nothing; adavit-train adapt trains policies")
-    if report["speedup"] is not None:
-        lines.append(
-            f"speedup     {report['speedup']:.2f}x of an ideal {report['ideal_speedup']:.2f}x: "
-            f"efficiency {report['efficiency']:.2f}"
-        )
-    if found := report["accuracy"]:
-        by = ", labelled by the order of their folders" if report["labels_by"] == "order" else ""
-        lines.append(f"accuracy    top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%} of {found['n']} images{by}")
-    if found := report["profile"]:
-        lines += ["", *_profile_lines(found)]
-    return lines
-
-
-def _profile_lines(profile: dict[str, Any]) -> list[str]:
-    """The waterfall: what is left of a row's total after the ideal is loss."""
-    columns = ("ideal", "padding", "slower", "engines", "decision", "moves", "calls", "total")
-    rows: list[tuple[str, ...]] = [("ms", *columns)]
-    for part in (*profile["parts"], {"part": "total", **profile["total"]}):
-        rows.append((part["part"], *(f"{part[f'{column}_ms']:.2f}" for column in columns)))
-    return [
-        *table(rows),
-        f"mean of {profile['runs']} runs, {profile['disturbed_runs']} disturbed ones left out; the timers' own cost: "
-        f"{profile['timers_ms']:.2f} ms",
-        f"ideal, padding: MACs asked for, and beyond, at the dense twin's speed of "
-        f"{profile['dense_gmacs_per_second']:.0f} GMAC/s ({profile['dense_ms']:.2f} ms)",
-        "engines: ideal, padding, and what they take beyond; moves: gathering and scattering rows and weights",
-        f"calls: {profile['call_us']:.0f} us for every engine, and all between",
-    ]
-
-
-def _latency_lines(report: dict[str, Any]) -> list[str]:
-    rows: list[tuple[str, ...]] = [("latency, ms", "p50", "p90", "p95", "p99", "mean", "images/s")]
-    for name, part in (("adaptive" if report["policies"] else "dense", report), ("dense twin", report["dense"])):
-        if part:
-            values = [f"{part['latency_ms'][key]:.2f}" for key in ("p50", "p90", "p95", "p99", "mean")]
-            rows.append((name, *values, f"{part['throughput']:.1f}"))
-    return table(rows)

@@ -23,6 +23,7 @@ def tune_lines(report: dict[str, Any]) -> list[str]:
     return [
         *(_block_lines(report["staircase"]) if "blocks" in report["staircase"] else _sublayer_lines(report)),
         *table(rows),
+        "ideal: dense / executed MACs; efficiency: speedup / ideal",
         "",
         f"model       {report['model']} on {report['backend']}, {report['threads']} threads",
         f"plan        {report['taken']} is taken ({plans}); "

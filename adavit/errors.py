@@ -16,6 +16,7 @@ __all__ = [
     "OptionError",
     "VerificationError",
     "bounded",
+    "install_hint",
     "one_line",
     "printable",
     "raise_interrupt",
@@ -81,6 +82,11 @@ def shown(value: object) -> str:
 def one_line(error: Exception) -> str:
     """What another library's exception says, without line breaks and not too long."""
     return bounded(" ".join(str(error).split()), LONGEST_QUOTE)
+
+
+def install_hint(extra: str) -> str:
+    """How to install an extra of this package, from an index or from a clone of the repository."""
+    return f"pip install 'adavit[{extra}]' (in a clone: pip install '.[{extra}]')"
 
 
 class AdaViTError(Exception):

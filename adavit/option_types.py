@@ -14,7 +14,7 @@ __all__ = ["Finite", "Threads", "labels_by_order"]
 labels_by_order = click.option(
     "--labels-by-order",
     is_flag=True,
-    help="Class folders that fit no label, and are as many, are the classes in sorted order.",
+    help="Match class folders with labels by their order, where no name fits and there are as many.",
 )
 
 

@@ -63,39 +63,55 @@ def calibration_options(command: Function) -> Function:
     for option in reversed(
         [
             click.option(
-                "--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the engines."
+                "--precision",
+                type=click.Choice(PRECISIONS),
+                default="fp32",
+                show_default=True,
+                help="Number format of the engines.",
             ),
             click.option(
                 "--calibration-cache",
                 type=path,
                 metavar="FILE",
-                help="Ranges to reuse, or to write.  [default: OUTPUT.calibration.npz]",
+                help="File of ranges: read where it is there, else written.  [default: OUTPUT.calibration.npz]",
             ),
             click.option(
                 "--samples",
                 type=click.IntRange(16, 4096),
+                metavar="N",
                 default=64,
                 show_default=True,
                 help="Inputs kept for each engine, chosen at random of all the images'.",
             ),
             click.option(
-                "--method", type=click.Choice(METHODS), default="max", show_default=True, help="Of int8's ranges."
+                "--method",
+                type=click.Choice(METHODS),
+                default="max",
+                show_default=True,
+                help="How int8 ranges are chosen.",
             ),
             click.option(
                 "--decision-precision",
                 type=click.Choice(["fp32", "fp16"]),
                 default="fp32",
                 show_default=True,
-                help="Of the engines that decide.",
+                help="Number format of the engines that decide.",
             ),
             click.option(
                 "--max-drop",
                 type=Finite(0, 100),
+                metavar="X",
                 default=0.3,
                 show_default=True,
                 help="Points of accuracy (agreement, without labels) that --precision mixed may lose.",
             ),
-            click.option("--seed", type=click.IntRange(0), default=0, help="Of the choice of inputs.  [default: 0]"),
+            click.option(
+                "--seed",
+                type=click.IntRange(0),
+                metavar="N",
+                default=0,
+                help="Seed of the choice of inputs.  [default: 0]",
+            ),
         ]
     ):
         command = option(command)

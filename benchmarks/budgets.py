@@ -25,7 +25,7 @@ from adavit.macs import dense_macs
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.budget import Offsets
 from adavit.runtime.bundle import Bundle
-from adavit.runtime.evaluate import demo_bundle
+from adavit.runtime.demo import demo_bundle
 from adavit.training.report import RandomPolicy
 
 EXPORT = [sys.executable, "-c", "from adavit.cli import export; export(prog_name='adavit-export')"]

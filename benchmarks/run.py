@@ -29,7 +29,7 @@ from models import ARCHITECTURES, BIASES, random_model
 from adavit.export import ExportOptions, export_bundle
 from adavit.runtime import Policy
 from adavit.runtime.bundle import Bundle
-from adavit.runtime.evaluate import demo_bundle
+from adavit.runtime.demo import demo_bundle
 
 RUN = [sys.executable, "-c", "from adavit.cli import run; run()"]
 MEMORY = [sys.executable, str(Path(__file__).parent / "memory.py")]

@@ -48,6 +48,14 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _no_progress() -> Iterator[None]:
+    """What commands print does not depend on how long they take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADAVIT_PROGRESS", "0")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _no_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What was measured and built on this machine before is nothing to a test."""
     with pytest.MonkeyPatch.context() as patch:

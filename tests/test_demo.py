@@ -1,13 +1,17 @@
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
+import pytest
+from cases import invoke, refusal
 from click.testing import CliRunner
 
 import adavit
 from adavit.cli import export, run
 from adavit.runtime.bundle import Bundle
-from adavit.runtime.evaluate import demo_bundle
+from adavit.runtime.demo import demo_bundle
+from adavit.training.runs import _open_model
 
 DEMO = Path(adavit.__file__).parent / "demo"
 
@@ -39,3 +43,52 @@ def test_an_export_of_the_demo_has_its_operating_points(tmp_path: Path) -> None:
     larger = CliRunner().invoke(export, ["demo", "--output", str(tmp_path / "larger"), "--image-size", "32"])
     assert larger.exit_code == 0, larger.output
     assert Bundle.open(tmp_path / "larger").budgets is None
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_demo_by_its_name(elsewhere: Path) -> None:
+    assert adavit.load("demo", threads=1).bundle.path == demo_bundle()
+    assert adavit.load(Path("demo"), threads=1).bundle.name == "adavit-demo"
+    done = invoke(run, "demo", "--iterations", 1, "--warmup", 0, "--threads", 1, "--no-dense", "--json", "-")
+    assert done.exit_code == 0, done.output
+    values = json.loads(done.stdout)
+    assert (values["model"], values["input"], values["accuracy"]["n"]) == ("adavit-demo", "images", 20)
+    images = DEMO / "images" / "bag"
+    done = invoke(run, "--compare", "demo", "demo", "--images", images, "--threads", 1, "--json", "-")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["images"] == 2
+
+
+def test_the_demo_is_checked_by_its_name(elsewhere: Path) -> None:
+    done = invoke(export, "--check", "demo", "--against", "demo", "--threads", 1)
+    assert done.exit_code == 0, done.output
+    assert "decisions identical" in done.stdout
+
+
+def test_the_demo_is_evaluated_by_its_name(elsewhere: Path) -> None:
+    loaded = _open_model(Path("demo"), None, 1)
+    assert isinstance(loaded, adavit.Runtime)
+    assert loaded.bundle.path == demo_bundle()
+
+
+def test_a_file_or_folder_of_that_name_wins(elsewhere: Path, tiny_bundle: Path) -> None:
+    shutil.copytree(tiny_bundle, "demo")
+    assert adavit.load("demo", threads=1).bundle.name == "tiny"
+    assert json.loads(invoke(run, "demo", "--iterations", 1, "--json", "-").stdout)["input"] == "random"
+    shutil.rmtree("demo")
+    Path("demo").touch()
+    assert "demo: no such bundle folder" in refusal(invoke(run, "demo"))
+
+
+def test_nothing_is_added_to_the_demo_that_is_installed(elsewhere: Path) -> None:
+    before = (demo_bundle() / "config.json").read_bytes()
+    for options in (["--budgets", "0.3", "--calibration-images", DEMO / "images"], ["--target", "tensorrt-rtx"]):
+        message = refusal(invoke(export, "demo", *options), code=2)
+        assert "the demo's bundle stays as it is; give --output BUNDLE, for a bundle of your own" in message
+    assert (demo_bundle() / "config.json").read_bytes() == before

@@ -22,12 +22,14 @@ sys.meta_path.insert(0, Refused())
 import numpy as np
 import adavit
 runtime = adavit.load(sys.argv[1], threads=1)
+assert not {"click", "cloup"} & {name.split(".")[0] for name in sys.modules}
 side = runtime.architecture.image_size
 images = np.zeros((2, 3, side, side), np.float32)
 assert runtime.run(images).logits.shape == runtime.run_dense(images).shape
 assert runtime.predict(np.zeros((9, 9), np.uint8))[0].top
 assert runtime.draw(images).mode == "RGB"
 from adavit.runtime import benchmark, evaluate
+assert not {"click", "cloup"} & {name.split(".")[0] for name in sys.modules}, "the commands alone need them"
 import adavit.cli
 loaded = {name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "safetensors"}
 parts = {".".join(name.split(".")[:2]) for name in sys.modules if name.startswith("adavit.")}

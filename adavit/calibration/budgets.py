@@ -51,6 +51,7 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
     options.check()
     if not options.budgets:
         return None
+    progress("loading the bundle", 0.0)
     runtime = load(bundle, threads=threads, parallel="samples")
     notes: list[str] = []
     images = options.calibration_images, progress, options.labels_by_order, notes.append

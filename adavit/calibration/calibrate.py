@@ -56,6 +56,7 @@ def calibrate_bundle(
     Raises:
         InputError: the images or the cache are not usable, or the model has no policies.
     """
+    progress("loading the bundle", 0.0)
     runtime = load(source, "onnxruntime", threads)
     runtime.adaptive_dispatcher("calibrate")
     bundle = runtime.bundle

@@ -24,7 +24,7 @@ from adavit.model.checkpoint import read_classes, read_crop
 from adavit.precision_options import CalibrationOptions
 from adavit.reading import read_labels
 from adavit.runtime.bundle import Bundle, is_bundle
-from adavit.runtime.evaluate import demo_bundle
+from adavit.runtime.demo import DEMO_NAME, demo_bundle
 from adavit.runtime.images import Preprocessor
 from adavit.runtime.session import load
 from adavit.tensorrt.build import add_engines
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
 
 DEMO = demo_bundle().parent
+GENERIC = ("weights", "checkpoint", "model", "model_best", "pytorch_model", "best", "last")
+"""Names of files that tell nothing of the model."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     """Exports the checkpoint `source` as the bundle folder `output`; nothing is left of a failed attempt.
 
     Args:
-        source: a checkpoint file, or `demo` for the model that comes with this package.
+        source: a checkpoint file, or `demo`, if no file has that name, for the model that comes with this package.
         output: the folder to make.
         options: how.
         progress: told the stage and the share done.
@@ -73,14 +75,14 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         AdaViTError: the checkpoint, the options or the output folder are not usable, or verification failed.
     """
     start = time.perf_counter()
+    demo, source = _is_demo(source), _checkpoint(source)
+    _refuse_bundle(source, output, options.calibration.precision)
     if options.opset not in OPSETS:
         raise OptionError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     options.budgets.check()
     options.calibration.check(options.opset)
     _check_output(output, options.force)
-    demo = str(source) == "demo" and not source.is_file()
-    if demo:
-        source = DEMO / "checkpoint.safetensors"
+    progress("loading the checkpoint", 0.0)
     model = load_checkpoint(source, options.heads)
     if not model.arch.adapts:
         _check_dense_alone(source, options)
@@ -88,7 +90,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         model = resize(model, options.image_size)
     labels = _labels(options.labels or (DEMO / "labels.txt" if demo else None), source, model.arch.classes)
     about: dict[str, Any] = {
-        "name": "adavit-demo" if demo else source.stem,
+        "name": "adavit-demo" if demo else _model_name(source),
         "opset": options.opset,
         "checkpoint": {"file": source.name, "sha256": sha256(source.read_bytes())},
         "precision": "fp32",
@@ -109,7 +111,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
             about,
             progress,
         )
-        verified = verify(model, load(exported, threads=options.threads), progress) if options.verify else None
+        verified = _verified(model, exported, options.threads, progress) if options.verify else None
         if exported != folder:
             from adavit.calibration.calibrate import calibrate_bundle
 
@@ -137,15 +139,22 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     }
 
 
+def _verified(model: AdaViT, bundle: Path, threads: int | None, progress: Progress) -> dict[str, Any]:
+    progress("loading the bundle", 0.0)
+    return verify(model, load(bundle, threads=threads), progress)
+
+
 def check_bundle(
     bundle: Path, checkpoint: Path, heads: int | None, threads: int | None, progress: Progress
 ) -> dict[str, Any]:
     """Verifies an existing bundle against a checkpoint; raises VerificationError where they differ."""
     start = time.perf_counter()
+    progress("loading the bundle", 0.0)
     runtime = load(bundle, threads=threads)
     if (precision := runtime.bundle.config.get("precision")) not in ("fp32", "float32"):
         raise InputError(f"{bundle} is {precision}: compare it with its fp32 bundle, by adavit-run --compare")
-    model = resize(load_checkpoint(checkpoint, heads), runtime.architecture.image_size)
+    progress("loading the checkpoint", 0.0)
+    model = resize(load_checkpoint(_checkpoint(checkpoint), heads), runtime.architecture.image_size)
     if model.arch != runtime.architecture:
         ours, theirs = runtime.architecture.to_dict(), model.arch.to_dict()
         differing = ", ".join(f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key])
@@ -173,6 +182,32 @@ def _without_policies(source: Path) -> str:
         f"{source} has no policies, so there is nothing to skip: the bundle is its dense graph alone. To train "
         f"policies: adavit-train adapt --from {source} --data ... --output ... (docs/training.md)"
     )
+
+
+def _checkpoint(source: Path) -> Path:
+    """The file of a checkpoint: the demo's where the path means that."""
+    return DEMO / "checkpoint.safetensors" if _is_demo(source) else source
+
+
+def _refuse_bundle(source: Path, output: Path, precision: str) -> None:
+    """Raises InputError where a bundle is given in the place of the checkpoint that it was made of."""
+    if is_bundle(source):
+        option = "" if precision == "fp32" else f" --precision {precision}"
+        raise InputError(
+            f"{source} is a bundle; a bundle of any precision is exported from the checkpoint: "
+            f"adavit-export CHECKPOINT --output {output}{option}"
+        )
+
+
+def _is_demo(source: Path) -> bool:
+    """Whether a checkpoint is asked for by the demo's name: a file of that name is meant first, a folder is none."""
+    return str(source) == DEMO_NAME and not source.is_file()
+
+
+def _model_name(source: Path) -> str:
+    """The model's name: the file's, or its folder's where files of every model are named so."""
+    folder = source.absolute().parent.name
+    return folder if source.name.split(".")[0] in GENERIC and folder else source.stem
 
 
 def _check_output(output: Path, force: bool) -> None:

@@ -73,7 +73,9 @@ def measure(
     turns = batches(images, plan.batch, policy)
     if plan.dense:
         runtime.run_dense(images[:1])
-    for _ in range(plan.warmup):
+    for done in range(plan.warmup):
+        if progress:
+            progress("warming up", done / plan.warmup)
         chosen, recorded = next(turns)
         runtime.run(chosen, policy=recorded)
         if plan.dense:

@@ -18,6 +18,7 @@ from adavit.files import find_folder, sha256, write_beside
 from adavit.macs import dense_macs, outside_macs
 from adavit.reading import path_of, read_regular
 from adavit.runtime.budget import Budgets
+from adavit.runtime.demo import find_bundle
 from adavit.runtime.images import Preprocessor
 
 __all__ = [
@@ -245,7 +246,7 @@ def _check_file(folder: Path, stored: Stored) -> Path:
 
 def _folder(given: Any) -> Path:
     """Where a bundle is; raises InputError where what is given is no path, BundleError where no folder is there."""
-    path = path_of(given, "bundle")
+    path = find_bundle(path_of(given, "bundle"))
     try:
         folder = find_folder(path)
         there = folder.is_dir()
@@ -253,7 +254,7 @@ def _folder(given: Any) -> Path:
     except OSError as error:
         raise BundleError(f"{path}: cannot be looked into ({error.strerror})") from None
     if not there:
-        raise BundleError(f"{path}: no such bundle folder; make one with adavit-export")
+        raise BundleError(f"{path}: no such bundle folder; make one with adavit-export, or give 'demo'")
     return absolute
 
 

@@ -204,6 +204,7 @@ def compare_bundles(
     Raises:
         AdaViTError: a bundle, the backend or the images are not usable.
     """
+    progress("loading the bundle", 0.0)
     reference = load(first, "onnxruntime", threads, None, "samples")
     compared = load(second, backend, threads, provider, "samples", trust_engines=trust_engines)
     runtimes = reference, compared

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from adavit.drawing import Sample
 from adavit.errors import InputError, OptionError
 from adavit.runtime.benchmark import Images, Plan, Progress, measure, summarise
 from adavit.runtime.budget import present
+from adavit.runtime.cpus import usable_cpus
+from adavit.runtime.demo import demo_bundle, names_demo
 from adavit.runtime.image_files import ImageFile, find_calibration_images, find_images, labels_by
 from adavit.runtime.latency import budget_for_latency
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result, Runtime, load
+from adavit.runtime.shown import spread_over_classes
 from adavit.runtime.tune import tune
 from adavit.runtime.waterfall import profile
 
-__all__ = ["RunOptions", "demo_bundle", "run_bundle", "tune_bundle"]
+__all__ = ["RunOptions", "run_bundle", "tune_bundle"]
 
 SHOWN = 20
 """Images whose predictions are listed."""
@@ -70,7 +74,9 @@ class Evaluation:
     labelled: int = 0
     top1: int = 0
     top5: int = 0
-    predictions: list[dict[str, Any]] = field(default_factory=list)
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    shown_labels: list[int | None] = field(default_factory=list)
+    by_class: Counter[int | None] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
     macs: list[npt.NDArray[np.int64]] = field(default_factory=list)
     policies: list[Policy] = field(default_factory=list)
@@ -78,16 +84,21 @@ class Evaluation:
     held_at: list[int] = field(default_factory=list)
     drawn: Sample = field(default_factory=Sample)
 
-    def accuracy(self) -> dict[str, float] | None:
-        """Top-1 and top-5 shares, where images had labels."""
+    def accuracy(self, classes: int) -> dict[str, float | None] | None:
+        """Top-1 and top-5 shares, where images had labels; no top-5 of so few classes that it is always right."""
         if not self.labelled:
             return None
-        return {"top1": self.top1 / self.labelled, "top5": self.top5 / self.labelled, "n": self.labelled}
+        top5 = self.top5 / self.labelled if classes > 5 else None
+        return {"top1": self.top1 / self.labelled, "top5": top5, "n": self.labelled}
 
+    def may_show(self, label: int | None) -> bool:
+        """Whether an image of this class may be listed, of which some are kept until all classes are known."""
+        self.by_class[label] += 1
+        return self.by_class[label] <= (SHOWN if len(self.by_class) < SHOWN else 1)
 
-def demo_bundle() -> Path:
-    """The bundle that comes with this package."""
-    return Path(__file__).parent.parent / "demo" / "bundle"
+    def predictions(self) -> list[dict[str, Any]]:
+        """Those to be listed, evenly of all classes."""
+        return [self.shown[position] for position in spread_over_classes(self.shown_labels, SHOWN)]
 
 
 def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> dict[str, Any]:
@@ -96,10 +107,13 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     Raises:
         AdaViTError: the bundle, the backend or the images are not usable.
     """
-    folder = path or demo_bundle()
-    given = options.images or (() if path else (demo_bundle().parent / "images",))
+    folder, demo = path or demo_bundle(), path is None or names_demo(path)
+    given = options.images or ((demo_bundle().parent / "images",) if demo else ())
     if options.draw and not given:
         raise OptionError("--draw draws images, and random input has none; give --images too")
+    notes: list[str] = []
+    options = _with_as_many_threads_as_run(options, notes)
+    progress("loading the bundle", 0.0)
     runtime = _load(folder, options)
     profiles = options.profile is not None
     if options.dense or profiles:
@@ -110,7 +124,6 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
                 f"{folder}: exported without its dense twin; export with --with-dense or leave out {without}"
             )
     replayed = Policy.load(options.replay_policy) if options.replay_policy else None
-    notes: list[str] = []
     files = find_images(given, runtime.labels, options.labels_by_order, notes.append)
     budget = options.budget
     if options.latency_ms is not None:
@@ -151,17 +164,33 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         "budget": None if budget is None else {"macs": budget, "offsets": asdict(runtime.offsets)},
         "images": seen.images,
         "input": "images" if given else "random",
-        "accuracy": seen.accuracy(),
+        "accuracy": seen.accuracy(len(runtime.labels)),
         "labels_by": labels_by(files),
         "notes": notes,
-        "predictions": seen.predictions,
+        "predictions": seen.predictions(),
         "skipped": seen.skipped,
         "profile": profile(runtime, held, plan, policy, trace, progress) if profiles else None,
     }
 
 
+def _parallel(options: RunOptions) -> str:
+    return options.parallel or ("operators" if options.batch == 1 else "samples")
+
+
+def _with_as_many_threads_as_run(options: RunOptions, notes: list[str]) -> RunOptions:
+    """Fewer threads where samples run in parallel, each on one, and a batch has fewer: the twin has no more then."""
+    threads = options.threads or usable_cpus()
+    if _parallel(options) == "operators" or options.batch >= threads:
+        return options
+    notes.append(
+        f"samples run in parallel, each on one thread: a batch of {options.batch} uses {options.batch} of {threads} "
+        "threads, and so does the dense twin here; give a larger --batch, or --parallel operators"
+    )
+    return replace(options, threads=options.batch)
+
+
 def _load(folder: Path, options: RunOptions) -> Runtime:
-    parallel = options.parallel or ("operators" if options.batch == 1 else "samples")
+    parallel = _parallel(options)
     how = options.backend, options.threads, options.provider, parallel, options.budget, options.cuda_graphs
     return load(folder, *how, options.trust_engines)
 
@@ -172,6 +201,7 @@ def tune_bundle(path: Path | None, options: RunOptions, progress: Progress) -> d
     Raises:
         AdaViTError: the bundle, the backend or the images are not usable.
     """
+    progress("loading the bundle", 0.0)
     runtime = _load(path or demo_bundle(), options)
     runtime.adaptive_dispatcher("tune")
     notes: list[str] = []
@@ -260,8 +290,9 @@ def _gather(runtime: Runtime, seen: Evaluation, batch: list[ImageFile], result: 
             seen.labelled += 1
             seen.top1 += file.label == found.classes[0]
             seen.top5 += file.label in found.classes[:5]
-        if len(seen.predictions) < SHOWN:
-            seen.predictions.append(
+        if seen.may_show(file.label):
+            seen.shown_labels.append(file.label)
+            seen.shown.append(
                 {
                     "image": str(Path(*file.path.parts[-2:])),
                     "top": [[label, share] for label, share in found.top[:top]],

@@ -23,6 +23,7 @@ from adavit.runtime.budget import TRAINED, Budgets, Offsets, resolve
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.choose import Choice, choose
 from adavit.runtime.cpus import usable_cpus
+from adavit.runtime.demo import find_bundle
 from adavit.runtime.dense import DenseDispatcher, DenseGraph, no_policies
 from adavit.runtime.dispatcher import SIDE_BY_SIDE, Dispatcher, Observer
 from adavit.runtime.finite import check_logits
@@ -112,7 +113,7 @@ def load(
     """Loads a bundle that `adavit-export` made.
 
     Args:
-        bundle: the folder.
+        bundle: the folder, or "demo" for the model that comes with this package.
         backend: what runs the engines; `adavit.runtime.backend.names()` lists them. "auto" takes the fastest that
             is installed, measured on this machine in some seconds once, and kept in the user's cache folder.
         threads: CPU threads, by default one for each CPU that this process's affinity and cgroup quota allow. With
@@ -134,11 +135,11 @@ def load(
 
     Example:
         >>> import adavit, numpy as np
-        >>> runtime = adavit.load("bundle")  # doctest: +SKIP
-        >>> runtime.predict(["cat.jpg"], top=1)  # doctest: +SKIP
+        >>> runtime = adavit.load("demo")
+        >>> runtime.predict(["sneaker.jpg"], top=1)  # doctest: +SKIP
     """
     options = _options(threads, provider, parallel, cuda_graphs, trust_engines)
-    path = path_of(bundle, "bundle")
+    path = find_bundle(path_of(bundle, "bundle"))
     return again_if_replaced(path, lambda: _load(path, backend, options, budget))
 
 

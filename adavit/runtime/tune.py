@@ -66,6 +66,7 @@ def tune(runtime: Runtime, progress: Progress, used: Policy | None = None) -> di
     dispatcher.plan = plans[taken]
     gains = _gains(runtime, images[:1], progress)
     if used is not None:
+        progress("making engines", 0.0)
         runtime.specialise(used)
     plan = replace(plans[taken], sets=specialised.sets, sizes=dispatcher.sizes)
     measured = {"taken": taken, "staircase": asdict(staircase)}

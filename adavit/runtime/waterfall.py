@@ -71,7 +71,10 @@ def profile(
     timed.adaptive_dispatcher("profile").specialise(tuned.specialised.sets, tuned.sizes)
     timed.run_dense(images[: plan.batch])
     feed = batches(images, plan.batch, policy)
-    for _ in range(max(plan.warmup, -(-len(images) // plan.batch))):  # every set of heads has been seen once
+    warmup = max(plan.warmup, -(-len(images) // plan.batch))  # every set of heads has been seen once
+    for done in range(warmup):
+        if progress:
+            progress("warming up", done / warmup)
         chosen, recorded = next(feed)
         timed.run(chosen, policy=recorded)
     turns: list[Turn] = []

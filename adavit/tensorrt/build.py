@@ -54,7 +54,8 @@ def add_engines(folder: Path, options: BuildOptions, progress: Progress) -> dict
 
 def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progress) -> tuple[str, dict[str, Any]]:
     began = time.perf_counter()
-    bundle = Bundle.open(folder)
+    bundle, stage = Bundle.open(folder), f"building {flavour}"
+    progress(stage, 0.0)
     with _workers(flavour, bundle, options) as (pool, builder):
         capabilities = (f"sm{value}" for value in builder.compute_capabilities)
         key = "-".join((flavour, builder.version, this_platform(), *capabilities))
@@ -62,7 +63,7 @@ def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progre
         place.parent.mkdir(exist_ok=True)
         try:
             with folder_beside(place) as output:
-                engines = _build_all(pool, bundle, options, output, f"building {flavour}", progress)
+                engines = _build_all(pool, bundle, options, output, stage, progress)
                 report = {"seconds": time.perf_counter() - began, "engines": engines}
                 (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         finally:

@@ -92,22 +92,37 @@ _OPTIONS = (
         callback=_capabilities,
         help="GPUs of a tensorrt-rtx build, such as 86,89,120.  [default: all from 80]",
     ),
-    click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines for this GPU and newer ones."),
-    click.option("--version-compatible", is_flag=True, help="tensorrt: engines for this version and newer ones."),
-    click.option("--timing-cache", type=click.Path(path_type=Path), metavar="FILE", help="tensorrt: read and add to."),
+    click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines run on this GPU and newer ones."),
+    click.option("--version-compatible", is_flag=True, help="tensorrt: engines run in this version and newer ones."),
     click.option(
-        "--workspace", type=click.IntRange(1, 1 << 20), metavar="MIB", help="Memory a layer may use while it runs."
+        "--timing-cache",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="tensorrt: timings to read, and to add to.",
     ),
-    click.option("--builder-optimization-level", type=click.IntRange(0, 5), help="Effort of the builder."),
+    click.option(
+        "--workspace", type=click.IntRange(1, 1 << 20), metavar="MIB", help="Memory that a layer may use while it runs."
+    ),
+    click.option(
+        "--builder-optimization-level",
+        type=click.IntRange(0, 5),
+        metavar="N",
+        help="How long the builder searches for faster kernels.",
+    ),
     click.option(
         "--max-batch",
         type=click.IntRange(1, 4096),
+        metavar="N",
         default=32,
         show_default=True,
         help="Images that the dense twin runs at once; others run one by one.",
     ),
-    click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Engines built at once."),
-    click.option("--strip-weights", is_flag=True, help="Leave weights out; they are put in from the ONNX files."),
+    click.option(
+        "--jobs", type=click.IntRange(1, 64), metavar="N", default=1, show_default=True, help="Engines built at once."
+    ),
+    click.option(
+        "--strip-weights", is_flag=True, help="Leave weights out of engines; loading takes them from the ONNX files."
+    ),
 )
 
 

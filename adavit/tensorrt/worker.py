@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from adavit.errors import BackendError
+from adavit.errors import BackendError, install_hint
 from adavit.files import sha256
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.bundle import Bundle, EngineSpec
@@ -187,8 +187,7 @@ def _import(flavour: str) -> tuple[Any, Any, type[Exception]]:
         from polygraphy.logger import G_LOGGER
     except (ImportError, OSError) as error:
         raise BackendError(
-            f"building {flavour} engines needs packages that are missing here ({error}); run: "
-            f"pip install 'adavit[{flavour}]'"
+            f"building {flavour} engines needs packages that are missing here ({error}); run: {install_hint(flavour)}"
         ) from None
     G_LOGGER.module_severity = G_LOGGER.ERROR
     return trt, loaders, PolygraphyException

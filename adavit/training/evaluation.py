@@ -18,6 +18,7 @@ from adavit.model import policy as P
 from adavit.model.checkpoint import read_classes
 from adavit.runtime import Runtime, load
 from adavit.runtime.class_folders import folded
+from adavit.runtime.demo import names_demo
 from adavit.runtime.images import Preprocessor
 from adavit.training.checks import check_packages
 from adavit.training.configure import choose_crop, read_class_names, set_threads
@@ -160,7 +161,7 @@ def _check_targets(options: Options) -> None:
 
 def _open(path: Path, options: Options, heads: int | None) -> Candidate:
     crop = options["crop"]
-    if find_folder(path).is_dir():
+    if names_demo(path) or find_folder(path).is_dir():
         runtime = load(path, threads=options["threads"], parallel="samples")
         own = runtime.bundle.preprocessor
         return Candidate(runtime, path, replace(own, crop_ratio=crop or own.crop_ratio))

@@ -124,6 +124,7 @@ class Trainer:
                 with _compiler_errors():
                     terms = self._update(forward, heard, images.to(self.world.device), targets.to(self.world.device))
                 self.step += 1
+                reporter.progress("training", (self.step - first) / (settings.steps - first))
                 last = self.step == settings.steps
                 entry: dict[str, float] = {}
                 if last or self.step % intervals.log == 0:
@@ -131,13 +132,12 @@ class Trainer:
                 if last:
                     entry |= self._balance(train, reporter.progress)
                 if last or self.step % intervals.evaluate == 0:
-                    entry |= self.evaluate(test, intervals.images, reporter.progress)
+                    entry |= self.evaluate(test, intervals.images, reporter.progress if last else silent)
                     reporter.say(self._result(terms["loss"], entry))
                 if entry and log:
                     log.write({"step": self.step, "epoch": self.step / batches.per_epoch, **entry})
                 if self.world.leads and (last or self.step % intervals.save == 0):
                     self.save(self.step // batches.per_epoch)
-                reporter.progress("training", (self.step - first) / (settings.steps - first))
         batches.close()
 
     @contextmanager

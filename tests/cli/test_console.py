@@ -1,4 +1,3 @@
-import io
 import os
 import subprocess
 import sys
@@ -11,39 +10,9 @@ from cases import invoke, refusal
 from click.testing import CliRunner
 
 from adavit.cli import export, run
-from adavit.console import Command, Progress, printable, table
+from adavit.console import Command, printable, table
 from adavit.option_types import Finite
 from adavit.training.command import main
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_is_a_bar_on_a_terminal_and_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    with Progress() as progress:
-        progress("exporting stem", 0.5)
-        progress("exporting head", 1.0)
-    written = sys.stderr.getvalue()
-    assert "exporting stem" in written
-    assert f"[{'#' * 24}] 100%" in written
-    assert written.endswith("\r\x1b[K")
-    assert "\n" not in written
-
-
-def test_progress_is_silent_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with Progress() as progress:
-        progress("exporting", 1.0)
-    assert sys.stderr.getvalue() == ""
-
-
-def test_no_terminal_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", None)
-    with Progress() as progress:
-        progress("exporting", 1.0)
 
 
 def test_names_do_not_command_the_terminal() -> None:

@@ -3,16 +3,25 @@
 import errno
 import json
 import os
+import shutil
 from importlib.metadata import entry_points
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import invoke, random_model, read_config, refusal, rewrite_engine, save, shell, tiny
+from cases import invoke, pictures_in, random_model, read_config, refusal, rewrite_engine, save, shell, tiny
 
 import adavit
+from adavit.budget_options import BudgetOptions
 from adavit.cli import export
+from adavit.console_progress import Stage
+from adavit.console_stages import checking_stages, exporting_stages, running_stages
+from adavit.export import ExportOptions, check_bundle, export_bundle
+from adavit.precision_options import CalibrationOptions
+from adavit.runtime.evaluate import RunOptions, run_bundle
+from adavit.tensorrt.options import BuildOptions
 
 
 def test_the_commands_are_installed() -> None:
@@ -221,7 +230,56 @@ def test_a_package_that_is_missing(checkpoint: Path, tmp_path: Path) -> None:
     hidden = "import sys\nsys.modules['torch'] = None"
     done = shell("adavit-export", checkpoint, "-o", tmp_path / "bundle", before=hidden)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "adavit-export: error: torch is not installed; run: pip install 'adavit[export]'\n"
+    assert done.stderr == (
+        "adavit-export: error: torch is not installed; "
+        "run: pip install 'adavit[export]' (in a clone: pip install '.[export]')\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("weights.safetensors", "run"), ("pytorch_model.bin", "run"), ("checkpoint.pth", "run"),
+        ("model_best.pth.tar", "run"), ("deit_small.safetensors", "deit_small"),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_model_tells_something(file: str, name: str, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(checkpoint, tmp_path / "run" / file)
+    done = invoke(export, tmp_path / "run" / file, "-o", tmp_path / "bundle", "--no-verify")
+    assert done.exit_code == 0, done.output
+    assert read_config(tmp_path / "bundle")["name"] == name
+
+
+def test_a_bundle_is_no_checkpoint(bundle: Path, tmp_path: Path) -> None:
+    images = str(pictures_in(tmp_path, 1))
+    for options in ([], ["--precision", "int8"], ["--precision", "fp16", "--calibration-images", images]):
+        message = refusal(invoke(export, bundle, "-o", tmp_path / "other", *options))
+        assert f"{bundle} is a bundle; a bundle of any precision is exported from the checkpoint" in message
+        command = f"adavit-export CHECKPOINT --output {tmp_path}/other {' '.join(options[:2])}".strip()
+        assert message.endswith(f": {command}\n")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_stages_of_an_export_and_a_run_are_expected(checkpoint: Path, tmp_path: Path, tiny_bundle: Path) -> None:
+    told: list[str] = []
+    note = lambda stage, share: told.append(stage)  # noqa: E731
+    images, calibration = (pictures_in(tmp_path, 3),), CalibrationOptions(precision="fp32")
+    export_bundle(checkpoint, tmp_path / "bundle", ExportOptions(threads=1), note)
+    stages = exporting_stages(True, calibration, BudgetOptions(), BuildOptions())
+    assert in_order(told, stages)
+    told.clear()
+    run_bundle(tiny_bundle, RunOptions(images=images, threads=1, iterations=1, profile=""), note)
+    assert in_order(told, running_stages(None, 1, False, True, "onnxruntime"))
+    told.clear()
+    check_bundle(tiny_bundle, checkpoint, None, 1, note)
+    assert in_order(told, checking_stages())
+
+
+def in_order(told: list[str], stages: list[Stage]) -> bool:
+    """Whether what was told is what was expected, in this order."""
+    names = [name for name, _ in groupby(next((s.name for s in stages if t.startswith(s.name)), t) for t in told)]
+    return names == [stage.name for stage in stages]
 
 
 def test_the_demo(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import assert_same_policy, invoke, picture, read_config, refusal, shell, tiny, write_config
+from cases import assert_same_policy, invoke, picture, pictures_in, read_config, refusal, shell, tiny, write_config
 
 import adavit
 from adavit.cli import run
@@ -65,7 +66,7 @@ def test_predictions_and_accuracy(tiny_bundle: Path, labelled: Path, runtime: Ru
     predictions = runtime.predict(pictures(labelled), top=3)
     labels = ["bee", "bee", "dog"]
     right = np.mean([found.top[0][0] == label for found, label in zip(predictions, labels, strict=True)])
-    assert values["accuracy"] == {"top1": pytest.approx(right), "top5": 1.0, "n": 3}
+    assert values["accuracy"] == {"top1": pytest.approx(right), "top5": None, "n": 3}, "of five classes"
     assert [shown["label"] for shown in values["predictions"]] == labels
     assert [shown["image"] for shown in values["predictions"]] == ["bee/0.png", "bee/1.png", "dog/2.jpg"]
     for shown, found in zip(values["predictions"], predictions, strict=True):
@@ -79,8 +80,20 @@ def test_the_table(tiny_bundle: Path, labelled: Path, tmp_path: Path) -> None:
     assert (done.exit_code, done.stderr) == (0, "")
     for part in ("bee/0.png", "GMACs", "p50", "p90", "p95", "p99", "mean", "adaptive", "dense twin", "images/s"):
         assert part in done.stdout
-    for part in ("MACs ", "usage ", "speedup ", "ideal", "efficiency", "accuracy ", "top-1", "top-5", "of 3 images"):
+    for part in (
+        "MACs ",
+        "usage ",
+        "speedup ",
+        "ideal",
+        "efficiency",
+        "accuracy ",
+        "top-1",
+        "of 3 images",
+        "over the dense twin",
+    ):
         assert part in done.stdout
+    assert "top-5" not in done.stdout, "all of five classes are among five"
+    assert "random noise" not in done.stdout
     assert json.loads((tmp_path / "report.json").read_text())["images"] == 3
     (tmp_path / "link.json").symlink_to("report.json")
     (tmp_path / "report.json").write_text("old")
@@ -95,9 +108,38 @@ def test_single_files_have_no_accuracy(tiny_bundle: Path, labelled: Path) -> Non
     assert [shown["label"] for shown in values["predictions"]] == [None, None]
 
 
+def test_images_shown_are_spread_over_classes(tiny_bundle: Path, tmp_path: Path) -> None:
+    for name, count in (("ant", 30), ("bee", 2), ("cat", 5)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        pictures_in(tmp_path / "set" / name, count)
+    done = invoke(run, tiny_bundle, *SHORT, "--images", tmp_path / "set", "--json", tmp_path / "report.json")
+    values = json.loads((tmp_path / "report.json").read_text())
+    shown = [found["image"] for found in values["predictions"]]
+    assert values["images"] == values["accuracy"]["n"] == 37
+    assert len(shown) == 20 and shown == sorted(shown)
+    assert Counter(Path(name).parent.name for name in shown) == {"ant": 13, "bee": 2, "cat": 5}
+    assert "20 images, evenly of all classes; 17 more were run" in done.stdout
+
+
+def test_one_thread_is_not_compared_with_two(
+    tiny_bundle: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adavit.option_types.usable_cpus", lambda: 4)
+    arguments = (tiny_bundle, "--images", labelled, "--iterations", 2, "--threads", 2, "--parallel", "samples")
+    for batch, threads in ((1, 1), (2, 2)):
+        done = invoke(run, *arguments, "--batch", batch, "--json", "-")
+        values = json.loads(done.stdout)
+        assert (values["threads"], values["parallel"], len(values["notes"])) == (threads, "samples", 2 - threads)
+    done = invoke(run, *arguments)
+    assert "adavit-run: note: samples run in parallel, each on one thread: a batch of 1 uses 1 of 2" in done.stderr
+    assert "batch 1, 1 thread," in done.stdout
+
+
 def test_random_input_without_images(tiny_bundle: Path) -> None:
     values = report(tiny_bundle)
     assert (values["input"], values["accuracy"], values["predictions"]) == ("random", None, [])
+    shown = invoke(run, tiny_bundle, *SHORT).stdout
+    assert "input       random noise, so that accuracy means nothing" in shown
 
 
 def test_batches(tiny_bundle: Path, labelled: Path) -> None:

@@ -47,7 +47,9 @@ def test_both(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
 
 def test_neither(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
     pretend(monkeypatch, imports=False)
-    assert "ONNX Runtime is not installed; run: pip install 'adavit[cpu]'" in fault(tiny_bundle)
+    message = fault(tiny_bundle)
+    assert "ONNX Runtime is not installed; run: pip install 'adavit[cpu]' (in a clone: pip install '.[cpu]')" in message
+    assert "provider='CUDAExecutionProvider' (adavit-run --provider CUDAExecutionProvider)" in message
 
 
 def test_one_that_is_broken(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:

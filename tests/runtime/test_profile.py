@@ -237,8 +237,11 @@ def test_the_command(tiny_bundle: Path, tmp_path: Path) -> None:
     short = (tiny_bundle, "--iterations", 3, "--threads", 1)
     done = invoke(run, *short, "--profile", trace, "--json", values)
     assert (done.exit_code, done.stderr) == (0, "")
-    for part in ("padding", "decision", "moves", "calls", "stem", "block 2", "head", "the timers' own cost", "GMAC/s"):
+    columns = ("ideal", "padding", "excess", "engines", "decisions", "copies", "overhead")
+    for part in (*columns, "stem", "block 2", "head", "the timers' own cost", "GMAC/s"):
         assert part in done.stdout
+    meanings = [line.split()[0] for line in done.stdout.splitlines()[-len(columns) :]]
+    assert meanings == list(columns), "every column has its meaning below"
     found = json.loads(values.read_text())["profile"]
     assert found["total"]["total_ms"] == pytest.approx(found["latency_ms"])
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]

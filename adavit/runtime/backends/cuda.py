@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adavit.errors import BackendError
+from adavit.errors import BackendError, install_hint
 
 __all__ = ["Cuda"]
 
@@ -15,7 +15,7 @@ def import_runtime() -> Any:
         from cuda.bindings import runtime
     except (ImportError, OSError) as error:
         raise BackendError(
-            f"cuda-python is not installed ({error}); run: pip install 'adavit[tensorrt-rtx]' (or [tensorrt])"
+            f"cuda-python is not installed ({error}); run: {install_hint('tensorrt-rtx')}; or the extra tensorrt"
         ) from None
     return runtime
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adavit.errors import BackendError, one_line, raise_interrupt
+from adavit.errors import BackendError, install_hint, one_line, raise_interrupt
 from adavit.runtime.backend import Constants, Options
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle, EngineSpec
@@ -40,6 +40,14 @@ _pool_lock = threading.Lock()
 _pool_threads: int | None = None
 
 
+def asked_for(provider: str) -> str:
+    """How a provider is asked for, from Python and on the command line."""
+    return f"provider={provider!r} (adavit-run --provider {provider})"
+
+
+CUDA = asked_for("CUDAExecutionProvider")
+
+
 def import_onnxruntime() -> ModuleType:
     """Imports ONNX Runtime after checking that exactly one of its distributions is installed.
 
@@ -56,7 +64,7 @@ def import_onnxruntime() -> ModuleType:
     if len(found) > 1:
         raise BackendError(
             f"{' and '.join(found)} are both installed and overwrite each other; "
-            f"run: pip uninstall -y {' '.join(found)} && pip install 'adavit[cpu]' (or 'adavit[gpu]')"
+            f"run: pip uninstall -y {' '.join(found)} && {install_hint('cpu')}; for an NVIDIA GPU the extra gpu"
         )
     try:
         import onnxruntime
@@ -65,7 +73,7 @@ def import_onnxruntime() -> ModuleType:
         if found:
             raise BackendError(f"{found[0]} is installed but does not import ({error}); reinstall it") from None
         raise BackendError(
-            "ONNX Runtime is not installed; run: pip install 'adavit[cpu]' (or 'adavit[gpu]' with an NVIDIA GPU)"
+            f"ONNX Runtime is not installed; run: {install_hint('cpu')}; for an NVIDIA GPU the extra gpu, and {CUDA}"
         ) from None
     return onnxruntime  # type: ignore[no-any-return]
 
@@ -140,7 +148,10 @@ class OnnxRuntimeBackend(HostMoves):
         self._provider = options.provider or "CPUExecutionProvider"
         available = self._ort.get_available_providers()
         if self._provider not in available:
-            raise BackendError(f"ONNX Runtime has no provider {self._provider!r} here; it has {', '.join(available)}")
+            raise BackendError(
+                f"ONNX Runtime has no provider {self._provider!r} here; it has {', '.join(available)}; "
+                f"for an NVIDIA GPU give {CUDA}"
+            )
         share_memory(self._ort)
         self._shares_pool = options.parallel == "operators"
         if self._shares_pool:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from adavit.errors import BackendError, one_line
+from adavit.errors import BackendError, install_hint, one_line
 from adavit.runtime.backend import Backend, Options
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.backends.device import Device
 from adavit.runtime.backends.device_moves import DeviceMoves, Uploads
 from adavit.runtime.backends.onnxruntime import (
     OnnxRuntimeBackend,
+    asked_for,
     import_onnxruntime,
     require_provider,
     share_pool,
@@ -65,7 +66,8 @@ class OnnxRuntimeGpuBackend(DeviceMoves):
         if not self._plugins and self._provider not in (available := self._ort.get_available_providers()):
             raise BackendError(
                 f"ONNX Runtime has no provider {self._provider!r} here; it has {', '.join(available)}; "
-                "for a GPU run: pip uninstall -y onnxruntime && pip install 'adavit[gpu]'"
+                f"for a GPU run: pip uninstall -y onnxruntime && {install_hint('gpu')}; "
+                f"then give {asked_for(self._provider)}"
             )
         super().__init__(Device(Cuda()))
         share_pool(self._ort, options.threads)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from adavit.errors import BackendError, OptionError, one_line, raise_interrupt
+from adavit.errors import BackendError, OptionError, install_hint, one_line, raise_interrupt
 from adavit.runtime.backend import Engine, Options, Sizes
 from adavit.runtime.backends.host import HostMoves
 from adavit.runtime.bundle import Bundle
@@ -27,7 +27,7 @@ try:
     from adavit.runtime.backends.openvino_stem import restructure
 except ImportError as error:
     raise_interrupt(error)
-    raise BackendError(f"OpenVINO does not import ({error}); run: pip install 'adavit[openvino]'") from None
+    raise BackendError(f"OpenVINO does not import ({error}); run: {install_hint('openvino')}") from None
 
 __all__ = ["OpenVinoBackend"]
 

@@ -10,7 +10,7 @@ from collections import deque
 from importlib import import_module
 from typing import Any
 
-from adavit.errors import BackendError, BundleError, OptionError
+from adavit.errors import BackendError, BundleError, OptionError, install_hint
 from adavit.runtime.backend import Options
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.backends.device import Device
@@ -113,7 +113,7 @@ def import_tensorrt(flavour: str) -> Any:
     try:
         return import_module(FLAVOURS[flavour])
     except (ImportError, OSError) as error:
-        raise BackendError(f"{flavour} is not installed ({error}); run: pip install 'adavit[{flavour}]'") from None
+        raise BackendError(f"{flavour} is not installed ({error}); run: {install_hint(flavour)}") from None
 
 
 class Messages:

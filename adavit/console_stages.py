@@ -1,0 +1,70 @@
+"""The stages of each command, in order, for the time that it has left: seconds for the demo on two cores."""
+
+from __future__ import annotations
+
+from adavit.budget_options import BudgetOptions
+from adavit.console_progress import Stage
+from adavit.precision_options import CalibrationOptions
+from adavit.tensorrt.options import BuildOptions
+
+__all__ = ["COMPARING", "TRAINING", "TUNING", "adding_stages", "checking_stages", "exporting_stages", "running_stages"]
+
+LOADING = Stage("loading the bundle", 1)
+COMPARING = (LOADING, Stage("comparing", 2))
+TUNING = (
+    LOADING, Stage("running images", 0.3), Stage("measuring engines", 4), Stage("comparing plans", 1),
+    Stage("policies", 0.5), Stage("making engines", 0.3),
+)  # fmt: skip
+TRAINING = Stage("training", 600), Stage("meeting the targets", 20), Stage("evaluating", 20)
+VERIFYING = (LOADING, Stage("running the checkpoint", 5), Stage("verifying", 4))
+CALIBRATING = (LOADING, Stage("running calibration images", 2), Stage("measuring ranges", 4))
+SEARCHING = (
+    Stage("exporting", 10), Stage("exporting", 10), Stage("measuring sensitivity", 20),
+    Stage("putting sub-layers back", 10),
+)  # fmt: skip
+
+
+def running_stages(
+    seconds: float | None, iterations: int | None, latency: bool, profile: bool, backend: str
+) -> list[Stage]:
+    """Those of `adavit-run`.
+
+    Args:
+        seconds: of the measurement, 3 by default.
+        iterations: of the measurement, in the place of seconds.
+        latency: whether the budget for a latency is looked for.
+        profile: whether the time is also booked.
+        backend: what runs; "auto" measures several.
+    """
+    measured = Stage("measuring", iterations * 0.02) if iterations else Stage("measuring", seconds or 3.0, fixed=True)
+    warm = Stage("warming up", 0.3)
+    return [
+        Stage("loading the bundle", 5.0 if backend == "auto" else 1.0),
+        *([Stage("timing operating points", 3, fixed=True)] if latency else []),
+        Stage("running images", 0.3),
+        Stage("making engines", 0.3),
+        warm,
+        measured,
+        *([warm, measured._replace(name="profiling")] if profile else []),
+    ]
+
+
+def checking_stages() -> list[Stage]:
+    """Those of `adavit-export --check`."""
+    return [LOADING, Stage("loading the checkpoint", 2), *VERIFYING[1:]]
+
+
+def adding_stages(budgets: BudgetOptions, build: BuildOptions) -> list[Stage]:
+    """Those that add budgets and engines to a bundle."""
+    found = [LOADING, Stage("reading images", 0.5), Stage("trying operating points", 60)] if budgets.budgets else []
+    return found + [Stage(f"building {target}", 60) for target in build.target]
+
+
+def exporting_stages(
+    verify: bool, calibration: CalibrationOptions, budgets: BudgetOptions, build: BuildOptions
+) -> list[Stage]:
+    """Those of an export."""
+    stages = [Stage("loading the checkpoint", 2), Stage("exporting", 1), *(VERIFYING if verify else ())]
+    if calibration.precision != "fp32":
+        stages += [*CALIBRATING, *(SEARCHING if calibration.precision == "mixed" else ()), Stage("exporting", 10)]
+    return stages + adding_stages(budgets, build)
