@@ -27,7 +27,9 @@ CALIBRATING = ("calibration_cache", "samples", "method", "decision_precision", "
 CALIBRATION_IMAGES = ("calibration_images", "labels_by_order")
 EXPORTING = ("with_dense", "opset", "labels", "image_size", "crop_ratio", "verify", "force", "precision", *CALIBRATING)
 """Options that only an export of a checkpoint follows."""
-MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile")
+OPERATING = ("record_policy", "replay_policy", "budget", "latency_ms", "profile")
+"""Options of what one bundle is measured at."""
+MEASURING = ("iterations", "seconds", *OPERATING)
 """Options of a measurement alone."""
 
 
@@ -139,7 +141,7 @@ def _export(
 
 
 @click.command(cls=console.Command, name="adavit-run")
-@click.argument("bundle", type=PATH, required=False)
+@click.argument("bundles", metavar="[BUNDLE]...", type=PATH, nargs=-1)
 @click.option("--images", type=PATH, multiple=True, help="Image file or folder; class-named folders give accuracy.")
 @labels_by_order
 @click.option("--batch", type=click.IntRange(1, 4096), default=1, show_default=True, help="Images per run.")
@@ -192,20 +194,22 @@ def _export(
 @click.option("--tune", is_flag=True, help="Instead: measure engines and policies, and keep the plan that is fastest.")
 @click.option("--top", type=click.IntRange(1, 100), default=1, show_default=True, help="Classes shown per image.")
 @click.option(
-    "--compare", type=(PATH, PATH), metavar="A B", help="Instead: how far bundle B's decisions and classes are A's."
+    "--compare",
+    is_flag=True,
+    help="Instead: size, speed, classes and decisions of two or more BUNDLEs of a model, and which to ship here.",
 )
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the numbers as JSON; - is standard output.")
 @click.version_option(__version__)
-def run(
-    bundle: Path | None, tune: bool, compare: tuple[Path, Path] | None, json_file: str | None, **options: Any
-) -> None:
+def run(bundles: tuple[Path, ...], tune: bool, compare: bool, json_file: str | None, **options: Any) -> None:
     """Run a BUNDLE on images, and measure it against its dense twin.
 
     Without BUNDLE, the demo that comes with this package runs on its own images. Without --images, a bundle
-    runs on random input.
+    runs on random input. With --compare, give two BUNDLEs or more: adavit-run --compare fp32 int8 --images photos/
     """
     from adavit.runtime.evaluate import RunOptions, run_bundle
 
+    if len(bundles) > 1 and not compare:
+        raise click.UsageError(f"one BUNDLE is run at a time, {len(bundles)} are given; add --compare to compare them")
     if options["labels_by_order"] and not options["images"]:
         raise click.UsageError("--labels-by-order is of the class folders of --images; give them too")
     if options["iterations"] and options["seconds"]:
@@ -218,8 +222,9 @@ def run(
         console.check_target(f"--{name}", target)
     console.check_target("--profile", options["profile"] or None)
     with console.Progress() as progress:
-        if compare is not None:
-            report, lines = _compare(bundle, compare, options, progress), compare_lines
+        bundle = bundles[0] if bundles else None
+        if compare:
+            report, lines = _compare(bundles, options, progress), compare_lines
         elif tune:
             report, lines = _tune(bundle, options, progress), tune_lines
         else:
@@ -233,18 +238,17 @@ def run(
             click.echo(console.printable(line))
 
 
-def _compare(
-    bundle: Path | None, compare: tuple[Path, Path], options: dict[str, Any], progress: console.Progress
-) -> dict[str, Any]:
-    """Compares two bundles on images."""
-    from adavit.runtime.compare import compare_bundles
+def _compare(bundles: tuple[Path, ...], options: dict[str, Any], progress: console.Progress) -> dict[str, Any]:
+    """Compares bundles on images."""
+    from adavit.runtime.compare_bundles import compare_bundles
+    from adavit.runtime.evaluate import RunOptions
 
-    if bundle is not None or not options["images"]:
-        raise click.UsageError("--compare A B takes --images and no other BUNDLE")
-    _refuse({*MEASURING, "tune"}, "--compare runs the trained policies once, without")
-    images, backend, threads, provider = (options[key] for key in ("images", "backend", "threads", "provider"))
-    by_order, trust = options["labels_by_order"], options["trust_engines"]
-    return compare_bundles(*compare, images, backend, threads, provider, progress, by_order, trust)
+    if len(bundles) < 2:
+        raise click.UsageError("--compare takes two BUNDLEs or more, such as --compare fp32 int8 --images photos/")
+    if not options["images"]:
+        raise click.UsageError("--compare measures on images: give --images")
+    _refuse({*OPERATING, "tune", "top"}, "--compare runs the trained policies, without")
+    return compare_bundles(bundles, RunOptions(**options), progress)
 
 
 def _tune(bundle: Path | None, options: dict[str, Any], progress: console.Progress) -> dict[str, Any]:
