@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from adavit import console
 from adavit.budget_options import BudgetOptions, budget_options
 from adavit.console_notes import echo_notes, export_notes
-from adavit.console_precision import calibration_lines, compare_lines
+from adavit.console_precision import calibration_lines, checked_lines, compare_lines
 from adavit.console_tune import tune_lines
 from adavit.files import find_folder
 from adavit.option_types import Finite, Threads, labels_by_order
@@ -88,6 +88,8 @@ def export(
     console.write_json(report, json_file)
     if json_file != "-":
         lines = console.export_lines(report)
+        if checked := cast(dict[str, Any], report.get("checked")):
+            lines += checked_lines(report["precision"], checked)
         if calibrated := cast(dict[str, Any], report.get("calibration")):
             lines += calibration_lines(calibrated)
         for line in lines:

@@ -228,8 +228,9 @@ def export_lines(report: dict[str, Any]) -> list[str]:
     if "engines" in report:
         lines.append(f"engines     {report['engines']}, {report['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
     if found := report.get("verified"):
+        what = "verified" if report.get("precision", "fp32") == "fp32" else "fp32 graphs"
         lines.append(
-            f"verified    {found['images']} images: {found['decisions']} decisions identical, "
+            f"{what:<11} {found['images']} images: {found['decisions']} decisions identical, "
             f"largest logit difference {found['max_logit_difference']:.1e}"
         )
     if found := report.get("budgets"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from adavit.console import table
 
-__all__ = ["calibration_lines", "compare_lines"]
+__all__ = ["calibration_lines", "checked_lines", "compare_lines"]
 
 _NAMES = {"tokens": "tokens", "heads": "heads", "sublayers": "sub-layers"}
 
@@ -36,6 +36,22 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
         for name, kept in report["kept_higher"].items()
     ]
     return lines
+
+
+def checked_lines(precision: str, report: dict[str, Any]) -> list[str]:
+    """How a bundle that was converted from fp32 differs from it."""
+    free, accuracy = report["free"], report["accuracy"]
+    line = (
+        f"{precision:<11} {report['images']} {report['input']}, against fp32: {free['flipped']:.2%} of decisions "
+        f"flipped, {free['top1_agreement']:.1%} of classes the same, logits differ by "
+        f"{free['mean_logit_difference']:.2g} on average"
+    )
+    if accuracy:
+        line += f", accuracy {accuracy['second']:.1%} (fp32: {accuracy['first']:.1%})"
+    if not report["differs"]:
+        return [line]
+    advice = "compare them on more images by adavit-run --compare, or try --precision mixed"
+    return [line, f"warning     the {precision} bundle decides differently from fp32's; {advice}"]
 
 
 def compare_lines(report: dict[str, Any]) -> list[str]:
@@ -91,7 +107,7 @@ def _legend(report: dict[str, Any]) -> list[str]:
         f"flipped     decisions on tokens, heads and sub-layers that are not {first}'s",
     ]
     if any(row["dense_latency_ms"] is None for row in rows):
-        lines.append("-           not measured: no dense twin; adavit-export --with-dense adds one")
+        lines.append("-           no dense twin was run; adavit-export --with-dense makes bundles that have one")
     return lines
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from adavit.runtime.plan import HeadSet, sets_of
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
 
-__all__ = ["verify"]
+__all__ = ["random_images", "verify"]
 
 IMAGES = 4
 DRAWS = 64
@@ -103,7 +104,7 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
     image that needs it; those of few heads also with engines for their sets of heads, where the backend makes them.
 
     Returns:
-        How many images and decisions were compared, and the largest logit difference.
+        How many images and decisions were compared, and the largest logit difference; of graphs in fp32.
 
     Raises:
         VerificationError: they differ; the message names the first block and engine that do.
@@ -123,7 +124,8 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
     for done, (wanted, replay, sets) in enumerate(in_sets, 1):
         worst = max(worst, _compare_sets(wanted, runtime, replay, sets))
         progress("verifying", (len(runs) + done) / (len(runs) + len(in_sets)))
-    result = {
+    result: dict[str, Any] = {
+        "precision": "fp32",
         "images": len(chosen),
         "decisions": sum(_decisions(model, wanted.policy) for wanted in chosen),
         "max_logit_difference": worst,
@@ -136,13 +138,19 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
     return result
 
 
-def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Reference]:
-    side, chosen = model.arch.image_size, []
+def random_images(side: int) -> Iterator[Float]:
+    """Normal pixels [3, S, S] without end, half of every second image white; each time the same."""
     source = np.random.default_rng(0)
-    for draw in range(DRAWS):
+    for draw in itertools.count():
         image = source.standard_normal((3, side, side), dtype=np.float32)
         if draw % 2:
             image[:, :, : side // 2] = WHITE
+        yield image
+
+
+def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Reference]:
+    chosen = []
+    for draw, image in enumerate(itertools.islice(random_images(model.arch.image_size), DRAWS)):
         found = reference(model, image)
         if found.clear.all():
             chosen.append(found)

@@ -66,14 +66,14 @@ class Loss:
         if self.points >= MOST_LOST:
             return None
         wanted = self.images * (self.margin / (MOST_LOST - max(self.points, 0.0))) ** 2
-        digit = 10 ** math.floor(math.log10(wanted))
+        digit: int = 10 ** math.floor(math.log10(wanted))
         return math.ceil(wanted / digit) * digit
 
     def __str__(self) -> str:
         if not self.labelled:
             return f"{self.points:.2f} % of {self.images} images change class"
         noise = ", within noise" if abs(self.points) <= self.margin else ""
-        return f"accuracy changes by {-self.points:+.2f} points (± {self.margin:.2f}{noise})"
+        return f"accuracy changes by {0.0 - self.points:+.2f} points (± {self.margin:.2f}{noise})"
 
 
 @dataclass(frozen=True)
@@ -143,31 +143,34 @@ def _faster(one: Candidate, other: Candidate) -> bool:
 
 def _reason(best: Candidate, first: Candidate, others: Sequence[Candidate]) -> str:
     if best is not first:
-        return f"ship {best.name} here: {_size(best, first)}; {best.loss}."
+        return f"ship {best.name} here: it takes {_size(best, first)}; {best.loss}."
     if any(_faster(other, first) for other in others):
         return f"ship {first.name} here: nothing faster is shown to lose {MOST_LOST} points at most."
     return f"ship {first.name} here: nothing else is more than {FASTER:.0%} faster."
 
 
 def _size(one: Candidate, first: Candidate) -> str:
-    return f"it takes {one.ms / first.ms:.2f} of {first.name}'s time, {one.bytes / first.bytes:.2f} of its bytes"
+    return f"{one.ms / first.ms:.2f} of {first.name}'s time and {one.bytes / first.bytes:.2f} of its bytes"
 
 
 def _verdict(one: Candidate, best: Candidate, first: Candidate) -> str:
-    """Why a bundle is not the one to ship, or that it may be."""
+    """Why a bundle is not the one to ship, or what would tell whether it may be."""
     loss = one.loss
     assert loss is not None  # it is not the first
+    why = []
+    if _faster(first, one):
+        why.append("slower")
+    elif not _faster(one, first):
+        why.append("not faster")
     if loss.excessive:
-        why = f"more than {MOST_LOST} points" + ("" if loss.labelled else "; labelled images tell if accuracy does too")
-    elif not loss.bearable:
+        why.append(f"loses more than {MOST_LOST} points" if loss.labelled else f"more than {MOST_LOST} %; label images")
+    elif not loss.bearable and not why:
         wanted = loss.wanted_images
-        more = f"about {wanted:,} are needed" if wanted else "more are needed"
-        why = f"{loss.images} images do not rule out {MOST_LOST} points, {more}"
-    elif _faster(one, first):
-        why = f"{best.name} is faster" if _faster(best, one) else f"{best.name} is as fast, and smaller"
-    else:
-        why = "slower" if _faster(first, one) else "not faster"
-    return f"{one.name}: {_size(one, first)}; {loss}: {why}.{_known(one, first)}"
+        more = f"about {wanted:,} would" if wanted else "more may"
+        why.append(f"{loss.images} images cannot rule out a loss of {MOST_LOST} points, {more}")
+    elif not why:
+        why.append(f"{best.name} is " + ("faster" if _faster(best, one) else "about as fast, and smaller"))
+    return f"{one.name}: {_size(one, first)}; {loss}: {', '.join(why)}.{_known(one, first)}"
 
 
 def _known(one: Candidate, first: Candidate) -> str:
