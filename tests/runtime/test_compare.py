@@ -161,7 +161,7 @@ def test_the_table(wide: tuple[Path, Path], shifted: Path, photos: Path, tmp_pat
     assert "over fp32 (1) dense" in header
     assert [row.split()[:3] for row in rows[::2]] == [["fp32", "(1)", "fp32"], ["fp32", "(3)", "fp32"]]
     assert "no dense twin was run" in done.stdout and "engines on disk, without the dense twin" in done.stdout
-    assert "advice      ship " in done.stdout and "10 images cannot rule out" in done.stdout or "faster" in done.stdout
+    assert "advice      ship " in done.stdout
     assert "by block" not in done.stdout  # which is of a pair
 
 
