@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from adavit.runtime.advice import FEWEST_RUNS
 from adavit.runtime.benchmark import Images, Plan, Progress, batches, repeat
 from adavit.runtime.session import Runtime
 from adavit.runtime.timing import time_run
 
-__all__ = ["LEAST_RUNS", "Times", "measure_in_turns"]
-
-LEAST_RUNS = 10
-"""Of each bundle, where no number is asked for; fewer do not tell speeds apart."""
+__all__ = ["Times", "measure_in_turns"]
 
 
 @dataclass
@@ -53,7 +51,7 @@ def measure_in_turns(
         chosen, _ = next(feed)
         for _, run in turns:
             run(chosen)
-    for _ in repeat(plan, len(images), "measuring", progress, LEAST_RUNS):
+    for _ in repeat(plan, len(images), "measuring", progress, FEWEST_RUNS):
         chosen, _ = next(feed)
         for taken_ms, run in turns:
             taken_ms.append(time_run(partial(run, chosen)))
