@@ -12,14 +12,14 @@ from click.core import ParameterSource
 from adavit import console
 from adavit.budget_options import BudgetOptions
 from adavit.console_notes import echo_notes, export_notes
-from adavit.console_precision import calibration_lines, compare_lines
+from adavit.console_precision import calibration_lines, checked_lines, compare_lines
 from adavit.console_progress import Stage
 from adavit.console_run import run_lines
 from adavit.console_stages import (
-    COMPARING,
     TUNING,
     adding_stages,
     checking_stages,
+    comparing_stages,
     exporting_stages,
     running_stages,
 )
@@ -27,7 +27,7 @@ from adavit.console_tune import tune_lines
 from adavit.export_options import CALIBRATING, CALIBRATION_IMAGES, EXPORT_EXAMPLES, EXPORTING, export_options
 from adavit.files import find_folder
 from adavit.precision_options import CalibrationOptions
-from adavit.run_options import MEASURING, RUN_EXAMPLES, run_options
+from adavit.run_options import MEASURING, OPERATING, RUN_EXAMPLES, run_options
 from adavit.runtime.demo import names_demo
 from adavit.tensorrt.options import BuildOptions
 from adavit.version import __version__
@@ -81,6 +81,8 @@ def export(
     console.write_json(report, json_file)
     if json_file != "-":
         lines = console.export_lines(report)
+        if checked := cast(dict[str, Any], report.get("checked")):
+            lines += checked_lines(report["precision"], checked)
         if calibrated := cast(dict[str, Any], report.get("calibration")):
             lines += calibration_lines(calibrated)
         for line in lines:
@@ -134,19 +136,19 @@ def _export(
 
 
 @click.command(cls=console.Command, name="adavit-run", epilog=RUN_EXAMPLES)
-@click.argument("bundle", type=PATH, required=False)
+@click.argument("bundles", metavar="[BUNDLE]...", type=PATH, nargs=-1)
 @run_options
 @click.version_option(__version__)
-def run(
-    bundle: Path | None, tune: bool, compare: tuple[Path, Path] | None, json_file: str | None, **options: Any
-) -> None:
+def run(bundles: tuple[Path, ...], tune: bool, compare: bool, json_file: str | None, **options: Any) -> None:
     """Run a BUNDLE on images, and measure it against its dense twin.
 
     BUNDLE is a folder that adavit-export made, or `demo`, the default: the demo that comes with this package, on its
-    own images. Without --images, other bundles run on random input.
+    own images. Without --images, other bundles run on random input. --compare takes two BUNDLEs or more.
     """
     from adavit.runtime.evaluate import RunOptions, run_bundle
 
+    if len(bundles) > 1 and not compare:
+        raise click.UsageError(f"one BUNDLE is run at a time, {len(bundles)} are given; add --compare to compare them")
     if options["labels_by_order"] and not options["images"]:
         raise click.UsageError("--labels-by-order is of the class folders of --images; give them too")
     if options["iterations"] and options["seconds"]:
@@ -160,9 +162,10 @@ def run(
     for name, target in (("json", json_file), ("record-policy", options["record_policy"]), ("draw", options["draw"])):
         console.check_target(f"--{name}", target)
     console.check_target("--profile", options["profile"] or None)
-    with console.Progress(_stages(options, tune, compare is not None)) as progress:
-        if compare is not None:
-            report, lines = _compare(bundle, compare, options, progress), compare_lines
+    with console.Progress(_stages(options, tune, len(bundles) if compare else 0)) as progress:
+        bundle = bundles[0] if bundles else None
+        if compare:
+            report, lines = _compare(bundles, options, progress), compare_lines
         elif tune:
             report, lines = _tune(bundle, options, progress), tune_lines
         else:
@@ -176,30 +179,29 @@ def run(
             click.echo(console.printable(line))
 
 
-def _stages(options: dict[str, Any], tune: bool, compare: bool) -> Sequence[Stage]:
-    """What the command is going to do."""
-    if compare:
-        return COMPARING
+def _stages(options: dict[str, Any], tune: bool, compared: int) -> Sequence[Stage]:
+    """What the command is going to do; `compared` is the number of bundles to compare."""
+    seconds, iterations, backend = (options[key] for key in ("seconds", "iterations", "backend"))
+    if compared:
+        return comparing_stages(compared, seconds, iterations)
     if tune:
         return TUNING
-    seconds, iterations, backend = (options[key] for key in ("seconds", "iterations", "backend"))
     return running_stages(
         seconds, iterations, options["latency_ms"] is not None, options["profile"] is not None, backend
     )
 
 
-def _compare(
-    bundle: Path | None, compare: tuple[Path, Path], options: dict[str, Any], progress: console.Progress
-) -> dict[str, Any]:
-    """Compares two bundles on images."""
-    from adavit.runtime.compare import compare_bundles
+def _compare(bundles: tuple[Path, ...], options: dict[str, Any], progress: console.Progress) -> dict[str, Any]:
+    """Compares bundles on images."""
+    from adavit.runtime.compare_bundles import compare_bundles
+    from adavit.runtime.evaluate import RunOptions
 
-    if bundle is not None or not options["images"]:
-        raise click.UsageError("--compare A B takes --images and no other BUNDLE")
-    _refuse({*MEASURING, "tune"}, "--compare runs the trained policies once, without")
-    images, backend, threads, provider = (options[key] for key in ("images", "backend", "threads", "provider"))
-    by_order, trust = options["labels_by_order"], options["trust_engines"]
-    return compare_bundles(*compare, images, backend, threads, provider, progress, by_order, trust)
+    if len(bundles) < 2:
+        raise click.UsageError("--compare takes two BUNDLEs or more, such as --compare fp32 int8 --images photos/")
+    if not options["images"]:
+        raise click.UsageError("--compare measures on images: give --images")
+    _refuse({*OPERATING, "tune", "top"}, "--compare runs the trained policies, without")
+    return compare_bundles(bundles, RunOptions(**options), progress)
 
 
 def _tune(bundle: Path | None, options: dict[str, Any], progress: console.Progress) -> dict[str, Any]:

@@ -197,8 +197,9 @@ def export_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"engines     {report['engines']}, {report['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
     if found := report.get("verified"):
         decisions = f"{found['decisions']} decisions identical, " if found["decisions"] else ""
+        what = "verified" if report.get("precision", "fp32") == "fp32" else "fp32 graphs"
         lines.append(
-            f"verified    {found['images']} images: {decisions}"
+            f"{what:<11} {found['images']} images: {decisions}"
             f"largest logit difference {found['max_logit_difference']:.1e}"
         )
     if found := report.get("budgets"):

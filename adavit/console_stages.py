@@ -7,10 +7,17 @@ from adavit.console_progress import Stage
 from adavit.precision_options import CalibrationOptions
 from adavit.tensorrt.options import BuildOptions
 
-__all__ = ["COMPARING", "TRAINING", "TUNING", "adding_stages", "checking_stages", "exporting_stages", "running_stages"]
+__all__ = [
+    "TRAINING",
+    "TUNING",
+    "adding_stages",
+    "checking_stages",
+    "comparing_stages",
+    "exporting_stages",
+    "running_stages",
+]
 
 LOADING = Stage("loading the bundle", 1)
-COMPARING = (LOADING, Stage("comparing", 2))
 TUNING = (
     LOADING, Stage("running images", 0.3), Stage("measuring engines", 4), Stage("comparing plans", 1),
     Stage("policies", 0.5), Stage("making engines", 0.3),
@@ -36,7 +43,7 @@ def running_stages(
         profile: whether the time is also booked.
         backend: what runs; "auto" measures several.
     """
-    measured = Stage("measuring", iterations * 0.02) if iterations else Stage("measuring", seconds or 3.0, fixed=True)
+    measured = Stage("measuring", iterations * 0.02) if iterations else _measuring(seconds or 3.0)
     warm = Stage("warming up", 0.3)
     return [
         Stage("loading the bundle", 5.0 if backend == "auto" else 1.0),
@@ -47,6 +54,17 @@ def running_stages(
         measured,
         *([warm, measured._replace(name="profiling")] if profile else []),
     ]
+
+
+def comparing_stages(bundles: int, seconds: float | None, iterations: int | None) -> list[Stage]:
+    """Those of `adavit-run --compare`, of so many bundles."""
+    measured = Stage("measuring", iterations * 0.04 * bundles) if iterations else _measuring(bundles * (seconds or 3.0))
+    return [LOADING, Stage("comparing", 2.0 * bundles), measured]
+
+
+def _measuring(seconds: float) -> Stage:
+    """A measurement that ends by the clock."""
+    return Stage("measuring", seconds, fixed=True)
 
 
 def checking_stages() -> list[Stage]:
@@ -67,4 +85,5 @@ def exporting_stages(
     stages = [Stage("loading the checkpoint", 2), Stage("exporting", 1), *(VERIFYING if verify else ())]
     if calibration.precision != "fp32":
         stages += [*CALIBRATING, *(SEARCHING if calibration.precision == "mixed" else ()), Stage("exporting", 10)]
+        stages += [LOADING, Stage("checking the precision", 3)] if verify else []
     return stages + adding_stages(budgets, build)

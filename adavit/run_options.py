@@ -12,10 +12,12 @@ from cloup import option_group
 from adavit.option_types import Finite, Threads, labels_by_order
 from adavit.runtime.backend import names as backend_names
 
-__all__ = ["MEASURING", "RUN_EXAMPLES", "run_options"]
+__all__ = ["MEASURING", "OPERATING", "RUN_EXAMPLES", "run_options"]
 
 PATH = click.Path(path_type=Path)
-MEASURING = ("iterations", "seconds", "record_policy", "replay_policy", "budget", "latency_ms", "profile", "draw")
+OPERATING = ("record_policy", "replay_policy", "budget", "latency_ms", "profile", "draw")
+"""Options of what one bundle is run or measured at."""
+MEASURING = ("iterations", "seconds", *OPERATING)
 """Options of a measurement alone."""
 RUN_EXAMPLES = """
 \b
@@ -26,7 +28,7 @@ Examples:
   adavit-run BUNDLE --images photos/ --draw kept.png
   adavit-run BUNDLE --images photos/ --batch 32 --backend openvino
   adavit-run BUNDLE --images photos/ --tune
-  adavit-run --compare FP32 INT8 --images photos/
+  adavit-run --compare FP32 FP16 INT8 --images photos/
 
 ADAVIT_PROGRESS=0 in the environment turns progress off.
 """
@@ -131,7 +133,9 @@ BACKEND = option_group(
 INSTEAD = option_group(
     "Instead of a run",
     click.option(
-        "--compare", type=(PATH, PATH), metavar="A B", help="Show how far bundle B's decisions and classes are A's."
+        "--compare",
+        is_flag=True,
+        help="Compare size, speed, classes and decisions of two or more BUNDLEs, and say which to ship here.",
     ),
     click.option("--tune", is_flag=True, help="Measure engines and policies, and keep the plan that is fastest here."),
 )

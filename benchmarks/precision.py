@@ -22,8 +22,8 @@ from adavit.console import Progress, table
 from adavit.export import ExportOptions, export_bundle
 from adavit.files import folder_beside
 from adavit.precision_options import METHODS, CalibrationOptions
-from adavit.runtime.compare import compare_bundles
-from adavit.runtime.images import find_images
+from adavit.runtime.compare_bundles import compare_decisions
+from adavit.runtime.image_files import find_images
 from adavit.runtime.session import Runtime, load
 
 
@@ -82,7 +82,9 @@ def main() -> None:
         bundles = make(arguments, progress)
         first = bundles.pop("fp32")
         for name, bundle in bundles.items():
-            reports[name] = compare_bundles(first, bundle, [arguments.images], "onnxruntime", None, None, progress)
+            runtimes = [load(path, parallel="samples") for path in (first, bundle)]
+            files = find_images([arguments.images], runtimes[0].labels)
+            reports[name] = compare_decisions(runtimes, files, progress).parities[0].report()
             rows.append(row(name, reports[name], size(bundle) / size(first)))
     (arguments.output / "precision.json").write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
     print("\n".join(table(rows)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adavit.calibration.cache import Origin, load_ranges, save_ranges
+from adavit.calibration.check import check_converted
 from adavit.calibration.convert import Assignment, assign, converted, engine_precision
 from adavit.calibration.mixed import Measure, Search, read_images
 from adavit.calibration.ranges import Ranges, measure_ranges
@@ -39,7 +40,8 @@ def calibrate_bundle(
     cache: Path,
     threads: int | None,
     progress: Progress,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    check: bool = True,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """Writes the fp32 bundle `source` in the precision asked for into the empty `folder`.
 
     Args:
@@ -49,12 +51,14 @@ def calibrate_bundle(
         cache: ranges to reuse or to write, where the options name no file.
         threads: CPU threads.
         progress: told the stage and the share done.
+        check: whether to run the result beside the fp32 bundle.
 
     Returns:
-        `config.json`'s content, and the report of the calibration.
+        `config.json`'s content, the report of the calibration, and that of the check, if any.
 
     Raises:
         InputError: the images or the cache are not usable, or the model has no policies.
+        VerificationError: the result does not run, or computes what is not finite.
     """
     progress("loading the bundle", 0.0)
     runtime = load(source, "onnxruntime", threads)
@@ -82,7 +86,7 @@ def calibrate_bundle(
     report["kept_higher"] = {
         name: {"precision": found.precision, "reason": found.reason} for name, found in assigned.items() if found.reason
     }
-    return config, report
+    return config, report, check_converted(runtime, folder, files, progress) if check else None
 
 
 def _search(

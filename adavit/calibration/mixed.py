@@ -47,15 +47,23 @@ class Loss:
     logit_error: float
 
 
-def read_images(files: Sequence[ImageFile], preprocess: Callable[[Path], Float]) -> tuple[Float, list[int | None]]:
-    """At most MOST_IMAGES of the files that can be read, evenly spaced, [B, 3, S, S], and their labels."""
+def read_images(
+    files: Sequence[ImageFile], preprocess: Callable[[Path], Float], most: int = MOST_IMAGES
+) -> tuple[Float, list[int | None]]:
+    """At most so many of the files, evenly spaced, those of them that can be read: [B, 3, S, S], and their labels.
+
+    Raises:
+        InputError: none of them can be read.
+    """
     pixels, labels = [], []
-    for at in np.linspace(0, len(files) - 1, min(len(files), MOST_IMAGES)).round().astype(int):
+    for at in np.linspace(0, len(files) - 1, min(len(files), most)).round().astype(int):
         try:
             pixels.append(preprocess(files[at].path))
             labels.append(files[at].label)
         except InputError:  # reported where the images are first run
             continue
+    if not pixels:
+        raise InputError(f"none of {min(len(files), most)} of the calibration images can be read; remove broken files")
     return np.stack(pixels), labels
 
 

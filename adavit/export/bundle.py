@@ -97,7 +97,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     }
     if demo and options.image_size is None and options.calibration.precision == "fp32":
         about["budgets"] = Bundle.open(demo_bundle()).config["budgets"]  # of the same weights
-    calibrated = None
+    calibrated = checked = None
     with folder_beside(output) as folder:
         exported = folder if options.calibration.precision == "fp32" else folder / ".fp32"
         exported.mkdir(exist_ok=True)
@@ -116,8 +116,8 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
             from adavit.calibration.calibrate import calibrate_bundle
 
             cache = output.with_name(f"{output.name}.calibration.npz")
-            config, calibrated = calibrate_bundle(
-                exported, folder, options.calibration, cache, options.threads, progress
+            config, calibrated, checked = calibrate_bundle(
+                exported, folder, options.calibration, cache, options.threads, progress, options.verify
             )
             shutil.rmtree(exported)
         budgets = add_budgets(folder, options.budgets, options.threads, progress)
@@ -132,6 +132,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "architecture": config["architecture"],
         "macs": config["macs"],
         "verified": verified,
+        "checked": checked,
         "budgets": budgets,
         "engine_sets": engine_sets,
         "notes": [] if model.arch.adapts else [_without_policies(source)],

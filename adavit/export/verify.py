@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +21,7 @@ from adavit.runtime.plan import HeadSet, sets_of
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
 
-__all__ = ["verify"]
+__all__ = ["random_images", "verify"]
 
 IMAGES = 4
 DRAWS = 64
@@ -106,7 +106,7 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
     Of a model without policies, the logits of the dense graph are compared.
 
     Returns:
-        How many images and decisions were compared, and the largest logit difference.
+        How many images and decisions were compared, and the largest logit difference; of graphs in fp32.
 
     Raises:
         VerificationError: they differ; the message names the first block and engine that do.
@@ -128,7 +128,8 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
     for done, (wanted, replay, sets) in enumerate(in_sets, 1):
         worst = max(worst, _compare_sets(wanted, runtime, replay, sets))
         progress("verifying", (len(runs) + done) / (len(runs) + len(in_sets)))
-    result = {
+    result: dict[str, Any] = {
+        "precision": "fp32",
         "images": len(chosen),
         "decisions": sum(_decisions(model, wanted.policy) for wanted in chosen),
         "max_logit_difference": worst,
@@ -143,20 +144,20 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
 
 def _verify_dense(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], None]) -> dict[str, Any]:
     """Runs random images through a model without policies and its dense graph, at once and one by one."""
-    images = np.stack(list(islice(_drawn(model.arch.image_size), IMAGES)))
+    images = np.stack(list(itertools.islice(random_images(model.arch.image_size), IMAGES)))
     with torch.no_grad():
         wanted = model(torch.from_numpy(images), decide=None).logits.numpy()
     worst = _difference("dense", runtime.run(images).logits, wanted)
     for done, image in enumerate(images):
         worst = max(worst, _difference("dense", runtime.run(image[None]).logits, wanted[done : done + 1]))
         progress("verifying", (done + 1) / IMAGES)
-    return {"images": IMAGES, "decisions": 0, "max_logit_difference": worst}
+    return {"images": IMAGES, "decisions": 0, "max_logit_difference": worst, "precision": "fp32"}
 
 
-def _drawn(side: int) -> Iterator[Float]:
-    """`DRAWS` random images [3, S, S], every second one half white."""
+def random_images(side: int) -> Iterator[Float]:
+    """Normal pixels [3, S, S] without end, half of every second image white; each time the same."""
     source = np.random.default_rng(0)
-    for draw in range(DRAWS):
+    for draw in itertools.count():
         image = source.standard_normal((3, side, side), dtype=np.float32)
         if draw % 2:
             image[:, :, : side // 2] = WHITE
@@ -165,7 +166,7 @@ def _drawn(side: int) -> Iterator[Float]:
 
 def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Reference]:
     chosen: list[Reference] = []
-    for draw, image in enumerate(_drawn(model.arch.image_size)):
+    for draw, image in enumerate(itertools.islice(random_images(model.arch.image_size), DRAWS)):
         found = reference(model, image)
         if found.clear.all():
             chosen.append(found)

@@ -91,15 +91,15 @@ def measure(
     return result
 
 
-def repeat(plan: Plan, images: int, stage: str, progress: Progress | None) -> Iterator[None]:
+def repeat(plan: Plan, images: int, stage: str, progress: Progress | None, least: int = 1) -> Iterator[None]:
     """Once for every measured run of some number of images.
 
-    Without a number of iterations, the last cycle is finished where cycles are short, so that every image counts
-    alike.
+    Without a number of iterations, there are at least `least`, and the last cycle is finished where cycles are short,
+    so that every image counts alike.
     """
     cycle = images // math.gcd(images, plan.batch)
     start, done, share = time.perf_counter(), 0, 0.0
-    while share < 1 or (plan.iterations is None and cycle <= SHORT_CYCLE and done % cycle):
+    while share < 1 or (plan.iterations is None and (done < least or (cycle <= SHORT_CYCLE and done % cycle))):
         yield
         done += 1
         share = done / plan.iterations if plan.iterations else (time.perf_counter() - start) / plan.seconds

@@ -6,9 +6,8 @@ differs then is numeric drift alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,19 +15,34 @@ import numpy.typing as npt
 from adavit.architecture import TOKEN_LOGIT
 from adavit.errors import InputError
 from adavit.runtime.dispatcher import of_engines
-from adavit.runtime.image_files import find_images, labels_by
 from adavit.runtime.policy import Policy
-from adavit.runtime.session import Result, Runtime, load
+from adavit.runtime.session import Result, Runtime
 
-__all__ = ["KINDS", "Parity", "compare_bundles"]
+__all__ = ["BATCH", "KINDS", "Parity", "Seen", "Watched", "check_same_model"]
 
 Float = npt.NDArray[np.float32]
-Progress = Callable[[str, float], None]
 
 KINDS = ("tokens", "heads", "sublayers")
 EDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 """Distances of a logit from its threshold at which margins are counted."""
 BATCH = 8
+"""Images that are compared at once."""
+
+
+def check_same_model(first: Runtime, second: Runtime) -> None:
+    """Raises InputError where two bundles are not of one model."""
+    if second.architecture != first.architecture or second.labels != first.labels:
+        raise InputError(
+            f"{first.bundle.path} and {second.bundle.path} are bundles of different models; "
+            "compare bundles of one checkpoint"
+        )
+
+
+class Seen(NamedTuple):
+    """A run, and by image and block the margins of its decisions [n] of each kind."""
+
+    result: Result
+    margins: list[list[dict[str, Float]]]
 
 
 class Watched:
@@ -52,13 +66,14 @@ class Watched:
             for name in names
         ]
 
-    def run(self, images: Float, policy: Policy | None = None) -> tuple[Result, list[list[dict[str, Float]]]]:
-        """Runs images [B, 3, S, S]; returns the result and, by image and block, the margins [n] of each kind."""
+    def run(self, images: Float, policy: Policy | None = None) -> Seen:
+        """Runs images [B, 3, S, S], under a given policy or their own."""
         states: list[list[tuple[str, Float]]] = [[] for _ in images]
         observe = of_engines(lambda at, engine, x: states[at].append((engine, x.copy())))
         result = self.runtime.run(images, policy, observe)
         depth = self.runtime.architecture.depth
-        return result, [[self._margins(block, x) for block, x in enumerate(_inputs(seen, depth))] for seen in states]
+        margins = [[self._margins(block, x) for block, x in enumerate(_inputs(seen, depth))] for seen in states]
+        return Seen(result, margins)
 
     def _margins(self, block: int, x: Float) -> dict[str, Float]:
         arch, outputs = self.runtime.architecture, self._outputs[block]
@@ -87,22 +102,17 @@ class Parity:
     """Compares runs of two bundles on the same images, batch by batch.
 
     Args:
-        first: the reference, such as the fp32 bundle.
-        second: what is compared with it.
-
-    Raises:
-        InputError: the two are not of one model, or it has no policies.
+        second: what is compared with the first, the reference, whose runs `add` is given.
     """
 
-    def __init__(self, first: Runtime, second: Runtime) -> None:
-        self.arch = first.architecture
-        if second.architecture != self.arch or second.labels != first.labels:
-            raise InputError(f"{first.bundle.path} and {second.bundle.path} are bundles of different models")
-        self._first, self._second = Watched(first), Watched(second)
+    def __init__(self, second: Watched) -> None:
+        self.arch = second.runtime.architecture
+        self._second = second
         self.images = 0
         self._same_policies = 0
         self._labelled = 0
         self._correct = {"first": 0, "second": 0, "replayed": 0}
+        self._lost = self._gained = 0
         self._agree = {"free": 0, "replayed": 0}
         self._logit_error = {"free": 0.0, "replayed": 0.0}
         shape = len(KINDS), self.arch.depth
@@ -112,9 +122,13 @@ class Parity:
         self._flip_margin = np.zeros(len(KINDS))
         self._drift = np.zeros((len(KINDS), 2))  # sum of squares, and the largest
 
-    def add(self, images: Float, labels: Sequence[int | None]) -> None:
-        """Runs images [B, 3, S, S] through both, and the second again under the first's policy."""
-        wanted, margins = self._first.run(images)
+    def add(self, images: Float, labels: Sequence[int | None], reference: Seen) -> Result:
+        """Runs images [B, 3, S, S] as the second decides, and again under the policy of the first's run on them.
+
+        Returns:
+            The run as the second decides.
+        """
+        wanted, margins = reference
         free = self._second.runtime.run(images)
         replayed, drifted = self._second.run(images, wanted.policy)
         self.images += len(images)
@@ -127,6 +141,7 @@ class Parity:
                 for kind, margin in before[block].items():
                     self._add_margins(KINDS.index(kind), block, margin, after[block][kind])
         self._add_classes(wanted.logits, free.logits, replayed.logits, labels)
+        return free
 
     def _add_margins(self, kind: int, block: int, before: Float, after: Float) -> None:
         distance, drift = np.abs(before), np.abs(after - before)
@@ -144,8 +159,14 @@ class Parity:
         for row, label in enumerate(labels):
             if label is not None:
                 self._labelled += 1
-                for name, logits in (("first", wanted), ("second", free), ("replayed", replayed)):
-                    self._correct[name] += int(logits[row].argmax() == label)
+                right = {
+                    name: int(logits[row].argmax() == label)
+                    for name, logits in (("first", wanted), ("second", free), ("replayed", replayed))
+                }
+                for name, correct in right.items():
+                    self._correct[name] += correct
+                self._lost += right["first"] > right["second"]
+                self._gained += right["first"] < right["second"]
 
     def report(self) -> dict[str, Any]:
         """The numbers, under the keys of `adavit-run --compare --json`."""
@@ -168,6 +189,8 @@ class Parity:
             "decisions": kinds,
             "accuracy": accuracy,
             "labelled": self._labelled,
+            "lost": self._lost if self._labelled else None,
+            "gained": self._gained if self._labelled else None,
         }
 
     def _mode(self, mode: str) -> dict[str, Any]:
@@ -183,56 +206,3 @@ class Parity:
             "top1_agreement": self._agree[mode] / self.images,
             "mean_logit_difference": self._logit_error[mode] / self.images,
         }
-
-
-def compare_bundles(
-    first: Path,
-    second: Path,
-    images: Iterable[Path],
-    backend: str,
-    threads: int | None,
-    provider: str | None,
-    progress: Progress,
-    labels_by_order: bool = False,
-    trust_engines: bool = False,
-) -> dict[str, Any]:
-    """Compares two bundles of one model on image files; returns the report that `adavit-run --json` writes.
-
-    The first runs in ONNX Runtime on the CPU, the second as asked for: a bundle compared with itself tells what a
-    backend changes.
-
-    Raises:
-        AdaViTError: a bundle, the backend or the images are not usable.
-    """
-    progress("loading the bundle", 0.0)
-    reference = load(first, "onnxruntime", threads, None, "samples")
-    compared = load(second, backend, threads, provider, "samples", trust_engines=trust_engines)
-    runtimes = reference, compared
-    parity = Parity(*runtimes)
-    notes: list[str] = []
-    files = find_images(images, runtimes[0].labels, labels_by_order, notes.append)
-    skipped: list[str] = []
-    pixels: list[Float] = []
-    labels: list[int | None] = []
-    for done, file in enumerate(files, 1):
-        try:
-            pixels.append(runtimes[0].preprocess(file.path))
-            labels.append(file.label)
-        except InputError as error:
-            skipped.append(str(error))
-        if pixels and (len(pixels) == BATCH or done == len(files)):
-            parity.add(np.stack(pixels), labels)
-            pixels, labels = [], []
-        progress("comparing", done / len(files))
-    if not parity.images:
-        raise InputError(f"none of the {len(skipped)} images can be read; first: {skipped[0]}")
-    names = [f"{r.bundle.path} ({r.bundle.config.get('precision')}, {r.backend.name})" for r in runtimes]
-    return {
-        "first": names[0],
-        "second": names[1],
-        "backend": runtimes[1].backend.name,
-        **parity.report(),
-        "labels_by": labels_by(files),
-        "notes": notes,
-        "skipped": skipped,
-    }

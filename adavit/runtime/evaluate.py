@@ -65,6 +65,25 @@ class RunOptions:
     specialise: bool = True
     labels_by_order: bool = False
 
+    @property
+    def shared(self) -> str:
+        """What the threads share: as asked for, else operators for single images and samples for batches."""
+        return self.parallel or ("operators" if self.batch == 1 else "samples")
+
+    def with_used_threads(self, notes: list[str]) -> RunOptions:
+        """Fewer threads where samples run in parallel, each on one, and a batch has fewer: the twin has no more then.
+
+        What changes is added to the notes.
+        """
+        threads = self.threads or usable_cpus()
+        if self.shared == "operators" or self.batch >= threads:
+            return self
+        notes.append(
+            f"samples run in parallel, each on one thread: a batch of {self.batch} uses {self.batch} of {threads} "
+            "threads, and so does the dense twin here; give a larger --batch, or --parallel operators"
+        )
+        return replace(self, threads=self.batch)
+
 
 @dataclass
 class Evaluation:
@@ -112,7 +131,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     if options.draw and not given:
         raise OptionError("--draw draws images, and random input has none; give --images too")
     notes: list[str] = []
-    options = _with_as_many_threads_as_run(options, notes)
+    options = options.with_used_threads(notes)
     progress("loading the bundle", 0.0)
     runtime = _load(folder, options)
     profiles = options.profile is not None
@@ -173,25 +192,8 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     }
 
 
-def _parallel(options: RunOptions) -> str:
-    return options.parallel or ("operators" if options.batch == 1 else "samples")
-
-
-def _with_as_many_threads_as_run(options: RunOptions, notes: list[str]) -> RunOptions:
-    """Fewer threads where samples run in parallel, each on one, and a batch has fewer: the twin has no more then."""
-    threads = options.threads or usable_cpus()
-    if _parallel(options) == "operators" or options.batch >= threads:
-        return options
-    notes.append(
-        f"samples run in parallel, each on one thread: a batch of {options.batch} uses {options.batch} of {threads} "
-        "threads, and so does the dense twin here; give a larger --batch, or --parallel operators"
-    )
-    return replace(options, threads=options.batch)
-
-
 def _load(folder: Path, options: RunOptions) -> Runtime:
-    parallel = _parallel(options)
-    how = options.backend, options.threads, options.provider, parallel, options.budget, options.cuda_graphs
+    how = options.backend, options.threads, options.provider, options.shared, options.budget, options.cuda_graphs
     return load(folder, *how, options.trust_engines)
 
 

@@ -39,8 +39,10 @@ def test_export_and_check(checkpoint: Path, tmp_path: Path) -> None:
     expected = {
         "bundle", "engines", "bytes", "opset", "architecture", "macs", "verified", "budgets", "engine_sets", "seconds",
     }  # fmt: skip
-    assert set(values) == expected | {"precision", "calibration", "notes"}
+    assert set(values) == expected | {"precision", "calibration", "notes", "checked"}
     assert values["notes"] == []
+    assert values["checked"] is None  # it is in fp32, which was verified
+    assert values["verified"]["precision"] == "fp32"
     assert values["architecture"] == tiny().to_dict()
     done = invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1, "--json", "-")
     assert (done.exit_code, done.stderr) == (0, "")

@@ -7,7 +7,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from cases import WIDE, export, invoke, pictures_in, random_model, refusal, rewrite_engine
+from cases import (
+    WIDE,
+    export,
+    invoke,
+    pictures_in,
+    random_model,
+    read_config,
+    refusal,
+    rewrite_engine,
+    tiny,
+    write_config,
+)
 from onnx import numpy_helper
 
 import adavit
@@ -34,8 +45,11 @@ def shifted(wide: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     return bundle
 
 
+SHORT = ("--iterations", 2, "--warmup", 0, "--threads", 1)
+
+
 def compared(*arguments: object) -> dict:
-    done = invoke(run, "--compare", *arguments, "--threads", 1, "--json", "-")
+    done = invoke(run, "--compare", *arguments, *SHORT, "--json", "-")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
@@ -93,27 +107,98 @@ def test_labelled_folders_give_accuracy(tiny_bundle: Path, labelled: Path) -> No
     report = compared(tiny_bundle, tiny_bundle, "--images", labelled)
     assert report["labelled"] == 3
     assert report["accuracy"]["first"] == report["accuracy"]["second"] == report["accuracy"]["replayed"]
-    done = invoke(run, "--compare", tiny_bundle, tiny_bundle, "--images", labelled, "--threads", 1)
-    assert "identical policies" in done.stdout and "top-1 accuracy" in done.stdout
+    assert (report["lost"], report["gained"]) == (0, 0)
+    done = invoke(run, "--compare", tiny_bundle, tiny_bundle, "--images", labelled, *SHORT)
+    assert "images with the same policy" in done.stdout and "accuracy" in done.stdout
+    assert "3, 3 of them labelled" in done.stdout
+
+
+def test_a_row_for_each_bundle(wide: tuple[Path, Path], shifted: Path, photos: Path, tmp_path: Path) -> None:
+    fp32 = shutil.copytree(wide[0], tmp_path / "fp32")
+    without = shutil.copytree(wide[0], tmp_path / "without")
+    config = read_config(without)
+    del config["engines"]["dense"]
+    write_config(without, config)
+    report = compared(fp32, shifted, without, "--images", photos, "--batch", 2)
+    rows = report["bundles"]
+    assert [row["name"] for row in rows] == ["fp32", "bundle", "without"]
+    assert [row["path"] for row in rows] == [str(fp32), str(shifted), str(without)]
+    assert {(row["precision"], row["backend"], row["accuracy"]) for row in rows} == {("fp32", "onnxruntime", None)}
+    engines = read_config(fp32)["engines"]
+    size = sum(engine["bytes"] for name, engine in engines.items() if name != "dense")
+    assert [row["bytes"] for row in rows] == [size] * 3
+    first = rows[0]
+    assert first["top1_agreement"] is first["flipped"] is rows[2]["speedup"] is rows[2]["dense_latency_ms"] is None
+    for row in rows:
+        assert row["ms_per_image"] == row["latency_ms"]["p50"] / 2 > 0
+        over_first = first["dense_latency_ms"]["p50"] / row["latency_ms"]["p50"]
+        assert row["speedup_over_first_dense"] == pytest.approx(over_first)
+    for row in rows[:2]:
+        assert row["speedup"] == pytest.approx(row["dense_latency_ms"]["p50"] / row["latency_ms"]["p50"])
+    assert (report["batch"], report["threads"], report["parallel"], report["runs"]) == (2, 1, "samples", 2)
+    assert [one["free"]["flipped"] > 0 for one in report["compared"]] == [True, False]
+    assert [row["flipped"] for row in rows[1:]] == [one["free"]["flipped"] for one in report["compared"]]
+    assert "free" not in report  # which is of a pair
+    assert report["advice"]["ship"] is None and "too few" in report["advice"]["lines"][0]
+
+
+def test_a_pair_has_its_numbers_at_the_top(wide: tuple[Path, Path], shifted: Path, photos: Path) -> None:
+    report = compared(wide[0], shifted, "--images", photos)
+    assert {key: report[key] for key in report["compared"][0]} == report["compared"][0]
+    assert set(report["compared"][0]) == {
+        "first", "second", "backend", "images", "free", "replayed", "decisions", "accuracy", "labelled", "lost",
+        "gained",
+    }  # fmt: skip
+
+
+def test_the_table(wide: tuple[Path, Path], shifted: Path, photos: Path, tmp_path: Path) -> None:
+    fp32 = shutil.copytree(wide[0], tmp_path / "fp32")
+    arguments = (fp32, shifted, fp32, "--compare", "--images", photos, "--warmup", 0, "--threads", 1)
+    done = invoke(run, *arguments, "--iterations", 10, "--no-dense")
+    assert done.exit_code == 0, done.output
+    header, *rows = done.stdout.splitlines()[:4]
+    assert header.split()[:5] == ["bundle", "precision", "MB", "ms", "speedup"]
+    assert "over fp32 (1) dense" in header
+    assert [row.split()[:3] for row in rows[::2]] == [["fp32", "(1)", "fp32"], ["fp32", "(3)", "fp32"]]
+    assert "no dense twin was run" in done.stdout and "engines on disk, without the dense twin" in done.stdout
+    assert "advice      ship " in done.stdout
+    assert "by block" not in done.stdout  # which is of a pair
+
+
+def test_each_bundle_gets_engines_of_its_own(wide: tuple[Path, Path], photos: Path) -> None:
+    both = (wide[0], wide[0], "--images", photos)
+    assert all(row["specialised"] > 0 for row in compared(*both)["bundles"])
+    assert [row["specialised"] for row in compared(*both, "--no-specialise")["bundles"]] == [0, 0]
+
+
+def test_names_tell_bundles_apart(wide: tuple[Path, Path], photos: Path, tmp_path: Path) -> None:
+    copies = [shutil.copytree(wide[0], tmp_path / name / "bundle") for name in "ab"]
+    names = [row["name"] for row in compared(*copies, "--images", photos)["bundles"]]
+    assert names == list(map(str, copies))
 
 
 def test_what_cannot_be_compared(
     wide: tuple[Path, Path], tiny_bundle: Path, photos: Path, labelled: Path, tmp_path: Path
 ) -> None:
-    line = refusal(invoke(run, "--compare", wide[0], tiny_bundle, "--images", photos))
+    line = refusal(invoke(run, "--compare", wide[0], wide[0], tiny_bundle, "--images", photos))
     assert "different models" in line
-    assert "--images" in refusal(invoke(run, "--compare", wide[0], wide[0]), 2)
-    message = refusal(invoke(run, "--compare", wide[0], wide[0], "--images", photos, "--budget", 0.5), 2)
-    assert "--compare runs the trained policies once, without --budget" in message
-    message = refusal(invoke(run, "--compare", wide[0], wide[0], "--images", photos, "--tune"), 2)
-    assert "--compare runs the trained policies once, without --tune" in message
-    assert "no other BUNDLE" in refusal(invoke(run, wide[0], "--compare", wide[0], wide[0], "--images", photos), 2)
+    assert "give --images" in refusal(invoke(run, "--compare", wide[0], wide[0]), 2)
+    for few in ((), (wide[0],)):
+        assert "takes two BUNDLEs or more" in refusal(invoke(run, "--compare", *few, "--images", photos), 2)
+    assert "add --compare" in refusal(invoke(run, wide[0], tiny_bundle, "--images", photos), 2)
+    for option in (("--budget", 0.5), ("--tune",), ("--top", 2), ("--record-policy", tmp_path / "policy.npz")):
+        message = refusal(invoke(run, "--compare", wide[0], wide[0], "--images", photos, *option), 2)
+        assert f"--compare runs the trained policies, without {option[0]}" in message
     (tmp_path / "broken.png").write_bytes(b"")
     assert "can be read" in refusal(invoke(run, "--compare", wide[0], wide[0], "--images", tmp_path))
 
 
-def test_models_without_some_policies(tmp_path: Path, photos: Path) -> None:
-    from cases import tiny
+def test_a_twin_that_is_asked_for_has_to_be_there(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    bundle = export(checkpoint, tmp_path)
+    message = refusal(invoke(run, "--compare", bundle, bundle, "--images", photos, "--dense", *SHORT))
+    assert "exported without its dense twin" in message
 
+
+def test_models_without_some_policies(tmp_path: Path, photos: Path) -> None:
     bundle = export(random_model(tiny(head_policy=False, sublayer_policy=False)), tmp_path)
     assert set(compared(bundle, bundle, "--images", photos)["decisions"]) == {"tokens"}

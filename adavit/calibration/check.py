@@ -1,0 +1,73 @@
+"""What a bundle in another precision changes: it runs beside the fp32 bundle that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.calibration.mixed import read_images
+from adavit.errors import AdaViTError, InputError, VerificationError
+from adavit.export.verify import random_images
+from adavit.runtime.compare import BATCH, Parity, Watched
+from adavit.runtime.image_files import ImageFile
+from adavit.runtime.session import Runtime, load
+
+__all__ = ["FEWEST_AGREE", "MOST_FLIPPED", "check_converted"]
+
+MOST_IMAGES = 64
+RANDOM_IMAGES = 16
+"""Where no images are given, because the ranges come from a cache."""
+MOST_FLIPPED = 0.1
+"""Share of decisions; a bundle that flips more decides differently."""
+FEWEST_AGREE = 0.9
+"""Share of images of the same class; a bundle that keeps fewer decides differently."""
+
+Float = npt.NDArray[np.float32]
+
+
+def check_converted(
+    runtime: Runtime, folder: Path, files: Sequence[ImageFile], progress: Callable[[str, float], None]
+) -> dict[str, Any]:
+    """Runs a converted bundle beside the fp32 one that it was made from, on some of the calibration images.
+
+    Args:
+        runtime: the fp32 bundle.
+        folder: the converted bundle.
+        files: what was calibrated on; without any, random images are run.
+        progress: told the stage and the share done.
+
+    Returns:
+        The numbers of `Parity`, on which images, and whether it decides differently than fp32.
+
+    Raises:
+        VerificationError: it does not load or run, or computes what is not finite.
+        InputError: none of the images can be read.
+    """
+    try:
+        pixels, labels = read_images(files, runtime.preprocess, MOST_IMAGES) if files else _random(runtime)
+        converted = load(folder, "onnxruntime", runtime.options.threads)
+        first, parity = Watched(runtime), Parity(Watched(converted))
+        for start in range(0, len(pixels), BATCH):
+            some = pixels[start : start + BATCH]
+            parity.add(some, labels[start : start + BATCH], first.run(some))
+            if "dense" in converted.bundle.engines:
+                converted.run_dense(some)
+            progress("checking the precision", min(1.0, (start + BATCH) / len(pixels)))
+    except InputError:
+        raise
+    except AdaViTError as error:
+        raise VerificationError(f"the converted bundle does not run as it should: {error}") from None
+    report = parity.report()
+    free = report["free"]
+    differs = free["flipped"] > MOST_FLIPPED or free["top1_agreement"] < FEWEST_AGREE
+    return {"input": "calibration images" if files else "random images", "differs": differs, **report}
+
+
+def _random(runtime: Runtime) -> tuple[Float, list[int | None]]:
+    """Images as verification takes them, without labels."""
+    return np.stack(list(islice(random_images(runtime.architecture.image_size), RANDOM_IMAGES))), [None] * RANDOM_IMAGES

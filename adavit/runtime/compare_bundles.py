@@ -1,0 +1,241 @@
+"""`adavit-run --compare`: bundles of one model side by side, in size, speed, classes and decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adavit.errors import InputError
+from adavit.runtime.advice import Candidate, Loss, advise
+from adavit.runtime.benchmark import Images, Plan, Progress, latency, versions
+from adavit.runtime.compare import BATCH, Parity, Watched, check_same_model
+from adavit.runtime.compare_speed import Times, measure_in_turns
+from adavit.runtime.evaluate import SPECIALISING_IMAGES, RunOptions
+from adavit.runtime.image_files import ImageFile, find_images, labels_by
+from adavit.runtime.policy import Policy
+from adavit.runtime.session import Runtime, load
+
+__all__ = ["compare_bundles", "compare_decisions"]
+
+HELD_IMAGES = 32
+"""Preprocessed images that speeds are measured on."""
+
+
+@dataclass
+class Comparison:
+    """What one pass over the images gathers.
+
+    Attributes:
+        parities: of every bundle but the first.
+        policies: of every bundle, of some of the images, to specialise by.
+        held: some of the images, each [1, 3, S, S].
+        skipped: why images could not be read.
+    """
+
+    parities: list[Parity]
+    policies: list[list[Policy]]
+    held: list[Images] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def compare_bundles(bundles: Sequence[Path], options: RunOptions, progress: Progress) -> dict[str, Any]:
+    """Compares bundles of one model with the first of them; returns the report that `adavit-run --json` writes.
+
+    The first runs in ONNX Runtime on the CPU, the others as asked for: a bundle compared with itself tells what a
+    backend changes.
+
+    Args:
+        bundles: two or more; the first is the reference, such as the fp32 bundle.
+        options: images, how to run, and how to measure.
+        progress: told the stage and the share done.
+
+    Raises:
+        AdaViTError: a bundle, the backend or the images are not usable, or the bundles are of different models.
+    """
+    notes: list[str] = []
+    options = options.with_used_threads(notes)
+    progress("loading the bundle", 0.0)
+    runtimes = _load(bundles, options)
+    twins = [_twin(runtime, options.dense) for runtime in runtimes]
+    files = find_images(options.images, runtimes[0].labels, options.labels_by_order, notes.append)
+    seen = compare_decisions(runtimes, files, progress)
+    engines = [_specialise(*pair, options) for pair in zip(runtimes, seen.policies, strict=True)]
+    plan = Plan(options.batch, options.iterations, len(runtimes) * (options.seconds or 3.0), options.warmup)
+    held = np.concatenate(seen.held)[np.random.default_rng(0).permutation(len(seen.held))]
+    times = measure_in_turns(runtimes, twins, held, plan, progress)
+    compared = [
+        {**_pair(runtimes[0], other), **parity.report()}
+        for other, parity in zip(runtimes[1:], seen.parities, strict=True)
+    ]
+    rows = _rows(runtimes, engines, times, compared, plan.batch, _names(bundles, runtimes))
+    candidates = [_candidate(*each) for each in zip(rows, runtimes, [{}, *compared], strict=True)]
+    runs = len(times[0].adaptive)
+    return {
+        "bundles": rows,
+        "advice": asdict(advise(candidates, runs)),
+        "batch": plan.batch,
+        "threads": runtimes[0].options.threads,
+        "parallel": runtimes[0].options.parallel,
+        "runs": runs,
+        "images_timed": len(held),
+        "images": seen.parities[0].images,
+        "labelled": compared[0]["labelled"],
+        "labels_by": labels_by(files),
+        "notes": notes,
+        "skipped": seen.skipped,
+        "compared": compared,
+        **(compared[0] if len(compared) == 1 else {}),
+    }
+
+
+def compare_decisions(runtimes: Sequence[Runtime], files: Sequence[ImageFile], progress: Progress) -> Comparison:
+    """Runs image files through bundles of one model, and compares all with the first.
+
+    Raises:
+        InputError: they are of different models, or none of the images can be read.
+    """
+    for other in runtimes[1:]:
+        check_same_model(runtimes[0], other)
+    first, *others = map(Watched, runtimes)
+    seen = Comparison([Parity(other) for other in others], [[] for _ in runtimes])
+    done, hold, specialise = 0, _every(files, HELD_IMAGES), _every(files, SPECIALISING_IMAGES)
+    for pixels, labels in _batches(runtimes[0].preprocess, files, seen.skipped, progress):
+        reference = first.run(pixels)
+        results = [reference.result, *(parity.add(pixels, labels, reference) for parity in seen.parities)]
+        seen.held += [pixels[row : row + 1].copy() for row in hold(done, len(pixels))]  # not the batch
+        for policies, result in zip(seen.policies, results, strict=True):
+            policies += [result.policy[row : row + 1] for row in specialise(done, len(pixels))]
+        done += len(pixels)
+    if not done:
+        raise InputError(f"none of the {len(seen.skipped)} images can be read; first: {seen.skipped[0]}")
+    return seen
+
+
+def _every(files: Sequence[ImageFile], most: int) -> Callable[[int, int], range]:
+    """The rows of a batch, by where it starts and its size, that are among at most so many of all images."""
+    stride = math.ceil(len(files) / most)
+    return lambda start, count: range(-start % stride, count, stride)
+
+
+def _batches(
+    preprocess: Callable[[Path], Any], files: Sequence[ImageFile], skipped: list[str], progress: Progress
+) -> Iterator[tuple[Images, list[int | None]]]:
+    """Batches of pixels [n, 3, S, S] and their labels; why others cannot be read goes into `skipped`."""
+    pixels: list[Any] = []
+    labels: list[int | None] = []
+    for done, file in enumerate(files, 1):
+        try:
+            pixels.append(preprocess(file.path))
+            labels.append(file.label)
+        except InputError as error:
+            skipped.append(str(error))
+        if pixels and (len(pixels) == BATCH or done == len(files)):
+            yield np.stack(pixels), labels
+            pixels, labels = [], []
+        progress("comparing", done / len(files))
+
+
+def _load(bundles: Sequence[Path], options: RunOptions) -> list[Runtime]:
+    first = load(bundles[0], "onnxruntime", options.threads, None, options.shared)
+    runtimes = [first]
+    for bundle in bundles[1:]:
+        how = options.backend, options.threads, options.provider, options.shared, None, options.cuda_graphs
+        runtimes.append(load(bundle, *how, options.trust_engines))
+        check_same_model(first, runtimes[-1])
+    return runtimes
+
+
+def _twin(runtime: Runtime, asked: bool | None) -> bool:
+    """Whether a bundle's dense twin is measured; raises InputError where it is asked for and not there."""
+    there = "dense" in runtime.bundle.engines
+    if asked and not there:
+        raise InputError(
+            f"{runtime.bundle.path}: exported without its dense twin; export with --with-dense or leave out --dense"
+        )
+    return there and asked is not False
+
+
+def _specialise(runtime: Runtime, policies: list[Policy], options: RunOptions) -> int:
+    """Makes engines for what some images kept, unless a tuned plan brought them; returns how many there are."""
+    made = runtime.dispatcher.own_engines
+    if made or not options.specialise:
+        return made
+    return runtime.specialise(Policy.concatenate(policies))
+
+
+def _pair(first: Runtime, second: Runtime) -> dict[str, Any]:
+    names = [f"{one.bundle.path} ({one.bundle.config.get('precision')}, {one.backend.name})" for one in (first, second)]
+    return {"first": names[0], "second": names[1], "backend": second.backend.name}
+
+
+def _rows(
+    runtimes: Sequence[Runtime],
+    engines: Sequence[int],
+    times: Sequence[Times],
+    compared: Sequence[dict[str, Any]],
+    batch: int,
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """The table, a row for each bundle; what it has not is None."""
+    rows: list[dict[str, Any]] = []
+    for runtime, made, taken, name, parity in zip(runtimes, engines, times, names, [None, *compared], strict=True):
+        adaptive = latency(taken.adaptive)
+        dense = latency(taken.dense) if taken.dense else None
+        of_first = rows[0]["dense_latency_ms"] if rows else dense
+        accuracy = (parity or compared[0])["accuracy"]
+        rows.append(
+            {
+                "name": name,
+                "path": str(runtime.bundle.path),
+                "precision": str(runtime.bundle.config.get("precision")),
+                "backend": _backend(runtime),
+                "bytes": sum(spec.bytes for key, spec in runtime.bundle.engines.items() if key != "dense"),
+                "specialised": made,
+                "ms_per_image": adaptive["p50"] / batch,
+                "latency_ms": adaptive,
+                "dense_latency_ms": dense,
+                "speedup": dense["p50"] / adaptive["p50"] if dense else None,
+                "speedup_over_first_dense": of_first["p50"] / adaptive["p50"] if of_first else None,
+                "accuracy": accuracy["second" if parity else "first"] if accuracy else None,
+                "top1_agreement": parity["free"]["top1_agreement"] if parity else None,
+                "flipped": parity["free"]["flipped"] if parity else None,
+                "versions": versions(runtime),
+            }
+        )
+    return rows
+
+
+def _backend(runtime: Runtime) -> str:
+    """The backend, with its precision or provider where it has a choice of them."""
+    found = runtime.backend.versions()
+    detail = found.get("precision") or found.get("provider", "")
+    return f"{runtime.backend.name} {detail}".removesuffix("CPUExecutionProvider").rstrip()
+
+
+def _names(paths: Sequence[Path], runtimes: Sequence[Runtime]) -> list[str]:
+    """What tells the bundles apart: their folders' names, else also the backends, the paths, or their places."""
+    folders = [runtime.bundle.path.name for runtime in runtimes]
+    backends = [f"{name} in {_backend(runtime)}" for name, runtime in zip(folders, runtimes, strict=True)]
+    for names in (folders, backends, list(map(str, paths))):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({place})" for place, name in enumerate(folders, 1)]
+
+
+def _candidate(row: dict[str, Any], runtime: Runtime, parity: dict[str, Any]) -> Candidate:
+    keys = ("name", "precision", "backend", "bytes", "speedup", "specialised")
+    loss = _loss(parity) if parity else None
+    values = {key: row[key] for key in keys}
+    return Candidate(**values, on_cpu=runtime.backend.on_host, ms=row["ms_per_image"], loss=loss)
+
+
+def _loss(parity: dict[str, Any]) -> Loss:
+    if parity["labelled"]:
+        return Loss.of_accuracy(parity["lost"], parity["gained"], parity["labelled"])
+    images = parity["images"]
+    return Loss.of_classes(images - round(images * parity["free"]["top1_agreement"]), images)
