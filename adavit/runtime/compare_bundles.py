@@ -219,7 +219,7 @@ def _backend(runtime: Runtime) -> str:
 
 def _names(paths: Sequence[Path], runtimes: Sequence[Runtime]) -> list[str]:
     """What tells the bundles apart: their folders' names, else also the backends, the paths, or their places."""
-    folders = [runtime.bundle.path.name for runtime in runtimes]
+    folders = [path.name or runtime.bundle.path.name for path, runtime in zip(paths, runtimes, strict=True)]
     backends = [f"{name} in {_backend(runtime)}" for name, runtime in zip(folders, runtimes, strict=True)]
     for names in (folders, backends, list(map(str, paths))):
         if len(set(names)) == len(names):
