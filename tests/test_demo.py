@@ -11,7 +11,7 @@ import adavit
 from adavit.cli import export, run
 from adavit.runtime.bundle import Bundle
 from adavit.runtime.demo import demo_bundle
-from adavit.training.runs import _open_model
+from adavit.training.command import main
 
 DEMO = Path(adavit.__file__).parent / "demo"
 
@@ -72,9 +72,11 @@ def test_the_demo_is_checked_by_its_name(elsewhere: Path) -> None:
 
 
 def test_the_demo_is_evaluated_by_its_name(elsewhere: Path) -> None:
-    loaded = _open_model(Path("demo"), None, 1)
-    assert isinstance(loaded, adavit.Runtime)
-    assert loaded.bundle.path == demo_bundle()
+    shutil.copytree(DEMO / "images", "data/val")
+    done = invoke(main, "evaluate", "demo", "--data", "data", "--threads", 1, "--no-random", "--json", "-")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["images"], found["classes"][0]["name"]) == (20, adavit.load("demo", threads=1).labels[0])
 
 
 def test_a_file_or_folder_of_that_name_wins(elsewhere: Path, tiny_bundle: Path) -> None:
