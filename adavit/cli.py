@@ -55,7 +55,7 @@ def export(
 
     Given a BUNDLE, --target adds TensorRT engines to it, and --budgets operating points.
     """
-    console.check_target("--json", json_file)
+    console.check_targets({"--json": json_file})
     calibration = CalibrationOptions.taken_from(options)
     build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
     added = source if build.target or budgets.budgets else None
@@ -159,9 +159,8 @@ def run(bundles: tuple[Path, ...], tune: bool, compare: bool, json_file: str | N
         raise click.UsageError(f"--profile {options['profile']} is a folder; a BUNDLE goes before --profile")
     if options["draw"] and options["draw"].suffix.lower() != ".png":
         raise click.UsageError(f"--draw {options['draw']} is no name of a PNG; end it in .png")
-    for name, target in (("json", json_file), ("record-policy", options["record_policy"]), ("draw", options["draw"])):
-        console.check_target(f"--{name}", target)
-    console.check_target("--profile", options["profile"] or None)
+    written = {f"--{name.replace('_', '-')}": options[name] or None for name in ("record_policy", "draw", "profile")}
+    console.check_targets({"--json": json_file, **written})
     with console.Progress(_stages(options, tune, len(bundles) if compare else 0)) as progress:
         bundle = bundles[0] if bundles else None
         if compare:

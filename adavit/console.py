@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import io
 import json
+import shutil
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from adavit.files import check_place, write_beside
 __all__ = [
     "Command",
     "Progress",
-    "check_target",
+    "check_targets",
     "export_lines",
     "printable",
     "table",
@@ -43,6 +44,8 @@ MODULES = {  # An optional package that is missing, and the extra that brings it
 }
 
 
+NARROWEST = 40
+"""Columns of a help text at least; a narrower terminal wraps it."""
 OUT_OF_MEMORY = "out of memory; use a smaller --batch, smaller or fewer images"
 
 
@@ -51,6 +54,8 @@ class Command(cloup.Command):
 
     def make_context(self, info_name: str | None, *args: Any, **kwargs: Any) -> click.Context:
         """Reads the command line, and prints what --help and --version ask for; what goes wrong is one line too."""
+        if shutil.get_terminal_size().columns < NARROWEST:
+            kwargs["terminal_width"] = NARROWEST
         try:
             return super().make_context(info_name, *args, **kwargs)
         except click.exceptions.NoArgsIsHelpError:
@@ -159,14 +164,23 @@ def _disk_message(error: OSError) -> str:
     return f"{where}{hint}"
 
 
-def check_target(option: str, target: str | Path | None) -> None:
-    """Refuses what no file can be written to, before any work is done for it."""
-    if target is None or str(target) == "-":
-        return
-    try:
-        check_place(Path(target))
-    except OSError as error:
-        raise InputError(f"{option} {error.filename}: {error.strerror}") from None
+def check_targets(targets: Mapping[str, str | Path | None]) -> None:
+    """Refuses, by option, what no file can be written to, before any work is done for it, and one file for two."""
+    taken: dict[Path, str] = {}
+    for option, target in targets.items():
+        if target is None or str(target) == "-":
+            continue
+        try:
+            check_place(Path(target))
+            place = Path(target).resolve()
+        except OSError as error:
+            raise InputError(f"{option} {error.filename}: {error.strerror}") from None
+        except RuntimeError:
+            raise InputError(f"{option} {target}: is a link that goes round; name another file") from None
+        if place.is_file() or not place.exists():  # a device takes several
+            if place in taken:
+                raise click.UsageError(f"{taken[place]} and {option} name the same file, {target}; name two")
+            taken[place] = option
 
 
 def write_json(report: dict[str, Any], target: str | None) -> None:

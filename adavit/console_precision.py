@@ -79,11 +79,11 @@ def _bundle_rows(bundles: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         ("same class", lambda row: _or_dash(row["top1_agreement"], ".2%")),
         ("flipped", lambda row: _or_dash(row["flipped"], ".3%")),
     ]
-    left = set() if any(row["accuracy"] is not None for row in bundles) else {"accuracy"}
+    filled = [(name, *map(cell, bundles)) for name, cell in columns]
+    told = [column for column in filled if set(column[1:]) != {"-"}]
     if len({row["backend"] for row in bundles}) == 1:
-        left.add("backend")
-    shown = [column for column in columns if column[0] not in left]
-    return [tuple(name for name, _ in shown), *(tuple(cell(row) for _, cell in shown) for row in bundles)]
+        told = [column for column in told if column[0] != "backend"]
+    return list(zip(*told, strict=True))
 
 
 def _or_dash(value: float | None, form: str, unit: str = "") -> str:
@@ -106,8 +106,11 @@ def _legend(report: dict[str, Any]) -> list[str]:
         f"same class  images of the same class as {first} gives them",
         f"flipped     decisions on tokens, heads and sub-layers that are not {first}'s",
     ]
-    if any(row["dense_latency_ms"] is None for row in rows):
-        lines.append("-           no dense twin was run; adavit-export --with-dense makes bundles that have one")
+    timed = [row["dense_latency_ms"] is not None for row in rows]
+    if not any(timed):
+        lines = [line for line in lines if not line.startswith("speedup")]
+    elif not all(timed):
+        lines.append("-           the bundle was exported without its dense twin")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,8 @@ def _names(labels: Any, arch: Architecture) -> list[str] | None:
     """Class names that a caller gave."""
     if labels is None:
         return None
-    names = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str | bytes) else []
+    given = isinstance(labels, Sequence) and not isinstance(labels, str | bytes)
+    names = list(islice(labels, arch.classes + 1)) if given else []
     if len(names) != arch.classes or not all(isinstance(name, str) for name in names):
         raise InputError(f"labels is {shown(labels)}: expected {arch.classes} names, such as Runtime.labels")
     return names

@@ -11,7 +11,7 @@ __all__ = ["FASTER", "FEWEST_RUNS", "MOST_LOST", "Advice", "Candidate", "Loss", 
 MOST_LOST = 0.5
 """Points of accuracy (of images that change class, without labels) that a bundle may lose."""
 FASTER = 0.05
-"""Share of the time by which a bundle has to be faster; less is noise."""
+"""Share of the time by which a bundle has to be faster, for it to matter."""
 FEWEST_RUNS = 10
 """Fewer runs do not tell speeds apart."""
 
@@ -21,59 +21,71 @@ class Loss:
     """What a bundle loses against the first on the same images.
 
     Attributes:
-        points: of accuracy, negative where it gains; without labels, of images that change class.
-        margin: two standard errors of that, paired by image.
+        lost: images that the first alone got right; without labels, that change class.
+        gained: images that the other alone got right; 0 without labels.
         images: how many.
         labelled: whether it is accuracy.
     """
 
-    points: float
-    margin: float
-    images: int
-    labelled: bool
+    lost: float
+    gained: float
+    images: float
+    labelled: bool = True
 
-    @classmethod
-    def of_accuracy(cls, lost: int, gained: int, images: int) -> Loss:
-        """Of labelled images, some of which the first alone got right, or the other alone.
+    @property
+    def points(self) -> float:
+        """Points of accuracy, negative where it gains; without labels, of images that change class."""
+        return 100 * (self.lost - self.gained) / self.images
 
-        The standard error is Agresti and Min's (2005): half an image is added to either count, so that few images
-        without any difference do not pass for certainty.
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where the points lie for sure, two standard errors to either side, paired by image.
+
+        The intervals of Agresti and Min (2005) and, without labels, of Agresti and Coull (1998). They add images of
+        either kind, so that a few images without any difference do not pass for certainty.
         """
-        changed, total = lost + gained + 1, images + 2
-        variance = changed - (lost - gained) ** 2 / total
-        return cls(100 * (lost - gained) / images, 200 * math.sqrt(variance) / total, images, True)
-
-    @classmethod
-    def of_classes(cls, changed: int, images: int) -> Loss:
-        """Of images without labels, some of which change class; the standard error is Agresti and Coull's (1998)."""
-        share, total = (changed + 2) / (images + 4), images + 4
-        margin = share + 2 * math.sqrt(share * (1 - share) / total) - changed / images
-        return cls(100 * changed / images, 100 * margin, images, False)
+        if self.labelled:
+            total = self.images + 2
+            centre = (self.lost - self.gained) / total
+            error = math.sqrt(self.lost + self.gained + 1 - (self.lost - self.gained) ** 2 / total) / total
+        else:
+            total = self.images + 4
+            centre = (self.lost + 2) / total
+            error = math.sqrt(centre * (1 - centre) / total)
+        return 100 * (centre - 2 * error), 100 * (centre + 2 * error)
 
     @property
     def bearable(self) -> bool:
         """Whether the images show that no more than MOST_LOST is lost."""
-        return self.points + self.margin <= MOST_LOST
+        return self.interval[1] <= MOST_LOST
 
     @property
     def excessive(self) -> bool:
         """Whether the images show that more than MOST_LOST is lost."""
-        return self.points - self.margin > MOST_LOST
+        return self.interval[0] > MOST_LOST
 
     @property
     def wanted_images(self) -> int | None:
-        """About as many images would do to show a bearable loss, to one digit; None where that is not to be had."""
+        """About as many images would show a bearable loss, if as large a part changed; None where they would not."""
         if self.points >= MOST_LOST:
             return None
-        wanted = self.images * (self.margin / (MOST_LOST - max(self.points, 0.0))) ** 2
+        times = 1.0
+        while not self._times(times).bearable:
+            times *= 1.05
+        wanted = times * self.images
         digit: int = 10 ** math.floor(math.log10(wanted))
         return math.ceil(wanted / digit) * digit
+
+    def _times(self, times: float) -> Loss:
+        """The same of so many times the images."""
+        return Loss(times * self.lost, times * self.gained, times * self.images, self.labelled)
 
     def __str__(self) -> str:
         if not self.labelled:
             return f"{self.points:.2f} % of {self.images} images change class"
-        noise = ", within noise" if abs(self.points) <= self.margin else ""
-        return f"accuracy changes by {0.0 - self.points:+.2f} points (± {self.margin:.2f}{noise})"
+        low, high = self.interval
+        noise = ", within noise" if low <= 0 <= high else ""
+        return f"accuracy changes by {0.0 - self.points:+.2f} points ({-high:+.2f} to {-low:+.2f}{noise})"
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class Candidate:
         speedup: over its own dense twin, or None.
         specialised: engines that it got for frequent sets of heads or sizes.
         loss: against the first bundle; None of the first.
+        turns: milliseconds of every run, in turns with the others'; none where they are not known.
     """
 
     name: str
@@ -101,6 +114,7 @@ class Candidate:
     speedup: float | None = None
     specialised: int = 0
     loss: Loss | None = None
+    turns: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,9 +136,9 @@ def advise(candidates: Sequence[Candidate], runs: int) -> Advice:
     if runs < FEWEST_RUNS:
         return Advice(None, (f"none: {runs} runs are too few to compare speeds; measure {FEWEST_RUNS} or more",))
     able = [first, *(other for other in others if other.loss and other.loss.bearable)]
-    bound = min(one.ms for one in able) / (1 - FASTER)
-    fastest = [one for one in able if one.ms <= bound]
-    best = first if first in fastest else min(fastest, key=lambda one: one.bytes)
+    quickest = min(able, key=lambda one: one.ms)
+    faster = [one for one in able if _faster(one, first) and not _faster(quickest, one)]
+    best = min(faster, key=lambda one: one.bytes) if _faster(quickest, first) else first
     lines = [_reason(best, first, others)]
     lines += [_verdict(other, best, first) for other in others if other is not best]
     lines += [note for other in others if (note := _sets(other, first))]
@@ -138,7 +152,12 @@ def _alike(one: Candidate, first: Candidate) -> bool:
 
 
 def _faster(one: Candidate, other: Candidate) -> bool:
-    return one.ms < (1 - FASTER) * other.ms
+    """Whether a bundle is faster by FASTER, and was in more of the turns than chance explains (two standard errors)."""
+    if one.ms >= (1 - FASTER) * other.ms:
+        return False
+    pairs = list(zip(one.turns, other.turns, strict=True))
+    won = sum(mine < theirs for mine, theirs in pairs)
+    return won >= len(pairs) / 2 + math.sqrt(len(pairs))
 
 
 def _reason(best: Candidate, first: Candidate, others: Sequence[Candidate]) -> str:
@@ -169,7 +188,7 @@ def _verdict(one: Candidate, best: Candidate, first: Candidate) -> str:
         more = f"about {wanted:,} would" if wanted else "more may"
         why.append(f"{loss.images} images cannot rule out a loss of {MOST_LOST} points, {more}")
     elif not why:
-        why.append(f"{best.name} is " + ("faster" if _faster(best, one) else "about as fast, and smaller"))
+        why.append(f"{best.name} is " + ("faster" if _faster(best, one) else "about as fast, and no larger"))
     return f"{one.name}: {_size(one, first)}; {loss}: {', '.join(why)}.{_known(one, first)}"
 
 

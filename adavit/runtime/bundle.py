@@ -254,6 +254,8 @@ def _folder(given: Any) -> Path:
     except OSError as error:
         raise BundleError(f"{path}: cannot be looked into ({error.strerror})") from None
     if not there:
+        if os.path.lexists(folder):
+            raise BundleError(f"{path}: is no folder, so it is no bundle; name the folder of one")
         raise BundleError(f"{path}: no such bundle folder; make one with adavit-export, or give 'demo'")
     return absolute
 

@@ -73,7 +73,7 @@ def compare_bundles(bundles: Sequence[Path], options: RunOptions, progress: Prog
         for other, parity in zip(runtimes[1:], seen.parities, strict=True)
     ]
     rows = _rows(runtimes, engines, times, compared, plan.batch, _names(bundles, runtimes))
-    candidates = [_candidate(*each) for each in zip(rows, runtimes, [{}, *compared], strict=True)]
+    candidates = [_candidate(*each) for each in zip(rows, runtimes, times, [{}, *compared], strict=True)]
     runs = len(times[0].adaptive)
     return {
         "bundles": rows,
@@ -155,7 +155,7 @@ def _twin(runtime: Runtime, asked: bool | None) -> bool:
     there = "dense" in runtime.bundle.engines
     if asked and not there:
         raise InputError(
-            f"{runtime.bundle.path}: exported without its dense twin; export with --with-dense or leave out --dense"
+            f"{runtime.bundle.path}: exported without its dense twin; export again without --no-dense, or leave out --dense"
         )
     return there and asked is not False
 
@@ -227,15 +227,16 @@ def _names(paths: Sequence[Path], runtimes: Sequence[Runtime]) -> list[str]:
     return [f"{name} ({place})" for place, name in enumerate(folders, 1)]
 
 
-def _candidate(row: dict[str, Any], runtime: Runtime, parity: dict[str, Any]) -> Candidate:
+def _candidate(row: dict[str, Any], runtime: Runtime, taken: Times, parity: dict[str, Any]) -> Candidate:
     keys = ("name", "precision", "backend", "bytes", "speedup", "specialised")
     loss = _loss(parity) if parity else None
     values = {key: row[key] for key in keys}
-    return Candidate(**values, on_cpu=runtime.backend.on_host, ms=row["ms_per_image"], loss=loss)
+    how = {"on_cpu": runtime.backend.on_host, "ms": row["ms_per_image"], "turns": tuple(taken.adaptive)}
+    return Candidate(**values, **how, loss=loss)
 
 
 def _loss(parity: dict[str, Any]) -> Loss:
     if parity["labelled"]:
-        return Loss.of_accuracy(parity["lost"], parity["gained"], parity["labelled"])
+        return Loss(parity["lost"], parity["gained"], parity["labelled"])
     images = parity["images"]
-    return Loss.of_classes(images - round(images * parity["free"]["top1_agreement"]), images)
+    return Loss(images - round(images * parity["free"]["top1_agreement"]), 0, images, labelled=False)

@@ -140,7 +140,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         if not runtime.bundle.has_twin:
             without = "--profile" if profiles else "--dense"
             raise InputError(
-                f"{folder}: exported without its dense twin; export with --with-dense or leave out {without}"
+                f"{folder}: exported without its dense twin; export again without --no-dense, or leave out {without}"
             )
     replayed = Policy.load(options.replay_policy) if options.replay_policy else None
     files = find_images(given, runtime.labels, options.labels_by_order, notes.append)

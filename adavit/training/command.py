@@ -91,7 +91,7 @@ def evaluate(json_file: str | None, **options: Any) -> None:
 
     DATA needs only its val/ (or test/), or the two IDX files of its test images.
     """
-    console.check_target("--json", json_file)
+    console.check_targets({"--json": json_file, "--plot": options["plot"]})
     from adavit.training import evaluation
 
     with console.Progress() as progress:

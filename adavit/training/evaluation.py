@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from adavit import console
 from adavit.architecture import Architecture
 from adavit.files import find_folder
 from adavit.model import AdaViT, load_checkpoint
@@ -154,7 +153,6 @@ def _shares(usage: dict[str, float]) -> str:
 
 
 def _check_targets(options: Options) -> None:
-    console.check_target("--plot", options["plot"])
     if options["plot"]:
         check_packages("matplotlib")
 

@@ -126,14 +126,15 @@ def _of_block(found: Predictions, block: int) -> dict[str, Any]:
 
 
 def _constant_units(found: Predictions, arch: Architecture) -> dict[str, list[str]]:
-    """Adapted heads and sub-layers that every image, or no image, uses."""
+    """Adapted heads and sub-layers that ran for every image, or for none."""
     always, never = [], []
+    ran = found.policy.executed()
     for block in range(arch.keep, arch.depth):
         units = []
         if arch.adapts_heads(block):
-            units += [(f"block {block} head {j}", found.heads[:, block, j]) for j in range(arch.heads)]
+            units += [(f"block {block} head {j}", ran.heads[:, block, j]) for j in range(arch.heads)]
         if arch.adapts_sublayers(block):
-            units += [(f"block {block} {n}", found.sublayers[:, block, s]) for s, n in enumerate(("attention", "MLP"))]
+            units += [(f"block {block} {n}", ran.sublayers[:, block, s]) for s, n in enumerate(("attention", "MLP"))]
         always += [name for name, used in units if used.all()]
         never += [name for name, used in units if not used.any()]
     return {"always": always, "never": never}

@@ -98,6 +98,8 @@ class Settings:
 def describe_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     """The first entry in which a resumed run would differ, in words, or None."""
     for name in sorted({*before, *after}, key=str):
-        if before.get(name) != after.get(name):
-            return f"{name} was {shown(before.get(name))}, now {shown(after.get(name))}"
+        old, new = before.get(name), after.get(name)
+        if old != new:
+            inside = describe_change(old, new) if isinstance(old, Mapping) and isinstance(new, Mapping) else None
+            return f"{name}: {inside}" if inside else f"{name} was {shown(old)}, now {shown(new)}"
     return None

@@ -86,3 +86,19 @@ def test_a_failure_while_writing_leaves_nothing(
     done = invoke(run, tiny_bundle, *SHORT, "--images", labelled, "--draw", tmp_path / "kept.png")
     assert "the disk is full" in refusal(done)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_file_is_not_written_twice(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    photos = pictures_in(tmp_path / "photos", 1)
+    (tmp_path / "link.png").symlink_to("kept.png")
+    for draw, other in (("kept.png", "--json"), ("link.png", "--record-policy")):
+        said = usage_error(tiny_bundle, "--images", photos, "--draw", tmp_path / draw, other, tmp_path / "kept.png")
+        assert "--draw" in said and f"{other}" in said and "name two" in said
+    assert not (tmp_path / "kept.png").exists()
+
+
+@pytest.mark.parametrize("option", ["--draw", "--json", "--record-policy", "--profile"])
+def test_a_link_that_goes_round_is_refused_first(option: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    assert "goes round" in refusal(invoke(run, tiny_bundle, option, tmp_path / "loop.png"), 1)

@@ -58,3 +58,10 @@ def test_help_to_a_full_disk_is_one_line() -> None:
     done = python(code, "--help", env={**os.environ, "PYTHONUNBUFFERED": ""})
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert "the disk is full" in done.stderr
+
+
+@pytest.mark.parametrize("columns", [1, 5, 6, 20])
+def test_a_narrow_terminal_gets_help(columns: int) -> None:
+    done = python("from adavit.entry import run; run()", "--help", env=os.environ | {"COLUMNS": str(columns)})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--images" in done.stdout

@@ -154,15 +154,19 @@ def test_a_pair_has_its_numbers_at_the_top(wide: tuple[Path, Path], shifted: Pat
 def test_the_table(wide: tuple[Path, Path], shifted: Path, photos: Path, tmp_path: Path) -> None:
     fp32 = shutil.copytree(wide[0], tmp_path / "fp32")
     arguments = (fp32, shifted, fp32, "--compare", "--images", photos, "--warmup", 0, "--threads", 1)
-    done = invoke(run, *arguments, "--iterations", 10, "--no-dense")
+    done = invoke(run, *arguments, "--iterations", 10)
     assert done.exit_code == 0, done.output
     header, *rows = done.stdout.splitlines()[:4]
     assert header.split()[:5] == ["bundle", "precision", "MB", "ms", "speedup"]
     assert "over fp32 (1) dense" in header
     assert [row.split()[:3] for row in rows[::2]] == [["fp32", "(1)", "fp32"], ["fp32", "(3)", "fp32"]]
-    assert "no dense twin was run" in done.stdout and "engines on disk, without the dense twin" in done.stdout
+    assert "engines on disk, without the dense twin" in done.stdout
     assert "advice      ship " in done.stdout
     assert "by block" not in done.stdout  # which is of a pair
+    done = invoke(run, *arguments, "--iterations", 10, "--no-dense")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.split("\n")[0].split()[-2:] == ["class", "flipped"]
+    assert "speedup" not in done.stdout.split("advice")[0] and "dense twin was run" not in done.stdout
 
 
 def test_each_bundle_gets_engines_of_its_own(wide: tuple[Path, Path], photos: Path) -> None:
@@ -194,7 +198,7 @@ def test_what_cannot_be_compared(
 
 
 def test_a_twin_that_is_asked_for_has_to_be_there(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
-    bundle = export(checkpoint, tmp_path)
+    bundle = export(checkpoint, tmp_path, with_dense=False)
     message = refusal(invoke(run, "--compare", bundle, bundle, "--images", photos, "--dense", *SHORT))
     assert "exported without its dense twin" in message
 

@@ -41,6 +41,16 @@ def test_a_report_tells_classes_difficulty_and_what_never_changes() -> None:
     assert "block 1 MLP" not in report["constant"]["always"]
 
 
+def test_what_ran_for_every_image_is_told_of_blocks_that_ran() -> None:
+    found = predictions()
+    found.sublayers[::2, 2] = False  # of whose heads the policy keeps some
+    constant = evaluation_report(found, ARCH, ["easy", "hard", "c", "d"])["constant"]
+    assert not [unit for unit in constant["always"] if unit.startswith("block 2")]
+    found.sublayers[:, 1] = False
+    constant = evaluation_report(found, ARCH, ["easy", "hard", "c", "d"])["constant"]
+    assert {f"block 1 head {head}" for head in range(4)} < set(constant["never"])
+
+
 def test_heads_are_weighed_by_the_sublayers_that_run() -> None:
     found = predictions(2)
     usage = found.target_usage(ARCH.keep)
