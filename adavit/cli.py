@@ -85,7 +85,7 @@ def export(
             lines += checked_lines(report["precision"], checked)
         if calibrated := cast(dict[str, Any], report.get("calibration")):
             lines += calibration_lines(calibrated)
-        for line in lines:
+        for line in lines + console.end_lines(report):
             click.echo(console.printable(line))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -28,6 +29,7 @@ __all__ = [
     "Command",
     "Progress",
     "check_targets",
+    "end_lines",
     "export_lines",
     "printable",
     "table",
@@ -209,6 +211,12 @@ def export_lines(report: dict[str, Any]) -> list[str]:
     lines = [f"bundle      {report['bundle']}"]
     if "engines" in report:
         lines.append(f"engines     {report['engines']}, {report['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
+    if prepare := report.get("preprocessing"):
+        side, mean, std = (prepare[key] for key in ("side", "mean", "std"))
+        numbers = (" ".join(f"{value:g}" for value in values) for values in (mean, std))
+        lines.append(
+            f"pictures    {side} x {side}, crop {prepare['crop_ratio']:g}, mean {{}}, std {{}}".format(*numbers)
+        )
     if found := report.get("verified"):
         decisions = f"{found['decisions']} decisions identical, " if found["decisions"] else ""
         what = "verified" if report.get("precision", "fp32") == "fp32" else "fp32 graphs"
@@ -222,8 +230,16 @@ def export_lines(report: dict[str, Any]) -> list[str]:
         size = sum(engine["bytes"] for engine in built["engines"].values())
         count, seconds = len(built["engines"]), built["seconds"]
         lines.append(f"built       {key}: {count} engines, {size / 1e6:.1f} MB, {seconds:.1f} s")
-    if "seconds" in report:
-        lines.append(f"took        {report['seconds']:.1f} s")
+    return lines
+
+
+def end_lines(report: dict[str, Any]) -> list[str]:
+    """How long an export or a check took, and the next step."""
+    lines = [f"took        {report['seconds']:.1f} s"] if "seconds" in report else []
+    if "engines" in report:
+        bundle = shlex.quote(report["bundle"])
+        converted = report["precision"] != "fp32"
+        lines.append(f"next        adavit-run {'--compare FP32 ' if converted else ''}{bundle} --images PHOTOS")
     return lines
 
 

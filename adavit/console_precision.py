@@ -31,11 +31,18 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
             for name, loss in report["sensitivity"].items()
         ]
         lines += [*table(rows), "", f"drop        {report['loss']['drop']:.2f} points on the calibration images"]
-    lines += [
-        f"warning     {name} stays in {kept['precision']}: {kept['reason']}"
-        for name, kept in report["kept_higher"].items()
+    return lines + _kept_lines(report["kept_higher"])
+
+
+def _kept_lines(kept_higher: dict[str, Any]) -> list[str]:
+    """Engines that stay in a higher precision, by the reason."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, kept in kept_higher.items():
+        alike.setdefault((kept["precision"], kept["reason"]), []).append(name)
+    return [
+        f"warning     {', '.join(names)} {'stays' if len(names) == 1 else 'stay'} in {precision}: {reason}"
+        for (precision, reason), names in alike.items()
     ]
-    return lines
 
 
 def checked_lines(precision: str, report: dict[str, Any]) -> list[str]:
@@ -74,7 +81,7 @@ def _bundle_rows(bundles: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         ("MB", lambda row: f"{row['bytes'] / 1e6:.1f}"),
         ("ms", lambda row: f"{row['ms_per_image']:.2f}"),
         ("speedup", lambda row: _or_dash(row["speedup"], ".2f", "x")),
-        (f"over {first} dense", lambda row: _or_dash(row["speedup_over_first_dense"], ".2f", "x")),
+        (f"over {first}'s twin", lambda row: _or_dash(row["speedup_over_first_dense"], ".2f", "x")),
         ("accuracy", lambda row: _or_dash(row["accuracy"], ".2%")),
         ("same class", lambda row: _or_dash(row["top1_agreement"], ".2%")),
         ("flipped", lambda row: _or_dash(row["flipped"], ".3%")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from adavit.console import table
@@ -10,6 +9,8 @@ from adavit.console import table
 __all__ = ["run_lines"]
 
 NOISE = "random noise, so that accuracy means nothing, and photographs may keep more or less; give --images"
+FEWEST_RUNS = 10
+"""Fewer runs tell no speedup."""
 COLUMNS = {
     "ideal": "ideal", "padding": "padding", "excess": "slower", "engines": "engines", "decisions": "decision",
     "copies": "moves", "overhead": "calls", "total": "total",
@@ -39,7 +40,7 @@ def run_lines(report: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"model       {report['model']} on {report['backend']}, batch {report['batch']}, "
-        f"{_threads(report['threads'])}, {report['iterations']} runs",
+        f"{_count(report['threads'], 'thread')}, {_count(report['iterations'], 'run')}",
         *([f"input       {NOISE}"] if report["input"] == "random" else []),
         *([f"backend     {report['choice']['reason']}"] if report["choice"] else []),
         *([f"plan        tuned on this machine: {report['plan']}"] if report["plan"] else []),
@@ -49,9 +50,9 @@ def run_lines(report: dict[str, Any]) -> list[str]:
         f"usage       tokens {used['tokens']:.1%}, heads {used['heads']:.1%}, sub-layers {used['sublayers']:.1%}",
     ]
     if found := report["budget"]:
-        offsets = ", ".join(f"{kind} {_offset(value)}" for kind, value in found["offsets"].items())
-        lines.append(f"budget      {found['macs']:.1%} of the dense MACs asked for")
-        lines.append(f"            by adding to the logits of decisions: {offsets}")
+        lines.append(
+            f"budget      {found['macs']:.1%} of the dense MACs, on average over images like those it was found on"
+        )
     if not report["policies"]:
         lines.append("policies    none: a dense model, which skips nothing; adavit-train adapt trains policies")
     if report["speedup"] is not None:
@@ -59,22 +60,21 @@ def run_lines(report: dict[str, Any]) -> list[str]:
             f"speedup     {report['speedup']:.2f}x over the dense twin; ideal {report['ideal_speedup']:.2f}x "
             f"(dense / executed MACs); efficiency {report['efficiency']:.2f} (speedup / ideal)"
         )
+        if report["iterations"] < FEWEST_RUNS:
+            lines.append(f"            of fewer than {FEWEST_RUNS} runs: too few to rely on; give more --seconds")
     if found := report["accuracy"]:
         by = ", labelled by the order of their folders" if report["labels_by"] == "order" else ""
         top5 = "" if found["top5"] is None else f", top-5 {found['top5']:.2%}"
         lines.append(f"accuracy    top-1 {found['top1']:.2%}{top5} of {found['n']} images{by}")
+    if report["drawn"]:
+        lines.append(f"drawn       {report['drawn']}")
     if found := report["profile"]:
         lines += ["", *_profile_lines(found)]
     return lines
 
 
-def _threads(count: int) -> str:
-    return f"{count} thread{'s' * (count > 1)}"
-
-
-def _offset(value: float | Sequence[float]) -> str:
-    """The offset of a kind; where it differs between blocks, the least and the largest."""
-    return f"{value:+.2f}" if isinstance(value, float | int) else f"{min(value):+.2f} to {max(value):+.2f}"
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count > 1)}"
 
 
 def _profile_lines(profile: dict[str, Any]) -> list[str]:

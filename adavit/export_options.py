@@ -20,7 +20,19 @@ PATH = click.Path(path_type=Path)
 CALIBRATING = ("calibration_cache", "samples", "method", "decision_precision", "max_drop", "seed")
 """Options that only an export in another precision than fp32 follows."""
 CALIBRATION_IMAGES = ("calibration_images", "labels_by_order")
-EXPORTING = ("with_dense", "opset", "labels", "image_size", "crop_ratio", "verify", "force", "precision", *CALIBRATING)
+EXPORTING = (
+    "with_dense",
+    "opset",
+    "labels",
+    "image_size",
+    "crop_ratio",
+    "mean",
+    "std",
+    "verify",
+    "force",
+    "precision",
+    *CALIBRATING,
+)
 """Options that only an export of a checkpoint follows."""
 EXPORT_EXAMPLES = """
 \b
@@ -58,6 +70,20 @@ BUNDLE = option_group(
         type=Finite(0.1, 1),
         metavar="X",
         help="Share of the short side the crop keeps.  [default: as noted, or 0.9]",
+    ),
+    click.option(
+        "--mean",
+        type=Finite(-1000, 1000),
+        nargs=3,
+        metavar="R G B",
+        help="What is subtracted of pixels in [0, 1].  [default: ImageNet's, 0.485 0.456 0.406]",
+    ),
+    click.option(
+        "--std",
+        type=Finite(0, 1000, min_open=True),
+        nargs=3,
+        metavar="R G B",
+        help="What that is divided by.  [default: ImageNet's, 0.229 0.224 0.225; some of timm's ViTs want 0.5 0.5 0.5]",
     ),
     click.option(
         "--heads", type=click.IntRange(1), metavar="N", help="Attention heads, where the checkpoint does not tell."

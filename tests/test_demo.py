@@ -85,7 +85,7 @@ def test_a_file_or_folder_of_that_name_wins(elsewhere: Path, tiny_bundle: Path) 
     assert json.loads(invoke(run, "demo", "--iterations", 1, "--json", "-").stdout)["input"] == "random"
     shutil.rmtree("demo")
     Path("demo").touch()
-    assert "demo: is no folder, so it is no bundle" in refusal(invoke(run, "demo"))
+    assert "demo: is a file, and a bundle is a folder" in refusal(invoke(run, "demo"))
 
 
 def test_nothing_is_added_to_the_demo_that_is_installed(elsewhere: Path) -> None:

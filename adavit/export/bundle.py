@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class ExportOptions:
     labels: Path | None = None
     image_size: int | None = None
     crop_ratio: float | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
     heads: int | None = None
     verify: bool = True
     force: bool = False
@@ -89,6 +92,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     if options.image_size is not None:
         model = resize(model, options.image_size)
     labels = _labels(options.labels or (DEMO / "labels.txt" if demo else None), source, model.arch.classes)
+    prepare = _preprocessor(source, model, options)
     about: dict[str, Any] = {
         "name": "adavit-demo" if demo else _model_name(source),
         "opset": options.opset,
@@ -107,7 +111,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
             engine_count(model.arch, options.with_dense),
             model.arch,
             labels,
-            _preprocessor(source, model, options.crop_ratio),
+            prepare,
             about,
             progress,
         )
@@ -131,6 +135,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "calibration": calibrated,
         "architecture": config["architecture"],
         "macs": config["macs"],
+        "preprocessing": {**asdict(prepare), "mean": list(prepare.mean), "std": list(prepare.std)},
         "verified": verified,
         "checked": checked,
         "budgets": budgets,
@@ -243,9 +248,14 @@ def _labels(path: Path | None, source: Path, classes: int) -> list[str]:
     return labels
 
 
-def _preprocessor(source: Path, model: AdaViT, crop_ratio: float | None) -> Preprocessor:
+def _preprocessor(source: Path, model: AdaViT, options: ExportOptions) -> Preprocessor:
+    """What images go through: as asked for, as the checkpoint notes, or as is usual for ImageNet."""
+    crop_ratio = options.crop_ratio
     if crop_ratio is None:
         crop_ratio = read_crop(source) or Preprocessor.crop_ratio
     if not 0.1 <= crop_ratio <= 1:
         raise InputError(f"crop ratio {crop_ratio} is out of range; choose 0.1 to 1")
-    return Preprocessor(model.arch.image_size, crop_ratio)
+    mean, std = options.mean or Preprocessor.mean, options.std or Preprocessor.std
+    if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
+        raise InputError(f"mean {mean} and std {std} are not usable; give three numbers each, std above 0")
+    return Preprocessor(model.arch.image_size, crop_ratio, tuple(mean), tuple(std))

@@ -272,7 +272,7 @@ def lint(state: State, model: AdaViT) -> None:
     if broken := sorted(key for key, value in state.items() if not torch.isfinite(value).all()):
         faults.append(f"NaN or infinite values in {_listed(broken)}")
     if faults:
-        raise CheckpointError(f"not a complete AdaViT: {'; '.join(faults)}")
+        raise CheckpointError(f"not a complete AdaViT or ViT: {'; '.join(faults)}")
 
 
 def _listed(names: list[str]) -> str:

@@ -141,7 +141,7 @@ def advise(candidates: Sequence[Candidate], runs: int) -> Advice:
     best = min(faster, key=lambda one: one.bytes) if _faster(quickest, first) else first
     lines = [_reason(best, first, others)]
     lines += [_verdict(other, best, first) for other in others if other is not best]
-    lines += [note for other in others if (note := _sets(other, first))]
+    lines += _sets(others, first)
     if unseen := {other.backend for other in others} - {one.backend for one in candidates if _alike(one, first)}:
         lines.append(f"{first.name} did not run in {', '.join(sorted(unseen))}: name it twice to compare it there too.")
     return Advice(best.name, tuple(lines))
@@ -203,13 +203,19 @@ def _known(one: Candidate, first: Candidate) -> str:
     return known.get(one.precision, "")
 
 
-def _sets(one: Candidate, first: Candidate) -> str:
-    """Why a bundle gains less by its policy, where it does for want of engines for frequent sets of heads."""
+def _sets(others: Sequence[Candidate], first: Candidate) -> list[str]:
+    """Which bundles gain less by their policy, for want of engines for frequent head subsets."""
+    less = [one for one in others if _gains_less(one, first)]
+    if not less:
+        return []
+    names, gains = " and ".join(one.name for one in less), " and ".join(f"{one.speedup:.2f}x" for one in less)
+    return [
+        f"engines for frequent head subsets are made in fp32 alone, so {names} gain less over their own dense twins: "
+        f"{gains} against {first.speedup:.2f}x."
+    ]
+
+
+def _gains_less(one: Candidate, first: Candidate) -> bool:
     if one.specialised or not first.specialised or one.precision == "fp32" or not one.speedup or not first.speedup:
-        return ""
-    if one.speedup >= (1 - FASTER) * first.speedup:
-        return ""
-    return (
-        f"{one.name} has no engines for frequent sets of heads yet, so it gains less over its dense twin: "
-        f"{one.speedup:.2f}x against {first.speedup:.2f}x."
-    )
+        return False
+    return one.speedup < (1 - FASTER) * first.speedup

@@ -255,7 +255,7 @@ def _folder(given: Any) -> Path:
         raise BundleError(f"{path}: cannot be looked into ({error.strerror})") from None
     if not there:
         if os.path.lexists(folder):
-            raise BundleError(f"{path}: is no folder, so it is no bundle; name the folder of one")
+            raise BundleError(f"{path}: is a file, and a bundle is a folder; make one of a checkpoint by adavit-export")
         raise BundleError(f"{path}: no such bundle folder; make one with adavit-export, or give 'demo'")
     return absolute
 

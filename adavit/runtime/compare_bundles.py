@@ -155,7 +155,8 @@ def _twin(runtime: Runtime, asked: bool | None) -> bool:
     there = "dense" in runtime.bundle.engines
     if asked and not there:
         raise InputError(
-            f"{runtime.bundle.path}: exported without its dense twin; export again without --no-dense, or leave out --dense"
+            f"{runtime.bundle.path}: exported without its dense twin; export again without --no-dense, or "
+            "leave out --dense"
         )
     return there and asked is not False
 

@@ -188,6 +188,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         "notes": notes,
         "predictions": seen.predictions(),
         "skipped": seen.skipped,
+        "drawn": None if options.draw is None else str(options.draw),
         "profile": profile(runtime, held, plan, policy, trace, progress) if profiles else None,
     }
 

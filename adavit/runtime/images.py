@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from adavit.errors import BundleError, InputError, shown
 from adavit.reading import open_regular, path_of
@@ -22,6 +22,7 @@ __all__ = ["ImageFile", "Preprocessor", "decode", "find_images", "open_image"]
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 
+HEIF = (".heic", ".heif", ".avif")
 LONGEST = 64
 """Times its short side that a picture's long side may be."""
 EXTREME = 1e6
@@ -161,7 +162,16 @@ def _named(name: str | Path) -> Iterator[None]:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise InputError(f"{name}: too many pixels to decode safely; make it smaller") from None
     except Exception as error:
-        raise InputError(f"{name}: not a readable image ({type(error).__name__})") from None
+        raise InputError(f"{name}: {_unreadable(name, error)}") from None
+
+
+def _unreadable(name: str | Path, error: Exception) -> str:
+    """What is wrong with an image that Pillow cannot decode."""
+    if not isinstance(error, UnidentifiedImageError):
+        return f"not a readable image ({type(error).__name__})"
+    if Path(name).suffix.lower() in HEIF:
+        return "not a readable image (Pillow does not read HEIF; convert it to JPEG, or register pillow-heif)"
+    return "not a readable image (in no format that Pillow knows)"
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import invoke, pictures_in, random_model, read_config, refusal, rewrite_engine, save, shell, tiny
@@ -37,7 +38,8 @@ def test_export_and_check(checkpoint: Path, tmp_path: Path) -> None:
     assert "decisions identical" in done.stdout
     values = json.loads(report.read_text())
     expected = {
-        "bundle", "engines", "bytes", "opset", "architecture", "macs", "verified", "budgets", "engine_sets", "seconds",
+        "bundle", "engines", "bytes", "opset", "architecture", "macs", "preprocessing", "verified", "budgets",
+        "engine_sets", "seconds",
     }  # fmt: skip
     assert set(values) == expected | {"precision", "calibration", "notes", "checked"}
     assert values["notes"] == []
@@ -119,7 +121,7 @@ def test_wrong_checkpoints_and_options(checkpoint: Path, tmp_path: Path) -> None
     torch.save({**state, "norm.bias": state["norm.bias"] / 0}, tmp_path / "nan.pth")
     for source, options, message in (
         (tmp_path / "notes.pth", [], "notes.pth: not a PyTorch checkpoint"),
-        (tmp_path / "nan.pth", [], "nan.pth: not a complete AdaViT: NaN or infinite values in norm.bias"),
+        (tmp_path / "nan.pth", [], "nan.pth: not a complete AdaViT or ViT: NaN or infinite values in norm.bias"),
         (tmp_path, [], "cannot be read (is a folder, not a file)"),
         (checkpoint, ["--image-size", 31], "image size 31 cannot be had"),
         (checkpoint, ["--labels", tmp_path / "no.txt"], "no.txt: cannot be read as labels"),
@@ -296,3 +298,18 @@ def test_the_demo(tmp_path: Path) -> None:
     right = [one.top[0][0] == file.parent.name for file, one in zip(files, found, strict=True)]
     assert len(right) == 20
     assert sum(right) > 12
+
+
+def test_preprocessing_is_told_and_may_be_given(checkpoint: Path, tmp_path: Path) -> None:
+    given = ("--mean", 0.5, 0.5, 0.5, "--std", 0.5, 0.25, 0.5, "--crop-ratio", 1, "--no-dense", "--no-verify")
+    done = invoke(export, checkpoint, "--output", tmp_path / "own", *given)
+    assert done.exit_code == 0, done.output
+    assert "crop 1, mean 0.5 0.5 0.5, std 0.5 0.25 0.5" in done.stdout
+    assert f"next        adavit-run {tmp_path / 'own'} --images PHOTOS" in done.stdout.splitlines()[-1]
+    runtime = adavit.load(tmp_path / "own", threads=1)
+    white = np.full((40, 40, 3), 255, np.uint8)
+    assert runtime.preprocess(white)[:, 0, 0].tolist() == [1.0, 2.0, 1.0]
+    done = invoke(export, checkpoint, "--output", tmp_path / "usual", "--no-dense", "--no-verify")
+    assert "mean 0.485 0.456 0.406, std 0.229 0.224 0.225" in done.stdout
+    for wrong in (("--std", 0, 1, 1), ("--mean", "nan", 0, 0), ("--mean", 0.5)):
+        assert refusal(invoke(export, checkpoint, "--output", tmp_path / "no", *wrong), 2)

@@ -158,7 +158,7 @@ def test_the_table(wide: tuple[Path, Path], shifted: Path, photos: Path, tmp_pat
     assert done.exit_code == 0, done.output
     header, *rows = done.stdout.splitlines()[:4]
     assert header.split()[:5] == ["bundle", "precision", "MB", "ms", "speedup"]
-    assert "over fp32 (1) dense" in header
+    assert "over fp32 (1)'s twin" in header
     assert [row.split()[:3] for row in rows[::2]] == [["fp32", "(1)", "fp32"], ["fp32", "(3)", "fp32"]]
     assert "engines on disk, without the dense twin" in done.stdout
     assert "advice      ship " in done.stdout

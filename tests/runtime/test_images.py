@@ -160,7 +160,8 @@ def test_files_that_are_no_image(tmp_path: Path) -> None:
     data = (tmp_path / "cut.jpg").read_bytes()
     for name, content, message in (
         ("empty.png", b"", "it is empty"),
-        ("text.png", b"hello", "UnidentifiedImageError"),
+        ("text.png", b"hello", "in no format that Pillow knows"),
+        ("photo.heic", b"hello", "convert it to JPEG"),
         ("cut.jpg", data[: len(data) // 2], "not a readable image"),
     ):
         (tmp_path / name).write_bytes(content)
