@@ -15,12 +15,13 @@ import numpy.typing as npt
 
 from adavit.architecture import TOKEN_LOGIT
 from adavit.errors import InputError
+from adavit.runtime.budget import Offsets
 from adavit.runtime.dispatcher import of_engines
 from adavit.runtime.image_files import find_images, labels_by
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result, Runtime, load
 
-__all__ = ["KINDS", "Parity", "compare_bundles"]
+__all__ = ["KINDS", "Parity", "Watched", "compare_bundles"]
 
 Float = npt.NDArray[np.float32]
 Progress = Callable[[str, float], None]
@@ -51,11 +52,13 @@ class Watched:
             for name in names
         ]
 
-    def run(self, images: Float, policy: Policy | None = None) -> tuple[Result, list[list[dict[str, Float]]]]:
+    def run(
+        self, images: Float, policy: Policy | None = None, budget: Offsets | None = None
+    ) -> tuple[Result, list[list[dict[str, Float]]]]:
         """Runs images [B, 3, S, S]; returns the result and, by image and block, the margins [n] of each kind."""
         states: list[list[tuple[str, Float]]] = [[] for _ in images]
         observe = of_engines(lambda at, engine, x: states[at].append((engine, x.copy())))
-        result = self.runtime.run(images, policy, observe)
+        result = self.runtime.run(images, policy, observe, budget)
         depth = self.runtime.architecture.depth
         return result, [[self._margins(block, x) for block, x in enumerate(_inputs(seen, depth))] for seen in states]
 
