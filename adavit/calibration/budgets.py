@@ -14,7 +14,7 @@ from adavit.calibration.meet import CLOSE, Stop, meet
 from adavit.calibration.trial import Trial
 from adavit.calibration.work import Work
 from adavit.errors import BundleError, InputError
-from adavit.runtime.budget import MAX_OFFSET, TRAINED, Budgets, Offsets, OperatingPoint
+from adavit.runtime.budget import MAX_OFFSET, NO_POLICIES, TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.runtime.bundle import Bundle, write_config
 from adavit.runtime.session import load
 
@@ -28,11 +28,6 @@ ASTRAY = 0.01
 """How far the MACs of an interpolated request may be from its budget, relative to it, before a point is put there."""
 ROUNDS = 4
 """How often the points are halved there."""
-
-NO_POLICIES = (
-    "this model has no policies, and takes the same MACs at any budget; train some with adavit-train adapt, see "
-    "docs/training.md"
-)
 STAGE = "finding operating points"
 
 Progress = Callable[[str, float], None]
@@ -83,11 +78,11 @@ def calibrate(trial: Trial, asked: Sequence[float], report: Callable[[float], No
         report: told the share done, which never falls.
 
     Raises:
-        InputError: a budget is out of the policies' reach, two are the trained policy's, or there are no policies.
+        InputError: a budget is out of the policies' reach, or two are the trained policy's.
     """
-    if not trial.runtime.architecture.adapts:
-        raise InputError(NO_POLICIES)
     work = trial.work = Work(report)
+    work.plan(len(trial), *expected(trial, len(asked)))
+    work.begin()
     least, most = (trial.run(Offsets(*(3 * [end])), 1).macs for end in (-MAX_OFFSET, MAX_OFFSET))
     for budget in asked:
         if not least <= budget <= most:
@@ -95,8 +90,6 @@ def calibrate(trial: Trial, asked: Sequence[float], report: Callable[[float], No
                 f"a budget of {budget:g} is out of reach: this model's policies can set the MACs from {least:.3f} to "
                 f"{most:.3f} of the dense ones"
             )
-    work.plan(len(trial), *expected(trial, asked), len(asked) * len(trial))
-    work.begin()
     macs = trial.trained.macs
     near = [budget for budget in asked if abs(macs - budget) <= CLOSE * budget]
     if len(near) > 1:
@@ -104,9 +97,10 @@ def calibrate(trial: Trial, asked: Sequence[float], report: Callable[[float], No
         raise InputError(f"budgets of {both} are all what the trained policy takes ({macs:.4f}); ask for one of them")
     points = [OperatingPoint(near[0] if near else round(macs, 6), TRAINED, trial.trained.to_dict())]
     if further := [budget for budget in asked if budget not in near]:
+        work.plan(*expected(trial, len(further)))
         points += [_point(level, stop) for level, stop in best_stops(trial, further, work).items()]
+        work.begin()
     points = _sorted(points)
-    work.begin()
     for _ in range(ROUNDS):
         points = _sorted([*points, *(_astray(trial, low, high) for low, high in pairwise(points))])
     work.end()
@@ -135,9 +129,10 @@ def _astray(trial: Trial, low: OperatingPoint, high: OperatingPoint) -> Operatin
 
 def _sorted(points: Sequence[OperatingPoint | None]) -> list[OperatingPoint]:
     """By budget; of two at the same one, or of the trained policy, the first given."""
-    found: dict[float, OperatingPoint] = {}
-    trained = next((point for point in points if point is not None), None)
-    for point in points:
-        if point is not None and (point is trained or point.offsets != TRAINED):
+    given = [point for point in points if point is not None]
+    trained = next(point for point in given if point.offsets == TRAINED)
+    found = {trained.budget: trained}
+    for point in given:
+        if point.offsets != TRAINED:
             found.setdefault(point.budget, point)
     return [found[budget] for budget in sorted(found)]

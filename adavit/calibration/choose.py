@@ -30,11 +30,11 @@ TOO_FAR = 0.02
 """How far a stop may be from a budget, relative to it, to be compared with others."""
 
 
-def expected(trial: Trial, budgets: Sequence[float]) -> list[float]:
-    """About how many images the parts of `best_stops` run: two walks, each budget, and what comes behind."""
+def expected(trial: Trial, budgets: int) -> list[float]:
+    """About how many images the parts of a search run: two walks, each budget, all of them, and between them."""
     some, units = min(COMPARED, len(trial)), len(units_of(trial.runtime.architecture))
     walks = [some * (0.7 * units + 3 * steps) for steps in (STEPS, STEPS / 2)]
-    return [*walks, *(9 * some for _ in budgets), len(budgets) * (4 * some + 2 * len(trial))]
+    return [*walks, *[9.0 * some] * budgets, budgets * (4.0 * some + 2 * len(trial)), float(budgets * len(trial))]
 
 
 def best_stops(trial: Trial, budgets: Sequence[float], work: Work) -> dict[float, Stop]:

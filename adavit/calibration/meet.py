@@ -17,8 +17,8 @@ FEW = 128
 """Images that tell about how far offsets move the MACs."""
 MISSED = 0.03
 """How far a prediction may be off, relative to what is run, before logits are recorded anew."""
-PASSES, TRIES, HALVINGS = 3, 10, 50
-EXACT = 1e-4
+PASSES, TRIES, HALVINGS = 3, 10, 32
+EXACT = 5e-4
 """How near a prediction is to come, relative to what it is to be."""
 
 Line = Callable[[float], Offsets]

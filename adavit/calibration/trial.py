@@ -174,7 +174,8 @@ class Trial:
     @cached_property
     def _classes(self) -> npt.NDArray[np.intp]:
         """Those the trained policy finds."""
-        return self._first(TRAINED, len(self)).probabilities.argmax(1)
+        found: npt.NDArray[np.intp] = self._first(TRAINED, len(self)).probabilities.argmax(1)
+        return found
 
     def _first(self, offsets: Offsets, count: int, like: Decisions | None = None) -> Runs:
         """What the first images do, run as far as it is not known."""

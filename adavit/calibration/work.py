@@ -6,6 +6,11 @@ from collections.abc import Callable
 
 __all__ = ["Work"]
 
+LONGER = 1.1
+"""What a part is expected to take, of what it has taken, once that is more than was expected."""
+NEARLY = 0.99
+"""The share that is reported at most before the end."""
+
 
 class Work:
     """Counts images that ran, against what the parts of a search are expected to take.
@@ -36,8 +41,8 @@ class Work:
         self._done += images
         if not self._expected:
             return
-        here = max(self._done - self._before, self._expected)
-        self._tell(self._done / (self._before + here + sum(self._parts)))
+        here = max((self._done - self._before) * LONGER, self._expected)
+        self._tell(min(NEARLY, self._done / (self._before + here + sum(self._parts))))
 
     def end(self) -> None:
         """Everything is done."""

@@ -136,7 +136,7 @@ def load(
 def _load(bundle: Path, backend: str, options: Options, budget: float | None) -> Runtime:
     """See `load`."""
     opened = Bundle.open(bundle)
-    offsets = resolve(budget, opened.budgets, opened.path)
+    offsets = resolve(budget, opened)
     choice = None
     if isinstance(backend, str) and backend == "auto":
         if options.provider is not None:
@@ -285,7 +285,7 @@ class Runtime:
             _policy(policy).check(self.architecture, len(images))
             if budget is not None:
                 raise InputError("a recorded policy leaves nothing to a budget; give one of them")
-        offsets = resolve(self.offsets if budget is None else budget, self.budgets, self.bundle.path)
+        offsets = resolve(self.offsets if budget is None else budget, self.bundle)
         return Result(*self.dispatcher.run(images, offsets, policy, observe), self.architecture)
 
     def specialise(self, policy: Policy) -> int:
@@ -366,7 +366,7 @@ class Runtime:
         """
         pictures = pictures_of(images)
         top = whole("top", top, 1)
-        offsets = resolve(self.offsets if budget is None else budget, self.budgets, self.bundle.path)
+        offsets = resolve(self.offsets if budget is None else budget, self.bundle)
         at_once = TURNS * max(SIDE_BY_SIDE, self.options.workers)
         predictions: list[Prediction] = []
         while some := list(islice(pictures, at_once)):
