@@ -18,7 +18,7 @@ from adavit.runtime import Runtime
 from adavit.runtime.budget import TRAINED, Offsets
 
 
-def trial_of(runtime: Runtime, count: int = 48, labels: bool = True) -> Trial:
+def trial_of(runtime: Runtime, count: int = 32, labels: bool = True) -> Trial:
     known = np.random.default_rng(0).integers(0, 5, count) if labels else None
     return Trial(runtime, random_images(tiny(), count), known)
 
@@ -37,9 +37,9 @@ def ran(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("count", [None, 40])
+@pytest.mark.parametrize("count", [None, 20])
 def test_what_a_trial_counts(count: int | None, runtime: Runtime) -> None:
-    images, offsets = random_images(tiny(), 48)[:count], Offsets(-0.5, 0.3, 1.0)
+    images, offsets = random_images(tiny(), 32)[:count], Offsets(-0.5, 0.3, 1.0)
     tried = trial_of(runtime)
     assert tried.labels is not None
     labels, trained, result = tried.labels[:count], runtime.run(images), runtime.run(images, budget=offsets)
@@ -77,17 +77,17 @@ def test_an_image_runs_once_with_the_same_offsets(runtime: Runtime, ran: list[in
 @pytest.mark.parametrize("by", [-0.4, 0.4])
 def test_only_images_whose_decisions_change_run(by: float, runtime: Runtime, ran: list[int]) -> None:
     tried, base, depth = trial_of(runtime), Offsets(0.2, -0.1, 0.1), tiny().depth
-    recorded = tried.record(base, 40)
+    recorded = tried.record(base, 20)
     skipped = 0
     for unit in units_of(tiny()):
         offsets = shifted(base, depth, {unit: by})
         del ran[:]
-        found = tried.run(offsets, 40, recorded)
-        skipped += 40 - sum(ran)
-        wanted = trial_of(runtime).run(offsets, 40)
+        found = tried.run(offsets, 20, recorded)
+        skipped += 20 - sum(ran)
+        wanted = trial_of(runtime).run(offsets, 20)
         assert found == wanted
         np.testing.assert_array_equal(found.scores, wanted.scores)
-    assert skipped > 40
+    assert skipped > 20
 
 
 @pytest.mark.parametrize("missing", [(), ("token_policy",), ("head_policy",), ("sublayer_policy",)])
@@ -97,7 +97,7 @@ def test_predictions_are_exact_where_decisions_were_recorded_and_in_the_last_blo
     arch = tiny(**dict.fromkeys(missing, False))
     tried = trial_of(adavit.load(export(random_model(arch), tmp_path), threads=1))
     base = Offsets(0.2, -0.1, 0.1)
-    recorded = tried.record(base, 48)
+    recorded = tried.record(base, 32)
     assert recorded.macs(base) == pytest.approx(tried.run(base).macs)
     assert recorded.macs(base, 20) == pytest.approx(tried.run(base, 20).macs)
     assert not recorded.changed(base).any()
@@ -121,7 +121,7 @@ def test_a_model_meets_its_budgets(labels: bool, runtime: Runtime, ran: list[int
     del ran[:]
     shares: list[float] = []
     found = calibrate(tried, asked, shares.append)
-    assert sum(ran) < 200 * 48  # and no more where images are many: they are compared on some of them
+    assert sum(ran) < 200 * 32  # and no more where images are many: they are compared on some of them
     assert shares == sorted(shares)
     assert shares[-1] == 1
     assert TRAINED in {point.offsets for point in found.points}

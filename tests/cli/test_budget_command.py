@@ -193,7 +193,8 @@ def test_exporting_with_budgets(checkpoint: Path, photos: Path, labelled: Path, 
     values = report(target, "--images", photos, "--budget", trained["budget"])
     assert values["macs"] == report(target, "--images", photos)["macs"]
     assert trained["measured"]["macs"] == pytest.approx(values["macs"]["executed_mean"] / values["macs"]["dense"])
-    fewer = ("--budgets", "1", "--budget-images", 16, "--calibration-images", photos, labelled)
+    more = ("--calibration-images", photos, "--calibration-images", labelled)
+    fewer = ("--budgets", "1", "--budget-images", 16, *more)
     shown = invoke(export, target, *fewer, "--threads", 1).stdout
     assert read_config(target)["budgets"]["calibration"]["images"] == 16
     assert "(trained)" in shown  # and the points of before are replaced
