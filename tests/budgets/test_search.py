@@ -1,9 +1,6 @@
 """The search for operating points, on landscapes that are known."""
 
-from collections.abc import Collection
 from dataclasses import replace
-from math import exp
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -11,94 +8,17 @@ import pytest
 from cases import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from landscapes import ALIKE, ASKED, KINDS, SCALES, Landscape, Part
 
 from adavit.calibration import budgets as calibration
 from adavit.calibration import choose
 from adavit.calibration.budgets import calibrate
-from adavit.calibration.meet import CLOSE, Stop, even, meet
+from adavit.calibration.meet import CLOSE, even, meet
 from adavit.calibration.trial import Outcome
 from adavit.calibration.walk import Walk
 from adavit.calibration.work import Work
 from adavit.errors import InputError
 from adavit.runtime.budget import TRAINED, Budgets, Offsets, OperatingPoint
-
-KINDS = ("tokens", "heads", "sublayers")
-
-
-def kept(logit: float) -> float:
-    """The share that is kept, a logistic function."""
-    return 1 / (1 + exp(-max(-99.0, logit)))
-
-
-def spread(values: Collection[float]) -> float:
-    """The standard deviation."""
-    mean = fmean(values)
-    return fmean((value - mean) ** 2 for value in values) ** 0.5
-
-
-class Landscape:
-    """Stands for images: MACs and score are smooth functions of the offsets, on any scale of logits.
-
-    What a kind keeps is the mean of what it keeps in the blocks that decide on it.
-
-    Args:
-        scales: of each kind's logits.
-        worth: score that each kind loses while the share it keeps falls to zero.
-        balance: score lost where the kinds do not keep the same share.
-    """
-
-    labels = None
-
-    def __init__(self, scales: dict[str, float], worth: dict[str, float], balance: float = 0) -> None:
-        self.scales, self.worth, self.balance = scales, worth, balance
-        self.runtime: Any = type("Known", (), {"architecture": tiny()})
-        self.work: Any = None
-        self.tried = 0
-        self.trained = self.run(TRAINED)
-
-    def kept(self, offsets: Offsets) -> dict[str, float]:
-        arch = self.runtime.architecture
-        chosen = zip(KINDS, offsets.by_block(arch.depth), (0, arch.keep, arch.keep), strict=True)
-        return {kind: fmean(kept(value / self.scales[kind]) for value in row[first:]) for kind, row, first in chosen}
-
-    def run(self, offsets: Offsets, count: int | None = None, like: Any = None) -> Outcome:
-        self.tried += 1
-        kept = self.kept(offsets)
-        macs = 0.1 + 0.9 * (sum(kept.values()) / 3)
-        score = 1 - sum(self.worth[kind] * (1 - kept[kind]) ** 2 for kind in KINDS)
-        score -= self.balance * spread(kept.values())
-        return Outcome(macs, score, score, None, kept)
-
-    def record(self, offsets: Offsets, count: int) -> "Recorded":
-        return Recorded(self, offsets, count)
-
-    def __len__(self) -> int:
-        return 1000
-
-
-class Recorded:
-    """Stands for recorded logits, whose predictions are right where they were recorded, and else a little off."""
-
-    def __init__(self, land: Landscape, offsets: Offsets, count: int) -> None:
-        self.arch, self.offsets = land.runtime.architecture, offsets
-        self._land, self._count, self._here = land, count, land.run(offsets, count).macs
-
-    def macs(self, offsets: Offsets, count: int | None = None) -> float:
-        self._land.tried -= 1
-        return float(self._here * (self._land.run(offsets, self._count).macs / self._here) ** 1.2)
-
-    def reach(self, unit: Any) -> tuple[float, float]:
-        kind, block = unit
-        here = self.offsets.by_block(self.arch.depth)[KINDS.index(kind)][block]
-        return min(0.0, -9 * self._land.scales[kind] - here), max(0.0, 9 * self._land.scales[kind] - here)
-
-    def __len__(self) -> int:
-        return self._count
-
-
-ALIKE = dict.fromkeys(KINDS, 1.0)
-SCALES = [ALIKE, {"tokens": 0.05, "heads": 1.0, "sublayers": 30.0}]
-ASKED = [0.25, 0.4, 0.7, 0.9]
 
 
 def points_of(land: Any, asked: list[float]) -> dict[float, OperatingPoint]:
@@ -190,75 +110,10 @@ def test_what_may_be_luck_is_not_taken(lead: float, taken: bool) -> None:
     assert {is_even(points[budget].offsets) for budget in (0.3, 0.8)} == {not taken}
 
 
-def test_doubt_is_the_standard_error_of_the_difference() -> None:
-    scores = np.random.default_rng(0).random((2, 50))
-    first, second = (Outcome(macs, s.mean(), 1, None, {}, s) for macs, s in zip((0.5, 0.4), scores, strict=True))
-    error = np.std(scores[1] - scores[0]) / 50**0.5
-    assert first.doubt(second) == second.doubt(first) == pytest.approx(error)
-    assert first.doubt(first) == first.doubt(replace(second, scores=None)) == 0
-    land: Any = Landscape(ALIKE, ALIKE)
-    walk = Walk(land, TRAINED, -1, 0.02)
-    walk.stops = [Stop(TRAINED, first)]
-    assert walk.value(Stop(TRAINED, second)) == pytest.approx((scores[1].mean() - scores[0].mean() - error) / 0.1)
-
-
-class Part(Landscape):
-    """Some of the images take other MACs than all of them, by a factor and a power."""
-
-    def __init__(self, part: float, power: float = 1.0) -> None:
-        self.part, self.power = part, power
-        super().__init__(ALIKE, ALIKE)
-
-    def run(self, offsets: Offsets, count: int | None = None, like: Any = None) -> Outcome:
-        found = super().run(offsets)
-        return found if count in (None, len(self)) else replace(found, macs=found.macs**self.power * self.part)
-
-
-@pytest.mark.parametrize(("part", "power"), [(0.7, 1.0), (0.97, 1.0), (1.03, 1.0), (1.3, 1.0), (1.0, 1.05)])
-@pytest.mark.parametrize("level", [0.2, 0.35, 0.5, 0.75, 0.95])
-def test_the_trained_policy_is_moved_to_any_budget_although_few_images_differ_from_all(
-    part: float, power: float, level: float
-) -> None:
-    land: Any = Part(part, power)
-    assert meet(land, even(land, TRAINED), level).outcome.macs == pytest.approx(level, rel=CLOSE)
-
-
 @pytest.mark.parametrize(("part", "budget"), [(0.99, 0.25), (1.01, 0.9), (0.7, 0.28)])
 def test_budgets_are_met_although_walks_run_few_images(part: float, budget: float) -> None:
     point = points_of(Part(part), [budget])[budget]
     assert point.measured["macs"] == pytest.approx(budget, rel=calibration.FAR)
-
-
-class NoTokens(Landscape):
-    """Logits seem to decide on tokens, but nothing comes of it."""
-
-    def run(self, offsets: Offsets, count: int | None = None, like: Any = None) -> Outcome:
-        return super().run(replace(offsets, tokens=0.0))
-
-    def record(self, offsets: Offsets, count: int) -> Recorded:
-        return Recorded(Landscape(self.scales, self.worth), offsets, count)
-
-
-def test_a_step_that_goes_no_further_is_not_taken() -> None:
-    land: Any = NoTokens(ALIKE, ALIKE)
-    walk = Walk(land, TRAINED, -1, 0.015)
-    while walk.here.outcome.macs > 0.45 and walk.onward():
-        pass
-    assert walk.here.outcome.macs == pytest.approx(0.45, abs=0.03)
-    assert max(np.diff([stop.outcome.macs for stop in walk.stops])) < 0
-
-
-@pytest.mark.parametrize("sign", [-1, 1])
-def test_steps_are_about_a_step_and_ends_are_reached(sign: int) -> None:
-    land: Any = Landscape(SCALES[1], ALIKE)
-    walk, end = Walk(land, TRAINED, sign, 0.02), 0.12 if sign < 0 else 0.98
-    while sign * (end - walk.here.outcome.macs) > 0 and walk.onward():
-        pass
-    steps = sign * np.diff([stop.outcome.macs for stop in walk.stops])
-    assert min(steps) > 0
-    assert max(steps) <= 0.04
-    assert sign * (walk.here.outcome.macs - end) >= 0
-    assert land.tried < 150
 
 
 class Gap(Landscape):
@@ -340,20 +195,3 @@ def test_a_budget_out_of_reach(budget: float) -> None:
     land: Any = Landscape(ALIKE, ALIKE)
     with pytest.raises(InputError, match=r"out of reach: this model's policies can set the MACs from 0\.100 to 1\.000"):
         calibrate(land, [budget])
-
-
-def test_the_share_of_work_never_falls_whatever_the_parts_take() -> None:
-    shares: list[float] = []
-    work = Work(shares.append)
-    work.ran(5)
-    assert not shares  # nothing is planned yet
-    work.plan(10, 20, 30)
-    for took in (2, 40, 15):
-        work.begin()
-        for _ in range(took):
-            work.ran(1)
-    assert shares == sorted(shares)
-    assert shares[1] == pytest.approx(7 / 62, rel=0.2)
-    assert 0.7 < shares[-1] < 1
-    work.end()
-    assert shares[-1] == 1
