@@ -26,6 +26,8 @@ STEP = 0.015
 """Least share of the dense MACs that a step takes."""
 STEPS = 8
 """About how many steps go to the farthest budget."""
+ROUGHLY = 0.008
+"""How near to a budget the MACs are to be, relative to it, where settings are compared on some images."""
 TOO_FAR = 0.02
 """How far a stop may be from a budget, relative to it, to be compared with others."""
 
@@ -87,7 +89,7 @@ def _best_stop(walk: Walk) -> Stop:
 
 def _moved(trial: Trial, base: Offsets, level: float) -> Stop:
     """Offsets moved evenly to so many MACs, on some images."""
-    return meet(trial, even(trial, base), level, COMPARED)
+    return meet(trial, even(trial, base), level, COMPARED, close=ROUGHLY)
 
 
 def _settled(trial: Trial, base: Offsets, level: float) -> Stop:
@@ -101,7 +103,7 @@ def _place(trial: Trial, walk: Walk, level: float) -> Stop:
     level_here = level * trial.run(TRAINED, COMPARED).macs / trial.trained.macs
     for low, high in pairwise(stops):
         if low.outcome.macs <= level_here <= high.outcome.macs:
-            return meet(trial, partial(low.offsets.toward, high.offsets), level, COMPARED, ends=(0.0, 1.0))
+            return meet(trial, partial(low.offsets.toward, high.offsets), level, COMPARED, (0.0, 1.0), close=ROUGHLY)
     return min(stops, key=lambda stop: abs(stop.outcome.macs - level_here))
 
 

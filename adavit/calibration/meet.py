@@ -12,7 +12,7 @@ from adavit.runtime.budget import MAX_OFFSET, TRAINED, Offsets
 __all__ = ["CLOSE", "Line", "Stop", "cross", "even", "meet"]
 
 CLOSE = 0.003
-"""How near to a budget the MACs are to be, relative to it."""
+"""How near to a budget the MACs of an operating point are to be, relative to it."""
 FEW = 128
 """Images that tell about how far offsets move the MACs."""
 MISSED = 0.03
@@ -48,6 +48,7 @@ def meet(
     count: int | None = None,
     ends: Ends = (-MAX_OFFSET, MAX_OFFSET),
     start: float = 0.0,
+    close: float = CLOSE,
 ) -> Stop:
     """Where a line takes so many MACs, or what comes nearest to it of what was run.
 
@@ -58,27 +59,28 @@ def meet(
         count: images to meet it on, as the trained policy tells how they differ from all; by default all.
         ends: the least and the largest place.
         start: a place to predict from.
+        close: how near is near enough, relative to the budget.
     """
     count = min(count or len(trial), len(trial))
     level *= trial.run(TRAINED, count).macs / trial.trained.macs
     part = trial.run(TRAINED, FEW).macs / trial.run(TRAINED, count).macs
     found: list[Stop] = []
     for _ in range(PASSES):
-        start = _solved(trial, line, level * part, ends, start)
+        start = _solved(trial, line, level * part, ends, start, close / 2)
         found.append(Stop(line(start), trial.run(line(start), count)))
-        if abs(found[-1].outcome.macs - level) <= CLOSE * level:
+        if abs(found[-1].outcome.macs - level) <= close * level:
             break
         part = trial.run(line(start), FEW).macs / found[-1].outcome.macs
     return min(found, key=lambda stop: abs(stop.outcome.macs - level))
 
 
-def _solved(trial: Trial, line: Line, level: float, ends: Ends, start: float) -> float:
+def _solved(trial: Trial, line: Line, level: float, ends: Ends, start: float, close: float) -> float:
     """The place where few images take so many MACs, or the nearest that was tried."""
     (low, high), decisions, part = ends, trial.record(line(start), FEW), 1.0
     tried = {start: trial.run(line(start), FEW).macs}
     place = start
     for attempt in range(TRIES):
-        if abs(tried[place] - level) <= CLOSE / 2 * level:
+        if abs(tried[place] - level) <= close * level:
             break
         low, high = (place, high) if tried[place] < level else (low, place)
         if low in tried and high in tried:
