@@ -42,27 +42,28 @@ def expected(trial: Trial, budgets: int) -> list[float]:
 def best_stops(trial: Trial, budgets: Sequence[float], work: Work) -> dict[float, Stop]:
     """By ascending budget, the offsets that score best there, and what they do on all images."""
     budgets = sorted(budgets)
+    part = trial.run(TRAINED, COMPARED).macs / trial.trained.macs  # of the MACs of all, what some images take
     work.begin()
-    down = _down(trial, budgets[0])
+    down = _down(trial, budgets[0] * part)
     base = _best_stop(down).offsets
     work.begin()
-    up = _up(trial, base, budgets[-1])
+    up = _up(trial, base, budgets[-1] * part)
     evens, found = {}, {}
     for level in budgets:
         work.begin()
         evens[level] = _moved(trial, TRAINED, level)
-        place = _place(trial, down if level < trial.trained.macs else up, level)
-        found[level] = _better([evens[level], _moved(trial, base, level), place], level)
+        place = _place(trial, down if level < trial.trained.macs else up, level, part)
+        found[level] = _better([evens[level], _moved(trial, base, level), place], level * part)
     work.begin()
     for order in (budgets, budgets[::-1]):
         for source, level in pairwise(order):
-            found[level] = _better([found[level], _moved(trial, found[source].offsets, level)], level)
+            found[level] = _better([found[level], _moved(trial, found[source].offsets, level)], level * part)
     both = {level: dict.fromkeys((evens[level].offsets, found[level].offsets)) for level in budgets}
     return {level: _better([_settled(trial, offsets, level) for offsets in both[level]], level) for level in budgets}
 
 
 def _down(trial: Trial, least: float) -> Walk:
-    """From the trained policy to the least budget, and in any case until a step loses some score."""
+    """From the trained policy to so few MACs on some images, and in any case until a step loses some score."""
     walk = Walk(trial, TRAINED, -1, _step(trial, least))
     while walk.here.outcome.macs > least * (1 - TOO_FAR) or walk.here is _best_stop(walk):
         if not walk.onward():
@@ -71,9 +72,9 @@ def _down(trial: Trial, least: float) -> Walk:
 
 
 def _up(trial: Trial, base: Offsets, most: float) -> Walk:
-    """From a base to the largest budget, if that is more than the trained policy takes."""
+    """From a base to so many MACs on some images, if these are more than the trained policy takes."""
     walk = Walk(trial, base, +1, _step(trial, most))
-    while trial.trained.macs < most and walk.here.outcome.macs < most * (1 + TOO_FAR):
+    while trial.run(TRAINED, COMPARED).macs < most and walk.here.outcome.macs < most * (1 + TOO_FAR):
         if not walk.onward():
             break
     return walk
@@ -97,14 +98,13 @@ def _settled(trial: Trial, base: Offsets, level: float) -> Stop:
     return meet(trial, even(trial, base), level)
 
 
-def _place(trial: Trial, walk: Walk, level: float) -> Stop:
+def _place(trial: Trial, walk: Walk, level: float, part: float) -> Stop:
     """Where a walk takes so many MACs, or its end where it does not."""
     stops = sorted(walk.stops, key=lambda stop: stop.outcome.macs)
-    level_here = level * trial.run(TRAINED, COMPARED).macs / trial.trained.macs
     for low, high in pairwise(stops):
-        if low.outcome.macs <= level_here <= high.outcome.macs:
+        if low.outcome.macs <= level * part <= high.outcome.macs:
             return meet(trial, partial(low.offsets.toward, high.offsets), level, COMPARED, (0.0, 1.0), close=ROUGHLY)
-    return min(stops, key=lambda stop: abs(stop.outcome.macs - level_here))
+    return min(stops, key=lambda stop: abs(stop.outcome.macs - level * part))
 
 
 def _better(stops: Sequence[Stop], level: float) -> Stop:
