@@ -12,7 +12,10 @@ import click
 from adavit.errors import OptionError
 from adavit.option_types import labels_by_order
 
-__all__ = ["BudgetOptions", "budget_options"]
+__all__ = ["DEFAULT_IMAGES", "FEWEST_IMAGES", "BudgetOptions", "budget_options"]
+
+FEWEST_IMAGES, DEFAULT_IMAGES = 16, 512
+"""Images to find operating points on: as few as will do, and as many as are taken of more."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -23,6 +26,7 @@ class BudgetOptions:
 
     budgets: tuple[float, ...] = ()
     calibration_images: tuple[Path, ...] = ()
+    budget_images: int | None = None
     labels_by_order: bool = False
 
     @classmethod
@@ -39,6 +43,10 @@ class BudgetOptions:
             raise OptionError("--budgets: a budget is given twice")
         if self.budgets and not self.calibration_images:
             raise OptionError("--budgets needs --calibration-images")
+        if self.budget_images is not None and not self.budgets:
+            raise OptionError("--budget-images is of --budgets; give them too")
+        if self.budget_images is not None and self.budget_images < FEWEST_IMAGES:
+            raise OptionError(f"--budget-images: {self.budget_images} are too few; give at least {FEWEST_IMAGES}")
         if self.labels_by_order and not self.calibration_images:
             raise OptionError("--labels-by-order is of the class folders of --calibration-images; give them too")
 
@@ -52,6 +60,13 @@ def budget_options(command: Function) -> Function:
             type=click.Path(path_type=Path),
             multiple=True,
             help="Image file or folder to calibrate on; class-named folders give labels.",
+        ),
+        click.option(
+            "--budget-images",
+            type=int,
+            metavar="N",
+            help=f"Images to find operating points on, drawn at random where there are more; {DEFAULT_IMAGES} by "
+            "default. The search takes time in proportion.",
         ),
         click.option(
             "--budgets",

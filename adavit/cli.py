@@ -124,7 +124,7 @@ def _export(
     if check is not None:
         if against is None or source is not None or output is not None:
             raise click.UsageError("--check BUNDLE takes --against CHECKPOINT and neither CHECKPOINT nor --output")
-        _refuse({*EXPORTING, "target", "budgets", *CALIBRATION_IMAGES}, "to check a BUNDLE, leave out")
+        _refuse({*EXPORTING, "target", "budgets", "budget_images", *CALIBRATION_IMAGES}, "to check a BUNDLE, leave out")
         return check_bundle(check, against, options["heads"], threads, progress)
     if source is None or output is None:
         raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")

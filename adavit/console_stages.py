@@ -74,7 +74,7 @@ def checking_stages() -> list[Stage]:
 
 def adding_stages(budgets: BudgetOptions, build: BuildOptions) -> list[Stage]:
     """Those that add budgets and engines to a bundle."""
-    found = [LOADING, Stage("reading images", 0.5), Stage("trying operating points", 60)] if budgets.budgets else []
+    found = [LOADING, Stage("reading images", 0.5), Stage("finding operating points", 120)] if budgets.budgets else []
     return found + [Stage(f"building {target}", 60) for target in build.target]
 
 

@@ -39,7 +39,7 @@ def calibrate(bundle: Path, budgets: str, data: Path, count: int, folder: Path) 
     """A copy of the bundle in a folder, with operating points from training images."""
     photos = write_pictures(data, "train", count, Bundle.open(bundle).labels, folder / "images")
     copy = shutil.copytree(bundle, folder / "bundle", dirs_exist_ok=True)
-    options = ["--budgets", budgets, "--calibration-images", str(photos)]
+    options = ["--budgets", budgets, "--calibration-images", str(photos), "--budget-images", str(count)]
     subprocess.run([*EXPORT, str(copy), *options], check=True)
     return copy
 

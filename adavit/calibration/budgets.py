@@ -8,12 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from adavit.budget_options import BudgetOptions
-from adavit.calibration.choose import CLOSE, best_stops, meet
+from adavit.budget_options import DEFAULT_IMAGES, BudgetOptions
+from adavit.calibration.choose import best_stops, expected
+from adavit.calibration.meet import CLOSE, Stop, meet
 from adavit.calibration.trial import Trial
-from adavit.calibration.walk import Stop
+from adavit.calibration.work import Work
 from adavit.errors import BundleError, InputError
-from adavit.runtime.budget import MAX_OFFSET, TRAINED, Budgets, Offsets, OperatingPoint
+from adavit.runtime.budget import MAX_OFFSET, NO_POLICIES, TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.runtime.bundle import Bundle, write_config
 from adavit.runtime.session import load
 
@@ -27,6 +28,7 @@ ASTRAY = 0.01
 """How far the MACs of an interpolated request may be from its budget, relative to it, before a point is put there."""
 ROUNDS = 4
 """How often the points are halved there."""
+STAGE = "finding operating points"
 
 Progress = Callable[[str, float], None]
 
@@ -54,9 +56,12 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
     progress("loading the bundle", 0.0)
     runtime = load(bundle, threads=threads, parallel="samples")
     notes: list[str] = []
-    images = options.calibration_images, progress, options.labels_by_order, notes.append
+    if not runtime.architecture.adapts:
+        raise InputError(f"{bundle}: {NO_POLICIES}")
+    most = options.budget_images or DEFAULT_IMAGES
+    images = options.calibration_images, progress, most, options.labels_by_order, notes.append
     trial, skipped = Trial.of_files(runtime, *images)
-    budgets = calibrate(trial, options.budgets)
+    budgets = calibrate(trial, options.budgets, partial(progress, STAGE))
     Budgets.from_dict(budgets.to_dict(), runtime.architecture.depth)  # what no reader would take is not written
     config = Bundle.open(bundle).config  # others may have written to it meanwhile
     if config["engines"] != runtime.bundle.config["engines"]:
@@ -65,14 +70,20 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
     return {**budgets.to_dict(), "skipped": skipped, **({"notes": notes} if notes else {})}
 
 
-def calibrate(trial: Trial, asked: Sequence[float]) -> Budgets:
+def calibrate(trial: Trial, asked: Sequence[float], report: Callable[[float], None] = lambda _: None) -> Budgets:
     """Operating points for the budgets asked for, the trained policy, and some between them.
 
+    Args:
+        trial: runs offsets on the calibration images.
+        asked: shares of the dense MACs.
+        report: told the share done, which never falls.
+
     Raises:
-        InputError: a budget is out of the policies' reach, two are the trained policy's, or there are no policies.
+        InputError: a budget is out of the policies' reach, or two are the trained policy's.
     """
-    if not trial.runtime.architecture.adapts:
-        raise InputError("this model has no policies, and so takes the same MACs at any budget")
+    work = trial.work = Work(report)
+    work.plan(len(trial), *expected(trial, len(asked)))
+    work.begin()
     least, most = (trial.run(Offsets(*(3 * [end])), 1).macs for end in (-MAX_OFFSET, MAX_OFFSET))
     for budget in asked:
         if not least <= budget <= most:
@@ -85,29 +96,26 @@ def calibrate(trial: Trial, asked: Sequence[float]) -> Budgets:
     if len(near) > 1:
         both = " and ".join(f"{budget:g}" for budget in near)
         raise InputError(f"budgets of {both} are all what the trained policy takes ({macs:.4f}); ask for one of them")
-    trained = OperatingPoint(near[0] if near else round(macs, 6), TRAINED, trial.trained.to_dict())
-    stops = {level: stop for level, stop in best_stops(trial, asked).items() if level not in near}
-    points = _sorted([trained, *(_point(level, stop, level in asked) for level, stop in stops.items())])
+    points = [OperatingPoint(near[0] if near else round(macs, 6), TRAINED, trial.trained.to_dict())]
+    if further := [budget for budget in asked if budget not in near]:
+        work.plan(*expected(trial, len(further)))
+        points += [_point(level, stop) for level, stop in best_stops(trial, further, work).items()]
+        work.begin()
+    points = _sorted(points)
     for _ in range(ROUNDS):
-        points = _sorted([trained, *points, *(_astray(trial, low, high) for low, high in pairwise(points))])
+        points = _sorted([*points, *(_astray(trial, low, high) for low, high in pairwise(points))])
+    work.end()
     return Budgets(tuple(points), {"images": len(trial), "labelled": trial.labels is not None})
 
 
-def _point(budget: float, stop: Stop, asked: bool) -> OperatingPoint:
-    """The point at a budget. One that nobody asks for is what is taken.
-
-    Raises:
-        InputError: the stop comes not near the budget asked for.
-    """
-    outcome = stop.outcome
-    if not asked:
-        return OperatingPoint(round(outcome.macs, 6), stop.offsets, outcome.to_dict())
-    if abs(outcome.macs - budget) > FAR * budget:
+def _point(budget: float, stop: Stop) -> OperatingPoint:
+    """The point at a budget; raises InputError where the stop comes not near it."""
+    macs = stop.outcome.macs
+    if abs(macs - budget) > FAR * budget:
         raise InputError(
-            f"a budget of {budget:g} cannot be met: the nearest found is {outcome.macs:.4f}; "
-            "give another, or more images"
+            f"a budget of {budget:g} cannot be met: the nearest found is {macs:.4f}; give another, or more images"
         )
-    return OperatingPoint(budget, stop.offsets, outcome.to_dict())
+    return OperatingPoint(budget, stop.offsets, stop.outcome.to_dict())
 
 
 def _astray(trial: Trial, low: OperatingPoint, high: OperatingPoint) -> OperatingPoint | None:
@@ -115,14 +123,17 @@ def _astray(trial: Trial, low: OperatingPoint, high: OperatingPoint) -> Operatin
     line, asked = partial(low.offsets.toward, high.offsets), (low.budget + high.budget) / 2
     if high.budget - low.budget <= APART or abs(trial.run(line(0.5)).macs - asked) <= ASTRAY * asked:
         return None
-    stop = meet(trial, line, 0.0, 1.0, asked)
-    return None if stop is None else OperatingPoint(asked, stop.offsets, stop.outcome.to_dict())
+    stop = meet(trial, line, asked, ends=(0.0, 1.0), start=0.5)
+    met = abs(stop.outcome.macs - asked) <= FAR * asked
+    return OperatingPoint(asked, stop.offsets, stop.outcome.to_dict()) if met else None
 
 
 def _sorted(points: Sequence[OperatingPoint | None]) -> list[OperatingPoint]:
     """By budget; of two at the same one, or of the trained policy, the first given."""
-    found: dict[float, OperatingPoint] = {}
-    for point in points:
-        if point is not None and (point.offsets != TRAINED or not found):
+    given = [point for point in points if point is not None]
+    trained = next(point for point in given if point.offsets == TRAINED)
+    found = {trained.budget: trained}
+    for point in given:
+        if point.offsets != TRAINED:
             found.setdefault(point.budget, point)
     return [found[budget] for budget in sorted(found)]

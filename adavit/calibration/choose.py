@@ -1,157 +1,118 @@
-"""For each of some budgets, the offsets that score best among those that a walk suggests.
+"""For each of some budgets, the offsets that score best of a few that two walks suggest.
 
-The walk takes one step at a time, so it can spend early what it misses later, and it never takes back what was given up
-for little. So at each budget, from several places on the way down, what is left of the budget is spent in two ways:
-on all decisions alike, and as the way up spends it. What loses nothing is given up at larger budgets too, then, and
-what it saves is spent where it gains. All of these are tried on all images, and the best is taken; the trained policy
-moved evenly, where none is surely better. In the end, what is good at one budget is tried at its neighbours.
+One walk goes down from the trained policy, the other up, from where the first scores best: what loses nothing is given
+up for what gains. A walk takes one step at a time, so it can spend early what it misses later. So at each budget its
+place is compared with the trained policy and with the best stop of the first walk, both moved evenly to as many MACs,
+and then with what was found for the neighbouring budgets. In the end all images run: the trained policy moved evenly
+is taken where the other is not surely better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
+from adavit.calibration.decisions import units_of
+from adavit.calibration.meet import Stop, even, meet
 from adavit.calibration.trial import Trial
-from adavit.calibration.walk import EVEN_STEP, FIRST, Stop, Way, moves_of, shifted, walk
-from adavit.runtime.budget import MAX_OFFSET, TRAINED, Offsets
+from adavit.calibration.walk import COMPARED, Walk
+from adavit.calibration.work import Work
+from adavit.runtime.budget import TRAINED, Offsets
 
-__all__ = ["CLOSE", "Line", "best_stops", "meet"]
+__all__ = ["best_stops", "expected"]
 
-PARTS = 3
-"""Of the way down; budgets are spent from where each begins, the trained policy the first, and where the last ends."""
-CLOSE = 0.003
-"""How near to a budget the MACs on all images are to be, relative to it."""
-MISSED = 0.02
-"""How far they may be at most, for offsets to be one of those that are tried."""
-TRIES = 16
-PASSES = 3
-
-Line = Callable[[float], Offsets]
-"""Offsets along a line, their MACs growing."""
+STEP = 0.015
+"""Least share of the dense MACs that a step takes."""
+STEPS = 8
+"""About how many steps go to the farthest budget."""
+ROUGHLY = 0.008
+"""How near to a budget the MACs are to be, relative to it, where settings are compared on some images."""
+TOO_FAR = 0.02
+"""How far a stop may be from a budget, relative to it, to be compared with others."""
 
 
-def best_stops(trial: Trial, budgets: Sequence[float]) -> dict[float, Stop]:
-    """By ascending MACs, from the least of the budgets to the largest, the offsets that score best there.
-
-    At the budgets, and between them where they are more than a step of all decisions apart.
-    """
-    asked = sorted(budgets)
-    path = walk(trial, asked[0], asked[-1])
-    return spread(trial, {level: _best(_candidates(trial, path, level)) for level in _levels(asked)})
+def expected(trial: Trial, budgets: int) -> list[float]:
+    """About how many images the parts of a search run: two walks, each budget, all of them, and between them."""
+    some, units = min(COMPARED, len(trial)), len(units_of(trial.runtime.architecture))
+    walks = [some * (0.7 * units + 3 * steps) for steps in (STEPS, STEPS / 2)]
+    return [*walks, *[9.0 * some] * budgets, budgets * (4.0 * some + 2 * len(trial)), float(budgets * len(trial))]
 
 
-def spread(trial: Trial, found: dict[float, Stop]) -> dict[float, Stop]:
-    """Takes what is good at a level to the levels next to it, moved evenly to their MACs: upwards, then downwards.
-
-    Levels are searched one by one, so that a larger one may miss what a smaller one has found.
-    """
-    found, levels = dict(found), list(found)
-    for order in (levels, levels[::-1]):
+def best_stops(trial: Trial, budgets: Sequence[float], work: Work) -> dict[float, Stop]:
+    """By ascending budget, the offsets that score best there, and what they do on all images."""
+    budgets = sorted(budgets)
+    part = trial.run(TRAINED, COMPARED).macs / trial.trained.macs  # of the MACs of all, what some images take
+    work.begin()
+    down = _down(trial, budgets[0] * part)
+    base = _best_stop(down).offsets
+    work.begin()
+    up = _up(trial, base, budgets[-1] * part)
+    evens, found = {}, {}
+    for level in budgets:
+        work.begin()
+        evens[level] = _moved(trial, TRAINED, level)
+        place = _place(trial, down if level < trial.trained.macs else up, level, part)
+        found[level] = _better([evens[level], _moved(trial, base, level), place], level * part)
+    work.begin()
+    for order in (budgets, budgets[::-1]):
         for source, level in pairwise(order):
-            moved = _moved(trial, found[source].offsets, level)
-            if moved is not None and _is_close(moved, level):
-                found[level] = _best([found[level], moved])
-    return found
+            found[level] = _better([found[level], _moved(trial, found[source].offsets, level)], level * part)
+    both = {level: dict.fromkeys((evens[level].offsets, found[level].offsets)) for level in budgets}
+    return {level: _better([_settled(trial, offsets, level) for offsets in both[level]], level) for level in budgets}
 
 
-def _best(stops: list[Stop]) -> Stop:
-    """The stop that surely scores best: the first, unless another's lead is more than one standard error of it."""
-    first = stops[0].outcome
-    return max(stops, key=lambda stop: stop.outcome.score - stop.outcome.doubt(first))
-
-
-def _levels(marks: list[float]) -> list[float]:
-    """The marks, with others between them so that they are about a step of all decisions apart."""
-    parts = [max(1, round((high - low) / EVEN_STEP)) for low, high in pairwise(marks)]
-    between = [
-        low + (high - low) * part / count
-        for (low, high), count in zip(pairwise(marks), parts, strict=True)
-        for part in range(count)
-    ]
-    return [*between, marks[-1]]
-
-
-def _candidates(trial: Trial, path: Way, level: float) -> list[Stop]:
-    """Stops of about so many MACs, on all images: the trained policy moved evenly, and what the walk suggests."""
-    arch, last = trial.runtime.architecture, float(len(path.stops) - 1)
-    middle = next(position for position, stop in enumerate(path.stops) if stop.offsets == TRAINED)
-    found: list[Stop | None] = []
-    for place in dict.fromkeys(round(middle * (1 - part / PARTS)) for part in range(PARTS + 1)):
-        base = path.stops[place].offsets
-        found.append(_moved(trial, base, level))
-        if place < middle:
-            found.append(meet(trial, partial(_spent, base, path, arch.depth), float(middle), last, level))
-    found.append(meet(trial, path.offsets, 0.0, last, level))
-    stops = [stop for stop in found if stop is not None]
-    close = [stop for stop in stops if _is_close(stop, level)]
-    return close or stops or [_nearest(path, level)]  # more MACs would be an unfair advantage
-
-
-def _moved(trial: Trial, base: Offsets, level: float) -> Stop | None:
-    """Offsets moved evenly to so many MACs, on all images; None where they come nowhere near."""
-    arch = trial.runtime.architecture
-    even = partial(shifted, base, arch.depth, moves_of(arch)[-1])
-    return meet(trial, even, *_reach(trial, even, level * _part(trial)), level)
-
-
-def _is_close(stop: Stop, level: float) -> bool:
-    return abs(stop.outcome.macs - level) <= CLOSE * level
-
-
-def _spent(base: Offsets, path: Way, depth: int, position: float) -> Offsets:
-    """The offsets of a place on the way down and of a position on the way up, both."""
-    return base.plus(path.offsets(position), depth)
-
-
-def _nearest(path: Way, level: float) -> Stop:
-    """The stop of a way that is nearest to so many MACs."""
-    return min(path.stops, key=lambda stop: abs(stop.outcome.macs - level))
-
-
-def _part(trial: Trial) -> float:
-    """The MACs of the images that tell them about, relative to those of all, as the trained policy has them."""
-    return trial.size(TRAINED).macs / trial.trained.macs
-
-
-def _reach(trial: Trial, even: Line, macs: float) -> tuple[float, float]:
-    """Between which changes of all offsets few images pass so many MACs, and what all may take; from 0 outwards."""
-    sign = 1 if trial.size(even(0.0)).macs < macs else -1
-    near, far = 0.0, FIRST / 4
-    while far < MAX_OFFSET and (left := sign * (macs - trial.size(even(sign * far)).macs)) > -MISSED * macs:
-        near, far = far if left > MISSED * macs else near, 2 * far
-    return (near, far) if sign > 0 else (-far, -near)
-
-
-def meet(trial: Trial, line: Line, low: float, high: float, level: float) -> Stop | None:
-    """Where a line takes so many MACs on all images, between two places on it; None where it comes nowhere near."""
-    part = _part(trial)
-    best: Stop | None = None
-    for _ in range(PASSES):
-        offsets = _cross(trial, line, low, high, level * part)
-        stop = Stop(offsets, trial.run(offsets))
-        if best is None or abs(stop.outcome.macs - level) < abs(best.outcome.macs - level):
-            best = stop
-        if abs(best.outcome.macs - level) <= CLOSE * level:
-            return best
-        part = trial.size(offsets).macs / stop.outcome.macs
-    return best if best and abs(best.outcome.macs - level) <= MISSED * level else None
-
-
-def _cross(trial: Trial, line: Line, low: float, high: float, macs: float) -> Offsets:
-    """Where a line takes so many MACs on few images, or the end that is nearest to it."""
-    below, above = (trial.size(line(end)).macs for end in (low, high))
-    if macs <= below or macs >= above:
-        return line(low if macs <= below else high)
-    for attempt in range(TRIES):
-        share = 0.5 if attempt % 2 else min(0.95, max(0.05, (macs - below) / (above - below)))
-        middle = low + share * (high - low)
-        taken = trial.size(line(middle)).macs
-        if abs(taken - macs) <= CLOSE / 4 * macs:
+def _down(trial: Trial, least: float) -> Walk:
+    """From the trained policy to so few MACs on some images, and in any case until a step loses some score."""
+    walk = Walk(trial, TRAINED, -1, _step(trial, least))
+    while walk.here.outcome.macs > least * (1 - TOO_FAR) or walk.here is _best_stop(walk):
+        if not walk.onward():
             break
-        if taken < macs:
-            low, below = middle, taken
-        else:
-            high, above = middle, taken
-    return line(middle)
+    return walk
+
+
+def _up(trial: Trial, base: Offsets, most: float) -> Walk:
+    """From a base to so many MACs on some images, if these are more than the trained policy takes."""
+    walk = Walk(trial, base, +1, _step(trial, most))
+    while trial.run(TRAINED, COMPARED).macs < most and walk.here.outcome.macs < most * (1 + TOO_FAR):
+        if not walk.onward():
+            break
+    return walk
+
+
+def _step(trial: Trial, end: float) -> float:
+    return max(STEP, abs(end - trial.trained.macs) / STEPS)
+
+
+def _best_stop(walk: Walk) -> Stop:
+    return max(walk.stops, key=lambda stop: stop.outcome.score)
+
+
+def _moved(trial: Trial, base: Offsets, level: float) -> Stop:
+    """Offsets moved evenly to so many MACs, on some images."""
+    return meet(trial, even(trial, base), level, COMPARED, close=ROUGHLY)
+
+
+def _settled(trial: Trial, base: Offsets, level: float) -> Stop:
+    """The same on all images."""
+    return meet(trial, even(trial, base), level)
+
+
+def _place(trial: Trial, walk: Walk, level: float, part: float) -> Stop:
+    """Where a walk takes so many MACs, or its end where it does not."""
+    stops = sorted(walk.stops, key=lambda stop: stop.outcome.macs)
+    for low, high in pairwise(stops):
+        if low.outcome.macs <= level * part <= high.outcome.macs:
+            return meet(trial, partial(low.offsets.toward, high.offsets), level, COMPARED, (0.0, 1.0), close=ROUGHLY)
+    return min(stops, key=lambda stop: abs(stop.outcome.macs - level * part))
+
+
+def _better(stops: Sequence[Stop], level: float) -> Stop:
+    """The stop that surely scores best: the first, unless another's lead is more than one standard error of it.
+
+    Of those near to a budget, since more MACs would be an unfair advantage; or the nearest.
+    """
+    nearest = min(abs(stop.outcome.macs - level) for stop in stops)
+    close = [stop for stop in stops if abs(stop.outcome.macs - level) <= max(nearest, TOO_FAR * level)]
+    first = close[0].outcome
+    return max(close, key=lambda stop: stop.outcome.score - stop.outcome.doubt(first))

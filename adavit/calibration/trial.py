@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from adavit.budget_options import DEFAULT_IMAGES, FEWEST_IMAGES
+from adavit.calibration.decisions import Decisions
+from adavit.calibration.work import Work
 from adavit.errors import InputError
 from adavit.macs import dense_macs
 from adavit.runtime.budget import TRAINED, Offsets
+from adavit.runtime.compare import KINDS, Watched
 from adavit.runtime.image_files import find_calibration_images
-from adavit.runtime.session import Runtime
+from adavit.runtime.session import Result, Runtime
 
 __all__ = ["Outcome", "Trial"]
 
-MOST_IMAGES = 2048
 MOST_BYTES = 512 << 20
 """Of preprocessed images."""
-FEWEST_IMAGES = 16
-SEARCHED, SIZED = 1024, 128
-"""Images that are enough to compare offsets, and to tell how far they move the MACs; each time the same."""
-BATCH = 32
+BATCH, RECORDED = 32, 8
+"""Images that run at once, and while their decisions are recorded, which keeps what every block is given."""
 
 Progress = Callable[[str, float], None]
 
@@ -39,7 +41,7 @@ class Outcome:
             follows accuracy or agreement, with less noise.
         agreement: share of images whose class is the trained policy's.
         accuracy: share of images whose class is their label, or None without labels.
-        usage: mean share of tokens, heads and sub-layers kept.
+        usage: mean share of tokens, heads and sub-layers that ran; see `Policy.usage`.
         scores: of each image [n], where it is known.
     """
 
@@ -62,6 +64,14 @@ class Outcome:
         return {"macs": self.macs, **known, "agreement": self.agreement, "usage": self.usage}
 
 
+class Runs(NamedTuple):
+    """What the first n images did: class probabilities [n, C], MACs [n], and usage by kind [n, 3]."""
+
+    probabilities: npt.NDArray[np.float64]
+    macs: npt.NDArray[np.int64]
+    usage: npt.NDArray[np.float64]
+
+
 class Trial:
     """Images, and what is wanted of them.
 
@@ -69,19 +79,23 @@ class Trial:
         runtime: what to try.
         images: float32 [n, 3, S, S], in random order.
         labels: their classes [n], or None.
-        progress: told how much of a run is done.
+
+    Attributes:
+        work: counts the images that run.
     """
 
     def __init__(
-        self, runtime: Runtime, images: npt.NDArray[np.float32], labels: npt.NDArray[np.intp] | None, progress: Progress
+        self,
+        runtime: Runtime,
+        images: npt.NDArray[np.float32],
+        labels: npt.NDArray[np.intp] | None,
     ) -> None:
         self.runtime = runtime
         self.labels = labels
+        self.work = Work(lambda _: None)
         self._images = images
-        self._progress = progress
-        self._done: dict[tuple[Offsets, int], Outcome] = {}
-        self._classes: npt.NDArray[np.intp] | None = None
-        self.trained = self.run(TRAINED)
+        self._runs: dict[Offsets, Runs] = {}
+        self._recorded: Decisions | None = None
 
     @classmethod
     def of_files(
@@ -89,10 +103,11 @@ class Trial:
         runtime: Runtime,
         paths: tuple[Path, ...],
         progress: Progress,
+        most: int = DEFAULT_IMAGES,
         by_order: bool = False,
         note: Callable[[str], None] | None = None,
     ) -> tuple[Trial, list[str]]:
-        """The images at `paths`, a random part of them if they are many, and what could not be read.
+        """The images at `paths`, a random part of them if they are more than `most`, and what could not be read.
 
         Their labels, by `by_order`, and what is noted are as of `find_calibration_images`.
 
@@ -100,7 +115,8 @@ class Trial:
             InputError: there are no images, or too few.
         """
         files = find_calibration_images(paths, runtime.labels, by_order, note)
-        most = max(FEWEST_IMAGES, min(MOST_IMAGES, MOST_BYTES // (4 * 3 * runtime.architecture.image_size**2)))
+        held = MOST_BYTES // (4 * 3 * runtime.architecture.image_size**2)
+        most = min(most, len(files), max(FEWEST_IMAGES, held))
         pixels, labels, skipped = [], [], []
         for position in np.random.default_rng(0).permutation(len(files)):
             try:
@@ -109,53 +125,107 @@ class Trial:
                 skipped.append(str(error))
                 continue
             labels.append(files[position].label)
-            progress("reading images", len(pixels) / min(most, len(files)))
+            progress("reading images", len(pixels) / most)
             if len(pixels) == most:
                 break
         if len(pixels) < FEWEST_IMAGES:
             first = f"; first unreadable: {skipped[0]}" if skipped else ""
             raise InputError(f"budgets need at least {FEWEST_IMAGES} images, {len(pixels)} can be read{first}")
         known = None if None in labels else np.asarray(labels, np.intp)
-        return cls(runtime, np.stack(pixels), known, progress), skipped
+        return cls(runtime, np.stack(pixels), known), skipped
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def search(self, offsets: Offsets) -> Outcome:
-        """The outcome on as many images as a comparison needs."""
-        return self.run(offsets, min(SEARCHED, len(self)))
+    @cached_property
+    def trained(self) -> Outcome:
+        """What the trained policy does on all images."""
+        return self.run(TRAINED)
 
-    def size(self, offsets: Offsets) -> Outcome:
-        """The outcome on as many images as tell the MACs about."""
-        return self.run(offsets, min(SIZED, len(self)))
+    def record(self, offsets: Offsets, count: int) -> Decisions:
+        """The decision logits of the first `count` images; those recorded last are kept."""
+        count = min(count, len(self))
+        if self._recorded is None or (self._recorded.offsets, len(self._recorded)) != (offsets, count):
+            runs, margins = [], []
+            for start in range(0, count, RECORDED):
+                result, found = self._watched.run(self._images[start : min(start + RECORDED, count)], budget=offsets)
+                runs.append(_runs_of(result))
+                margins += found
+                self.work.ran(len(found))
+            if offsets not in self._runs:
+                self._runs[offsets] = _joined(runs)
+            self._recorded = Decisions.of(self.runtime.architecture, offsets, margins)
+        return self._recorded
 
-    def run(self, offsets: Offsets, count: int | None = None) -> Outcome:
-        """The outcome on the first `count` images, or all."""
-        count = len(self) if count is None else count
-        if (offsets, count) not in self._done:
-            self._done[offsets, count] = self._run(offsets, count)
-        return self._done[offsets, count]
+    def run(self, offsets: Offsets, count: int | None = None, like: Decisions | None = None) -> Outcome:
+        """The outcome on the first `count` images, or all.
 
-    def _run(self, offsets: Offsets, count: int) -> Outcome:
-        probabilities, macs, usage = [], [], []
-        for start in range(0, count, BATCH):
-            result = self.runtime.run(self._images[start : min(start + BATCH, count)], budget=offsets)
-            scores = np.exp(result.logits - result.logits.max(1, keepdims=True), dtype=np.float64)
-            probabilities.append(scores / scores.sum(1, keepdims=True))
-            macs.append(result.macs)
-            usage.append([(len(result.macs) * share) for share in result.policy.usage().values()])
-            self._progress("trying operating points", min(1.0, (start + BATCH) / count))
-        shares = np.concatenate(probabilities)
-        classes = shares.argmax(1)
-        if self._classes is None:  # the first run is of the trained policy, on all images
-            self._classes = classes
-        wanted = (self._classes if self.labels is None else self.labels)[:count]
-        scored = shares[np.arange(count), wanted]
+        Args:
+            offsets: what to run with.
+            count: how many images.
+            like: recorded decisions of these images; those for which nothing changes do not run again.
+        """
+        return self._outcome(self._first(offsets, len(self) if count is None else min(count, len(self)), like))
+
+    @cached_property
+    def _watched(self) -> Watched:
+        return Watched(self.runtime)
+
+    @cached_property
+    def _classes(self) -> npt.NDArray[np.intp]:
+        """Those the trained policy finds."""
+        found: npt.NDArray[np.intp] = self._first(TRAINED, len(self)).probabilities.argmax(1)
+        return found
+
+    def _first(self, offsets: Offsets, count: int, like: Decisions | None = None) -> Runs:
+        """What the first images do, run as far as it is not known."""
+        known = self._runs.get(offsets)
+        if known is None and like is not None:
+            known = self._changed(offsets, like)
+        have = 0 if known is None else len(known.macs)
+        if known is None or have < count:
+            more = self._run(offsets, np.arange(have, count))
+            known = more if known is None else _joined([known, more])
+        self._runs[offsets] = known
+        return Runs(known.probabilities[:count], known.macs[:count], known.usage[:count])
+
+    def _changed(self, offsets: Offsets, like: Decisions) -> Runs:
+        """What the recorded images do, which run only where their decisions change."""
+        runs = _joined([self._first(like.offsets, len(like))])  # a copy
+        if len(changed := like.changed(offsets).nonzero()[0]):
+            for values, new in zip(runs, self._run(offsets, changed), strict=True):
+                values[changed] = new
+        return runs
+
+    def _run(self, offsets: Offsets, chosen: npt.NDArray[np.intp]) -> Runs:
+        """What some images do."""
+        runs = []
+        for start in range(0, len(chosen), BATCH):
+            rows = chosen[start : start + BATCH]
+            runs.append(_runs_of(self.runtime.run(self._images[rows], budget=offsets)))
+            self.work.ran(len(rows))
+        return _joined(runs)
+
+    def _outcome(self, runs: Runs) -> Outcome:
+        count, classes, trained = len(runs.macs), runs.probabilities.argmax(1), self._classes
+        wanted = (trained if self.labels is None else self.labels)[:count]
+        scores = runs.probabilities[np.arange(count), wanted]
         return Outcome(
-            float(np.concatenate(macs).mean() / dense_macs(self.runtime.architecture)),
-            float(scored.mean()),
-            float((classes == self._classes[:count]).mean()),
+            float(runs.macs.mean() / dense_macs(self.runtime.architecture)),
+            float(scores.mean()),
+            float((classes == trained[:count]).mean()),
             None if self.labels is None else float((classes == wanted).mean()),
-            dict(zip(("tokens", "heads", "sublayers"), (np.sum(usage, axis=0) / count).tolist(), strict=True)),
-            scored,
+            dict(zip(KINDS, runs.usage.mean(0).tolist(), strict=True)),
+            scores,
         )
+
+
+def _runs_of(result: Result) -> Runs:
+    scores = np.exp(result.logits - result.logits.max(1, keepdims=True), dtype=np.float64)
+    usage = [mask.mean((1, 2)) for mask in result.policy.executed().masks()]
+    return Runs(scores / scores.sum(1, keepdims=True), result.macs, np.stack(usage, 1))
+
+
+def _joined(runs: Sequence[Runs]) -> Runs:
+    probabilities, macs, usage = zip(*runs, strict=True)
+    return Runs(np.concatenate(probabilities), np.concatenate(macs), np.concatenate(usage))

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from numbers import Real
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adavit.errors import InputError, shown
 
-__all__ = ["TRAINED", "Budgets", "Offsets", "OperatingPoint", "present", "resolve"]
+if TYPE_CHECKING:
+    from adavit.runtime.bundle import Bundle
+
+__all__ = ["NO_POLICIES", "TRAINED", "Budgets", "Offsets", "OperatingPoint", "present", "resolve"]
 
 MAX_OFFSET = 1000.0
 MAX_POINTS = 1000
+NO_POLICIES = (
+    "this model has no policies, so every image takes the same MACs; train policies with adavit-train adapt "
+    "(docs/training.md)"
+)
 
 Offset = float | Sequence[float]
 """Of one kind: the same for every block, or one for each."""
@@ -49,11 +55,13 @@ class Offsets:
         Raises:
             InputError: there are offsets for another number of blocks.
         """
-        found = [value if isinstance(value, tuple) else (value,) * depth for value in astuple(self)]
-        for kind, values in zip(asdict(self), found, strict=True):
+        found: dict[str, tuple[float, ...]] = {
+            kind: value if isinstance(value, tuple) else (value,) * depth for kind, value in vars(self).items()
+        }
+        for kind, values in found.items():
             if len(values) != depth:
                 raise InputError(f"there are {len(values)} offsets of {kind}: this model has {depth} blocks")
-        return found
+        return list(found.values())
 
     def toward(self, other: Offsets, share: float) -> Offsets:
         """The offsets on the straight line to `other`: these at share 0, the others at 1."""
@@ -65,14 +73,7 @@ class Offsets:
                 return tuple(between(*pair) for pair in pairs)
             return a if a == b else (1 - share) * a + share * b  # rounding would turn back what stays
 
-        return Offsets(*map(between, astuple(self), astuple(other)))
-
-    def plus(self, other: Offsets, depth: int) -> Offsets:
-        """The sum of these and other offsets, within their bounds, for each of `depth` blocks."""
-        both = zip(self.by_block(depth), other.by_block(depth), strict=True)
-        return Offsets(
-            *(tuple(min(MAX_OFFSET, max(-MAX_OFFSET, a + b)) for a, b in zip(*kind, strict=True)) for kind in both)
-        )
+        return Offsets(*map(between, vars(self).values(), vars(other).values()))
 
 
 TRAINED = Offsets()
@@ -170,23 +171,24 @@ class Budgets:
         }
 
 
-def present(budgets: Budgets | None, bundle: Path) -> Budgets:
-    """The operating points of a bundle folder; raises InputError where it has none."""
-    if budgets is None:
-        raise InputError(
-            f"{bundle}: has no operating points; add them with adavit-export {bundle} --budgets 0.3,0.5 "
-            "--calibration-images FOLDER"
-        )
-    return budgets
+def present(bundle: Bundle) -> Budgets:
+    """The operating points of a bundle; raises InputError where it has none."""
+    if bundle.budgets is not None:
+        return bundle.budgets
+    if not bundle.architecture.adapts:
+        raise InputError(f"{bundle.path}: {NO_POLICIES}")
+    raise InputError(
+        f"{bundle.path}: has no operating points; add them with adavit-export {bundle.path} --budgets 0.3,0.5 "
+        "--calibration-images FOLDER"
+    )
 
 
-def resolve(budget: Any, budgets: Budgets | None, bundle: Path) -> Offsets:
+def resolve(budget: Any, bundle: Bundle) -> Offsets:
     """The offsets that a request asks for.
 
     Args:
         budget: a share of the dense MACs, offsets themselves, or None for the trained policy.
-        budgets: the bundle's operating points, if it has any.
-        bundle: its folder.
+        bundle: the bundle that runs.
 
     Raises:
         InputError: the budget is no number or beyond the operating points, or there are none.
@@ -195,4 +197,4 @@ def resolve(budget: Any, budgets: Budgets | None, bundle: Path) -> Offsets:
         return TRAINED
     if isinstance(budget, Offsets):
         return budget
-    return present(budgets, bundle).offsets(budget)
+    return present(bundle).offsets(budget)

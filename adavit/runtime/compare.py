@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from adavit.architecture import TOKEN_LOGIT
 from adavit.errors import InputError
+from adavit.runtime.budget import Offsets
 from adavit.runtime.dispatcher import of_engines
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result, Runtime
@@ -66,11 +67,11 @@ class Watched:
             for name in names
         ]
 
-    def run(self, images: Float, policy: Policy | None = None) -> Seen:
-        """Runs images [B, 3, S, S], under a given policy or their own."""
+    def run(self, images: Float, policy: Policy | None = None, budget: Offsets | None = None) -> Seen:
+        """Runs images [B, 3, S, S], under a given policy, or their own at a budget."""
         states: list[list[tuple[str, Float]]] = [[] for _ in images]
         observe = of_engines(lambda at, engine, x: states[at].append((engine, x.copy())))
-        result = self.runtime.run(images, policy, observe)
+        result = self.runtime.run(images, policy, observe, budget)
         depth = self.runtime.architecture.depth
         margins = [[self._margins(block, x) for block, x in enumerate(_inputs(seen, depth))] for seen in states]
         return Seen(result, margins)

@@ -231,7 +231,7 @@ def _meet_latency(
     runtime: Runtime, files: list[ImageFile], options: RunOptions, milliseconds: float, progress: Progress
 ) -> float:
     """Sets the runtime to the operating point that takes so long on some of the images, and returns its budget."""
-    budgets = present(runtime.budgets, runtime.bundle.path)
+    budgets = present(runtime.bundle)
     some = files[:: max(1, len(files) // TIMED_IMAGES)]
     batches = [pixels for _, pixels in _readable(runtime, some, len(some), Evaluation())]
     images = batches[0] if batches else _random_images(runtime)

@@ -146,7 +146,7 @@ def load(
 def _load(bundle: Path, backend: str, options: Options, budget: float | None) -> Runtime:
     """See `load`."""
     opened = Bundle.open(bundle)
-    offsets = resolve(budget, opened.budgets, opened.path)
+    offsets = resolve(budget, opened)
     choice = None
     if isinstance(backend, str) and backend == "auto":
         if options.provider is not None:
@@ -303,7 +303,7 @@ class Runtime:
             _policy(policy).check(self.architecture, len(images))
             if budget is not None:
                 raise InputError("a recorded policy leaves nothing to a budget; give one of them")
-        offsets = resolve(self.offsets if budget is None else budget, self.budgets, self.bundle.path)
+        offsets = resolve(self.offsets if budget is None else budget, self.bundle)
         ran = self.dispatcher.run(images, offsets, policy, observe)
         return Result(*ran, self.architecture, self.bundle.preprocessor)
 
@@ -392,7 +392,7 @@ class Runtime:
         """
         pictures = pictures_of(images)
         top = whole("top", top, 1)
-        offsets = resolve(self.offsets if budget is None else budget, self.budgets, self.bundle.path)
+        offsets = resolve(self.offsets if budget is None else budget, self.bundle)
         at_once = TURNS * max(SIDE_BY_SIDE, self.options.workers)
         predictions: list[Prediction] = []
         while some := list(islice(pictures, at_once)):

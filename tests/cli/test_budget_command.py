@@ -179,7 +179,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pictures_in(tmp_path_factory.mktemp("photos"), 16)
 
 
-def test_exporting_with_budgets(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_exporting_with_budgets(checkpoint: Path, photos: Path, labelled: Path, tmp_path: Path) -> None:
     """The trained policy of a random model and images takes a budget of its own, which an export finds out."""
     target = tmp_path / "bundle"
     arguments = (checkpoint, "--output", target, "--threads", 1, "--calibration-images", photos)
@@ -192,7 +192,10 @@ def test_exporting_with_budgets(checkpoint: Path, photos: Path, tmp_path: Path) 
     values = report(target, "--images", photos, "--budget", trained["budget"])
     assert values["macs"] == report(target, "--images", photos)["macs"]
     assert trained["measured"]["macs"] == pytest.approx(values["macs"]["executed_mean"] / values["macs"]["dense"])
-    shown = invoke(export, target, "--budgets", "1", "--calibration-images", photos, "--threads", 1).stdout
+    more = ("--calibration-images", photos, "--calibration-images", labelled)
+    fewer = ("--budgets", "1", "--budget-images", 16, *more)
+    shown = invoke(export, target, *fewer, "--threads", 1).stdout
+    assert read_config(target)["budgets"]["calibration"]["images"] == 16
     assert "(trained)" in shown  # and the points of before are replaced
     assert 0.99 not in {point["budget"] for point in read_config(target)["budgets"]["points"]}
 
@@ -204,6 +207,8 @@ def test_exports_whose_budgets_are_refused(checkpoint: Path, bundle: Path, photo
         (["--budgets", "some"], 2, "'some' is no list of shares such as 0.3,0.5"),
         (["--budgets", "0.3,"], 2, "is no list of shares"),
         (["--budgets", "0.3"], 2, "--budgets needs --calibration-images"),
+        (["--budgets", "0.3", "--budget-images", "9", "--calibration-images", photos], 2, "9 are too few"),
+        (["--budgets", "0.3", "--budget-images", "some"], 2, "'some' is not a valid integer"),
         (["--budgets", "30", "--calibration-images", photos], 2, "30 is no share of the dense MACs"),
         (["--budgets", "nan", "--calibration-images", photos], 2, "nan is no share of the dense MACs"),
         (["--budgets", "0.5,0.5", "--calibration-images", photos], 2, "a budget is given twice"),
@@ -215,6 +220,8 @@ def test_exports_whose_budgets_are_refused(checkpoint: Path, bundle: Path, photo
         assert not target.exists()
     given = ("--budgets", "0.5", "--calibration-images", photos, "--output", target)
     assert "leave out --output and --check" in refusal(invoke(export, bundle, *given), code=2)
+    unasked = refusal(invoke(export, checkpoint, "--output", target, "--budget-images", 64), code=2)
+    assert "--budget-images is of --budgets; give them too" in unasked
     for ignored in (("--precision", "int8"), ("--no-dense",), ("--labels", photos)):
         line = refusal(invoke(export, bundle, *given[:4], *ignored), code=2)
         assert f"to add to a BUNDLE, leave out --{ignored[0][2:].replace('no-', 'with-')}" in line

@@ -88,12 +88,6 @@ def test_between_offsets_by_block_each_block_is_on_its_line(first: Any, second: 
         assert low.toward(high, share).by_block(2) == low.by_block(2)  # to the last bit: what stays never turns back
 
 
-def test_sums_of_offsets_are_by_block_and_within_their_bounds() -> None:
-    found = Offsets(tokens=(1.0, -2.0), heads=900.0).plus(Offsets(tokens=0.5, heads=(200.0, -1000.0)), 2)
-    assert found == Offsets(tokens=(1.5, -1.5), heads=(1000.0, -100.0), sublayers=(0.0, 0.0))
-    assert Offsets(heads=-900.0).plus(Offsets(heads=-200.0), 1) == Offsets((0.0,), (-1000.0,), (0.0,))
-
-
 def test_offsets_for_another_number_of_blocks(runtime: Runtime) -> None:
     with pytest.raises(InputError, match="there are 2 offsets of heads: this model has 3 blocks"):
         runtime.run(IMAGES, budget=Offsets(heads=(1.0, 2.0)))

@@ -1,0 +1,84 @@
+"""Steps, walks, and where lines of offsets take so many MACs, on known landscapes."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from landscapes import ALIKE, SCALES, Landscape, Part, Recorded
+
+from adavit.calibration.meet import CLOSE, Stop, even, meet
+from adavit.calibration.trial import Outcome
+from adavit.calibration.walk import Walk
+from adavit.calibration.work import Work
+from adavit.runtime.budget import TRAINED, Offsets
+
+
+def test_doubt_is_the_standard_error_of_the_difference() -> None:
+    scores = np.random.default_rng(0).random((2, 50))
+    first, second = (Outcome(macs, s.mean(), 1, None, {}, s) for macs, s in zip((0.5, 0.4), scores, strict=True))
+    error = np.std(scores[1] - scores[0]) / 50**0.5
+    assert first.doubt(second) == second.doubt(first) == pytest.approx(error)
+    assert first.doubt(first) == first.doubt(replace(second, scores=None)) == 0
+    land: Any = Landscape(ALIKE, ALIKE)
+    walk = Walk(land, TRAINED, -1, 0.02)
+    walk.stops = [Stop(TRAINED, first)]
+    assert walk.value(Stop(TRAINED, second)) == pytest.approx((scores[1].mean() - scores[0].mean() - error) / 0.1)
+
+
+@pytest.mark.parametrize(("part", "power"), [(0.7, 1.0), (0.97, 1.0), (1.03, 1.0), (1.3, 1.0), (1.0, 1.05)])
+@pytest.mark.parametrize("level", [0.2, 0.35, 0.5, 0.75, 0.95])
+def test_the_trained_policy_is_moved_to_any_budget_although_few_images_differ_from_all(
+    part: float, power: float, level: float
+) -> None:
+    land: Any = Part(part, power)
+    assert meet(land, even(land, TRAINED), level).outcome.macs == pytest.approx(level, rel=CLOSE)
+
+
+class NoTokens(Landscape):
+    """Logits seem to decide on tokens, but nothing comes of it."""
+
+    def run(self, offsets: Offsets, count: int | None = None, like: Any = None) -> Outcome:
+        return super().run(replace(offsets, tokens=0.0))
+
+    def record(self, offsets: Offsets, count: int) -> Recorded:
+        return Recorded(Landscape(self.scales, self.worth), offsets, count)
+
+
+def test_a_step_that_goes_no_further_is_not_taken() -> None:
+    land: Any = NoTokens(ALIKE, ALIKE)
+    walk = Walk(land, TRAINED, -1, 0.015)
+    while walk.here.outcome.macs > 0.45 and walk.onward():
+        pass
+    assert walk.here.outcome.macs == pytest.approx(0.45, abs=0.03)
+    assert max(np.diff([stop.outcome.macs for stop in walk.stops])) < 0
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_steps_are_about_a_step_and_ends_are_reached(sign: int) -> None:
+    land: Any = Landscape(SCALES[1], ALIKE)
+    walk, end = Walk(land, TRAINED, sign, 0.02), 0.12 if sign < 0 else 0.98
+    while sign * (end - walk.here.outcome.macs) > 0 and walk.onward():
+        pass
+    steps = sign * np.diff([stop.outcome.macs for stop in walk.stops])
+    assert min(steps) > 0
+    assert max(steps) <= 0.04
+    assert sign * (walk.here.outcome.macs - end) >= 0
+    assert land.tried < 150
+
+
+def test_the_share_of_work_never_falls_whatever_the_parts_take() -> None:
+    shares: list[float] = []
+    work = Work(shares.append)
+    work.ran(5)
+    assert not shares  # nothing is planned yet
+    work.plan(10, 20, 30)
+    for took in (2, 40, 15):
+        work.begin()
+        for _ in range(took):
+            work.ran(1)
+    assert shares == sorted(shares)
+    assert shares[1] == pytest.approx(7 / 62, rel=0.2)
+    assert 0.7 < shares[-1] < 1
+    work.end()
+    assert shares[-1] == 1
