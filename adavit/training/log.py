@@ -11,7 +11,7 @@ from typing import Any
 from adavit.files import write_beside
 from adavit.training.errors import TrainingError
 
-__all__ = ["Log", "Progress", "Reporter", "read_log", "silent"]
+__all__ = ["Log", "Progress", "Record", "Reporter", "read_log", "silent"]
 
 Record = dict[str, Any]
 Progress = Callable[[str, float], None]

@@ -25,8 +25,9 @@ from adavit.training.data import open_images
 from adavit.training.distributed import World, join_world
 from adavit.training.found import Pictures, measure_pictures, run_lines
 from adavit.training.log import Reporter, read_log
-from adavit.training.loop import CHECKPOINT, LOG, Intervals, Trainer
+from adavit.training.loop import LOG, Intervals, Trainer
 from adavit.training.plot import plot_log
+from adavit.training.state import CHECKPOINT
 from adavit.training.teacher import Teacher, identify_teacher, open_teacher
 
 __all__ = ["train_adaptive", "train_dense"]
