@@ -211,8 +211,7 @@ class Trainer(RunState):
 
     def _balance(self, train: LabelledImages, progress: Progress) -> dict[str, float]:
         """Moves the averaged decisions to the targets of the kinds whose usage has a weight; the offsets."""
-        policy = self.settings.policy
-        targets = {kind: goal for kind, goal in policy.targets.items() if policy.weights[kind] > 0} if policy else {}
+        targets = self.settings.policy.pulled if self.settings.policy else {}
         found = balance(self.average, targets, train, self.settings, self.world, progress) if targets else {}
         return {f"offset_{kind}": offset for kind, offset in found.items()}
 

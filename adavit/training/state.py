@@ -62,6 +62,11 @@ class RunState:
         self.unfinished: Record | None = None
         self.metric = 0.0
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.step == self.settings.steps and self.unfinished is None
+
     def save(self, epoch: int) -> None:
         """Writes the checkpoint, in the released layout."""
         arch = self.model.arch
