@@ -100,8 +100,9 @@ class Command(cloup.Command):
             if "can't allocate memory" not in str(error):  # torch's word for it
                 raise
             message = OUT_OF_MEMORY
-        except KeyboardInterrupt:
-            click.echo(f"{ctx.info_name}: interrupted", err=True)
+        except KeyboardInterrupt as error:
+            advice = f"; {error}" if str(error) else ""
+            click.echo(f"{ctx.info_name}: interrupted{advice}", err=True)
             ctx.exit(130)
         _fail(ctx.info_name, message)
 

@@ -151,6 +151,11 @@ class Progress:
         with self._lock:
             self._stream = None
 
+    def expect(self, stages: Sequence[Stage]) -> None:
+        """Takes stages that are known only now; call it before the first of them is told."""
+        with self._lock:
+            self._estimate = Estimate(stages, self._clock())
+
     def clear(self) -> None:
         """Takes the bar off the terminal, for a line to be printed there; the next call shows it again."""
         with self._lock:

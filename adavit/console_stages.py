@@ -8,21 +8,22 @@ from adavit.precision_options import CalibrationOptions
 from adavit.tensorrt.options import BuildOptions
 
 __all__ = [
-    "TRAINING",
     "TUNING",
     "adding_stages",
     "checking_stages",
     "comparing_stages",
     "exporting_stages",
     "running_stages",
+    "training_stages",
 ]
 
+MACS_PER_SECOND = 5e10
+"""Of a model in PyTorch."""
 LOADING = Stage("loading the bundle", 1)
 TUNING = (
     LOADING, Stage("running images", 0.3), Stage("measuring engines", 4), Stage("comparing plans", 1),
     Stage("policies", 0.5), Stage("making engines", 0.3),
 )  # fmt: skip
-TRAINING = Stage("training", 600), Stage("meeting the targets", 20), Stage("evaluating", 20)
 VERIFYING = (LOADING, Stage("running the checkpoint", 5), Stage("verifying", 4))
 CALIBRATING = (LOADING, Stage("running calibration images", 2), Stage("measuring ranges", 4))
 SEARCHING = (
@@ -65,6 +66,12 @@ def comparing_stages(bundles: int, seconds: float | None, iterations: int | None
 def _measuring(seconds: float) -> Stage:
     """A measurement that ends by the clock."""
     return Stage("measuring", seconds, fixed=True)
+
+
+def training_stages(training: float, balancing: float, evaluating: float) -> list[Stage]:
+    """Those of `adavit-train dense` and `adapt`, by their MACs; what has none does not come."""
+    parts = ("training", training), ("meeting the targets", balancing), ("evaluating", evaluating)
+    return [Stage(name, macs / MACS_PER_SECOND) for name, macs in parts if macs]
 
 
 def checking_stages() -> list[Stage]:

@@ -12,6 +12,7 @@ usages are near.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,14 +31,17 @@ from adavit.training.distributed import World, global_sum
 from adavit.training.loader import evaluation_batches, watched
 from adavit.training.log import Progress, silent
 from adavit.training.predict import Batches
-from adavit.training.settings import Settings
+from adavit.training.settings import PolicySettings, Settings
 
-__all__ = ["balance"]
+__all__ = ["ROUNDS", "balance", "images_to_balance"]
 
 IMAGES, IMAGE_STREAM = 1024, 2
 NEAR, FAR = 0.004, 0.02
 """Distances of a usage from its target: where the search ends, and where the user is told."""
-ROUNDS = 24
+ROUNDS, PATIENCE = 24, 6
+"""Of the search: the most, and how many in turn may be no better than the best before it ends."""
+BETTER = 0.99
+"""The factor on the distance from all targets from which on a round is better."""
 SHORTER = 0.8
 """The factor on the steps after a round that was no better than the best."""
 FARTHEST, FINEST = 64.0, 1e-4
@@ -72,6 +76,7 @@ def balance(
     trained = _copied_biases(model)
     offsets, part = dict.fromkeys(targets, 0.0), 1.0
     best, best_offsets, best_usage = float("inf"), offsets, dict.fromkeys(targets, 0.0)
+    waited = 0
     for done in range(ROUNDS):
 
         def tell(share: float, done: int = done) -> None:
@@ -81,11 +86,14 @@ def balance(
         batches = evaluation_batches(train, chosen, prepare, settings.batch)
         decisions = _decisions(model, targets, watched(batches, len(chosen), tell))
         usage = {kind: found.usage(0.0) for kind, found in decisions.items()}
-        missed = sum((usage[kind] - target) ** 2 for kind, target in targets.items())
+        missed = math.hypot(*(usage[kind] - target for kind, target in targets.items()))
+        waited = 0 if missed < BETTER * best else waited + 1
         if missed < best:
             best, best_offsets, best_usage = missed, offsets, usage
         else:
             part *= SHORTER
+        if waited == PATIENCE:
+            break
         steps = {kind: decisions[kind].offset(target) for kind, target in targets.items()}
         if not any(steps.values()) or all(abs(usage[kind] - target) <= NEAR for kind, target in targets.items()):
             break
@@ -124,6 +132,11 @@ class _Decisions:
             low, high = (middle, high) if found < target else (low, middle)
             middle = (low + high) / 2
         return min((0.0, middle, low, high), key=lambda offset: abs(self.usage(offset) - target))
+
+
+def images_to_balance(train: LabelledImages, policy: PolicySettings | None) -> int:
+    """How many training images each round looks at; 0 where no usage has a target to meet."""
+    return min(IMAGES, len(train.labels)) if policy and policy.pulled else 0
 
 
 def _choose(images: int, seed: int) -> list[int]:

@@ -10,7 +10,6 @@ import cloup
 
 import adavit
 from adavit import console
-from adavit.console_stages import TRAINING
 from adavit.training.options import (
     adaptive_options,
     comparison_options,
@@ -58,7 +57,7 @@ def dense(**options: Any) -> None:
     """Train a dense backbone, from scratch or from other weights."""
     from adavit.training import runs
 
-    with console.Progress(TRAINING) as progress:
+    with console.Progress() as progress:
         runs.train_dense(options, progress)
 
 
@@ -72,7 +71,7 @@ def adapt(**options: Any) -> None:
     """Train policies jointly with a backbone that starts dense, the dense model teaching."""
     from adavit.training import runs
 
-    with console.Progress(TRAINING) as progress:
+    with console.Progress() as progress:
         runs.train_adaptive(options, progress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def choose_teacher(options: Options, source: AdaViT, arch: Architecture, policy:
     if options["logit_weight"] == 0 and not policy.listens:
         return None
     if not options["teacher"]:
+        if source.arch.classes != arch.classes:
+            raise TrainingError(_other_classes(options, source.arch.classes, arch.classes))
         check_teacher(source, arch)
         teacher: Teacher = source
     else:
@@ -69,6 +72,14 @@ def choose_teacher(options: Options, source: AdaViT, arch: Architecture, policy:
             "inside; leave --attention-weight and --hidden-weight at 0"
         )
     return teacher
+
+
+def _other_classes(options: Options, known: int, wanted: int) -> str:
+    dense = shlex.join(["adavit-train", "dense", "--from", str(options["source"]), "--data", str(options["data"])])
+    return (
+        f"the weights know {known} classes, the data has {wanted}; run `{dense} -o DENSE`, "
+        "then adapt --from DENSE/weights.safetensors"
+    )
 
 
 def choose_policies(text: str) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from adavit.training.configure import choose_crop, read_class_names, set_threads
 from adavit.training.data import LabelledImages, open_images
 from adavit.training.errors import DataError
 from adavit.training.loader import evaluation_batches, spread, watched
-from adavit.training.log import Progress
+from adavit.training.log import Progress, counted
 from adavit.training.plot import plot_evaluation
 from adavit.training.predict import Predictions, predict, predict_bundle
 from adavit.training.report import RandomPolicy, evaluation_report
@@ -125,7 +125,7 @@ def report_lines(report: Options) -> list[str]:
     """An evaluation for people."""
     by = ", labelled by the order of their folders" if report["labels_by"] == "order" else ""
     lines = [
-        f"accuracy    {report['accuracy']:.2%} of {report['images']} images{by}",
+        f"accuracy    {report['accuracy']:.2%} of {counted(report['images'], 'image')}{by}",
         f"MACs        {report['macs']:.1%} of dense",
         f"usage       {_shares(report['usage'])}: what ran, over all blocks",
     ]

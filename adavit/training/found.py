@@ -9,14 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from adavit.console_progress import Stage
+from adavit.console_stages import training_stages
+from adavit.macs import dense_macs
+from adavit.training.balance import ROUNDS, images_to_balance
 from adavit.training.budget import expected_share
 from adavit.training.data import LabelledImages
 from adavit.training.loader import spread, steps_per_epoch
-from adavit.training.loop import Trainer
+from adavit.training.log import counted
+from adavit.training.loop import Intervals, Trainer
 
-__all__ = ["Pictures", "measure_pictures", "run_lines"]
+__all__ = ["Pictures", "expected_stages", "measure_pictures", "run_lines"]
 
 SAMPLE = 256
+STEP = 3
+"""A training step's time, in forwards of its batch; a teacher adds one."""
 NAMES = 5
 """Classes that are named."""
 
@@ -52,7 +59,7 @@ def run_lines(
     arch, settings = trainer.model.arch, trainer.settings
     count = len(train.classes)
     lines = [
-        f"data        {len(train.labels):,} training and {len(test.labels):,} test images of {count} classes: "
+        f"data        {len(train.labels):,} training and {counted(len(test.labels), 'test image')} of {count} classes: "
         f"{_first(train.classes)}",
         f"pictures    {_trained_at(pictures, arch.image_size)}",
         f"model       {_model(trainer)}",
@@ -68,7 +75,26 @@ def run_lines(
     if teacher:
         lines.append(f"teacher     {teacher}")
     lines.append(f"run         {_run(trainer, len(train.labels))}")
+    if looked := _images_to_balance(trainer, train):
+        images = counted(looked, "training image")
+        lines.append(f"            then up to {ROUNDS} rounds over {images} to meet the targets")
     return lines
+
+
+def expected_stages(trainer: Trainer, train: LabelledImages, test: LabelledImages, intervals: Intervals) -> list[Stage]:
+    """What a run will do, for its progress."""
+    settings, forward = trainer.settings, dense_macs(trainer.model.arch)
+    steps = settings.steps - trainer.step
+    tested = len(spread(len(test.labels), intervals.images))
+    between = (settings.steps - 1) // intervals.evaluate - trainer.step // intervals.evaluate if steps else 0
+    trained = steps * settings.batch * (STEP + (trainer.teacher is not None)) + between * tested
+    balanced = ROUNDS * _images_to_balance(trainer, train)
+    return training_stages(forward * trained, forward * balanced, forward * tested * (not trainer.ended))
+
+
+def _images_to_balance(trainer: Trainer, train: LabelledImages) -> int:
+    """How many images each round of meeting the targets looks at; 0 where there is none to come."""
+    return 0 if trainer.ended else images_to_balance(train, trainer.settings.policy)
 
 
 def _range(bounds: tuple[int, int]) -> str:
@@ -89,20 +115,21 @@ def _model(trainer: Trainer) -> str:
     arch = trainer.model.arch
     weights = sum(parameter.numel() for parameter in trainer.model.parameters())
     return (
-        f"{arch.depth} blocks of width {arch.width}, {arch.heads} heads, {arch.stem} stem, {arch.patches} patches of "
-        f"{arch.patch_size} x {arch.patch_size} pixels, {weights / 1e6:.2f} M parameters"
+        f"{counted(arch.depth, 'block')} of width {arch.width}, {counted(arch.heads, 'head')}, {arch.stem} stem, "
+        f"{arch.patches} patches of {arch.patch_size} x {arch.patch_size} pixels, {weights / 1e6:.2f} M parameters"
     )
 
 
 def _run(trainer: Trainer, images: int) -> str:
     settings, world = trainer.settings, trainer.world
     threads = torch.get_num_threads()
-    cpu = f"{threads} CPU thread" + ("s" if threads > 1 else "")
+    cpu = counted(threads, "CPU thread")
     device = cpu if world.device.type == "cpu" else world.device.type.upper()
     several = f", in {world.size} processes" if world.size > 1 else ""
     epochs = settings.steps / steps_per_epoch(images, settings.batch)
+    words = "epoch" if f"{epochs:.3g}" == "1" else "epochs"
     begun = f"goes on at step {trainer.step:,} of" if trainer.step else ""
     return (
-        f"{begun} {settings.steps:,} steps of {settings.batch} images, {epochs:.3g} epochs, "
+        f"{begun} {counted(settings.steps, 'step')} of {counted(settings.batch, 'image')}, {epochs:.3g} {words}, "
         f"{settings.precision}, on {device}{several}"
     ).strip()

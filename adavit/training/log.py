@@ -11,11 +11,16 @@ from typing import Any
 from adavit.files import write_beside
 from adavit.training.errors import TrainingError
 
-__all__ = ["Log", "Progress", "Reporter", "read_log", "silent"]
+__all__ = ["Log", "Progress", "Record", "Reporter", "counted", "read_log", "silent"]
 
 Record = dict[str, Any]
 Progress = Callable[[str, float], None]
 """Told a stage and the share of it that is done."""
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: "1 image", "1,024 images"."""
+    return f"{count:,} {noun}" + ("s" if count != 1 else "")
 
 
 def silent(*_: object) -> None:

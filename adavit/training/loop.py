@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,32 +16,25 @@ from adavit.model.adavit import AdaViT
 from adavit.runtime.images import Preprocessor
 from adavit.training import objective
 from adavit.training.balance import balance
-from adavit.training.checkpoint import VERSION, read_checkpoint, write_checkpoint
 from adavit.training.data import LabelledImages
-from adavit.training.distributed import World, global_sum
+from adavit.training.distributed import global_sum
 from adavit.training.errors import TrainingError
 from adavit.training.gumbel import GumbelDecide, noise_scale
 from adavit.training.loader import TrainingBatches, evaluation_batches, spread, watched
-from adavit.training.log import Log, Progress, Reporter, silent
+from adavit.training.log import Log, Progress, Record, Reporter, silent
 from adavit.training.losses import classification
-from adavit.training.optimise import (
-    build_optimiser,
-    learning_rate,
-    restore_moments,
-    set_learning_rate,
-    update_average,
-)
+from adavit.training.optimise import learning_rate, set_learning_rate, update_average
 from adavit.training.predict import predict
 from adavit.training.recorder import Recording, record
-from adavit.training.settings import PolicySettings, Settings, describe_change
-from adavit.training.teacher import Teacher
+from adavit.training.settings import PolicySettings
+from adavit.training.state import RunState
 from adavit.training.token_drop import choose_tokens
 from adavit.training.usage import measure_usage
 
 __all__ = ["Intervals", "Trainer"]
 
 NOISE_STREAM = 1_000_003
-CHECKPOINT, LOG = "checkpoint.pth", "log.jsonl"
+LOG = "log.jsonl"
 SILENT = Reporter()
 
 
@@ -76,35 +64,8 @@ class Intervals:
     images: int = 0
 
 
-class Trainer:
-    """A run: the model, its moving average, the optimiser, and where they stand.
-
-    Args:
-        model: starting weights, trained in place.
-        settings: of the run.
-        world: this process.
-        folder: where checkpoint and log go.
-        teacher: model to distil from.
-        sources: what tells its images and its teacher from others; a resumed run must have the same.
-    """
-
-    def __init__(
-        self,
-        model: AdaViT,
-        settings: Settings,
-        world: World,
-        folder: Path,
-        teacher: Teacher | None = None,
-        sources: Mapping[str, str] | None = None,
-    ) -> None:
-        self.model = model.to(world.device).train()
-        self.average = copy.deepcopy(self.model).eval()
-        self.settings, self.world, self.folder = settings, world, folder
-        self.sources = dict(sources or {})
-        self.teacher = teacher.to(world.device).eval() if teacher else None
-        self.optimiser = build_optimiser(self.model, settings)
-        self.step = 0
-        self.metric = 0.0
+class Trainer(RunState):
+    """Trains what `RunState` holds."""
 
     def run(
         self,
@@ -117,7 +78,16 @@ class Trainer:
         """Trains from the current step to the last one."""
         settings, arch = self.settings, self.model.arch
         batches = TrainingBatches(train, settings, arch.image_size, self.world, workers)
-        log = Log(self.folder / LOG, self.step) if self.world.leads else None
+        log = Log(self.folder / LOG, self.step - (self.unfinished is not None)) if self.world.leads else None
+
+        def note(entry: Record) -> None:
+            if entry and log:
+                log.write({"step": self.step, "epoch": self.step / batches.per_epoch, **entry})
+
+        def save() -> None:
+            if self.world.leads:
+                self.save(self.step // batches.per_epoch)
+
         first = self.step
         with self._parts() as (forward, heard):
             for images, targets in batches.iterate(self.step, settings.steps):
@@ -125,20 +95,37 @@ class Trainer:
                     terms = self._update(forward, heard, images.to(self.world.device), targets.to(self.world.device))
                 self.step += 1
                 reporter.progress("training", (self.step - first) / (settings.steps - first))
-                last = self.step == settings.steps
-                entry: dict[str, float] = {}
-                if last or self.step % intervals.log == 0:
-                    entry |= {"learning_rate": learning_rate(self.step - 1, settings), **terms}
-                if last:
-                    entry |= self._balance(train, reporter.progress)
-                if last or self.step % intervals.evaluate == 0:
-                    entry |= self.evaluate(test, intervals.images, reporter.progress if last else silent)
+                learnt = {"learning_rate": learning_rate(self.step - 1, settings), **terms}
+                if self.step == settings.steps:
+                    self.unfinished = learnt
+                    save()
+                    break
+                entry = learnt if self.step % intervals.log == 0 else {}
+                if self.step % intervals.evaluate == 0:
+                    entry = entry | self.evaluate(test, intervals.images)
                     reporter.say(self._result(terms["loss"], entry))
-                if entry and log:
-                    log.write({"step": self.step, "epoch": self.step / batches.per_epoch, **entry})
-                if self.world.leads and (last or self.step % intervals.save == 0):
-                    self.save(self.step // batches.per_epoch)
+                note(entry)
+                if self.step % intervals.save == 0:
+                    save()
         batches.close()
+        if self.unfinished is not None:
+            note(self._finish(self.unfinished, train, test, intervals, reporter))
+            self.unfinished = None
+            save()
+
+    def _finish(
+        self,
+        learnt: Record,
+        train: LabelledImages,
+        test: LabelledImages,
+        intervals: Intervals,
+        reporter: Reporter,
+    ) -> Record:
+        """Moves the decisions to their targets and evaluates; the record of the last step."""
+        entry = learnt | self._balance(train, reporter.progress)
+        entry |= self.evaluate(test, intervals.images, reporter.progress)
+        reporter.say(self._result(entry["loss"], entry))
+        return entry
 
     @contextmanager
     def _parts(self) -> Iterator[tuple[torch.nn.Module, tuple[Recording, Recording] | None]]:
@@ -224,8 +211,7 @@ class Trainer:
 
     def _balance(self, train: LabelledImages, progress: Progress) -> dict[str, float]:
         """Moves the averaged decisions to the targets of the kinds whose usage has a weight; the offsets."""
-        policy = self.settings.policy
-        targets = {kind: goal for kind, goal in policy.targets.items() if policy.weights[kind] > 0} if policy else {}
+        targets = self.settings.policy.pulled if self.settings.policy else {}
         found = balance(self.average, targets, train, self.settings, self.world, progress) if targets else {}
         return {f"offset_{kind}": offset for kind, offset in found.items()}
 
@@ -246,62 +232,3 @@ class Trainer:
         overall = dict(zip(names, (global_sum(sums.to(self.world.device)) / len(chosen)).tolist(), strict=True))
         self.metric = 100 * overall["accuracy"]
         return overall if self.settings.policy else {"accuracy": overall["accuracy"]}
-
-    def save(self, epoch: int) -> None:
-        """Writes the checkpoint, in the released layout."""
-        arch = self.model.arch
-        content = {
-            "state_dict": self.model.state_dict(),
-            "state_dict_ema": self.average.state_dict(),
-            "optimizer": self.optimiser.state_dict(),
-            "epoch": epoch,
-            "step": self.step,
-            "arch": "adavit",
-            "version": VERSION,
-            "metric": self.metric,
-            "args": argparse.Namespace(
-                num_heads=arch.heads, shapes=arch.to_dict(), settings=self.settings.to_dict(), sources=self.sources
-            ),
-        }
-        write_checkpoint(self.folder / CHECKPOINT, content)
-
-    def resume(self) -> None:
-        """Goes on from the folder's checkpoint.
-
-        Raises:
-            TrainingError: there is none, it is of another architecture, of other settings, images or teacher, or
-                no run has written it.
-        """
-        path = self.folder / CHECKPOINT
-        if not path.is_file():
-            raise TrainingError(f"{path}: no run to resume; leave --resume out to start one")
-        content = read_checkpoint(path)
-        try:
-            self._require_same(path, content["args"])
-            self._restore(content)
-        except (TrainingError, MemoryError):
-            raise
-        except Exception as error:  # of a file that others have written, torch raises anything
-            raise TrainingError(
-                f"{path}: cannot be resumed ({one_line(error)}); start anew in another --output"
-            ) from None
-
-    def _require_same(self, path: Path, begun: argparse.Namespace) -> None:
-        for words, then, now in (
-            ("architecture", begun.shapes, self.model.arch.to_dict()),
-            ("settings", begun.settings, self.settings.to_dict()),
-            ("sources", getattr(begun, "sources", self.sources), self.sources),
-        ):
-            if change := describe_change(then, now):
-                raise TrainingError(f"{path}: the run to resume has other {words}: {change}; give the same options")
-        if not hasattr(begun, "sources") and self.world.leads:
-            message = f"{path}: does not note its images and its teacher; make sure that they are the same"
-            warnings.warn(message, stacklevel=2)
-
-    def _restore(self, content: dict[str, Any]) -> None:
-        self.model.load_state_dict(content["state_dict"])
-        self.average.load_state_dict(content["state_dict_ema"])
-        restore_moments(self.optimiser, content["optimizer"])
-        self.step, self.metric = int(content["step"]), float(content["metric"])
-        if not 0 <= self.step <= self.settings.steps:
-            raise ValueError(f"step {self.step} of {self.settings.steps}")

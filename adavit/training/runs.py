@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from adavit.training.configure import (
 )
 from adavit.training.data import open_images
 from adavit.training.distributed import World, join_world
-from adavit.training.found import Pictures, measure_pictures, run_lines
+from adavit.training.found import Pictures, expected_stages, measure_pictures, run_lines
 from adavit.training.log import Reporter, read_log
-from adavit.training.loop import CHECKPOINT, LOG, Intervals, Trainer
+from adavit.training.loop import LOG, Intervals, Trainer
 from adavit.training.plot import plot_log
+from adavit.training.state import CHECKPOINT
 from adavit.training.teacher import Teacher, identify_teacher, open_teacher
 
 __all__ = ["train_adaptive", "train_dense"]
@@ -120,10 +122,34 @@ def _run(trainer: Trainer, data: Data, options: Options, progress: console.Progr
         for line in run_lines(trainer, data.train, data.test, data.pictures, teacher):
             say(line)
     reporter = Reporter(progress, say) if leads else Reporter()
-    trainer.run(data.train, data.test, intervals, options["workers"], reporter)
-    progress.clear()
+    progress.expect(expected_stages(trainer, data.train, data.test, intervals))
+    try:
+        trainer.run(data.train, data.test, intervals, options["workers"], reporter)
+        progress.clear()
+        if leads:
+            _finish(trainer, data.train.classes, folder)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_after_interrupt(trainer)) from None
     if leads:
-        _finish(trainer, data.train.classes, folder)
+        say(f"next: {_next_step(trainer, options)}")
+
+
+def _after_interrupt(trainer: Trainer) -> str:
+    if not trainer.world.leads:
+        return ""
+    if trainer.saved is None:
+        return "nothing is saved yet"
+    return f"go on with --resume (step {trainer.saved:,} is saved)"
+
+
+def _next_step(trainer: Trainer, options: Options) -> str:
+    """The command, or the commands, for the weights that a run has written; words in capitals are the reader's."""
+    weights, data = str(options["output"] / WEIGHTS), ["--data", str(options["data"])]
+    if trainer.settings.policy:
+        evaluated = shlex.join(["adavit-train", "evaluate", weights, *data])
+        return f"{shlex.join(['adavit-export', weights])} --output BUNDLE, or {evaluated}"
+    labels = ["--labels", str(options["labels"])] if options["labels"] else []
+    return shlex.join(["adavit-train", "adapt", *data, *labels, "-o", "RUN", "--from", weights])
 
 
 def _finish(trainer: Trainer, classes: list[str], folder: Path) -> None:

@@ -46,6 +46,11 @@ class PolicySettings:
         """Whether it learns from the inside of a teacher, not from its logits alone."""
         return max(self.attention_weight, self.hidden_weight) > 0
 
+    @property
+    def pulled(self) -> dict[str, float]:
+        """The targets of the kinds whose usage has a weight."""
+        return {kind: target for kind, target in self.targets.items() if self.weights[kind] > 0}
+
 
 @dataclass(frozen=True)
 class Settings:

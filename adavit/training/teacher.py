@@ -96,5 +96,11 @@ def check_teacher(teacher: Teacher, arch: Architecture) -> None:
         return
     if teacher.arch.adapts:
         raise TrainingError("the teacher has policies; give a dense model with --teacher")
-    if (teacher.arch.classes, teacher.arch.image_size) != (arch.classes, arch.image_size):
-        raise TrainingError("the teacher has other classes or another image size; train `dense` on this data first")
+    for what, theirs, ours in (
+        ("class count", teacher.arch.classes, arch.classes),
+        ("image size", teacher.arch.image_size, arch.image_size),
+    ):
+        if theirs != ours:
+            raise TrainingError(
+                f"the teacher's {what} is {theirs}, the student's {ours}; train a dense teacher on this data first"
+            )

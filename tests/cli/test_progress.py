@@ -144,6 +144,15 @@ def test_the_command_that_runs_is_named(pipe: io.StringIO, clock: Clock) -> None
     assert pipe.getvalue() == "adavit-some: reading, 50 %, about 10 s left\n"
 
 
+def test_stages_may_be_known_only_later(pipe: io.StringIO, clock: Clock) -> None:
+    with on(pipe, "adavit-train", [], clock) as progress:
+        clock.now += 100
+        progress.expect([Stage("training", 10.0), Stage("evaluating", 30.0)])
+        clock.now += 10
+        progress("training", 0.5)
+    assert pipe.getvalue() == "adavit-train: training, 12 %, about 1 min left\n"
+
+
 def test_it_can_be_turned_off(pipe: io.StringIO, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OFF, "0")
     with on(pipe, "adavit-run", STAGES, clock) as progress:

@@ -1,6 +1,7 @@
 """Biases moved after training: usages meet their targets on images that were not looked at, and nothing else moves."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -105,6 +106,22 @@ def test_of_usages_between_decisions_that_never_vary_the_nearest_is_taken_with_a
     with pytest.warns(UserWarning, match=f"usage of heads is {nearest:.3f}, the target {target:.3f}"):
         found, _ = moved(model, {"heads": target}, data)
     assert usage(found, open_images(data, "test"))["heads"] == nearest
+
+
+def test_rounds_that_no_longer_help_are_spared(data: Path) -> None:
+    """Every head of every block decides alike for all images: the usage is 0 or 1, whatever the offset."""
+    model, told = random_model(0, ("heads",)), set()
+    with torch.no_grad():
+        for block in model.blocks[1:]:
+            block.head_select.mlp_head.weight.zero_()
+            block.head_select.mlp_head.bias.fill_(1.0)
+
+    def tell(_: str, share: float) -> None:
+        told.add(math.ceil(24 * share - 1e-6))
+
+    with pytest.warns(UserWarning, match="usage of heads is"):
+        balance(model, {"heads": 0.4}, open_images(data, "train"), SETTINGS, ALONE, tell)
+    assert max(told) <= 10
 
 
 def test_two_processes_move_alike(tmp_path: Path, data: Path) -> None:

@@ -327,3 +327,24 @@ def test_classes_in_another_order_and_case_are_refused(tmp_path: Path, idx_folde
     assert call(*evaluate, "--dense", cased).exit_code == 0
     for other in ("--dense", "--baseline"):
         fails("has the classes in another order", *evaluate, other, swapped)
+
+
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [("_update", "nothing is saved yet"), ("_balance", "go on with --resume (step 3 is saved)")],
+)
+def test_an_interrupt_says_what_is_saved(
+    work: str, words: str, tmp_path: Path, idx_folder: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    run = ("adapt", "--data", idx_folder, "--from", dense, "-o", tmp_path / "run", *SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"adavit.training.loop.Trainer.{work}", interrupted)
+        found = call(*run)
+    assert found.exit_code == 130
+    assert found.stderr.splitlines()[-1] == f"adavit-train: interrupted; {words}"
+    if "--resume" in words:
+        assert call(*run, "--resume").exit_code == 0
+        assert (tmp_path / "run" / "weights.safetensors").exists()

@@ -1,17 +1,23 @@
 """What a run says before its first step, and what it looks for then."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from training_cases import tiny
 
 from adavit.model import load_checkpoint
 from adavit.training import start
 from adavit.training.command import main
 from adavit.training.data import open_images
-from adavit.training.found import measure_pictures
+from adavit.training.distributed import World
+from adavit.training.found import expected_stages, measure_pictures
+from adavit.training.loop import Intervals, Trainer
+from adavit.training.settings import PolicySettings, Settings
 
 SHAPES = ("--width", 16, "--heads", 2, "--depth", 1)
 SHORT = ("--batch", 8, "--steps", 2, "--warmup", 1, "--threads", 1)
@@ -43,8 +49,8 @@ def test_a_run_says_what_it_found_on_standard_error(tmp_path: Path, pictures: Pa
     for words in (
         "16 training and 4 test images of 2 classes: cat, dog\n",
         "64 x 64 pixels; trained at 64 x 64 pixels\n",
-        "1 blocks of width 16, 2 heads, patch stem, 16 patches of 16 x 16 pixels",
-        "2 steps of 8 images, 1 epochs, fp32, on 1 CPU thread\n",
+        "1 block of width 16, 2 heads, patch stem, 16 patches of 16 x 16 pixels",
+        "2 steps of 8 images, 1 epoch, fp32, on 1 CPU thread\n",
     ):
         assert words in done.stderr
     weights = tmp_path / "dense" / "weights.safetensors"
@@ -193,3 +199,48 @@ def test_help_has_headings_and_ends_with_an_example(name: str) -> None:
         assert f"\n{heading}" in text
     assert text.rstrip().splitlines()[-1].startswith(f"  adavit-train {name} ")
     assert text.index("--data") < text.index("--seed") and "\x1b" not in text
+
+
+def test_the_next_step_is_the_last_line(tmp_path: Path, pictures: Path) -> None:
+    dense, run = tmp_path / "my dense", tmp_path / "run"
+    done = call("dense", "--data", pictures, "-o", dense, *SHAPES, *SHORT, "--patch-size", 16)
+    assert done.stderr.splitlines()[-1] == (
+        f"next: adavit-train adapt --data {pictures} -o RUN --from '{dense}/weights.safetensors'"
+    )
+    weights = run / "weights.safetensors"
+    done = call("adapt", "--data", pictures, "-o", run, "--from", dense / "weights.safetensors", *SHORT)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines()[-1] == (
+        f"next: adavit-export {weights} --output BUNDLE, or adavit-train evaluate {weights} --data {pictures}"
+    )
+    assert "\n            then up to 24 rounds over 16 training images to meet the targets\n" in done.stderr
+
+
+def test_weights_of_other_classes_are_refused_with_the_command_that_fits_them(tmp_path: Path, pictures: Path) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(pictures / part / "dog", tmp_path / "three" / part / "emu")
+        for name in ("cat", "dog"):
+            shutil.copytree(pictures / part / name, tmp_path / "three" / part / name)
+    dense = ("dense", *SHAPES, *SHORT, "--patch-size", 16)
+    assert call(*dense, "--data", pictures, "-o", tmp_path / "dense").exit_code == 0
+    weights, data = tmp_path / "dense" / "weights.safetensors", tmp_path / "three"
+    adapt = ("adapt", "--data", data, "-o", tmp_path / "run", *SHORT, "--from", weights)
+    words = f"run `adavit-train dense --from {weights} --data {data} -o DENSE`, then adapt"
+    refused(f"the weights know 2 classes, the data has 3; {words}", *adapt)
+    refused("the teacher's class count is 2, the student's 3; train", *adapt, "--teacher", weights)
+
+
+def test_the_time_that_is_left_follows_from_the_work(tmp_path: Path, pictures: Path) -> None:
+    train, test = (open_images(pictures, part) for part in ("train", "test"))
+    arch = tiny(image_size=64, patch_size=16)
+    settings = Settings(steps=4, batch=8, policy=PolicySettings())
+    trainer = Trainer(start.new_model(arch, 0), settings, World(0, 1, torch.device("cpu")), tmp_path)
+    stages = expected_stages(trainer, train, test, Intervals(1, 1, 2))
+    assert [stage.name for stage in stages] == ["training", "meeting the targets", "evaluating"]
+    training, balancing, evaluating = (stage.seconds / stages[2].seconds for stage in stages)
+    assert (training, balancing, evaluating) == pytest.approx(((4 * 8 * 3 + 4) / 4, 24 * 16 / 4, 1))
+    trainer.step, trainer.unfinished = 4, {"loss": 1.0}
+    rest = expected_stages(trainer, train, test, Intervals(1, 1, 2))
+    assert rest == stages[1:]
+    trainer.unfinished = None
+    assert expected_stages(trainer, train, test, Intervals(1, 1, 2)) == []

@@ -45,7 +45,7 @@ def test_a_run_tells_each_stage_to_its_end(tmp_path: Path, idx_folder: Path) -> 
     trainer(tmp_path / "run").run(train, test, Intervals(2, 5, 6), 1, reporter)
     assert set(told) == {"training", "evaluating", "meeting the targets"}
     assert told["training"] == pytest.approx([step / 12 for step in range(1, 13)])
-    assert told["evaluating"] == pytest.approx([0.25, 0.5, 0.75, 1.0] * 2)
+    assert told["evaluating"] == pytest.approx([0.25, 0.5, 0.75, 1.0]), "of the last evaluation alone"
     assert 0 < told["meeting the targets"][0] < 1
     assert told["meeting the targets"] == sorted(told["meeting the targets"])
     assert [line.split(":")[0] for line in said] == ["step 6 of 12", "step 12 of 12"]
@@ -79,6 +79,33 @@ def test_killed_and_resumed_ends_with_the_same_weights(
     for pair in ((whole.model, resumed.model), (whole.average, resumed.average)):
         expected, found = (model.state_dict() for model in pair)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert read_log(tmp_path / "whole/log.jsonl") == read_log(tmp_path / "victim/log.jsonl")
+
+
+@pytest.mark.parametrize("stage", ["_balance", "evaluate", "save"])
+def test_killed_after_the_last_step_is_resumed_there(
+    tmp_path: Path, idx_folder: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, victim = trainer(tmp_path / "whole"), trainer(tmp_path / "victim")
+    run(whole, idx_folder)
+    work = getattr(victim, stage)
+
+    def mortal(*arguments: object) -> object:
+        if victim.step == victim.saved == 12:
+            raise Killed
+        return work(*arguments)
+
+    monkeypatch.setattr(victim, stage, mortal)
+    with pytest.raises(Killed):
+        run(victim, idx_folder)
+    resumed = trainer(tmp_path / "victim")
+    resumed.resume()
+    assert resumed.step == 12
+    monkeypatch.setattr(resumed, "_update", None)  # no step is left
+    run(resumed, idx_folder)
+    expected, found = whole.average.state_dict(), resumed.average.state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert resumed.metric == whole.metric
     assert read_log(tmp_path / "whole/log.jsonl") == read_log(tmp_path / "victim/log.jsonl")
 
 
