@@ -8,12 +8,16 @@ import openvino
 import pytest
 import torch
 from cases import DENSE, GOLDEN, GOLDEN_FILES, WIDE, export, picture, random_model, save, tiny
+from hypothesis import settings
 from openvino import opset13
 
 import adavit
 from adavit.errors import one_line
 from adavit.model import AdaViT
 from adavit.runtime import Runtime
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # --hypothesis-profile=default looks further
+settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

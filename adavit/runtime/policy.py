@@ -111,7 +111,7 @@ class Policy:
         """Raises InputError unless the policy fits `batch` images of a model, at least one."""
         if not isinstance(arch, Architecture):
             raise InputError(f"arch is {shown(arch)}: expected an Architecture, such as Runtime.architecture")
-        batch = whole("batch", batch, 0)
+        batch = whole("batch", batch, 0, MOST_BYTES)
         if batch == 0:
             raise InputError("the policy is empty: expected one of at least one image")
         wanted = {

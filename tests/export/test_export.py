@@ -223,7 +223,7 @@ def test_the_report(checkpoint: Path, tmp_path: Path) -> None:
     assert report["verified"]["decisions"] == report["verified"]["images"] * (3 * 16 + 2 * 3 + 2 * 2)
     assert 0 <= report["verified"]["max_logit_difference"] < 1e-4
     assert 0 <= report["verified"]["max_dense_logit_difference"] < 1e-4
-    assert {stage.split()[0] for stage, _ in stages} == {"exporting", "running", "verifying"}
+    assert {stage.split()[0] for stage, _ in stages} == {"loading", "exporting", "running", "verifying"}
     assert all(0 < share <= 1 for stage, share in stages if stage.startswith(("exporting", "verifying")))
     assert next(share for stage, share in reversed(stages) if stage.startswith("exporting")) == 1
     options = exporting.ExportOptions(verify=False)

@@ -28,7 +28,7 @@ from adavit.runtime import Policy
 from adavit.runtime import dense as dense_module
 from adavit.runtime.benchmark import Plan
 from adavit.runtime.budget import Offsets
-from adavit.runtime.compare import Parity
+from adavit.runtime.compare import Watched
 from adavit.runtime.tune import tune
 from adavit.runtime.waterfall import profile
 
@@ -119,7 +119,7 @@ def test_what_needs_policies_says_so(plain: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match="no policies, so there is nothing to profile"):
         profile(runtime, IMAGES, Plan(iterations=1))
     with pytest.raises(InputError, match="no policies, so there is nothing to compare"):
-        Parity(runtime, runtime)
+        Watched(runtime)
 
 
 def test_what_is_damaged(plain: tuple[Path, Path], tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_child_loads_anew_where_the_parent_let_go_of_a_runtime(
 @forks
 def test_a_fork_while_another_thread_holds_the_locks(tiny_bundle: Path, tmp_path: Path) -> None:
     runtime, images = adavit.load(tiny_bundle, threads=1), random_images(tiny(), 2)
-    with runtime._dense_lock, runtime.dispatcher.head_weights._lock:
+    with runtime._dense._lock, runtime.dispatcher.head_weights._lock:
         found = in_a_fork(lambda: runtime.run_dense(images).tobytes() + runtime.run(images).logits.tobytes(), tmp_path)
     assert len(found) == 2 * runtime.run(images).logits.nbytes
 

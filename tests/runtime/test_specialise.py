@@ -340,7 +340,7 @@ def test_the_command(wide: tuple[Path, Path], tmp_path: Path) -> None:
         done = invoke(run, *how, *more)
         assert done.exit_code == 0, done.output
         found: int = json.loads((tmp_path / "ran.json").read_text())["specialised"]
-        assert (f"{found} for what blocks keep most often" in done.stdout) == (found > 0)
+        assert (f"{found} more for frequent policies" in done.stdout) == (found > 0)
         return found
 
     (tmp_path / "images").mkdir()
