@@ -40,6 +40,8 @@ NEAR, FAR = 0.004, 0.02
 """Distances of a usage from its target: where the search ends, and where the user is told."""
 ROUNDS, PATIENCE = 24, 6
 """Of the search: the most, and how many in turn may be no better than the best before it ends."""
+LARGER = 4
+"""Times the batch of a training step, which keeps far more of every image in memory."""
 BETTER = 0.99
 """The factor on the distance from all targets from which on a round is better."""
 SHORTER = 0.8
@@ -83,7 +85,7 @@ def balance(
             progress("meeting the targets", (done + share) / ROUNDS)
 
         _set_biases(model, trained, offsets)
-        batches = evaluation_batches(train, chosen, prepare, settings.batch)
+        batches = evaluation_batches(train, chosen, prepare, LARGER * settings.batch)
         decisions = _decisions(model, targets, watched(batches, len(chosen), tell))
         usage = {kind: found.usage(0.0) for kind, found in decisions.items()}
         missed = math.hypot(*(usage[kind] - target for kind, target in targets.items()))
