@@ -10,7 +10,7 @@ from typing import Any
 
 from adavit.budget_options import DEFAULT_IMAGES, BudgetOptions
 from adavit.calibration.choose import best_stops, expected
-from adavit.calibration.meet import CLOSE, Stop, meet
+from adavit.calibration.meet import CLOSE, Line, Stop, meet
 from adavit.calibration.trial import Trial
 from adavit.calibration.work import Work
 from adavit.errors import BundleError, InputError
@@ -26,7 +26,7 @@ APART = 0.01
 """Budgets closer than this are close enough for what is between them."""
 ASTRAY = 0.01
 """How far the MACs of an interpolated request may be from its budget, relative to it, before a point is put there."""
-ROUNDS = 4
+ROUNDS = 3
 """How often the points are halved there."""
 STAGE = "finding operating points"
 
@@ -123,7 +123,7 @@ def _astray(trial: Trial, low: OperatingPoint, high: OperatingPoint) -> Operatin
     line, asked = partial(low.offsets.toward, high.offsets), (low.budget + high.budget) / 2
     if high.budget - low.budget <= APART or abs(trial.run(line(0.5)).macs - asked) <= ASTRAY * asked:
         return None
-    stop = meet(trial, line, asked, ends=(0.0, 1.0), start=0.5)
+    stop = meet(trial, Line(line, (0.0, 1.0), 0.5), asked)
     met = abs(stop.outcome.macs - asked) <= FAR * asked
     return OperatingPoint(asked, stop.offsets, stop.outcome.to_dict()) if met else None
 

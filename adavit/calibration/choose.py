@@ -14,7 +14,7 @@ from functools import partial
 from itertools import pairwise
 
 from adavit.calibration.decisions import units_of
-from adavit.calibration.meet import Stop, even, meet
+from adavit.calibration.meet import Line, Stop, even, meet
 from adavit.calibration.trial import Trial
 from adavit.calibration.walk import COMPARED, Walk
 from adavit.calibration.work import Work
@@ -48,18 +48,25 @@ def best_stops(trial: Trial, budgets: Sequence[float], work: Work) -> dict[float
     base = _best_stop(down).offsets
     work.begin()
     up = _up(trial, base, budgets[-1] * part)
+    lines = {offsets: even(trial, offsets) for offsets in (TRAINED, base)}
     evens, found = {}, {}
     for level in budgets:
         work.begin()
-        evens[level] = _moved(trial, TRAINED, level)
+        evens[level], other = (_roughly(trial, line, level) for line in (lines[TRAINED], lines[base]))
         place = _place(trial, down if level < trial.trained.macs else up, level, part)
-        found[level] = _better([evens[level], _moved(trial, base, level), place], level * part)
+        found[level] = _better([evens[level], other, place], level * part)
     work.begin()
     for order in (budgets, budgets[::-1]):
         for source, level in pairwise(order):
-            found[level] = _better([found[level], _moved(trial, found[source].offsets, level)], level * part)
-    both = {level: dict.fromkeys((evens[level].offsets, found[level].offsets)) for level in budgets}
-    return {level: _better([_settled(trial, offsets, level) for offsets in both[level]], level) for level in budgets}
+            moved = _roughly(trial, even(trial, found[source].offsets), level)
+            found[level] = _better([found[level], moved], level * part)
+    return {level: _on_all(trial, [evens[level], found[level]], level) for level in budgets}
+
+
+def _on_all(trial: Trial, stops: Sequence[Stop], level: float) -> Stop:
+    """The best of some stops as all images tell, moved evenly to the budget."""
+    best = _better([Stop(stop.offsets, trial.run(stop.offsets)) for stop in stops], level)
+    return meet(trial, even(trial, best.offsets), level)
 
 
 def _down(trial: Trial, least: float) -> Walk:
@@ -88,14 +95,9 @@ def _best_stop(walk: Walk) -> Stop:
     return max(walk.stops, key=lambda stop: stop.outcome.score)
 
 
-def _moved(trial: Trial, base: Offsets, level: float) -> Stop:
-    """Offsets moved evenly to so many MACs, on some images."""
-    return meet(trial, even(trial, base), level, COMPARED, close=ROUGHLY)
-
-
-def _settled(trial: Trial, base: Offsets, level: float) -> Stop:
-    """The same on all images."""
-    return meet(trial, even(trial, base), level)
+def _roughly(trial: Trial, line: Line, level: float) -> Stop:
+    """Where a line takes about so many MACs, on some images."""
+    return meet(trial, line, level, COMPARED, ROUGHLY)
 
 
 def _place(trial: Trial, walk: Walk, level: float, part: float) -> Stop:
@@ -103,7 +105,7 @@ def _place(trial: Trial, walk: Walk, level: float, part: float) -> Stop:
     stops = sorted(walk.stops, key=lambda stop: stop.outcome.macs)
     for low, high in pairwise(stops):
         if low.outcome.macs <= level * part <= high.outcome.macs:
-            return meet(trial, partial(low.offsets.toward, high.offsets), level, COMPARED, (0.0, 1.0), close=ROUGHLY)
+            return _roughly(trial, Line(partial(low.offsets.toward, high.offsets), (0.0, 1.0)), level)
     return min(stops, key=lambda stop: abs(stop.outcome.macs - level * part))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
-from adavit.calibration.decisions import Decisions, shifted, units_of
+from adavit.calibration.decisions import shifted, units_of
 from adavit.calibration.trial import Outcome, Trial
 from adavit.runtime.budget import MAX_OFFSET, TRAINED, Offsets
 
@@ -15,15 +16,9 @@ CLOSE = 0.003
 """How near to a budget the MACs of an operating point are to be, relative to it."""
 FEW = 128
 """Images that tell about how far offsets move the MACs."""
-MISSED = 0.03
-"""How far a prediction may be off, relative to what is run, before logits are recorded anew."""
 PASSES, TRIES, HALVINGS = 3, 10, 32
 EXACT = 5e-4
 """How near a prediction is to come, relative to what it is to be."""
-
-Line = Callable[[float], Offsets]
-"""Offsets along a line, their MACs growing."""
-Ends = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -34,31 +29,38 @@ class Stop:
     outcome: Outcome
 
 
+@dataclass(frozen=True)
+class Line:
+    """Offsets along a line, their MACs growing.
+
+    Attributes:
+        offsets: by the place on it.
+        ends: the least and the largest place.
+        start: a place between them.
+        tried: the MACs of few images at the places that ran, which later budgets begin with.
+    """
+
+    offsets: Callable[[float], Offsets]
+    ends: tuple[float, float] = (-MAX_OFFSET, MAX_OFFSET)
+    start: float = 0.0
+    tried: dict[float, float] = field(default_factory=dict)
+
+
 def even(trial: Trial, offsets: Offsets) -> Line:
     """All offsets changed by as much."""
     arch = trial.runtime.architecture
     units = units_of(arch)
-    return lambda by: shifted(offsets, arch.depth, dict.fromkeys(units, by))
+    return Line(lambda by: shifted(offsets, arch.depth, dict.fromkeys(units, by)))
 
 
-def meet(
-    trial: Trial,
-    line: Line,
-    level: float,
-    count: int | None = None,
-    ends: Ends = (-MAX_OFFSET, MAX_OFFSET),
-    start: float = 0.0,
-    close: float = CLOSE,
-) -> Stop:
+def meet(trial: Trial, line: Line, level: float, count: int | None = None, close: float = CLOSE) -> Stop:
     """Where a line takes so many MACs, or what comes nearest to it of what was run.
 
     Args:
         trial: runs offsets.
-        line: the offsets by their place on it.
+        line: where to look.
         level: share of the dense MACs, on all images.
         count: images to meet it on, as the trained policy tells how they differ from all; by default all.
-        ends: the least and the largest place.
-        start: a place to predict from.
         close: how near is near enough, relative to the budget.
     """
     count = min(count or len(trial), len(trial))
@@ -66,38 +68,39 @@ def meet(
     part = trial.run(TRAINED, FEW).macs / trial.run(TRAINED, count).macs
     found: list[Stop] = []
     for _ in range(PASSES):
-        start = _solved(trial, line, level * part, ends, start, close / 2)
-        found.append(Stop(line(start), trial.run(line(start), count)))
+        offsets = line.offsets(_solved(trial, line, level * part, close / 2))
+        found.append(Stop(offsets, trial.run(offsets, count)))
         if abs(found[-1].outcome.macs - level) <= close * level:
             break
-        part = trial.run(line(start), FEW).macs / found[-1].outcome.macs
+        part = trial.run(offsets, FEW).macs / found[-1].outcome.macs
     return min(found, key=lambda stop: abs(stop.outcome.macs - level))
 
 
-def _solved(trial: Trial, line: Line, level: float, ends: Ends, start: float, close: float) -> float:
+def _solved(trial: Trial, line: Line, level: float, close: float) -> float:
     """The place where few images take so many MACs, or the nearest that was tried."""
-    (low, high), decisions, part = ends, trial.record(line(start), FEW), 1.0
-    tried = {start: trial.run(line(start), FEW).macs}
-    place = start
+    tried, place = line.tried, line.start
     for attempt in range(TRIES):
-        if abs(tried[place] - level) <= close * level:
+        if place not in tried:
+            tried[place] = trial.run(line.offsets(place), FEW).macs
+        best = min(tried, key=lambda place: abs(tried[place] - level))
+        if abs(tried[best] - level) <= close * level:
             break
-        low, high = (place, high) if tried[place] < level else (low, place)
-        if low in tried and high in tried:
+        places = sorted(tried)
+        if around := next(((a, b) for a, b in pairwise(places) if tried[a] < level <= tried[b]), None):
+            low, high = around
             share = (level - tried[low]) / (tried[high] - tried[low])
             place = low + (0.5 if attempt % 2 else min(0.95, max(0.05, share))) * (high - low)
         else:
-            place = _crossing(decisions, line, low, high, level / part)
-            place = place if place not in tried else (low + high) / 2
-        tried[place] = trial.run(line(place), FEW).macs
-        part = tried[place] / decisions.macs(line(place))
-        if abs(part - 1) > MISSED and not (low in tried and high in tried):
-            decisions, part = trial.record(line(place), FEW), 1.0
-    return min(tried, key=lambda place: abs(tried[place] - level))
+            low, high = (places[-1], line.ends[1]) if tried[places[-1]] < level else (line.ends[0], places[0])
+            place = _predicted(trial, line, low, high, level)
+            place = (low + high) / 2 if place in tried else place
+    return best
 
 
-def _crossing(decisions: Decisions, line: Line, low: float, high: float, macs: float) -> float:
-    return cross(lambda place: decisions.macs(line(place)), low, high, macs)
+def _predicted(trial: Trial, line: Line, low: float, high: float, level: float) -> float:
+    """Where so many MACs are predicted, from the end of a stretch that was tried."""
+    decisions = trial.record(line.offsets(low if low in line.tried else high), FEW)
+    return cross(lambda place: decisions.macs(line.offsets(place)), low, high, level)
 
 
 def cross(predicted: Callable[[float], float], low: float, high: float, macs: float) -> float:
