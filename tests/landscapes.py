@@ -14,6 +14,8 @@ from adavit.runtime.budget import TRAINED, Offsets
 KINDS = ("tokens", "heads", "sublayers")
 ALIKE = dict.fromkeys(KINDS, 1.0)
 SCALES = [ALIKE, {"tokens": 0.05, "heads": 1.0, "sublayers": 30.0}]
+PREDICTED = "predicted"
+"""Stands for recorded logits where nothing runs."""
 ASKED = [0.25, 0.4, 0.7, 0.9]
 
 
@@ -45,7 +47,7 @@ class Landscape:
         self.scales, self.worth, self.balance = scales, worth, balance
         self.runtime: Any = type("Known", (), {"architecture": tiny()})
         self.work: Any = None
-        self.tried = 0
+        self.ran: set[Offsets] = set()
         self.trained = self.run(TRAINED)
 
     def kept(self, offsets: Offsets) -> dict[str, float]:
@@ -54,7 +56,8 @@ class Landscape:
         return {kind: fmean(kept(value / self.scales[kind]) for value in row[first:]) for kind, row, first in chosen}
 
     def run(self, offsets: Offsets, count: int | None = None, like: Any = None) -> Outcome:
-        self.tried += 1
+        if like != PREDICTED:
+            self.ran.add(offsets)
         kept = self.kept(offsets)
         macs = 0.1 + 0.9 * (sum(kept.values()) / 3)
         score = 1 - sum(self.worth[kind] * (1 - kept[kind]) ** 2 for kind in KINDS)
@@ -76,8 +79,7 @@ class Recorded:
         self._land, self._count, self._here = land, count, land.run(offsets, count).macs
 
     def macs(self, offsets: Offsets, count: int | None = None) -> float:
-        self._land.tried -= 1
-        return float(self._here * (self._land.run(offsets, self._count).macs / self._here) ** 1.2)
+        return float(self._here * (self._land.run(offsets, self._count, PREDICTED).macs / self._here) ** 1.2)
 
     def reach(self, unit: Any) -> tuple[float, float]:
         kind, block = unit
@@ -96,5 +98,5 @@ class Part(Landscape):
         super().__init__(ALIKE, ALIKE)
 
     def run(self, offsets: Offsets, count: int | None = None, like: Any = None) -> Outcome:
-        found = super().run(offsets)
+        found = super().run(offsets, count, like)
         return found if count in (None, len(self)) else replace(found, macs=found.macs**self.power * self.part)

@@ -8,10 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adavit.budget_options import DEFAULT_IMAGES, BudgetOptions
 from adavit.calibration.choose import best_stops, expected
-from adavit.calibration.meet import CLOSE, Line, Stop, meet
+from adavit.calibration.meet import CLOSE, Stop
 from adavit.calibration.trial import Trial
+from adavit.calibration.walk import COMPARED
 from adavit.calibration.work import Work
 from adavit.errors import BundleError, InputError
 from adavit.runtime.budget import MAX_OFFSET, NO_POLICIES, TRAINED, Budgets, Offsets, OperatingPoint
@@ -26,8 +29,8 @@ APART = 0.01
 """Budgets closer than this are close enough for what is between them."""
 ASTRAY = 0.01
 """How far the MACs of an interpolated request may be from its budget, relative to it, before a point is put there."""
-ROUNDS = 3
-"""How often the points are halved there."""
+ROUNDS, TRIES = 3, 4
+"""How often the points are halved there, and how often each is tried."""
 STAGE = "finding operating points"
 
 Progress = Callable[[str, float], None]
@@ -121,11 +124,22 @@ def _point(budget: float, stop: Stop) -> OperatingPoint:
 def _astray(trial: Trial, low: OperatingPoint, high: OperatingPoint) -> OperatingPoint | None:
     """A point half-way between two, where a request there would take other MACs than it asks for."""
     line, asked = partial(low.offsets.toward, high.offsets), (low.budget + high.budget) / 2
-    if high.budget - low.budget <= APART or abs(trial.run(line(0.5)).macs - asked) <= ASTRAY * asked:
+    if high.budget - low.budget <= APART:
         return None
-    stop = meet(trial, Line(line, (0.0, 1.0), 0.5), asked)
-    met = abs(stop.outcome.macs - asked) <= FAR * asked
-    return OperatingPoint(asked, stop.offsets, stop.outcome.to_dict()) if met else None
+    ends = [trial.run(point.offsets, COMPARED).macs for point in (low, high)]
+    wanted = asked * sum(ends) / (low.measured["macs"] + high.measured["macs"])  # of these images
+    tried, place = dict(zip((0.0, 1.0), ends, strict=True)), 0.5
+    for _ in range(TRIES):
+        tried[place] = trial.run(line(place), COMPARED).macs
+        if abs(tried[place] - wanted) <= (ASTRAY if place == 0.5 else ASTRAY / 2) * wanted:
+            break
+        places = sorted(tried)
+        place = float(np.interp(wanted, [tried[place] for place in places], places))
+    if place == 0.5:
+        return None
+    outcome = trial.run(line(place))
+    met = abs(outcome.macs - asked) <= FAR * asked
+    return OperatingPoint(asked, line(place), outcome.to_dict()) if met else None
 
 
 def _sorted(points: Sequence[OperatingPoint | None]) -> list[OperatingPoint]:

@@ -23,9 +23,9 @@ from adavit.runtime.budget import TRAINED, Offsets
 __all__ = ["best_stops", "expected"]
 
 STEP = 0.015
-"""Least share of the dense MACs that a step takes."""
+"""Least share of the dense MACs that a step down takes; one up takes twice as much, since there is less to win."""
 STEPS = 8
-"""About how many steps go to the farthest budget."""
+"""About how many steps go down to the least budget; half as many go up."""
 ROUGHLY = 0.008
 """How near to a budget the MACs are to be, relative to it, where settings are compared on some images."""
 TOO_FAR = 0.02
@@ -71,7 +71,7 @@ def _on_all(trial: Trial, stops: Sequence[Stop], level: float) -> Stop:
 
 def _down(trial: Trial, least: float) -> Walk:
     """From the trained policy to so few MACs on some images, and in any case until a step loses some score."""
-    walk = Walk(trial, TRAINED, -1, _step(trial, least))
+    walk = Walk(trial, TRAINED, -1, max(STEP, (trial.trained.macs - least) / STEPS))
     while walk.here.outcome.macs > least * (1 - TOO_FAR) or walk.here is _best_stop(walk):
         if not walk.onward():
             break
@@ -80,15 +80,11 @@ def _down(trial: Trial, least: float) -> Walk:
 
 def _up(trial: Trial, base: Offsets, most: float) -> Walk:
     """From a base to so many MACs on some images, if these are more than the trained policy takes."""
-    walk = Walk(trial, base, +1, _step(trial, most))
+    walk = Walk(trial, base, +1, 2 * max(STEP, (most - trial.trained.macs) / STEPS))
     while trial.run(TRAINED, COMPARED).macs < most and walk.here.outcome.macs < most * (1 + TOO_FAR):
         if not walk.onward():
             break
     return walk
-
-
-def _step(trial: Trial, end: float) -> float:
-    return max(STEP, abs(end - trial.trained.macs) / STEPS)
 
 
 def _best_stop(walk: Walk) -> Stop:

@@ -180,20 +180,21 @@ class Trial:
     def _first(self, offsets: Offsets, count: int, like: Decisions | None = None) -> Runs:
         """What the first images do, run as far as it is not known."""
         known = self._runs.get(offsets)
-        if known is None and like is not None:
-            known = self._changed(offsets, like)
         have = 0 if known is None else len(known.macs)
         if known is None or have < count:
-            more = self._run(offsets, np.arange(have, count))
+            rows = np.arange(have, count)
+            more = self._run(offsets, rows) if like is None else self._changed(offsets, rows, like)
             known = more if known is None else _joined([known, more])
         self._runs[offsets] = known
         return Runs(known.probabilities[:count], known.macs[:count], known.usage[:count])
 
-    def _changed(self, offsets: Offsets, like: Decisions) -> Runs:
-        """What the recorded images do, which run only where their decisions change."""
-        runs = _joined([self._first(like.offsets, len(like))])  # a copy
-        if len(changed := like.changed(offsets).nonzero()[0]):
-            for values, new in zip(runs, self._run(offsets, changed), strict=True):
+    def _changed(self, offsets: Offsets, rows: npt.NDArray[np.intp], like: Decisions) -> Runs:
+        """What some of the recorded images do, which run only where their decisions change."""
+        before = self._first(like.offsets, len(like))
+        runs = Runs(before.probabilities[rows], before.macs[rows], before.usage[rows])
+        changed = like.changed(offsets)[rows]
+        if changed.any():
+            for values, new in zip(runs, self._run(offsets, rows[changed]), strict=True):
                 values[changed] = new
         return runs
 

@@ -1,23 +1,25 @@
 """Steps from the trained policy to smaller or larger budgets: each by the decisions that lose least.
 
 A *unit* is the decisions of one kind in one block. A step changes the offset of one unit, or of all alike, as far as
-the recorded logits predict that it takes a step's MACs. Only the images run for which a decision changes. The step is
-taken that costs the least score per MAC (or gains the most), after one standard error of that difference: the best of
-many noisy ones would often be a lucky one. A step is tried again only when what it cost the last time is still the
-least.
+the recorded logits predict that it takes a step's MACs. The step is taken that costs the least score per MAC (or gains
+the most), after one standard error of that difference: the best of many noisy ones would often be a lucky one. A step
+is tried again only when its last value is still the best. It runs few images first, and the others only if it may be
+the best. Of all these, only the images run for which a decision changes.
 """
 
 from __future__ import annotations
 
+from math import inf
+
 from adavit.calibration.decisions import Decisions, Unit, shifted, units_of
 from adavit.calibration.meet import Stop, cross
-from adavit.calibration.trial import Trial
+from adavit.calibration.trial import Outcome, Trial
 from adavit.runtime.budget import Offsets
 
 __all__ = ["COMPARED", "Walk"]
 
-COMPARED = 256
-"""Images that steps are compared on."""
+COMPARED, FIRST = 512, 128
+"""Images that steps are compared on, and how many of them run first."""
 LEAST = 0.1
 """Part of a step that must be left of a unit, and that a step must bring."""
 
@@ -41,25 +43,27 @@ class Walk:
         self._trial, self._sign, self._step = trial, sign, step
         units = units_of(trial.runtime.architecture)
         moves: list[Move] = [*((unit,) for unit in units), *([tuple(units)] if len(units) > 1 else [])]
-        self._values = dict.fromkeys(moves, float("inf"))
-        self._answers = dict.fromkeys(moves, 1.0)
+        self._values = dict.fromkeys(moves, inf)
+        self._answers = dict.fromkeys(moves, 1.0)  # the MACs that the last step took, relative to the prediction
+        self._predicted = dict.fromkeys(moves, 0.0)
         self.stops = [Stop(start, trial.run(start, COMPARED))]
 
     def onward(self) -> bool:
         """Takes the best step; returns whether there is one."""
         decisions = self._trial.record(self.here.offsets, COMPARED)
-        fresh: dict[Move, Stop] = {}
+        fresh: dict[Move, Offsets] = {}
         while self._values:
             move = max(self._values, key=lambda move: self._values[move])
             if move in fresh:
-                self.stops.append(fresh[move])
+                self.stops.append(Stop(fresh[move], self._trial.run(fresh[move], COMPARED, decisions)))
                 return True
-            stop = self._tried(move, decisions)
-            if stop is None:
+            offsets = self._further(move, decisions)
+            least = max((self._values[other] for other in fresh), default=-inf)
+            value = None if offsets is None else self._value(move, offsets, decisions, least)
+            if offsets is None or value is None:
                 del self._values[move]
             else:
-                fresh[move] = stop
-                self._values[move] = self.value(stop)
+                fresh[move], self._values[move] = offsets, value
         return False
 
     @property
@@ -67,23 +71,33 @@ class Walk:
         """The last stop."""
         return self.stops[-1]
 
-    def value(self, stop: Stop) -> float:
-        """The score that a step there surely wins, per MAC: less one standard error."""
-        here, there = self.here.outcome, stop.outcome
-        return (there.score - here.score - there.doubt(here)) / abs(there.macs - here.macs)
+    def won(self, there: Outcome, doubts: float = -1.0) -> float:
+        """The score that a step there wins, per MAC, and some standard errors of it."""
+        count = None if there.scores is None else len(there.scores)
+        here = self._trial.run(self.here.offsets, count)
+        return (there.score - here.score + doubts * there.doubt(here)) / abs(there.macs - here.macs)
 
-    def _tried(self, move: Move, decisions: Decisions) -> Stop | None:
+    def _further(self, move: Move, decisions: Decisions) -> Offsets | None:
         """About a step further, or as far as it goes; None where that is too little."""
-        before = decisions.macs(decisions.offsets)
-        by = _change(decisions, move, self._sign, before + self._sign * self._step / self._answers[move])
+        before, step = decisions.macs(decisions.offsets), self._step / self._answers[move]
+        by = _change(decisions, move, self._sign, before + self._sign * step)
         offsets = shifted(decisions.offsets, decisions.arch.depth, dict.fromkeys(move, by))
-        predicted = self._sign * (decisions.macs(offsets) - before)
-        if predicted < LEAST * self._step:
-            return None
-        stop = Stop(offsets, self._trial.run(offsets, len(decisions), decisions))
-        went = self._sign * (stop.outcome.macs - self.here.outcome.macs)
-        self._answers[move] = min(2.0, max(0.25, went / predicted))
-        return stop if went >= LEAST * self._step else None
+        self._predicted[move] = self._sign * (decisions.macs(offsets) - before)
+        return None if self._predicted[move] < LEAST * self._step else offsets
+
+    def _value(self, move: Move, offsets: Offsets, decisions: Decisions, least: float) -> float | None:
+        """What a step surely wins, on few images if that is below `least` at best; None where it goes no further."""
+        value = -inf
+        for count in (FIRST, COMPARED):
+            found = self._trial.run(offsets, count, decisions)
+            went = self._sign * (found.macs - self._trial.run(self.here.offsets, count).macs)
+            self._answers[move] = min(2.0, max(0.25, went / self._predicted[move]))
+            if went < LEAST * self._step:
+                return None
+            value = self.won(found)
+            if self.won(found, 1.0) < least:
+                break
+        return value
 
 
 def _change(decisions: Decisions, move: Move, sign: int, macs: float) -> float:
