@@ -259,4 +259,4 @@ def test_wrong_inputs(tiny_bundle: Path, bundle: Path) -> None:
     config = read_config(bundle)
     del config["engines"]["dense"]
     write_config(bundle, config)
-    assert "export with --with-dense or leave out --profile" in refusal(invoke(run, bundle, "--profile"))
+    assert "export again without --no-dense, or leave out --profile" in refusal(invoke(run, bundle, "--profile"))
