@@ -25,6 +25,8 @@ __all__ = ["Outcome", "Trial"]
 
 MOST_BYTES = 512 << 20
 """Of preprocessed images."""
+SPECIALISING = 64
+"""Images whose policies get engines of their own, since the search runs many times as many."""
 BATCH, RECORDED = 32, 8
 """Images that run at once, and while their decisions are recorded, which keeps what every block is given."""
 
@@ -132,6 +134,7 @@ class Trial:
             first = f"; first unreadable: {skipped[0]}" if skipped else ""
             raise InputError(f"budgets need at least {FEWEST_IMAGES} images, {len(pixels)} can be read{first}")
         known = None if None in labels else np.asarray(labels, np.intp)
+        runtime.specialise(runtime.run(np.stack(pixels[:SPECIALISING])).policy)  # faster from here on
         return cls(runtime, np.stack(pixels), known), skipped
 
     def __len__(self) -> int:
