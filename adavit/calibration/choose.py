@@ -26,34 +26,35 @@ STEP = 0.015
 """Least share of the dense MACs that a step down takes; one up takes twice as much, since there is less to win."""
 STEPS = 8
 """About how many steps go down to the least budget; half as many go up."""
-ROUGHLY = 0.008
-"""How near to a budget the MACs are to be, relative to it, where settings are compared on some images."""
+SOME, ROUGHLY = 256, 0.008
+"""Images that settings are compared on, and how near to a budget their MACs are to be, relative to it."""
 TOO_FAR = 0.02
 """How far a stop may be from a budget, relative to it, to be compared with others."""
 
 
 def expected(trial: Trial, budgets: int) -> list[float]:
     """About how many images the parts of a search run: two walks, each budget, all of them, and between them."""
-    some, units = min(COMPARED, len(trial)), len(units_of(trial.runtime.architecture))
-    walks = [some * (0.7 * units + 3 * steps) for steps in (STEPS, STEPS / 2)]
-    return [*walks, *[9.0 * some] * budgets, budgets * (4.0 * some + 2 * len(trial)), float(budgets * len(trial))]
+    every, some = len(trial), min(SOME, len(trial))
+    compared, units = min(COMPARED, every), len(units_of(trial.runtime.architecture))
+    walks = [compared * (0.45 * units + 2.5 * steps) for steps in (STEPS, STEPS / 2)]
+    return [*walks, *[9.0 * some] * budgets, budgets * (3.0 * some + 2 * every), budgets * (3.0 * compared + every)]
 
 
 def best_stops(trial: Trial, budgets: Sequence[float], work: Work) -> dict[float, Stop]:
     """By ascending budget, the offsets that score best there, and what they do on all images."""
     budgets = sorted(budgets)
-    part = trial.run(TRAINED, COMPARED).macs / trial.trained.macs  # of the MACs of all, what some images take
     work.begin()
-    down = _down(trial, budgets[0] * part)
+    down = _down(trial, budgets[0])
     base = _best_stop(down).offsets
     work.begin()
-    up = _up(trial, base, budgets[-1] * part)
+    up = _up(trial, base, budgets[-1])
+    part = _part(trial, SOME)
     lines = {offsets: even(trial, offsets) for offsets in (TRAINED, base)}
     evens, found = {}, {}
     for level in budgets:
         work.begin()
         evens[level], other = (_roughly(trial, line, level) for line in (lines[TRAINED], lines[base]))
-        place = _place(trial, down if level < trial.trained.macs else up, level, part)
+        place = _place(trial, down if level < trial.trained.macs else up, level)
         found[level] = _better([evens[level], other, place], level * part)
     work.begin()
     for order in (budgets, budgets[::-1]):
@@ -70,8 +71,9 @@ def _on_all(trial: Trial, stops: Sequence[Stop], level: float) -> Stop:
 
 
 def _down(trial: Trial, least: float) -> Walk:
-    """From the trained policy to so few MACs on some images, and in any case until a step loses some score."""
-    walk = Walk(trial, TRAINED, -1, max(STEP, (trial.trained.macs - least) / STEPS))
+    """From the trained policy to the least budget, and in any case until a step loses some score."""
+    least *= _part(trial)
+    walk = Walk(trial, TRAINED, -1, max(STEP, (trial.run(TRAINED, COMPARED).macs - least) / STEPS))
     while walk.here.outcome.macs > least * (1 - TOO_FAR) or walk.here is _best_stop(walk):
         if not walk.onward():
             break
@@ -79,12 +81,18 @@ def _down(trial: Trial, least: float) -> Walk:
 
 
 def _up(trial: Trial, base: Offsets, most: float) -> Walk:
-    """From a base to so many MACs on some images, if these are more than the trained policy takes."""
-    walk = Walk(trial, base, +1, 2 * max(STEP, (most - trial.trained.macs) / STEPS))
+    """From a base to the largest budget, if that is more than the trained policy takes."""
+    most *= _part(trial)
+    walk = Walk(trial, base, +1, 2 * max(STEP, (most - trial.run(TRAINED, COMPARED).macs) / STEPS))
     while trial.run(TRAINED, COMPARED).macs < most and walk.here.outcome.macs < most * (1 + TOO_FAR):
         if not walk.onward():
             break
     return walk
+
+
+def _part(trial: Trial, count: int = COMPARED) -> float:
+    """The MACs of some images relative to those of all, as the trained policy has them."""
+    return trial.run(TRAINED, count).macs / trial.trained.macs
 
 
 def _best_stop(walk: Walk) -> Stop:
@@ -93,16 +101,17 @@ def _best_stop(walk: Walk) -> Stop:
 
 def _roughly(trial: Trial, line: Line, level: float) -> Stop:
     """Where a line takes about so many MACs, on some images."""
-    return meet(trial, line, level, COMPARED, ROUGHLY)
+    return meet(trial, line, level, SOME, ROUGHLY)
 
 
-def _place(trial: Trial, walk: Walk, level: float, part: float) -> Stop:
+def _place(trial: Trial, walk: Walk, level: float) -> Stop:
     """Where a walk takes so many MACs, or its end where it does not."""
-    stops = sorted(walk.stops, key=lambda stop: stop.outcome.macs)
+    stops, here = sorted(walk.stops, key=lambda stop: stop.outcome.macs), level * _part(trial)
     for low, high in pairwise(stops):
-        if low.outcome.macs <= level * part <= high.outcome.macs:
+        if low.outcome.macs <= here <= high.outcome.macs:
             return _roughly(trial, Line(partial(low.offsets.toward, high.offsets), (0.0, 1.0)), level)
-    return min(stops, key=lambda stop: abs(stop.outcome.macs - level * part))
+    end = min(stops, key=lambda stop: abs(stop.outcome.macs - here))
+    return Stop(end.offsets, trial.run(end.offsets, SOME))
 
 
 def _better(stops: Sequence[Stop], level: float) -> Stop:

@@ -164,7 +164,7 @@ def test_what_is_good_at_a_budget_is_tried_at_all_others(good: int, monkeypatch:
     land.work.plan(*choose.expected(land, len(levels)))
     keeps, drops = Offsets(-2.0, 2.0, -2.0), Offsets(1.0, -2.0, 1.0)  # the heads, which are dear
     places = {level: meet(land, even(land, keeps if level == levels[good] else drops), level) for level in levels}
-    monkeypatch.setattr(choose, "_place", lambda trial, walk, level, part: places[level])
+    monkeypatch.setattr(choose, "_place", lambda trial, walk, level: places[level])
     for level, stop in choose.best_stops(land, levels, land.work).items():
         wanted = meet(land, even(land, keeps), level).outcome
         assert stop.outcome.macs == pytest.approx(level, rel=CLOSE)
