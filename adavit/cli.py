@@ -28,7 +28,7 @@ from adavit.export_options import CALIBRATING, CALIBRATION_IMAGES, EXPORT_EXAMPL
 from adavit.files import find_folder
 from adavit.precision_options import CalibrationOptions
 from adavit.run_options import MEASURING, OPERATING, RUN_EXAMPLES, run_options
-from adavit.runtime.demo import names_demo
+from adavit.bundle.demo import names_demo
 from adavit.tensorrt.options import BuildOptions
 from adavit.version import __version__
 

@@ -24,7 +24,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class CalibrationOptions:
     """Precision of a bundle's engines, and what it is calibrated on; see `adavit-export --help`."""
 
-    precision: str = "fp32"
+    precisions: tuple[str, ...] = ("fp32",)
     calibration_images: tuple[Path, ...] = ()
     calibration_cache: Path | None = None
     samples: int = 64

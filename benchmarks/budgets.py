@@ -23,9 +23,9 @@ from fashion_mnist import DATA, pictures, write_pictures
 import adavit
 from adavit.macs import dense_macs
 from adavit.runtime import Policy, Runtime
-from adavit.runtime.budget import Offsets
-from adavit.runtime.bundle import Bundle
-from adavit.runtime.demo import demo_bundle
+from adavit.bundle.operating_points import Offsets
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.demo import demo_bundle
 from adavit.training.report import RandomPolicy
 
 EXPORT = [sys.executable, "-c", "from adavit.cli import export; export(prog_name='adavit-export')"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from adavit.runtime.backend import Options, create_backend
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 from adavit.runtime.session import load
 
 IMAGES = 64

@@ -28,8 +28,8 @@ from models import ARCHITECTURES, BIASES, random_model
 
 from adavit.export import ExportOptions, export_bundle
 from adavit.runtime import Policy
-from adavit.runtime.bundle import Bundle
-from adavit.runtime.demo import demo_bundle
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.demo import demo_bundle
 
 RUN = [sys.executable, "-c", "from adavit.cli import run; run()"]
 MEMORY = [sys.executable, str(Path(__file__).parent / "memory.py")]

@@ -21,7 +21,7 @@ from cases import read_config, write_config
 
 from adavit.files import sha256
 from adavit.runtime.backends.onnxruntime import share_pool
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 from adavit.runtime.engine_sets import this_platform
 from adavit.tensorrt.profiles import profiles_of
 

@@ -9,7 +9,7 @@ from typing import Any
 from cases import tiny
 
 from adavit.calibration.trial import Outcome
-from adavit.runtime.budget import TRAINED, Offsets
+from adavit.bundle.operating_points import TRAINED, Offsets
 
 KINDS = ("tokens", "heads", "sublayers")
 ALIKE = dict.fromkeys(KINDS, 1.0)

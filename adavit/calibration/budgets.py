@@ -17,8 +17,8 @@ from adavit.calibration.trial import Trial
 from adavit.calibration.walk import COMPARED
 from adavit.calibration.work import Work
 from adavit.errors import BundleError, InputError
-from adavit.runtime.budget import MAX_OFFSET, NO_POLICIES, TRAINED, Budgets, Offsets, OperatingPoint
-from adavit.runtime.bundle import Bundle, write_config
+from adavit.bundle.operating_points import MAX_OFFSET, NO_POLICIES, TRAINED, Budgets, Offsets, OperatingPoint
+from adavit.bundle.bundle import Bundle, write_config
 from adavit.runtime.session import load
 
 __all__ = ["add_budgets"]

@@ -19,7 +19,7 @@ from adavit.errors import InputError
 from adavit.export.write import write_bundle
 from adavit.precision_options import CalibrationOptions
 from adavit.reading import open_regular
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 from adavit.runtime.image_files import ImageFile, find_calibration_images, labels_by
 from adavit.runtime.session import Runtime, load
 

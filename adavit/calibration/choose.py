@@ -18,7 +18,7 @@ from adavit.calibration.meet import Line, Stop, even, meet
 from adavit.calibration.trial import Trial
 from adavit.calibration.walk import COMPARED, Walk
 from adavit.calibration.work import Work
-from adavit.runtime.budget import TRAINED, Offsets
+from adavit.bundle.operating_points import TRAINED, Offsets
 
 __all__ = ["best_stops", "expected"]
 

@@ -11,7 +11,7 @@ from adavit.calibration.fp16 import FP16_MAX, to_fp16
 from adavit.calibration.int8 import to_int8, weights_to_int8
 from adavit.calibration.linear import unit
 from adavit.calibration.ranges import Ranges
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 
 __all__ = ["Assignment", "assign", "converted", "engine_precision"]
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from adavit.calibration.decisions import shifted, units_of
 from adavit.calibration.trial import Outcome, Trial
-from adavit.runtime.budget import MAX_OFFSET, TRAINED, Offsets
+from adavit.bundle.operating_points import MAX_OFFSET, TRAINED, Offsets
 
 __all__ = ["CLOSE", "Line", "Stop", "cross", "even", "meet"]
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from adavit.calibration.convert import Assignment, engine_precision
 from adavit.errors import InputError
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 from adavit.runtime.finite import NotFiniteError
-from adavit.runtime.images import ImageFile
+from adavit.bundle.preprocessing import ImageFile
 from adavit.runtime.session import Runtime
 
 __all__ = ["Measure", "Search", "read_images"]

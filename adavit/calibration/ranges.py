@@ -16,7 +16,7 @@ from adavit.calibration.histogram import Histogram
 from adavit.calibration.linear import linear_layers
 from adavit.calibration.recording import Recorder, Sample, Seen
 from adavit.runtime.backends.onnxruntime import import_onnxruntime
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 
 __all__ = ["Ranges", "measure_ranges"]
 

@@ -16,7 +16,7 @@ from adavit.calibration.decisions import Decisions
 from adavit.calibration.work import Work
 from adavit.errors import InputError
 from adavit.macs import dense_macs
-from adavit.runtime.budget import TRAINED, Offsets
+from adavit.bundle.operating_points import TRAINED, Offsets
 from adavit.runtime.compare import KINDS, Watched
 from adavit.runtime.image_files import find_calibration_images
 from adavit.runtime.session import Result, Runtime

@@ -14,7 +14,7 @@ from math import inf
 from adavit.calibration.decisions import Decisions, Unit, shifted, units_of
 from adavit.calibration.meet import Stop, cross
 from adavit.calibration.trial import Outcome, Trial
-from adavit.runtime.budget import Offsets
+from adavit.bundle.operating_points import Offsets
 
 __all__ = ["COMPARED", "Walk"]
 

@@ -15,7 +15,7 @@ from adavit.drawing.pictures import crops
 from adavit.drawing.sheet import Sheet
 from adavit.errors import InputError, shown
 from adavit.macs import dense_macs
-from adavit.runtime.images import ImageLike, Preprocessor
+from adavit.bundle.preprocessing import ImageLike, Preprocessor
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result
 

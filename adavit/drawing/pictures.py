@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from adavit.errors import InputError
 from adavit.runtime.given import pictures_of
-from adavit.runtime.images import ImageLike, Preprocessor, decode
+from adavit.bundle.preprocessing import ImageLike, Preprocessor, decode
 
 __all__ = ["crops", "normalised"]
 

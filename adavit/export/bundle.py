@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,19 @@ from typing import Any
 from adavit.budget_options import BudgetOptions
 from adavit.calibration.budgets import add_budgets
 from adavit.errors import BundleError, InputError, OptionError, VerificationError
-from adavit.export.engines import engine_count, make_engines
-from adavit.export.graph import OPSETS
+from adavit.export.graphs.builder import OPSETS
+from adavit.export.graphs.files import write_graphs
+from adavit.export.graphs.stem import stem_tensors
 from adavit.export.verify import verify
-from adavit.export.weights import Weights
-from adavit.export.write import write_bundle
+from adavit.export.write import describe_bundle
 from adavit.files import find_folder, folder_beside, sha256
 from adavit.model import AdaViT, load_checkpoint, resize
 from adavit.model.checkpoint import read_classes, read_crop
 from adavit.precision_options import CalibrationOptions
 from adavit.reading import read_labels
-from adavit.runtime.bundle import Bundle, is_bundle
-from adavit.runtime.demo import DEMO_NAME, demo_bundle
-from adavit.runtime.images import Preprocessor
+from adavit.bundle.bundle import Bundle, WEIGHTS, GraphFiles, is_bundle
+from adavit.bundle.demo import DEMO_NAME, demo_bundle
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.runtime.session import load
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
@@ -79,7 +79,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     """
     start = time.perf_counter()
     demo, source = _is_demo(source), _checkpoint(source)
-    _refuse_bundle(source, output, options.calibration.precision)
+    _refuse_bundle(source, output, options.calibration.precisions)
     if options.opset not in OPSETS:
         raise OptionError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     options.budgets.check()
@@ -95,54 +95,62 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     prepare = _preprocessor(source, model, options)
     about: dict[str, Any] = {
         "name": "adavit-demo" if demo else _model_name(source),
-        "opset": options.opset,
         "checkpoint": {"file": source.name, "sha256": sha256(source.read_bytes())},
-        "precision": "fp32",
     }
-    if demo and options.image_size is None and options.calibration.precision == "fp32":
+    if demo and options.image_size is None:
         about["budgets"] = Bundle.open(demo_bundle()).config["budgets"]  # of the same weights
-    calibrated = checked = None
+    precisions = options.calibration.precisions
+    calibrated: dict[str, Any] = {}
     with folder_beside(output) as folder:
-        exported = folder if options.calibration.precision == "fp32" else folder / ".fp32"
-        exported.mkdir(exist_ok=True)
-        config = write_bundle(
-            exported,
-            make_engines(model.arch, Weights.of(model), options.opset, options.with_dense),
-            engine_count(model.arch, options.with_dense),
-            model.arch,
-            labels,
-            prepare,
-            about,
-            progress,
-        )
-        verified = _verified(model, exported, options.threads, progress) if options.verify else None
-        if exported != folder:
-            from adavit.calibration.calibrate import calibrate_bundle
+        graphs = {"fp32": _write_fp32(folder, model, options, progress)}
 
-            cache = output.with_name(f"{output.name}.calibration.npz")
-            config, calibrated, checked = calibrate_bundle(
-                exported, folder, options.calibration, cache, options.threads, progress, options.verify
-            )
-            shutil.rmtree(exported)
+        def describe(names: Sequence[str]) -> dict[str, Any]:
+            files = [graphs[name] for name in names]
+            return describe_bundle(folder, files, model.arch, labels, prepare, about)
+
+        config = describe(["fp32"])
+        verified = _verified(model, folder, options.threads, progress) if options.verify else None
+        if precisions != ("fp32",):
+            from adavit.calibration.calibrate import Calibration
+
+            cache = options.calibration.calibration_cache or output.with_name(f"{output.name}.calibration.npz")
+            calibration = Calibration(folder, options.calibration, cache, options.threads, progress)
+            for precision in precisions:
+                if precision != "fp32":
+                    graphs[precision], calibrated[precision] = calibration.write(precision)
+            config = describe(["fp32", *(name for name in precisions if name != "fp32")])
+            if options.verify:
+                for precision, report in calibrated.items():
+                    report["checked"] = calibration.check(precision)
+            if "fp32" not in precisions:
+                shutil.rmtree(folder / "fp32")
+            config = describe(precisions)
         budgets = add_budgets(folder, options.budgets, options.threads, progress)
         engine_sets = add_engines(folder, options.build, progress)
+    files = {name: graphs[name] for name in precisions}
     return {
         "bundle": str(output),
-        "engines": len(config["engines"]),
-        "bytes": sum(engine["bytes"] for engine in config["engines"].values()),
+        "precisions": {name: {"graphs": len(of.files()) - 1, "bytes": of.bytes} for name, of in files.items()},
+        "bytes": sum(of.bytes for of in files.values()),
         "opset": options.opset,
-        "precision": config["precision"],
-        "calibration": calibrated,
+        "calibration": calibrated or None,
         "architecture": config["architecture"],
         "macs": config["macs"],
         "preprocessing": {**asdict(prepare), "mean": list(prepare.mean), "std": list(prepare.std)},
         "verified": verified,
-        "checked": checked,
         "budgets": budgets,
         "engine_sets": engine_sets,
         "notes": [] if model.arch.adapts else [_without_policies(source)],
         "seconds": time.perf_counter() - start,
     }
+
+
+def _write_fp32(folder: Path, model: AdaViT, options: ExportOptions, progress: Progress) -> GraphFiles:
+    """The weights as they are, and the graphs on them."""
+    weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    tensors = weights | stem_tensors(model.arch, weights)
+    notes = {"format": "pt", "num_heads": str(model.arch.heads)}
+    return write_graphs(folder, "fp32", model.arch, tensors, options.opset, options.with_dense, progress, metadata=notes)
 
 
 def _verified(model: AdaViT, bundle: Path, threads: int | None, progress: Progress) -> dict[str, Any]:
@@ -157,8 +165,8 @@ def check_bundle(
     start = time.perf_counter()
     progress("loading the bundle", 0.0)
     runtime = load(bundle, threads=threads)
-    if (precision := runtime.bundle.config.get("precision")) not in ("fp32", "float32"):
-        raise InputError(f"{bundle} is {precision}: compare it with its fp32 bundle, by adavit-run --compare")
+    if runtime.graphs.precision != "fp32":
+        raise InputError(f"{bundle} is {runtime.graphs.precision}: compare it with fp32 by adavit-run --compare")
     progress("loading the checkpoint", 0.0)
     model = resize(load_checkpoint(_checkpoint(checkpoint), heads), runtime.architecture.image_size)
     if model.arch != runtime.architecture:
@@ -171,13 +179,13 @@ def check_bundle(
 
 def _check_dense_alone(source: Path, options: ExportOptions) -> None:
     """Raises OptionError where an option makes no sense for a model without policies."""
-    precision = options.calibration.precision
+    precisions = options.calibration.precisions
     if not options.with_dense:
         raise OptionError(f"{source} has no policies: its bundle is its dense graph alone; leave out --no-dense")
-    if precision != "fp32":
+    if precisions != ("fp32",):
         raise OptionError(
-            f"{source} has no policies: only what policies dispatch is calibrated; leave out --precision {precision}, "
-            "and quantise the bundle's onnx/dense.onnx with another tool"
+            f"{source} has no policies: only what policies dispatch is calibrated; leave out --precision "
+            f"{','.join(precisions)}, and quantise the bundle's fp32/dense.onnx with another tool"
         )
     if options.budgets.budgets:
         raise OptionError(f"{source} has no policies, and so takes the same MACs at any budget; leave out --budgets")
@@ -192,13 +200,13 @@ def _without_policies(source: Path) -> str:
 
 def _checkpoint(source: Path) -> Path:
     """The file of a checkpoint: the demo's where the path means that."""
-    return DEMO / "checkpoint.safetensors" if _is_demo(source) else source
+    return demo_bundle() / "fp32" / WEIGHTS if _is_demo(source) else source
 
 
-def _refuse_bundle(source: Path, output: Path, precision: str) -> None:
+def _refuse_bundle(source: Path, output: Path, precisions: Sequence[str]) -> None:
     """Raises InputError where a bundle is given in the place of the checkpoint that it was made of."""
     if is_bundle(source):
-        option = "" if precision == "fp32" else f" --precision {precision}"
+        option = "" if precisions == ("fp32",) else f" --precision {','.join(precisions)}"
         raise InputError(
             f"{source} is a bundle; a bundle of any precision is exported from the checkpoint: "
             f"adavit-export CHECKPOINT --output {output}{option}"

@@ -12,14 +12,16 @@ import numpy.typing as npt
 import torch
 
 from adavit.architecture import TOKEN_LOGIT, Architecture
+from adavit.bundle.keys import Sublayers
 from adavit.errors import BackendError, VerificationError
 from adavit.model import AdaViT, Output
 from adavit.model.adavit import Block, BlockLogits
 from adavit.model.policy import BlockPolicy, decide
-from adavit.runtime.dispatcher import DECISIONS
-from adavit.runtime.plan import HeadSet, sets_of
+from adavit.runtime.compare import KINDS
+from adavit.runtime.dispatcher import Step
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
+from adavit.runtime.specialise import usage_of
 
 __all__ = ["random_images", "verify"]
 
@@ -42,7 +44,7 @@ class Reference:
 
     Attributes:
         image: [3, S, S].
-        tokens: behind every engine, [N, D].
+        tokens: what each block is given, and the last one makes, [L + 1, N, D].
         logits: [C].
         policy: what it keeps.
         decided: which tokens, heads and sub-layers each block would keep, bool [L, N + H + 2].
@@ -50,7 +52,7 @@ class Reference:
     """
 
     image: Float
-    tokens: dict[str, Float]
+    tokens: Float
     logits: Float
     policy: Policy
     decided: Bool
@@ -61,7 +63,7 @@ class Reference:
 def reference(model: AdaViT, image: Float, replay: Policy | None = None) -> Reference:
     """Runs the masked model on one image [3, S, S], under its own decisions or a given policy's."""
     x = model.embed(torch.from_numpy(image)[None])
-    tokens = {"stem": x[0].numpy()}
+    tokens = [x[0].numpy()]
     output_policies, logits, decided = [], [], []
     for index, module in enumerate(model.blocks):
         block = cast(Block, module)
@@ -69,16 +71,15 @@ def reference(model: AdaViT, image: Float, replay: Policy | None = None) -> Refe
         found = block.decision_logits(x, normed)
         policy = block.policy(found, decide) if replay is None else _masks(replay, index)
         x = block.attention_step(x, normed, policy)
-        tokens[f"blocks.{index}.attention"] = x[0].numpy()
         x = block.mlp_step(x, policy)
-        tokens[f"blocks.{index}.mlp"] = x[0].numpy()
+        tokens.append(x[0].numpy())
         output_policies.append(policy)
         logits.append(found)
         decided.append(_decided(model.arch, found))
     output = Output(model.classify(x), logits, output_policies, [])
     masks = (mask.numpy() for mask in output.stacked(model.arch))
     kept, clear = (np.stack(rows) for rows in zip(*decided, strict=True))
-    return Reference(image, tokens, output.logits[0].numpy(), Policy(*masks), kept, clear)
+    return Reference(image, np.stack(tokens), output.logits[0].numpy(), Policy(*masks), kept, clear)
 
 
 def _masks(policy: Policy, block: int) -> BlockPolicy:
@@ -98,10 +99,10 @@ def _decided(arch: Architecture, logits: BlockLogits) -> tuple[Bool, Bool]:
 
 
 def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], None]) -> dict[str, Any]:
-    """Runs random images through both and compares every decision, the tokens behind every engine, and the logits.
+    """Runs random images through both and compares every decision, the tokens behind every block, and the logits.
 
-    Policies that keep every head, one, and none are replayed too, so that no engine goes unseen for want of an
-    image that needs it; those of few heads also with engines for their sets of heads, where the backend makes them.
+    Policies that keep every head, one, and none are replayed too, so that no graph goes unseen for want of an image
+    that needs it. What the backend prepares for the images' heads is compared as well.
 
     Of a model without policies, the logits of the dense graph are compared.
 
@@ -109,36 +110,30 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
         How many images and decisions were compared, and the largest logit difference; of graphs in fp32.
 
     Raises:
-        VerificationError: they differ; the message names the first block and engine that do.
+        VerificationError: they differ; the message names the first block and graph that do.
     """
     if not model.arch.adapts:
         return _verify_dense(model, runtime, progress)
     chosen = _samples(model, progress)
     replayed = [reference(model, chosen[0].image, policy) for policy in _replayed_policies(model.arch)]
     runs = [(wanted, None) for wanted in chosen] + [(wanted, wanted.policy) for wanted in replayed]
-    worst, arch = 0.0, model.arch
-    # Where the last block alone has an engine of its own, every block's decisions are made alone.
-    in_sets = [(*run, (HeadSet(arch.depth - 1, "both", tuple(range(arch.heads))),)) for run in runs[: len(chosen)]]
-    for wanted, replay in runs:
-        if wanted is not replayed[0]:  # all heads would need all weights once more
-            in_sets.append((wanted, replay, tuple(sorted({found for _, found in sets_of(wanted.policy)}))))
+    worst = 0.0
     for done, (wanted, replay) in enumerate(runs, 1):
         worst = max(worst, _compare(wanted, runtime, replay))
-        progress("verifying", done / (len(runs) + len(in_sets)))
-    for done, (wanted, replay, sets) in enumerate(in_sets, 1):
-        worst = max(worst, _compare_sets(wanted, runtime, replay, sets))
-        progress("verifying", (len(runs) + done) / (len(runs) + len(in_sets)))
+        if wanted is not (replayed[0] if replayed else None):  # all heads would need all weights once more
+            worst = max(worst, _compare_prepared(wanted, runtime, replay))
+        progress("verifying", done / len(runs))
     result: dict[str, Any] = {
         "precision": "fp32",
         "images": len(chosen),
         "decisions": sum(_decisions(model, wanted.policy) for wanted in chosen),
         "max_logit_difference": worst,
     }
-    if "dense" in runtime.bundle.engines:
+    if runtime.graphs.files.dense is not None:
         images = np.stack([wanted.image for wanted in chosen])
         with torch.no_grad():
             dense = model(torch.from_numpy(images), decide=None).logits.numpy()
-        result["max_dense_logit_difference"] = _difference("dense", runtime.run_dense(images), dense)
+        result["max_dense_logit_difference"] = _difference("the dense twin", runtime.run_dense(images), dense)
     return result
 
 
@@ -147,9 +142,9 @@ def _verify_dense(model: AdaViT, runtime: Runtime, progress: Callable[[str, floa
     images = np.stack(list(itertools.islice(random_images(model.arch.image_size), IMAGES)))
     with torch.no_grad():
         wanted = model(torch.from_numpy(images), decide=None).logits.numpy()
-    worst = _difference("dense", runtime.run(images).logits, wanted)
+    worst = _difference("the dense twin", runtime.run(images).logits, wanted)
     for done, image in enumerate(images):
-        worst = max(worst, _difference("dense", runtime.run(image[None]).logits, wanted[done : done + 1]))
+        worst = max(worst, _difference("the dense twin", runtime.run(image[None]).logits, wanted[done : done + 1]))
         progress("verifying", (done + 1) / IMAGES)
     return {"images": IMAGES, "decisions": 0, "max_logit_difference": worst, "precision": "fp32"}
 
@@ -206,68 +201,65 @@ def _decisions(model: AdaViT, policy: Policy) -> int:
 
 
 def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> float:
-    """Compares one image engine by engine, in the order they ran; returns the largest logit difference."""
-    dispatcher = runtime.adaptive_dispatcher("compare")
-    seen: list[tuple[str, npt.NDArray[Any]]] = []
+    """Compares one image block by block, in the order they ran; returns the largest logit difference."""
+    arch = runtime.architecture
+    seen: list[Step] = []
     failure: BackendError | None = None
     try:
-        runtime.run(wanted.image[None], replay, lambda _, engine, x: seen.append((engine, x.copy())))
-    except BackendError as error:  # what was seen before tells by which engine
+        result = runtime.run(wanted.image[None], replay, lambda step: seen.append(_copied(step)))
+    except BackendError as error:  # what was seen before tells by which graph
         failure = error
-    before, worst = "", 0.0
-    for engine, found in seen:
-        if engine.startswith(DECISIONS):
-            block = engine.removeprefix(DECISIONS)
-            alone = "decide_set" if dispatcher.specialised.sets else "decide"
-            by = before if before.endswith("_set") and _block(before) == int(block) - 1 else f"blocks.{block}.{alone}"
-            _same_decisions(by, runtime.architecture, found, wanted, int(block))
-            continue
-        if engine == "head":
-            last = before.endswith("_set") and _block(before) == runtime.architecture.depth - 1
-            worst = _difference(before if last else engine, found, wanted.logits)
-            continue
-        behind = engine.split("_")[0].replace(".both", ".mlp")  # whichever of the engines that end with it ran
-        _difference(engine, found, wanted.tokens[behind])
-        before = engine
+    for step in seen:
+        made_by = _made_by(wanted.policy, step.block - 1)
+        _difference(made_by, step.tokens, wanted.tokens[step.block])
+        if step.block < arch.depth:
+            _same_decisions(made_by, arch, step, wanted)
     if failure:
         raise failure
-    return worst
+    return _difference(_made_by(wanted.policy, arch.depth - 1), result.logits[0], wanted.logits)
 
 
-def _compare_sets(wanted: Reference, runtime: Runtime, replay: Policy | None, sets: tuple[HeadSet, ...]) -> float:
-    """Compares an image once more, with engines for some sets of heads."""
-    dispatcher = runtime.adaptive_dispatcher("compare")
-    if not dispatcher.specialises:
-        return 0.0
-    before = dispatcher.specialised.sets
-    dispatcher.specialise(sets)
+def _copied(step: Step) -> Step:
+    decisions = None if step.decisions is None else step.decisions.copy()
+    return step._replace(tokens=step.tokens.copy(), decisions=decisions)
+
+
+def _compare_prepared(wanted: Reference, runtime: Runtime, replay: Policy | None) -> float:
+    """Compares an image once more, with what the backend prepares for it."""
+    backend, usage = runtime.backend, usage_of(wanted.policy, runtime.options.threads_of(1))
+    chosen = backend.choose(usage)
+    for one in chosen:
+        backend.prepare(one)
     try:
-        return _compare(wanted, runtime, replay)
+        return _compare(wanted, runtime, replay) if chosen else 0.0
     finally:
-        dispatcher.specialise(before)
+        backend.keep(())
 
 
-def _same_decisions(engine: str, arch: Architecture, found: Bool, wanted: Reference, block: int) -> None:
-    """Compares a block's decisions, which an engine made, where rounding cannot tip them."""
-    differing = (found != wanted.decided[block]) & wanted.clear[block]
-    by_kind = np.split(differing, [arch.tokens, arch.tokens + arch.heads])
-    for kind, which in zip(("tokens", "heads", "sublayers"), by_kind, strict=True):
-        if count := int(which.sum()):
-            raise VerificationError(f"{_named(engine)}: {count} decisions on {kind} differ")
+def _made_by(policy: Policy, block: int) -> str:
+    """The graph that ran an image's block; -1 is the stem."""
+    if block < 0:
+        return "the stem"
+    return f"block {block}, graph {Sublayers(*policy.sublayers[0, block].tolist()).name}"
 
 
-def _block(engine: str) -> int:
-    """The number in the name of a block's engine; -1 of the stem's."""
-    return int(engine.split(".")[1]) if engine.startswith("blocks.") else -1
+def _same_decisions(graph: str, arch: Architecture, step: Step, wanted: Reference) -> None:
+    """Compares a block's decisions, where rounding cannot tip them."""
+    block, kept = step.block, step.kept
+    tokens, heads, sublayers = np.split(wanted.decided[block], [arch.tokens, arch.tokens + arch.heads])
+    clear = dict(zip(KINDS, np.split(wanted.clear[block], [arch.tokens, arch.tokens + arch.heads]), strict=True))
+    decides = arch.token_policy, arch.adapts_heads(block), arch.adapts_sublayers(block)
+    at = 0
+    for kind, values, there in zip(KINDS, (tokens, heads, sublayers), decides, strict=True):
+        if there and kept is not None:
+            differing = (kept[at : at + len(values)] != values) & clear[kind]
+            at += len(values)
+            if count := int(differing.sum()):
+                raise VerificationError(f"{graph}: {count} of block {block}'s decisions on {kind} differ")
 
 
-def _named(engine: str) -> str:
-    """An engine, behind its block if it is of one."""
-    return (f"block {_block(engine)}, " if engine.startswith("blocks.") else "") + f"engine {engine}"
-
-
-def _difference(engine: str, found: Float, wanted: Float) -> float:
+def _difference(graph: str, found: Float, wanted: Float) -> float:
     worst = float(np.abs(found - wanted).max()) if found.shape == wanted.shape else np.inf
     if not worst <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
-        raise VerificationError(f"{_named(engine)}: differs from the checkpoint by up to {worst:.3g}")
+        raise VerificationError(f"{graph}: differs from the checkpoint by up to {worst:.3g}")
     return worst

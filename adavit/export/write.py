@@ -1,31 +1,27 @@
-"""Writes a bundle folder: engines, their description, preprocessing, labels and a model card."""
+"""Writes what a bundle has beside its graphs: their description, preprocessing, labels and a model card."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from adavit.architecture import Architecture
-from adavit.export.graph import TYPES
 from adavit.files import sha256
 from adavit.macs import dense_macs, outside_macs
-from adavit.runtime.bundle import LABELS, PREPROCESSING, SCHEMA_VERSION, write_config
-from adavit.runtime.images import Preprocessor
+from adavit.bundle.bundle import LABELS, MODEL_TYPE, PREPROCESSING, SCHEMA_VERSION, GraphFiles, write_config
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.version import __version__
 
-__all__ = ["write_bundle"]
+__all__ = ["describe_bundle"]
 
-_TYPE_NAMES: dict[int, str] = {number: name for name, number in TYPES.items()}
 _PACKAGES = ("torch", "onnx", "numpy")
 _ADAPTIVE = (
     "image-classification, vision-transformer, adaptive-computation, onnx",
-    "An adaptive vision transformer ([AdaViT](https://arxiv.org/abs/2111.15668)) as engines that are dispatched per\n"
+    "An adaptive vision transformer ([AdaViT](https://arxiv.org/abs/2111.15668)) as graphs that are dispatched per\n"
     "image: what its policies drop is not computed.",
     "measures it against its dense twin",
 )
@@ -37,36 +33,27 @@ _DENSE = (
 """Tags of the model card, what it says the model is, and what the command does."""
 
 
-def write_bundle(
+def describe_bundle(
     folder: Path,
-    engines: Iterator[tuple[str, onnx.ModelProto]],
-    count: int,
+    graphs: Sequence[GraphFiles],
     arch: Architecture,
     labels: Sequence[str],
     preprocessor: Preprocessor,
-    about: dict[str, Any],
-    progress: Callable[[str, float], None],
-    precisions: Mapping[str, str] | None = None,
+    about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Writes every file of a bundle into an empty `folder` and returns `config.json`'s content.
+    """Writes everything but the graphs into a bundle's folder; `config.json`, which makes it a bundle, comes last.
 
     Args:
-        folder: where to write.
-        engines: (name, model) pairs, made one at a time so that memory stays bounded.
-        count: how many there are, for progress.
+        folder: the bundle, with the graphs.
+        graphs: of each precision, the default first.
         arch: the model's shapes.
         labels: one per class.
         preprocessor: what images go through.
-        about: name, opset, checkpoint and precision of the export, put into `config.json`.
-        progress: told the stage and the share done.
-        precisions: of engines that are not fp32.
+        about: name, checkpoint and whatever else belongs into `config.json`.
+
+    Returns:
+        `config.json`'s content.
     """
-    (folder / "onnx").mkdir()
-    described = {}
-    for done, (name, model) in enumerate(engines, 1):
-        described[name] = _write_engine(folder, name, model)
-        described[name]["precision"] = (precisions or {}).get(name, "fp32")
-        progress(f"exporting {name}", done / count)
     texts = {
         LABELS: "".join(f"{label}\n" for label in labels).encode(),
         PREPROCESSING: (json.dumps(preprocessor.to_dict(), indent=2) + "\n").encode(),
@@ -75,10 +62,12 @@ def write_bundle(
         (folder / name).write_bytes(data)
     config = {
         "schema_version": SCHEMA_VERSION,
+        "model_type": MODEL_TYPE,
         **about,
         "architecture": arch.to_dict(),
         "macs": {"dense": dense_macs(arch), "outside_blocks": outside_macs(arch)},
-        "engines": described,
+        "id2label": {str(index): label for index, label in enumerate(labels)},
+        "precisions": {files.precision: files.to_dict() for files in graphs},
         "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in texts.items()},
         "made_by": {
             "adavit": __version__,
@@ -86,37 +75,19 @@ def write_bundle(
             **{package: metadata.version(package) for package in _PACKAGES},
         },
     }
+    (folder / "README.md").write_text(_card(config, graphs, labels), encoding="utf-8")
     write_config(folder, config)
-    (folder / "README.md").write_text(_card(config, labels), encoding="utf-8")
     return config
 
 
-def _write_engine(folder: Path, name: str, model: onnx.ModelProto) -> dict[str, Any]:
-    data = model.SerializeToString()
-    file = f"onnx/{name}.onnx"
-    (folder / file).write_bytes(data)
-    return {
-        "file": file,
-        "inputs": [_tensor(value) for value in model.graph.input],
-        "outputs": [_tensor(value) for value in model.graph.output],
-        "bytes": len(data),
-        "sha256": sha256(data),
-    }
-
-
-def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
-    kind = value.type.tensor_type
-    shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
-    return {"name": value.name, "dtype": _TYPE_NAMES[kind.elem_type], "shape": shape}
-
-
-def _card(config: dict[str, Any], labels: Sequence[str]) -> str:
+def _card(config: dict[str, Any], graphs: Sequence[GraphFiles], labels: Sequence[str]) -> str:
     arch = config["architecture"]
-    size = sum(engine["bytes"] for engine in config["engines"].values())
+    sizes = ", ".join(f"{files.precision} {files.bytes / 1e6:.1f} MB" for files in graphs)
     policies = [kind for kind in ("token", "head", "sublayer") if arch[f"{kind}_policy"]]
     tags, model, measures = _ADAPTIVE if policies else _DENSE
     return f"""---
 library_name: adavit
+pipeline_tag: image-classification
 tags: [{tags}]
 ---
 # {config["name"]}
@@ -131,7 +102,7 @@ tags: [{tags}]
 | policies | {", ".join(policies) or "none"} |
 | classes | {len(labels)} |
 | dense cost | {config["macs"]["dense"] / 1e9:.3f} GMACs |
-| engines | {len(config["engines"])}, {size / 1e6:.1f} MB, {config["precision"]}, opset {config["opset"]} |
+| graphs | {sizes}, opset {graphs[0].opset} |
 
 ```python
 import adavit

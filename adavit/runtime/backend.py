@@ -1,22 +1,23 @@
-"""What the dispatcher asks of a backend: load engines, run them on buffers, and move rows between these."""
+"""What the dispatcher asks of a backend: slots, which hold one image each and run its blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.keys import BlockKey
 from adavit.errors import BackendError, OptionError, shown
-from adavit.runtime.bundle import Bundle, EngineSpec
 
-__all__ = ["Backend", "Buffer", "Constants", "Engine", "FixedEngine", "Options", "Sizes", "create_backend", "names"]
+__all__ = ["Backend", "Options", "Slot", "Usage", "Use", "create_backend", "names"]
 
-Index = npt.NDArray[np.intp]
-Constants = Mapping[str, npt.NDArray[Any]]
+Float = npt.NDArray[np.float32]
+Index = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -26,166 +27,118 @@ class Options:
     Attributes:
         threads: CPU threads.
         provider: the backend's own name of what executes, such as ONNX Runtime's CPUExecutionProvider.
-        parallel: "operators" to share the threads inside every engine, for the lowest latency of one image;
-            "samples" to run an image on each thread, for the highest throughput of batches.
+        parallel: "auto", "operators" to share the threads inside every operator, or "samples" to run an image on each
+            thread.
         cuda_graphs: whether engines that run again with the same shapes become CUDA graphs (TensorRT).
         trust_engines: whether TensorRT engines may run that this user did not build on this machine.
+        shared_pool: whether ONNX Runtime may have one thread pool for the whole process.
     """
 
     threads: int
     provider: str | None = None
-    parallel: str = "operators"
+    parallel: str = "auto"
     cuda_graphs: bool = False
     trust_engines: bool = False
+    shared_pool: bool = False
 
-    @property
-    def workers(self) -> int:
-        """Images of a batch that run at once."""
-        return self.threads if self.parallel == "samples" else 1
+    def workers(self, images: int) -> int:
+        """Images of a batch that run at once, each on a thread of its own; 1 where operators share the threads."""
+        if self.parallel == "auto":
+            return min(self.threads, images) if images > 1 and 2 * images >= self.threads else 1
+        return min(self.threads, images) if self.parallel == "samples" else 1
 
-
-class Buffer(Protocol):
-    """A backend's memory, which engines read and write where it is, prepared once for many runs."""
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        ...
-
-    def rows(self, count: int) -> Any:
-        """The first `count` rows, as `Engine.run` takes them."""
-        ...
-
-    def part(self, position: int) -> Buffer:
-        """The element at a position of the first dimension, as a buffer of its own that shares the memory."""
-        ...
+    def threads_of(self, images: int) -> int:
+        """Threads that each image of a batch runs on."""
+        alone = self.parallel == "samples" or self.workers(images) > 1
+        return 1 if alone else self.threads
 
 
-class Engine(Protocol):
-    """A loaded engine; safe to run from several threads at once.
+class Use(NamedTuple):
+    """What images run of a block.
 
     Attributes:
-        spec: what it takes and fills; less, or laid out in another way, than the bundle says, where the backend wants.
-    """
-
-    spec: EngineSpec
-
-    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Runs, in the order of the engine's description.
-
-        Args:
-            inputs: what to read: rows of buffers, or contiguous arrays on the host.
-            outputs: what to fill: rows of buffers.
-        """
-        ...
-
-
-class FixedEngine(Protocol):
-    """An engine some of whose inputs are constants."""
-
-    def bound(self, values: Mapping[str, Any]) -> Callable[..., None]:
-        """A run on these values, prepared once for many; one thread makes it at a time.
-
-        It takes the weights of heads where these are no constants: what `attention_weights` fills, if attention runs,
-        then the heads' numbers and what `mlp_weights` fills, if the MLP does; none in a block that keeps all heads. The
-        stem's run takes the image.
-
-        Args:
-            values: what the other inputs and the outputs read and fill, by name: rows of buffers, or contiguous arrays
-                on the host. There may be more. An output may be where an input is that nothing needs once it is there.
-        """
-        ...
-
-
-class Sizes(NamedTuple):
-    """What a block runs with.
-
-    Attributes:
-        block: its position.
-        kind: the sub-layers that it runs: "attention", "mlp" or "both".
+        threads: that run it.
+        key: its sub-layers and heads.
         tokens: how many are kept.
-        heads: how many are kept.
     """
 
-    block: int
-    kind: str
+    threads: int
+    key: BlockKey
     tokens: int
-    heads: int
+
+
+Usage = Mapping[Use, float]
+"""How often an image has each."""
+
+
+class Slot(Protocol):
+    """The memory of one image on a backend, and what runs it there; for other images afterwards.
+
+    One thread uses a slot at a time.
+    """
+
+    def stem(self, image: Float) -> None:
+        """Takes an image [1, 3, S, S]: its tokens, and the first block's decisions."""
+        ...
+
+    def block(self, key: BlockKey, tokens: Index) -> None:
+        """Runs a block on the kept tokens [K], ascending: its tokens, and the next block's decisions or the logits."""
+        ...
+
+    def decisions(self) -> Float:
+        """The logits of the coming block's decisions, on the host [M]: tokens, heads, sub-layers."""
+        ...
+
+    def logits(self) -> Float:
+        """The logits of the classes, on the host [C]."""
+        ...
+
+    def tokens(self) -> Float:
+        """The tokens, on the host [N, D]."""
+        ...
 
 
 class Backend(Protocol):
-    """Loads a bundle's engines and moves what they compute; one object per runtime.
+    """Runs a bundle's graphs; one object per runtime, any thread may call it.
 
     Attributes:
         name: as it is asked for.
-        always_gathers: whether it runs any block in one engine, which is given its heads' weights, whatever the policy.
-            Of a block, nothing else runs then but what gathers these weights; its fixed engines neither read nor leave
-            norm1 of the tokens.
-        on_host: whether buffers are the host's memory, so that fetching them costs nothing.
+        on_host: whether slots are in the host's memory, so that fetching from them costs nothing.
     """
 
     name: str
-    always_gathers: bool
     on_host: bool
 
-    @property
-    def fixed(self) -> Callable[[str, Constants], FixedEngine] | None:
-        """Loads the engine of a name with constants for some of its inputs; None where that is no faster.
-
-        It raises what `load` does.
-        """
+    def slot(self, threads: int) -> Slot:
+        """A new slot, whose image runs on so many threads."""
         ...
 
-    def load(self, name: str, alone: bool = False) -> Engine:
-        """Loads the bundle's engine of this name.
-
-        Args:
-            name: of the engine.
-            alone: nothing runs beside this engine, so it may use all threads even where samples run in parallel.
+    def dense(self, images: Float) -> Float:
+        """The logits [B, C] that the dense twin makes of images [B, 3, S, S].
 
         Raises:
-            BundleError: there is no such engine, or its file is not the one that was exported.
-            BackendError: the backend refuses the engine.
+            BundleError: there is no dense twin, or it is not the one that was exported.
         """
         ...
 
-    def prepare(self, used: Mapping[Sizes, float]) -> Mapping[Sizes, float]:
-        """Prepares engines for the sizes that come most often, by how often an image has them, to run them faster.
-
-        Those that were prepared before, for others, are dropped. Returns the sizes it was done for, any of which may
-        stand for further ones; none where that is no faster.
-        """
+    def choose(self, usage: Usage) -> Sequence[Hashable]:
+        """What to prepare for what images use most, as far as memory allows, the best first; none where it is no faster."""
         ...
 
-    def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
-        """New memory of this shape and type, with no content yet."""
+    def prepare(self, wanted: Hashable) -> None:
+        """Prepares one of what `choose` returned; slots use it from the next block on."""
         ...
 
-    def upload(self, array: npt.NDArray[Any]) -> Buffer:
-        """New memory that holds what a host array holds."""
+    def keep(self, wanted: Sequence[Hashable]) -> None:
+        """Lets go of what is prepared but for these."""
         ...
 
-    def gather(self, source: Buffer, kept: Index, into: Buffer) -> None:
-        """into[:K] = source[kept], rows of two matrices; kept is [K], ascending."""
-        ...
-
-    def scatter(self, rows: Buffer, kept: Index, into: Buffer) -> None:
-        """into[kept] = rows[:K], rows of two matrices; kept is [K], ascending."""
-        ...
-
-    def add(self, source: Buffer, count: int, vectors: Buffer, index: int, into: Buffer) -> None:
-        """into[:count] = source[:count] + vectors[index], rows of matrices."""
-        ...
-
-    def fetch(self, *buffers: Buffer) -> tuple[npt.NDArray[Any], ...]:
-        """What the buffers hold, on the host, once everything that fills them is done.
-
-        Valid until the buffers are written again.
-        """
+    def prepared(self) -> Sequence[Hashable]:
+        """What is prepared."""
         ...
 
     def rounded(self, tokens: int) -> int:
-        """How many tokens an engine computes where so many are kept."""
+        """How many tokens are computed where so many are kept."""
         ...
 
     def timings(self) -> dict[str, float]:
@@ -201,7 +154,7 @@ class Backend(Protocol):
 
 
 _BACKENDS = {
-    "onnxruntime": "adavit.runtime.backends.onnxruntime_gpu:create",
+    "onnxruntime": "adavit.runtime.backends.onnxruntime:create",
     "openvino": "adavit.runtime.backends.openvino:OpenVinoBackend",
     "tensorrt": "adavit.runtime.backends.tensorrt:TensorRtBackend",
     "tensorrt-rtx": "adavit.runtime.backends.tensorrt:TensorRtRtxBackend",
@@ -214,8 +167,8 @@ def names() -> list[str]:
     return sorted(_BACKENDS)
 
 
-def create_backend(name: str, bundle: Bundle, options: Options) -> Backend:
-    """The backend called `name`, for a bundle's engines.
+def create_backend(name: str, graphs: Graphs, options: Options) -> Backend:
+    """The backend called `name`, for a bundle's graphs of a precision.
 
     Raises:
         BackendError: it is unknown or not installed.
@@ -228,5 +181,5 @@ def create_backend(name: str, bundle: Bundle, options: Options) -> Backend:
     if options.cuda_graphs and not name.startswith("tensorrt"):
         raise OptionError(f"{name} has no CUDA graphs; they are for the backends tensorrt and tensorrt-rtx")
     module, attribute = _BACKENDS[name].split(":")
-    factory: Callable[[Bundle, Options], Backend] = getattr(import_module(module), attribute)
-    return factory(bundle, options)
+    factory: Callable[[Graphs, Options], Backend] = getattr(import_module(module), attribute)
+    return factory(graphs, options)

@@ -11,7 +11,7 @@ from typing import Any
 
 from adavit.errors import AdaViTError, BackendError, one_line
 from adavit.runtime.backend import Options, names
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 from adavit.runtime.cache import facts, kept_at, recall, remember
 
 __all__ = ["Choice", "choose"]

@@ -6,16 +6,16 @@ differs then is numeric drift alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from adavit.architecture import TOKEN_LOGIT
+from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.errors import InputError
-from adavit.runtime.budget import Offsets
-from adavit.runtime.dispatcher import of_engines
+from adavit.bundle.operating_points import Offsets
+from adavit.runtime.dispatcher import Step
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result, Runtime
 
@@ -56,47 +56,29 @@ class Watched:
     def __init__(self, runtime: Runtime) -> None:
         runtime.adaptive_dispatcher("compare")
         self.runtime = runtime
-        specs, backend = runtime.bundle.engines, runtime.backend
-        names = [f"blocks.{block}.decide" for block in range(runtime.architecture.depth)]
-        self._engines = [backend.load(name) for name in names]
-        self._outputs = [
-            {
-                tensor.name: (backend.buffer(shape := tuple(map(int, tensor.shape)), tensor.dtype), shape[0])
-                for tensor in specs[name].outputs
-            }
-            for name in names
-        ]
 
     def run(self, images: Float, policy: Policy | None = None, budget: Offsets | None = None) -> Seen:
         """Runs images [B, 3, S, S], under a given policy, or their own at a budget."""
-        states: list[list[tuple[str, Float]]] = [[] for _ in images]
-        observe = of_engines(lambda at, engine, x: states[at].append((engine, x.copy())))
-        result = self.runtime.run(images, policy, observe, budget)
-        depth = self.runtime.architecture.depth
-        margins = [[self._margins(block, x) for block, x in enumerate(_inputs(seen, depth))] for seen in states]
-        return Seen(result, margins)
+        arch = self.runtime.architecture
+        margins: list[list[dict[str, Float]]] = [[{} for _ in range(arch.depth)] for _ in images]
 
-    def _margins(self, block: int, x: Float) -> dict[str, Float]:
-        arch, outputs = self.runtime.architecture, self._outputs[block]
-        self._engines[block].run([x], [buffer.rows(count) for buffer, count in outputs.values()])
-        fetched = self.runtime.backend.fetch(*(buffer for buffer, _ in outputs.values()))
-        logits = dict(zip(outputs, fetched, strict=True))
-        found = {}
-        if "tokens" in logits:
-            found["tokens"] = logits["tokens"][1:, 0] - np.float32(TOKEN_LOGIT)
-        if arch.adapts_heads(block):
-            found["heads"] = logits["choices"][0, : arch.heads].copy()
-        if arch.adapts_sublayers(block):
-            found["sublayers"] = logits["choices"][0, -2:].copy()
-        return found
+        def observe(step: Step) -> None:
+            if step.decisions is not None:
+                margins[step.image][step.block] = margins_of(arch, step.block, step.decisions)
+
+        return Seen(self.runtime.run(images, policy, observe, budget), margins)
 
 
-def _inputs(states: Sequence[tuple[str, Float]], depth: int) -> Iterator[Float]:
-    """What each block was given, from what every engine of an image made, in order."""
-    made_in = [int(engine.split(".")[1]) if "." in engine else depth for engine, _ in states]
-    made_in[0] = -1  # the stem; depth is the head
-    for block in range(depth):
-        yield states[max(at for at, made in enumerate(made_in) if made < block)][1]
+def margins_of(arch: Architecture, block: int, decisions: Float) -> dict[str, Float]:
+    """The logits of a block's decisions [M] less the trained thresholds, by kind; the class token has none."""
+    found, rest = {}, decisions
+    if arch.token_policy:
+        found["tokens"], rest = rest[1 : arch.tokens] - np.float32(TOKEN_LOGIT), rest[arch.tokens :]
+    if arch.adapts_heads(block):
+        found["heads"], rest = rest[: arch.heads].copy(), rest[arch.heads :]
+    if arch.adapts_sublayers(block):
+        found["sublayers"] = rest.copy()
+    return found
 
 
 class Parity:

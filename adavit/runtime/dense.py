@@ -1,26 +1,20 @@
-"""The dense model in one graph: the twin of an adaptive model, or all there is of a model without policies."""
+"""Models without policies: their dense graph runs, whatever the image."""
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.operating_points import Offsets
 from adavit.errors import InputError
-from adavit.runtime.backend import Backend, Engine
-from adavit.runtime.budget import Offsets
-from adavit.runtime.bundle import Bundle
+from adavit.runtime.backend import Backend, Float
 from adavit.runtime.dispatcher import SIDE_BY_SIDE, Observer
 from adavit.runtime.finite import check_logits
-from adavit.runtime.forks import renew_in_fork
-from adavit.runtime.plan import EnginePlan
 from adavit.runtime.policy import Policy
 
-__all__ = ["DenseDispatcher", "DenseGraph", "no_policies"]
-
-Float = npt.NDArray[np.float32]
+__all__ = ["DenseDispatcher", "no_policies"]
 
 
 def no_policies(bundle: Path, purpose: str) -> InputError:
@@ -31,90 +25,33 @@ def no_policies(bundle: Path, purpose: str) -> InputError:
     )
 
 
-class DenseGraph:
-    """The engine `dense` of a bundle. It is loaded when it first runs; any thread may run it.
-
-    Args:
-        bundle: where the engine is.
-        backend: loads and runs it.
-    """
-
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self._backend = backend
-        self._classes = bundle.architecture.classes
-        self._engine: Engine | None = None
-        self.after_fork()
-        renew_in_fork(self)
-
-    def after_fork(self) -> None:
-        """Makes the lock, in a forked child anew."""
-        self._lock = threading.Lock()
-
-    def load(self) -> Engine:
-        """The engine.
-
-        Raises:
-            BundleError: the bundle has none, or its file is not the one that was exported.
-            BackendError: the backend refuses it.
-        """
-        if self._engine is None:
-            with self._lock:
-                if self._engine is None:
-                    self._engine = self._backend.load("dense", alone=True)
-        return self._engine
-
-    def run(self, images: Float) -> Float:
-        """Runs images float32 [B, 3, S, S]; returns logits float32 [B, C], which may be not finite."""
-        engine = self.load()
-        logits = self._backend.buffer((len(images), self._classes))
-        engine.run([images], [logits.rows(len(images))])
-        found: Float = self._backend.fetch(logits)[0]
-        return found
-
-
 class DenseDispatcher:
-    """Runs a model without policies. It has what `Runtime` asks of a `Dispatcher`.
+    """Runs images of a model without policies, as `Dispatcher` does those of others.
 
     Args:
-        bundle: what to run.
-        graph: its dense graph.
-
-    Attributes:
-        plan: an empty one: there is one engine, and so nothing to choose.
-        specialises, own_engines: no engine can be made for what images keep.
+        graphs: the dense graph.
+        backend: runs it.
     """
 
-    plan = EnginePlan([])
-    specialises = False
-    own_engines = 0
-
-    def __init__(self, bundle: Bundle, graph: DenseGraph) -> None:
-        self._arch, self._path = bundle.architecture, bundle.path
-        self._graph = graph
-        graph.load()
+    def __init__(self, graphs: Graphs, backend: Backend) -> None:
+        self._arch, self._path = graphs.architecture, graphs.path
+        self._backend = backend
 
     def run(
         self, images: Float, offsets: Offsets, replay: Policy | None = None, observe: Observer | None = None
     ) -> tuple[Float, Policy]:
-        """Runs images; see `Dispatcher.run`. The policy keeps everything.
-
-        The observer is told of one engine, "dense", with each image's logits [C].
+        """Runs images; see `Dispatcher.run`. The policy keeps everything, and there are no blocks to observe.
 
         Raises:
-            InputError: there are offsets: no decision could follow them.
+            InputError: there are offsets, which no decision could follow, or an observer.
         """
         if any(map(any, offsets.by_block(self._arch.depth))):
             raise no_policies(self._path, "add offsets to")
+        if observe is not None:
+            raise no_policies(self._path, "observe")
         logits = np.empty((len(images), self._arch.classes), np.float32)
         for start in range(0, len(images), SIDE_BY_SIDE):
             some = slice(start, start + SIDE_BY_SIDE)
-            logits[some] = self._graph.run(images[some])
+            logits[some] = self._backend.dense(images[some])
             check_logits(logits[some], "the logits", start)
-        if observe:
-            for position, row in enumerate(logits):
-                observe(position, "dense", row)
         return logits, Policy.dense(self._arch, len(images)) if replay is None else replay
-
-    def specialise_for(self, policy: Policy) -> int:
-        """See `Dispatcher.specialise_for`: nothing to make."""
-        return 0

@@ -1,22 +1,9 @@
-"""Conditional dispatch: for every image and block, decide, then run only the engines that the policy keeps.
+"""Conditional dispatch: for every image and block, decide, then run only what the policy keeps.
 
-Per image x [N, D] and block i:
-
-    blocks.i.decide            x -> norm1(x), decision logits
-    blocks.i.attention         the attention sub-layer on the kept tokens, dropped heads masked
-    blocks.i.attention_gather  the same with the kept heads' weights only, which
-    blocks.i.attention_weights gathers
-    blocks.i.mlp, .mlp_gather, .mlp_weights  likewise the MLP sub-layer
-
-Kept tokens are gathered before a sub-layer and scattered after it. A sub-layer without any kept head is one
-vector for all tokens, which the engine `empty` holds. Where a block's choices have an engine of their own, that does
-all of it, and decides for the next block:
-
-    blocks.i.attention_set, .mlp_set, .both_set  x, norm1(x), kept tokens -> the same of the next block
-    blocks.i.decide_set                          x -> norm1(x), kept tokens, where no block before did that
-
-The stem's does that for the first block, and the last block's makes the logits. Engines of a backend that always
-gathers have no norm1(x) between blocks: they compute it of the kept tokens.
+This file is how a block is run. The graph of the stem, and that of each block, makes the logits of the next block's
+decisions. What exceeds its threshold is kept: tokens, heads and sub-layers. Of a block's graphs, the one for its
+sub-layers runs, on the kept tokens, with the weights of the kept heads. Whether these are handed to it or constants
+in it is the backend's affair. The last block's graph makes the logits of the classes.
 
 A batch's images go through block after block side by side: a block's weights are then still in the cache for the next
 image. Workers take the image that waits longest and run one block of it, so that none of them idles.
@@ -25,75 +12,93 @@ image. Workers take the image that waits longest and run one block of it, so tha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import wait
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache, partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from adavit.runtime.backend import Backend, Buffer, Sizes
-from adavit.runtime.budget import Offsets
-from adavit.runtime.bundle import Bundle
-from adavit.runtime.engines import Engines
+from adavit.architecture import TOKEN_LOGIT, Architecture
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.keys import NONE, BlockKey, Sublayers
+from adavit.bundle.operating_points import Offsets
+from adavit.runtime.backend import Backend, Options, Slot
 from adavit.runtime.finite import check_image, not_finite
 from adavit.runtime.forks import renew_in_fork
-from adavit.runtime.heads import HeadWeights
-from adavit.runtime.plan import EnginePlan, HeadSet, sizes_of, sublayers_run
 from adavit.runtime.policy import Policy
-from adavit.runtime.specialise import DECIDING, STEM, Specialised
-from adavit.runtime.state import Scratch, State, Thresholds
 from adavit.runtime.worker import worker_pool
 
-__all__ = ["DECISIONS", "Dispatcher", "Observer", "of_engines"]
+__all__ = ["Dispatcher", "Observer", "Step", "thresholds"]
 
 Float = npt.NDArray[np.float32]
-Index = npt.NDArray[np.intp]
 T = TypeVar("T")
-Observer = Callable[[int, str, npt.NDArray[Any]], None]
-"""Told, after every engine: the image's position, the engine's name, and what it made of the tokens [N, D]; before
-every block: the position, "decisions." and the block's number, and which tokens, heads and sub-layers it would keep,
-bool [N + H + 2]."""
-DECISIONS = "decisions."
 
-KEPT_WEIGHTS = 128 << 20
-"""Bytes of gathered weights that a runtime keeps."""
 SIDE_BY_SIDE = 16
 """Images that go through the blocks together: more tokens than these hold would push the weights from the cache."""
+MOST_KEYS = 65536
+"""Keys that are kept, by what a block decided."""
+
+
+class Step(NamedTuple):
+    """What an observer is shown of an image, before each block, and behind the last.
+
+    Attributes:
+        image: its position in the batch.
+        block: the block that comes next; the model's depth behind the last.
+        tokens: what the block is given, or the last one made, float32 [N, D]; valid until the observer returns.
+        decisions: the logits of the block's decisions [M]: its tokens [N], heads [H] and sub-layers [2], as far as it
+            has policies for them; None behind the last block.
+        kept: which of them exceed this run's thresholds, bool [M].
+    """
+
+    image: int
+    block: int
+    tokens: Float
+    decisions: Float | None
+    kept: npt.NDArray[np.bool_] | None
+
+
+Observer = Callable[[Step], None]
+
+
+@lru_cache(64)
+def thresholds(offsets: Offsets, arch: Architecture) -> list[Float]:
+    """For each block, what the logits of its decisions have to exceed; the class token always does."""
+    found = []
+    for block, (tokens, heads, sublayers) in enumerate(zip(*offsets.by_block(arch.depth), strict=True)):
+        parts = [[-np.inf], [TOKEN_LOGIT - tokens] * (arch.tokens - 1)] if arch.token_policy else []
+        parts += [[-heads] * arch.heads] * arch.adapts_heads(block)
+        parts += [[-sublayers] * 2] * arch.adapts_sublayers(block)
+        found.append(np.array([value for part in parts for value in part], np.float32))
+    return found
 
 
 class Dispatcher:
-    """Runs images through a bundle's engines.
+    """Runs images through a bundle's graphs.
 
     Args:
-        bundle: what to run.
-        backend: loads and runs engines.
-        workers: images of a batch that run at once.
-        plan: which engines gather weights; may be replaced at any time.
+        graphs: what to run.
+        backend: runs them.
+        options: threads, and how images share them.
 
     Attributes:
-        arch: the model's shapes; backend, engines, head_weights, specialised: what runs it.
-        sizes: those that blocks have engines for, by how often an image has them.
+        arch: the model's shapes.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, workers: int, plan: EnginePlan) -> None:
-        self.arch = bundle.architecture
-        self.engines = Engines(bundle, backend)
-        self.head_weights = HeadWeights(bundle, backend, self.engines.weights, KEPT_WEIGHTS)
-        self.specialised = Specialised(bundle, backend)
-        self.sizes: Mapping[Sizes, float] = {}
+    def __init__(self, graphs: Graphs, backend: Backend, options: Options) -> None:
+        self.arch = graphs.architecture
         self.backend = backend
-        self.plan = plan
-        self._workers = workers
-        self._scratch: list[Scratch] = []
-        self._states: list[State] = []
+        self._options = options
+        self._slots: dict[int, list[Slot]] = {1: [], options.threads: []}
+        self._keys: dict[tuple[int, bytes], BlockKey] = {}
         self.after_fork()
         renew_in_fork(self)
 
     def after_fork(self) -> None:
-        """Makes the threads, in a forked child anew."""
-        self._pool = worker_pool(self._workers) if self._workers > 1 else None
+        """Forgets the threads, which a forked child does not have."""
+        self._pool: ThreadPoolExecutor | None = None
 
     def run(
         self, images: Float, offsets: Offsets, replay: Policy | None = None, observe: Observer | None = None
@@ -102,9 +107,9 @@ class Dispatcher:
 
         Args:
             images: normalised pixels.
-            offsets: of the decision logits.
+            offsets: of the decision logits, of all images.
             replay: a policy to follow instead of deciding.
-            observe: sees what every engine computes.
+            observe: is shown every image before each block.
 
         Returns:
             Logits [B, C], and the policy.
@@ -112,89 +117,55 @@ class Dispatcher:
         batch = len(images)
         logits = np.empty((batch, self.arch.classes), np.float32)
         used = Policy.empty(self.arch, batch) if replay is None else replay
-        thresholds = Thresholds.of(offsets, self.arch)
-        run = partial(ImageRun, self, images, used, replay is not None, thresholds, logits, observe)
-        together = max(SIDE_BY_SIDE, self._workers)
+        limits = thresholds(offsets, self.arch)
+        workers, threads = self._options.workers(batch), self._options.threads_of(batch)
+        run = partial(ImageRun, self, images, used, replay is not None, limits, logits, observe, threads)
+        together = max(SIDE_BY_SIDE, workers)
         for start in range(0, batch, together):
-            positions = range(start, min(start + together, batch))
-            waiting = deque(map(run, positions))
-            if self._pool is None or len(waiting) == 1:
+            waiting = deque(map(run, range(start, min(start + together, batch))))
+            if workers == 1 or len(waiting) == 1:
                 self._work(waiting)
-            else:
-                workers = [self._pool.submit(self._work, waiting) for _ in range(min(self._workers, len(waiting)))]
-                wait(workers)
-                for worker in workers:
-                    worker.result()
+                continue
+            if self._pool is None:
+                self._pool = worker_pool(self._options.threads)
+            working = [self._pool.submit(self._work, waiting) for _ in range(min(workers, len(waiting)))]
+            wait(working)
+            for worker in working:
+                worker.result()
         return logits, used
 
     def _work(self, waiting: deque[ImageRun]) -> None:
         """Runs a block of the image that waits longest, until none waits; after a failure, none does."""
-        scratch = taken(self._scratch.pop) or Scratch(self.arch, self.backend)
         run = taken(waiting.popleft)
         try:
             while run is not None:
-                if run.step(scratch, alone=not waiting):
+                if run.step(alone=not waiting):
                     waiting.append(run)
                 run = taken(waiting.popleft)
         finally:
             while run is not None:
                 run.abandon()
                 run = taken(waiting.popleft)
-            self._scratch.append(scratch)
 
-    def specialise(self, sets: tuple[HeadSet, ...], sizes: Mapping[Sizes, float] | None = None) -> None:
-        """Makes engines for sets of heads and frequent sizes in the place of those there are.
-
-        Nothing idle holds the ones before any longer.
-
-        Args:
-            sets: of heads.
-            sizes: what blocks run with, by how often an image has them; by default none. See `Backend.prepare`.
-
-        Raises:
-            BackendError, BundleError: as `Specialised.make`.
-        """
-        self.specialised.make(sets)
-        self.sizes = self.backend.prepare(sizes or {})
-        idle, self._states = self._states, []
-        while state := taken(idle.pop):
-            self.give_state(state)
-
-    @property
-    def specialises(self) -> bool:
-        """Whether `specialise_for` can make engines."""
-        return self.specialised.able
-
-    def specialise_for(self, policy: Policy) -> int:
-        """Makes engines for what some images kept most often; returns how many there are, 0 where it cannot."""
-        if not self.specialises:
-            return 0
-        self.specialise(self.specialised.choose(policy), sizes_of(policy))
-        return self.own_engines
-
-    @property
-    def own_engines(self) -> int:
-        """How many engines there are for sets of heads and frequent sizes."""
-        return len(self.specialised.sets) + len(self.sizes)
-
-    def take_state(self) -> State:
+    def take_slot(self, threads: int) -> Slot:
         """What holds an image on its way, to be given back."""
-        return taken(self._states.pop) or State(self.arch, self.backend)
+        return taken(self._slots[threads].pop) or self.backend.slot(threads)
 
-    def give_state(self, state: State) -> None:
-        """Takes it back, for other images; it holds no engines that were replaced."""
-        state.keep(self.specialised.engines)
-        self._states.append(state)
+    def give_slot(self, threads: int, slot: Slot) -> None:
+        """Takes it back, for other images."""
+        self._slots[threads].append(slot)
 
-
-def of_engines(observe: Observer) -> Observer:
-    """An observer that is told of engines alone."""
-
-    def observe_engine(position: int, name: str, x: npt.NDArray[Any]) -> None:
-        if not name.startswith(DECISIONS):
-            observe(position, name, x)
-
-    return observe_engine
+    def key_of(self, block: int, heads: npt.NDArray[np.bool_], sublayers: npt.NDArray[np.bool_]) -> BlockKey:
+        """What a block runs that keeps these heads [H] and sub-layers [2]."""
+        name = block, heads.tobytes() + sublayers.tobytes()
+        found = self._keys.get(name)
+        if found is None:
+            runs = Sublayers(*sublayers.tolist())
+            kept = tuple(heads.nonzero()[0].tolist()) if runs != NONE else ()
+            if len(self._keys) >= MOST_KEYS:
+                self._keys.clear()
+            found = self._keys[name] = BlockKey(block, runs, kept)
+        return found
 
 
 def taken(pop: Callable[[], T]) -> T | None:
@@ -213,9 +184,10 @@ class ImageRun:
         images: the batch, [B, 3, S, S].
         policy: the batch's, to be filled or followed.
         follows: whether to follow it.
-        thresholds: of its decisions.
+        limits: the thresholds of each block's decisions.
         logits: the batch's, to be filled, [B, C].
-        observe: sees what every engine computes.
+        observe: is shown the image before each block.
+        threads: that run it.
         position: its own in the batch.
     """
 
@@ -225,175 +197,76 @@ class ImageRun:
         images: Float,
         policy: Policy,
         follows: bool,
-        thresholds: Thresholds,
+        limits: list[Float],
         logits: Float,
         observe: Observer | None,
+        threads: int,
         position: int,
     ) -> None:
-        self._dispatcher, self._backend, self._arch = dispatcher, dispatcher.backend, dispatcher.arch
-        self._images, self._position = images, position
-        self._policy, self._follows, self._thresholds = policy, follows, thresholds
-        self._plan = dispatcher.plan  # to the end, whatever comes in its place
-        self._logits = logits
-        self._observe = observe
-        self._state: State | None = None
+        self._dispatcher, self._arch = dispatcher, dispatcher.arch
+        self._images, self._position, self._threads = images, position, threads
+        self._follows, self._limits, self._logits, self._observe = follows, limits, logits, observe
+        self._tokens, self._heads, self._sublayers = (mask[position] for mask in policy.masks())
+        self._slot: Slot | None = None
         self._block = 0
-        self._decided = False  # whether what comes behind is known: the block's decisions, or the logits
 
-    def step(self, scratch: Scratch, alone: bool) -> bool:
+    def step(self, alone: bool) -> bool:
         """Runs the stem, or then the next block; where no other image waits, everything to the end.
 
         Returns whether there is more to do.
         """
-        state, depth = self._state, self._arch.depth
-        if state is None:
-            state = self._start()
+        if self._slot is None:
+            self._slot = self._dispatcher.take_slot(self._threads)
+            self._slot.stem(self._images[self._position : self._position + 1])
             if not alone:
                 return True
-        while self._block < depth:
-            index, self._block = self._block, self._block + 1
-            if not self._decided:
-                self._decide(index, state, scratch)
-            if self._observe:
-                self._observe(self._position, f"{DECISIONS}{index}", state.decisions(index))
-            if self._follows:
-                state.follow(self._policy, self._position, index)
-            self._decided = self._run(index, state, scratch)
-            if not alone and self._block < depth:
+        while self._block < self._arch.depth:
+            self._decide(self._block, self._slot)
+            self._run(self._block, self._slot)
+            self._block += 1
+            if not alone and self._block < self._arch.depth:
                 return True
-        self._finish(state)
+        self._finish(self._slot)
         return False
 
     def abandon(self) -> None:
         """Gives back what it holds, where it is not done."""
-        if self._state is not None:
-            self._dispatcher.give_state(self._state)
+        if self._slot is not None:
+            self._dispatcher.give_slot(self._threads, self._slot)
+            self._slot = None
 
-    def _start(self) -> State:
-        """Runs the stem, with the first block's decisions where one engine does both."""
-        state = self._state = self._dispatcher.take_state()
-        state.start(self._thresholds, self._dispatcher.specialised.engines)
-        image = self._images[self._position : self._position + 1]
-        if run := state.run_of(STEM, DECIDING):
-            run(image)
-            self._decided = True
-        else:
-            self._dispatcher.engines.stem.run([image], [state.image.rows(1)])
-        self._show("stem_set" if self._decided else "stem", state)
-        return state
-
-    def _finish(self, state: State) -> None:
-        """Runs the head on the class token, where the last block's engine has not, and gives the state back."""
-        if not self._decided:
-            self._dispatcher.engines.head.run([state.x.rows(1)], [state.logits.rows(1)])
-        left = (state.logits, state.x) if self._backend.on_host else (state.logits,)
-        logits, *tokens = self._backend.fetch(*left)
-        self._logits[self._position] = logits[0]
-        if self._observe:
-            self._observe(self._position, "head", self._logits[self._position])
-        check_image(self._position, logits, *tokens)
-        if not self._follows:
-            state.write(self._policy, self._position)
-        self._dispatcher.give_state(state)
-
-    def _show(self, engine: str, state: State) -> None:
-        if self._observe:
-            self._observe(self._position, engine, self._backend.fetch(state.x)[0])
-
-    def _decide(self, index: int, state: State, scratch: Scratch) -> None:
-        """Computes norm1(x), where the block's engines need it, and this block's row of the policy."""
-        if run := state.run_of(index, DECIDING):
-            run()
+    def _decide(self, block: int, slot: Slot) -> None:
+        """Makes a block's row of the policy: what is strictly above its threshold is kept."""
+        limits = self._limits[block]
+        if self._follows and self._observe is None:
             return
-        rows = self._arch.tokens
-        outputs = [state.normed.rows(rows), *scratch.logits[index]]
-        self._dispatcher.engines.blocks[index].decide.run([state.x.rows(rows)], outputs)
-        if scratch.decided[index] and (self._observe or not self._follows):
-            logits = self._backend.fetch(*scratch.decided[index])
-            if not all(np.isfinite(part).all() for part in logits):
-                raise not_finite(f"the decisions of block {index} on image {self._position} are")
-            state.decide(index, logits)
+        logits = slot.decisions()[: len(limits)] if len(limits) else limits
+        kept = np.greater(logits, limits)
+        if not np.isfinite(logits).all():
+            raise not_finite(f"the decisions of block {block} on image {self._position} are")
+        if self._observe is not None:
+            self._observe(Step(self._position, block, slot.tokens(), logits, kept))
+        if self._follows:
+            return
+        arch, tokens = self._arch, self._tokens[block]
+        tokens[:] = kept[: arch.tokens] if arch.token_policy else True
+        tokens[0] = True
+        heads, sublayers = arch.adapts_heads(block), arch.adapts_sublayers(block)
+        first = len(limits) - 2 * sublayers
+        self._heads[block] = kept[first - arch.heads : first] if heads else True
+        self._sublayers[block] = kept[first:] if sublayers else True
 
-    def _run(self, index: int, state: State, scratch: Scratch) -> bool:
-        """Runs what the policy keeps of a block; returns whether what comes behind is known by it."""
-        choices = state.choices[index]
-        key = choices.tobytes()
-        run = state.run_of(index, key) or self._run_of_any(index, state, key)
-        if run is None:
-            if choices[-2:].any():
-                self._run_sublayers(index, state, scratch)
-            return False
-        run()
-        if self._observe:
-            attention, mlp = choices[-2:].tolist()
-            self._show(f"blocks.{index}.{sublayers_run(attention, mlp)}_set", state)
-        return True
+    def _run(self, block: int, slot: Slot) -> None:
+        """Runs what the policy keeps of a block."""
+        key = self._dispatcher.key_of(block, self._heads[block], self._sublayers[block])
+        slot.block(key, self._tokens[block].nonzero()[0])
 
-    def _run_of_any(self, index: int, state: State, choices: bytes) -> Callable[[], None] | None:
-        """What runs a block in one engine that is given its heads' weights; None where there is no such engine."""
-        if (run := state.run_of(index, choices[-2:])) is None:
-            return None
-        weights = self._dispatcher.head_weights.of(index, choices)
-        return None if weights is None else partial(run, *weights)
-
-    def _run_sublayers(self, index: int, state: State, scratch: Scratch) -> None:
-        """Runs the kept sub-layers one by one on the kept tokens of the state, whose rows they change."""
-        attention, mlp = state.choices[index][-2:].tolist()
-        backend = self._backend
-        kept, heads = state.tokens[index].nonzero()[0], state.choices[index][:-2].nonzero()[0]
-        count, all_kept = len(kept), len(kept) == self._arch.tokens
-        rows, normed = state.x, state.normed
-        if not all_kept:
-            rows = scratch.rows
-            backend.gather(state.x, kept, rows)
-            if attention and len(heads):
-                normed = scratch.normed_rows
-                backend.gather(state.normed, kept, normed)
-        if attention:
-            engine = self._attention(index, rows, normed, heads, count, scratch.first)
-            rows = scratch.first
-            if self._observe:
-                behind = backend.fetch(state.x)[0].copy()
-                behind[kept] = backend.fetch(rows)[0][:count]
-                self._observe(self._position, f"blocks.{index}.{engine}", behind)
-        if mlp:
-            into = state.x if all_kept and attention else scratch.second  # no engine fills what it reads
-            engine = self._mlp(index, rows, heads, count, into)
-            rows = into
-        if rows is not state.x:
-            backend.scatter(rows, kept, state.x)
-        if mlp:
-            self._show(f"blocks.{index}.{engine}", state)
-
-    def _attention(self, index: int, x: Buffer, normed: Buffer, heads: Index, count: int, out: Buffer) -> str:
-        """Runs attention on the first rows of x; returns the name of the engine."""
-        if not len(heads):
-            self._backend.add(x, count, self._dispatcher.engines.empty[0], index, out)
-            return "attention"
-        block = self._dispatcher.engines.blocks[index]
-        inputs, outputs = [x.rows(count), normed.rows(count)], [out.rows(count)]
-        if block.attention_gather is not None:
-            if self._plan.gathers[count][len(heads)][0]:
-                weights = self._dispatcher.head_weights.attention(index, heads)
-                block.attention_gather.run([*inputs, *weights], outputs)
-                return "attention_gather"
-            inputs.append(self._dispatcher.head_weights.named(heads)[1])
-        block.attention.run(inputs, outputs)
-        return "attention"
-
-    def _mlp(self, index: int, x: Buffer, heads: Index, count: int, out: Buffer) -> str:
-        """Runs the MLP on the first rows of x; returns the name of the engine."""
-        if not len(heads):
-            self._backend.add(x, count, self._dispatcher.engines.empty[1], index, out)
-            return "mlp"
-        block = self._dispatcher.engines.blocks[index]
-        inputs, outputs = [x.rows(count)], [out.rows(count)]
-        if block.mlp_gather is not None:
-            named = self._dispatcher.head_weights.named(heads)
-            if self._plan.gathers[count][len(heads)][1]:
-                weights = self._dispatcher.head_weights.mlp(index, heads)
-                block.mlp_gather.run([*inputs, named[0], *weights], outputs)
-                return "mlp_gather"
-            inputs.append(named[1])
-        block.mlp.run(inputs, outputs)
-        return "mlp"
+    def _finish(self, slot: Slot) -> None:
+        """Takes the logits, and gives the slot back."""
+        logits = slot.logits()
+        self._logits[self._position] = logits
+        if self._observe is not None:
+            self._observe(Step(self._position, self._arch.depth, slot.tokens(), None, None))
+        check_image(self._position, logits, slot.tokens() if self._dispatcher.backend.on_host else None)
+        self._dispatcher.give_slot(self._threads, slot)
+        self._slot = None

@@ -15,7 +15,7 @@ from typing import Any
 
 from adavit.errors import BackendError, BundleError, shown
 from adavit.files import sha256
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 from adavit.runtime.trust import built_here
 
 __all__ = [

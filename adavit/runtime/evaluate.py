@@ -15,9 +15,9 @@ import numpy.typing as npt
 from adavit.drawing import Sample
 from adavit.errors import InputError, OptionError
 from adavit.runtime.benchmark import Images, Plan, Progress, measure, summarise
-from adavit.runtime.budget import present
+from adavit.bundle.operating_points import present
 from adavit.runtime.cpus import usable_cpus
-from adavit.runtime.demo import demo_bundle, names_demo
+from adavit.bundle.demo import demo_bundle, names_demo
 from adavit.runtime.image_files import ImageFile, find_calibration_images, find_images, labels_by
 from adavit.runtime.latency import budget_for_latency
 from adavit.runtime.policy import Policy

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from adavit.errors import InputError, shown
-from adavit.runtime.images import ImageLike
+from adavit.bundle.preprocessing import ImageLike
 
 __all__ = ["pictures_of", "whole"]
 

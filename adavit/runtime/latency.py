@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from adavit.errors import InputError
 from adavit.runtime.benchmark import Images, batches
-from adavit.runtime.budget import Budgets, OperatingPoint
+from adavit.bundle.operating_points import Budgets, OperatingPoint
 from adavit.runtime.session import Runtime
 from adavit.runtime.timing import time_run
 

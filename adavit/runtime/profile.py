@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.runtime.backend import Backend, Buffer, Constants, Engine, FixedEngine, Sizes
-from adavit.runtime.bundle import Bundle, EngineSpec
+from adavit.bundle.bundle import Bundle, EngineSpec
 
 __all__ = ["Event", "Profiler"]
 

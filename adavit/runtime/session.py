@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,28 +16,34 @@ import numpy.typing as npt
 from PIL import Image
 
 from adavit.architecture import Architecture
-from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
-from adavit.macs import image_macs
+from adavit.errors import BackendError, BundleError, InputError, OptionError, one_line, shown
+from adavit.macs import dense_macs, image_macs
 from adavit.reading import path_of
-from adavit.runtime.backend import Backend, Options, create_backend
-from adavit.runtime.budget import TRAINED, Budgets, Offsets, resolve
-from adavit.runtime.bundle import Bundle
+from adavit.runtime.backend import Backend, Options, Usage, Use, create_backend
+from adavit.runtime.cache import facts, kept_at, recall, remember
+from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.graphs import Graphs
 from adavit.runtime.choose import Choice, choose
 from adavit.runtime.cpus import usable_cpus
-from adavit.runtime.demo import find_bundle
-from adavit.runtime.dense import DenseDispatcher, DenseGraph, no_policies
+from adavit.bundle.demo import find_bundle
+from adavit.runtime.dense import DenseDispatcher, no_policies
 from adavit.runtime.dispatcher import SIDE_BY_SIDE, Dispatcher, Observer
 from adavit.runtime.finite import check_logits
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.given import pictures_of, whole
-from adavit.runtime.images import ImageLike, Preprocessor
-from adavit.runtime.kept_plan import recalled_plan
+from adavit.bundle.preprocessing import ImageLike, Preprocessor
 from adavit.runtime.policy import Policy
 from adavit.runtime.replaced import again_if_replaced
+from adavit.runtime.specialise import Specialiser, usage_from, usage_of, usage_to
 
 __all__ = ["Prediction", "Result", "Runtime", "load"]
 
+log = logging.getLogger(__name__)
+
 Float = npt.NDArray[np.float32]
+USAGE = "usage"
+"""Of what is remembered: what images used."""
 TRIED_IMAGES = 4
 MOST_THREADS = 1024
 LARGEST = 1e15
@@ -105,10 +112,13 @@ def load(
     backend: str = "onnxruntime",
     threads: int | None = None,
     provider: str | None = None,
-    parallel: str = "operators",
+    parallel: str = "auto",
     budget: float | None = None,
     cuda_graphs: bool = False,
     trust_engines: bool = False,
+    precision: str | None = None,
+    specialise: bool = True,
+    shared_pool: bool = False,
 ) -> Runtime:
     """Loads a bundle that `adavit-export` made.
 
@@ -116,16 +126,21 @@ def load(
         bundle: the folder, or "demo" for the model that comes with this package.
         backend: what runs the engines; `adavit.runtime.backend.names()` lists them. "auto" takes the fastest that
             is installed, measured on this machine in some seconds once, and kept in the user's cache folder.
-        threads: CPU threads, by default one for each CPU that this process's affinity and cgroup quota allow. With
-            "operators", ONNX Runtime has one pool for the whole process: the first runtime decides its size.
+        threads: CPU threads, by default one for each CPU that this process's affinity and cgroup quota allow.
         provider: ONNX Runtime's execution provider, by default the CPU's; for OpenVINO the precision, "fp32" or "bf16".
-        parallel: "operators" shares the threads inside every engine, for the lowest latency of one image;
-            "samples" gives each thread an image, for the highest throughput of batches.
+        parallel: how images share the threads. "operators" shares them inside every operator, for the lowest latency of
+            one image; "samples" gives each thread an image, for the highest throughput of batches; "auto" takes the
+            first for single images and the other for batches.
         budget: share of the dense MACs that requests without one of their own get; by default what the trained
             policy takes.
         cuda_graphs: for TensorRT, make CUDA graphs of what runs again with the same shapes.
         trust_engines: run TensorRT engines that this user did not build on this machine. They are native code, which
             can do whatever this process can: say so only where you trust who built them.
+        precision: one that the bundle has, by default its first.
+        specialise: prepare in the background for what images use most, and remember it in the user's cache folder.
+            Results are the same to rounding. False keeps them bit-identical from call to call.
+        shared_pool: let ONNX Runtime have one thread pool for the whole process, which the first runtime decides the
+            size of. It saves up to 5 %; from then on, nobody in the process can make a session with a pool of its own.
 
     Raises:
         BundleError: the bundle is missing, damaged or of another version.
@@ -138,64 +153,79 @@ def load(
         >>> runtime = adavit.load("demo")
         >>> runtime.predict(["sneaker.jpg"], top=1)  # doctest: +SKIP
     """
-    options = _options(threads, provider, parallel, cuda_graphs, trust_engines)
+    options = _options(threads, provider, parallel, cuda_graphs, trust_engines, shared_pool)
+    if not isinstance(specialise, bool):
+        raise OptionError(f"specialise is {shown(specialise)}: expected True or False")
     path = find_bundle(path_of(bundle, "bundle"))
-    return again_if_replaced(path, lambda: _load(path, backend, options, budget))
+    return again_if_replaced(path, lambda: _load(path, backend, options, budget, precision, specialise))
 
 
-def _load(bundle: Path, backend: str, options: Options, budget: float | None) -> Runtime:
+def _load(
+    bundle: Path, backend: str, options: Options, budget: float | None, precision: str | None, specialise: bool
+) -> Runtime:
     """See `load`."""
     opened = Bundle.open(bundle)
     offsets = resolve(budget, opened)
+    graphs = Graphs(opened, precision)
     choice = None
     if isinstance(backend, str) and backend == "auto":
         if options.provider is not None:
             raise OptionError(
                 f"provider is {shown(options.provider)}: it belongs to one backend; name that instead of 'auto'"
             )
-        choice = choose(opened, options, lambda name: _trial(opened, name, options))
+        choice = choose(opened, options, lambda name: _trial(opened, graphs, name, options))
         backend = choice.backend
-    return Runtime(opened, create_backend(backend, opened, options), options, offsets, choice)
+    made = create_backend(backend, graphs, options)
+    return Runtime(opened, graphs, made, options, offsets, choice, specialise)
 
 
 def _options(
-    threads: object, provider: object, parallel: object, cuda_graphs: object, trust_engines: object
+    threads: object,
+    provider: object,
+    parallel: object,
+    cuda_graphs: object,
+    trust_engines: object,
+    shared_pool: object,
 ) -> Options:
     """How a backend is to run, of what a caller gave."""
     if threads is None:
         threads = min(usable_cpus(), MOST_THREADS)
     if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
         raise OptionError(f"threads is {shown(threads)}: expected a whole number from 1 to {MOST_THREADS}")
-    if not isinstance(parallel, str) or parallel not in ("operators", "samples"):
-        raise OptionError(f"parallel is {shown(parallel)}: choose 'operators' or 'samples'")
+    if not isinstance(parallel, str) or parallel not in ("auto", "operators", "samples"):
+        raise OptionError(f"parallel is {shown(parallel)}: choose 'auto', 'operators' or 'samples'")
     if provider is not None and not isinstance(provider, str):
         raise OptionError(f"provider is {shown(provider)}: expected a name, or None for the backend's own choice")
-    for name, value in (("cuda_graphs", cuda_graphs), ("trust_engines", trust_engines)):
+    flags = {"cuda_graphs": cuda_graphs, "trust_engines": trust_engines, "shared_pool": shared_pool}
+    for name, value in flags.items():
         if not isinstance(value, bool):
             raise OptionError(f"{name} is {shown(value)}: expected True or False")
-    return Options(threads, provider, parallel, bool(cuda_graphs), bool(trust_engines))
+    return Options(threads, provider, parallel, bool(cuda_graphs), bool(trust_engines), bool(shared_pool))
 
 
-def _trial(bundle: Bundle, backend: str, options: Options) -> tuple[Callable[[], object], int]:
+def _trial(bundle: Bundle, graphs: Graphs, backend: str, options: Options) -> tuple[Callable[[], object], int]:
     """A run to compare backends by: a few random images, one by one or, where samples run in parallel, at once.
 
     Returns it with its number of images.
     """
-    runtime = Runtime(bundle, create_backend(backend, bundle, options), options)
-    side, count = bundle.architecture.image_size, max(TRIED_IMAGES, options.workers)
+    runtime = Runtime(bundle, graphs, create_backend(backend, graphs, options), options, specialise=False)
+    side, count = bundle.architecture.image_size, TRIED_IMAGES
+    if options.parallel == "samples":
+        count = max(TRIED_IMAGES, options.threads)
     images = np.random.default_rng(0).standard_normal((count, 3, side, side), dtype=np.float32)
     batches = np.array_split(images, 1 if options.parallel == "samples" else count)
     return lambda: [runtime.run(batch) for batch in batches], count
 
 
 def _reloaded(
-    path: str, fingerprint: str, backend: str, options: Options, offsets: Offsets, choice: Choice | None
+    path: str, fingerprint: str, precision: str, backend: str, options: Options, *how: Any
 ) -> Runtime:
     """The runtime that was pickled; raises BundleError where another bundle is at its path now."""
     bundle = Bundle.open(path)
     if bundle.fingerprint != fingerprint:
         raise BundleError(f"{path}: another bundle than the one that was loaded; load it by adavit.load")
-    return Runtime(bundle, create_backend(backend, bundle, options), options, offsets, choice)
+    graphs = Graphs(bundle, precision)
+    return Runtime(bundle, graphs, create_backend(backend, graphs, options), options, *how)
 
 
 def _policy(value: object) -> Policy:
@@ -217,27 +247,33 @@ class Runtime:
         options: what `load` was given: threads, provider, parallel and the like.
         offsets: added to the decision logits of requests without a budget; may be replaced at any time.
         choice: why this backend, where it was chosen by "auto".
-        dispatcher: runs the engines by a plan, which `adavit-run --tune` measures; a model without policies has a
-            `DenseDispatcher`, which runs its dense graph.
+        graphs: what runs, in one precision.
+        dispatcher: runs the graphs; a model without policies has a `DenseDispatcher`, which runs its dense graph.
     """
 
     def __init__(
         self,
         bundle: Bundle,
+        graphs: Graphs,
         backend: Backend,
         options: Options,
         offsets: Offsets = TRAINED,
         choice: Choice | None = None,
+        specialise: bool = True,
     ) -> None:
         self.bundle = bundle
+        self.graphs = graphs
         self.backend = backend
         self.options = options
         self.offsets = offsets
         self.choice = choice
-        self._dense = DenseGraph(bundle, backend)
         self.dispatcher: Dispatcher | DenseDispatcher = (
-            self._adaptive() if bundle.architecture.adapts else DenseDispatcher(bundle, self._dense)
+            Dispatcher(graphs, backend, options) if bundle.architecture.adapts else DenseDispatcher(graphs, backend)
         )
+        self._in_background = specialise
+        self._known = facts(bundle, options) | {"backend": backend.name, "precision": graphs.precision}
+        self._specialiser = Specialiser(backend, specialise and bundle.architecture.adapts, self._remember)
+        self._specialiser.start(self._recalled() if specialise and bundle.architecture.adapts else {})
         self._forked = False
         renew_in_fork(self)
 
@@ -245,18 +281,22 @@ class Runtime:
         """Notes that this is a forked child; its own threads and engines run on what was loaded before."""
         self._forked = True
 
-    def _adaptive(self) -> Dispatcher:
-        """The dispatcher of a model with policies, with the plan that was tuned on this machine."""
-        plan = recalled_plan(self.bundle, self.options, self.backend)
-        dispatcher = Dispatcher(self.bundle, self.backend, self.options.workers, plan)
-        if plan.sets or plan.sizes:
-            dispatcher.specialise(plan.sets, plan.sizes)
-        return dispatcher
+    def _remember(self, usage: Usage) -> None:
+        remember(USAGE, self._known, {"usage": usage_to(usage)})
+
+    def _recalled(self) -> Usage:
+        """What images used on this machine before."""
+        found = recall(USAGE, self._known)
+        try:
+            return {} if found is None else usage_from(found.get("usage"), self.architecture)
+        except ValueError as error:
+            log.warning("%s is of no use (%s)", kept_at(USAGE, self._known), one_line(error))
+            return {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process, the bundle is loaded again, and run as here."""
-        how = self.backend.name, self.options, self.offsets, self.choice
-        return _reloaded, (str(self.bundle.path), self.bundle.fingerprint, *how)
+        what = str(self.bundle.path), self.bundle.fingerprint, self.graphs.precision
+        return _reloaded, (*what, self.backend.name, self.options, self.offsets, self.choice, self._in_background)
 
     @property
     def architecture(self) -> Architecture:
@@ -304,29 +344,33 @@ class Runtime:
             if budget is not None:
                 raise InputError("a recorded policy leaves nothing to a budget; give one of them")
         offsets = resolve(self.offsets if budget is None else budget, self.bundle)
-        ran = self.dispatcher.run(images, offsets, policy, observe)
-        return Result(*ran, self.architecture, self.bundle.preprocessor)
+        logits, used = self.dispatcher.run(images, offsets, policy, observe)
+        self._specialiser.note(used, self.options.threads_of(len(images)))
+        return Result(logits, used, self.architecture, self.bundle.preprocessor)
 
     def specialise(self, policy: Policy) -> int:
-        """Makes engines of whole blocks for what some images used most, so that later images run faster.
+        """Prepares for what some images used most, at once, so that later images run faster.
 
-        Results are the same to rounding. Engines of an earlier call, or of a tuned plan, are replaced. ONNX Runtime
-        gets one for each frequent set of heads: some milliseconds each, at most 192 MiB. OpenVINO gets one for each
-        frequent number of tokens and heads: 50 ms each, about 240 MB at most.
+        Results are the same to rounding. What was prepared before is replaced. Without `load(..., specialise=False)`
+        it is replaced again once images tell otherwise.
 
         Args:
             policy: of images like those to come, at the budget to come: some dozens or hundreds of them.
 
         Returns:
-            How many engines there are: 0 where the bundle is not in fp32, the backend not on a CPU, or the model
-            without policies.
+            How much is prepared: 0 where that is no faster.
 
         Raises:
             InputError: the policy is not of this model, or of no image.
-            BundleError: the bundle was exported before there were such engines.
         """
         _policy(policy).check(self.architecture, len(policy))
-        return self.dispatcher.specialise_for(policy)
+        if not self.architecture.adapts:
+            return 0
+        threads = {self.options.threads_of(1), self.options.threads_of(len(policy))}
+        usage: dict[Use, float] = {}
+        for number in threads:
+            usage |= usage_of(policy, number)
+        return self._specialiser.specialise(usage)
 
     def adaptive_dispatcher(self, purpose: str) -> Dispatcher:
         """The dispatcher, for work that needs policies.
@@ -340,6 +384,11 @@ class Runtime:
         if isinstance(self.dispatcher, Dispatcher):
             return self.dispatcher
         raise no_policies(self.bundle.path, purpose)
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-accumulates of an image with every policy on, stem and head included."""
+        return dense_macs(self.architecture)
 
     def run_dense(self, images: Float) -> Float:
         """Runs the dense twin: the same weights with every policy on, as one graph.
@@ -355,8 +404,7 @@ class Runtime:
             InputError: images of another shape or type, or with values that are not finite or beyond 1e15.
             BackendError: the twin failed, or made logits that are not finite.
         """
-        self._dense.load()
-        logits = self._dense.run(self._checked(images))
+        logits = self.backend.dense(self._checked(images))
         check_logits(logits, "the dense twin's logits")
         return logits
 
@@ -393,7 +441,7 @@ class Runtime:
         pictures = pictures_of(images)
         top = whole("top", top, 1)
         offsets = resolve(self.offsets if budget is None else budget, self.bundle)
-        at_once = TURNS * max(SIDE_BY_SIDE, self.options.workers)
+        at_once = TURNS * max(SIDE_BY_SIDE, self.options.threads)
         predictions: list[Prediction] = []
         while some := list(islice(pictures, at_once)):
             predictions += self._predict(some, top, offsets)

@@ -1,151 +1,197 @@
-"""Blocks in one engine each, for the sets of heads that come most often, with the weights of these heads as constants.
+"""Engines for what images use most, made in the background while images run, and remembered for the next start.
 
-A backend prepares constants once; weights that are gathered for an image it rearranges on every call, and to mask the
-dropped heads costs their MACs. In one engine there is nothing to do between the sub-layers of a block. Policies keep
-few sets of heads in a block, so that some dozens of engines serve most images. Blocks without an engine for their set
-are run as ever; results are the same to rounding. A backend that always gathers has engines for any set instead.
+A backend can run some blocks faster that it knows beforehand: with the weights of a set of heads as constants, say. So
+what each image used is noted. From time to time the backend is asked what to prepare for it, which one thread then
+makes, one after the other. No request waits for it. Results are the same to rounding.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
-from collections import defaultdict
-from collections.abc import Callable
-from itertools import groupby
-
-import numpy as np
-import numpy.typing as npt
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 from adavit.architecture import Architecture
-from adavit.errors import BackendError
-from adavit.macs import dense_macs
-from adavit.runtime.backend import Backend, Constants, FixedEngine
-from adavit.runtime.bundle import Bundle
-from adavit.runtime.plan import SUBLAYERS, HeadSet, saved_macs, set_kinds, sets_of, sublayers_of
+from adavit.bundle.keys import BlockKey, Sublayers
+from adavit.errors import AdaViTError
+from adavit.runtime.backend import Backend, Usage, Use
+from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.policy import Policy
-from adavit.runtime.weights import attention_weights, check_deciding, mlp_weights, set_weights
 
-__all__ = ["DECIDING", "STEM", "Key", "Specialised"]
+__all__ = ["Specialiser", "usage_from", "usage_of", "usage_to"]
 
 log = logging.getLogger(__name__)
 
-BYTES = 192 << 20
-"""Of all these engines' weights, at most."""
-COPIES = 2.0
-"""Of the model's weights, at most, where that is less."""
-LEAST = 2e-4
-"""Share of the dense MACs that an engine has to save of an image's time, to be worth its memory."""
-
-STEM = -1
-"""In the place of a block, for the stem."""
-Key = tuple[int, bytes]
-DECIDING = b""
-"""In the place of choices, for the engine that makes a block's decisions."""
+FIRST, MOST_WAIT = 16, 256
+"""Images after which usage is looked at first, and at most how many more each time; the number doubles until then."""
+HELD = 1024
+"""Images that wait to be counted at most, and after how many all that was counted before counts half."""
 
 
-class Specialised:
-    """Engines for sets of heads.
+def usage_of(policy: Policy, threads: int) -> Usage:
+    """What images used, as `Backend.choose` takes it."""
+    counted: Counter[Use] = Counter()
+    tokens = policy.tokens.sum(2)
+    for image, heads, sublayers in zip(range(len(policy)), policy.heads, policy.sublayers, strict=True):
+        for block in sublayers.any(1).nonzero()[0].tolist():
+            kept = tuple(heads[block].nonzero()[0].tolist())
+            key = BlockKey(block, Sublayers(*sublayers[block].tolist()), kept)
+            counted[Use(threads, key, int(tokens[image, block]))] += 1
+    return {use: count / len(policy) for use, count in counted.items()}
+
+
+def usage_to(usage: Usage) -> list[list[Any]]:
+    """As plain JSON values."""
+    return [
+        [use.threads, use.key.block, *map(int, use.key.sublayers), list(use.key.heads), use.tokens, often]
+        for use, often in usage.items()
+    ]
+
+
+def usage_from(values: Any, arch: Architecture) -> Usage:
+    """Reads what `usage_to` wrote; raises ValueError where it is not of this architecture."""
+    found: dict[Use, float] = {}
+    try:
+        for threads, block, attention, mlp, heads, tokens, often in values:
+            numbers = {"threads": (threads, 1, 1024), "block": (block, 0, arch.depth - 1)}
+            numbers |= {"tokens": (tokens, 1, arch.tokens)}
+            fits = all(type(n) is int and low <= n <= high for n, low, high in numbers.values())
+            fits = fits and heads == sorted(set(heads) & set(range(arch.heads))) and {attention, mlp} <= {0, 1}
+            if not fits or type(often) not in (int, float) or not 0 < often <= 1:
+                raise ValueError("it is of another model")
+            found[Use(threads, BlockKey(block, Sublayers(bool(attention), bool(mlp)), tuple(heads)), tokens)] = often
+    except TypeError:
+        raise ValueError("it is no list of uses") from None
+    return found
+
+
+class Specialiser:
+    """Prepares what a backend runs faster.
 
     Args:
-        bundle: describes the engines and holds their weights.
-        backend: makes the engines; only some can fix an engine's inputs.
+        backend: prepares it.
+        in_background: whether to do so unasked.
+        remember: keeps a usage for the next start.
 
     Attributes:
-        able: whether the backend can, and the bundle is in fp32: what quantised weights are folded into is another
-            matter.
-        sets: those that have engines.
-        engines: by block and its choices: for each head, then for each sub-layer, whether it is kept, as the bytes of
-            bool [H + 2]; or by the last two of these alone, for any heads, whose weights a run is given; or by
-            `DECIDING`. Replaced as a whole.
+        closed: whether nothing more is prepared.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.able = backend.fixed is not None and bundle.config.get("precision") == "fp32"
-        self.sets: tuple[HeadSet, ...] = ()
-        self._bundle, self._backend = bundle, backend
-        self._of_any = self._engines_of_any() if backend.always_gathers else {}
-        self.engines = self._of_any
+    def __init__(self, backend: Backend, in_background: bool, remember: Callable[[Usage], None]) -> None:
+        self._backend, self._remember = backend, remember
+        self._in_background = in_background
+        self._counts: dict[Use, float] = {}
+        self._images = 0.0
+        self._seen, self._next, self._wait = 0, FIRST, FIRST
+        self._noted: deque[tuple[Policy, int]] = deque(maxlen=HELD)
+        self.after_fork()
+        renew_in_fork(self)
 
-    def _engines_of_any(self) -> dict[Key, FixedEngine]:
-        """Engines that are given their heads' weights with each run."""
-        if (fixed := self._backend.fixed) is None:
-            return {}
-        arch, engines = self._bundle.architecture, self._deciding(fixed, first=0)
-        for block in range(arch.depth):
-            for kind in set_kinds(arch, block):
-                engines[block, bytes(_sublayers(kind))] = fixed(f"blocks.{block}.{kind}_set", {})
-        return engines
+    def after_fork(self) -> None:
+        """Makes lock and thread, in a forked child anew."""
+        self._lock, self._due = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self.closed = False
 
-    def _deciding(self, fixed: Callable[[str, Constants], FixedEngine], first: int) -> dict[Key, FixedEngine]:
-        """Engines for the decisions of the blocks from the first on."""
-        blocks = range(first, self._bundle.architecture.depth)
-        return {(block, DECIDING): fixed(f"blocks.{block}.decide_set", {}) for block in blocks}
-
-    @property
-    def by_set(self) -> bool:
-        """Whether sets of heads get engines: able, and by a backend without engines for any set."""
-        return self.able and not self._backend.always_gathers
-
-    def choose(self, policy: Policy) -> tuple[HeadSet, ...]:
-        """The sets that save most of some images' time by their bytes, as memory allows; none if not `by_set`."""
-        if not self.by_set:
-            return ()
-        arch, saved = self._bundle.architecture, defaultdict[HeadSet, float](float)
-        tokens = policy.tokens.sum(2)
-        for image, found in sets_of(policy):
-            saved[found] += saved_macs(arch, found.kind, int(tokens[image, found.block]), len(found.heads))
-        least = LEAST * dense_macs(arch) * len(policy)
-        sizes = {found: set_bytes(arch, found) for found, macs in saved.items() if macs >= least}
-        everything = HeadSet(0, "both", tuple(range(arch.heads)))
-        chosen, free = [], min(BYTES, COPIES * arch.depth * set_bytes(arch, everything))
-        for found in sorted(sizes, key=lambda found: saved[found] / sizes[found], reverse=True):
-            if sizes[found] <= free:
-                chosen.append(found)
-                free -= sizes[found]
-        return tuple(sorted(chosen))
-
-    def make(self, sets: tuple[HeadSet, ...]) -> None:
-        """Makes engines for these sets, in the place of those there are.
-
-        Raises:
-            BackendError: this backend cannot, or the bundle is not in fp32.
-            BundleError: the bundle was exported before there were such engines.
-        """
-        load, arch = self._backend.fixed, self._bundle.architecture
-        if not sets:
-            self.engines, self.sets = self._of_any, ()
+    def note(self, policy: Policy, threads: int) -> None:
+        """Notes what images used that ran on so many threads."""
+        if not self._in_background or self.closed:
             return
-        if load is None or not self.by_set:
-            raise BackendError(f"{self._backend.name} makes no engines for sets of heads, or the bundle is not in fp32")
+        self._noted.append((policy, threads))
+        self._seen += len(policy)
+        if self._seen >= self._next:
+            self._next = self._seen + self._wait
+            self._wait = min(2 * self._wait, MOST_WAIT)
+            self._start()
 
-        def fixed(name: str, constants: Constants) -> FixedEngine:
-            check_deciding(self._bundle, name)
-            return load(name, constants)
+    def start(self, usage: Usage) -> None:
+        """Begins with a usage that is known from before, which weighs as much as the first images."""
+        if self._in_background and usage:
+            self._count(usage, FIRST)
+            self._start()
 
-        engines = {(STEM, DECIDING): fixed("stem_set", {}), **self._deciding(fixed, first=1)}
-        for block, of_block in groupby(sorted(sets), key=lambda found: found.block):
-            attention, mlp = attention_weights(self._bundle, block), mlp_weights(self._bundle, block)
-            for found in of_block:
-                weights = set_weights(arch, found, attention, mlp)
-                engines[block, _choices(arch, found).tobytes()] = fixed(f"blocks.{block}.{found.kind}_set", weights)
-        self.engines, self.sets = engines, sets
-        size = sum(set_bytes(arch, found) for found in sets)
-        log.info("%d engines for sets of heads, %.0f MB", len(sets), size / 1e6)
+    def specialise(self, usage: Usage) -> int:
+        """Prepares for a usage at once, in the place of what there is; returns how much is prepared."""
+        with self._lock:
+            wanted = self._backend.choose(usage)
+            self._make(wanted)
+            return len(self._backend.prepared())
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self.closed = True
+        self._due.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            with self._lock:
+                if self._thread is None and not self.closed:
+                    arguments = weakref.ref(self), self._due
+                    self._thread = threading.Thread(target=_work, args=arguments, name="adavit-prepare", daemon=True)
+                    weakref.finalize(self, self._due.set)
+                    self._thread.start()
+                    _running.add(self)
+        self._due.set()
+
+    def update(self) -> None:
+        """Prepares for what was noted."""
+        while self._noted:
+            policy, threads = self._noted.popleft()
+            self._count(usage_of(policy, threads), len(policy))
+        usage = {use: count / self._images for use, count in self._counts.items()}
+        with self._lock:
+            if self._make(self._backend.choose(usage)):
+                self._remember(usage)
+
+    def _count(self, usage: Usage, images: int) -> None:
+        if self._images >= HELD:
+            self._images /= 2
+            self._counts = {use: count / 2 for use, count in self._counts.items() if count >= 1}
+        self._images += images
+        for use, often in usage.items():
+            self._counts[use] = self._counts.get(use, 0.0) + often * images
+
+    def _make(self, wanted: Sequence[Hashable]) -> bool:
+        """Prepares all of these and lets go of others; returns whether anything changed."""
+        there = set(self._backend.prepared())
+        if there == set(wanted):
+            return False
+        self._backend.keep([one for one in wanted if one in there])
+        for one in wanted:
+            if self.closed:
+                return False
+            if one not in there:
+                self._backend.prepare(one)
+        return True
 
 
-def set_bytes(arch: Architecture, found: HeadSet) -> int:
-    """Of the matrices in the engine of a set."""
-    channels = len(found.heads) * arch.head_width
-    attention, mlp = 4 * channels * arch.width, arch.hidden * (channels + arch.width)
-    return 4 * ((found.kind != "mlp") * attention + (found.kind != "attention") * mlp)
+_running: weakref.WeakSet[Specialiser] = weakref.WeakSet()
 
 
-def _choices(arch: Architecture, found: HeadSet) -> npt.NDArray[np.bool_]:
-    """What a block chooses that runs a set: bool [H + 2]."""
-    heads = np.isin(np.arange(arch.heads), found.heads)
-    return np.append(heads, _sublayers(found.kind))
+def _work(of: weakref.ref[Specialiser], due: threading.Event) -> None:
+    """What the thread does while its specialiser lives."""
+    while True:
+        due.wait()
+        due.clear()
+        specialiser = of()
+        if specialiser is None or specialiser.closed:
+            return
+        try:
+            specialiser.update()
+        except AdaViTError as error:
+            log.warning("nothing is prepared for what images use most: %s", error)
+            return
+        del specialiser
 
 
-def _sublayers(kind: str) -> list[bool]:
-    """Which of the sub-layers run."""
-    return [part in sublayers_of(kind) for part in SUBLAYERS]
+@atexit.register
+def _close_all() -> None:
+    """Ends the threads before the interpreter does, which may be in native code."""
+    for specialiser in list(_running):
+        specialiser.close()

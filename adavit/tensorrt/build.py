@@ -18,7 +18,7 @@ from typing import Any
 
 from adavit.errors import BackendError, BundleError
 from adavit.files import folder_beside
-from adavit.runtime.bundle import Bundle, write_config
+from adavit.bundle.bundle import Bundle, write_config
 from adavit.runtime.engine_sets import engine_sets, read_engine_set, this_platform
 from adavit.runtime.trust import remember_built
 from adavit.statistics import Statistics

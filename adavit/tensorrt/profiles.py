@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adavit.architecture import Architecture
-from adavit.runtime.bundle import EngineSpec
+from adavit.bundle.bundle import EngineSpec
 from adavit.statistics import Histogram, Statistics, merged
 
 __all__ = ["Profile", "Range", "profiles_of", "split"]

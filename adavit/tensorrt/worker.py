@@ -20,7 +20,7 @@ from typing import Any
 from adavit.errors import BackendError, install_hint
 from adavit.files import sha256
 from adavit.runtime.backends.cuda import Cuda
-from adavit.runtime.bundle import Bundle, EngineSpec
+from adavit.bundle.bundle import Bundle, EngineSpec
 from adavit.runtime.engine_sets import numeric_version
 from adavit.tensorrt.options import BuildOptions
 from adavit.tensorrt.profiles import Profile

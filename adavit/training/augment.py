@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from adavit.runtime.images import Preprocessor
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.training.data import Pixels
 
 __all__ = ["AUGMENTATIONS", "Augment", "Draw", "usual_crop"]

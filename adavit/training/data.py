@@ -17,7 +17,7 @@ from adavit.errors import InputError
 from adavit.files import sha256
 from adavit.runtime.class_folders import Classes, ClassFolderError, Kind, match_folders, misfit
 from adavit.runtime.folder_listing import ImageFolder, list_images
-from adavit.runtime.images import decode, open_image
+from adavit.bundle.preprocessing import decode, open_image
 from adavit.training.errors import DataError
 from adavit.training.idx import read_idx
 

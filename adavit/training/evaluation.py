@@ -17,8 +17,8 @@ from adavit.model import policy as P
 from adavit.model.checkpoint import read_classes
 from adavit.runtime import Runtime, load
 from adavit.runtime.class_folders import folded
-from adavit.runtime.demo import names_demo
-from adavit.runtime.images import Preprocessor
+from adavit.bundle.demo import names_demo
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.training.checks import check_packages
 from adavit.training.configure import choose_crop, read_class_names, set_threads
 from adavit.training.data import LabelledImages, open_images

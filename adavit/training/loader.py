@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from adavit.runtime.images import Preprocessor
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.training.augment import Augment
 from adavit.training.data import LabelledImages
 from adavit.training.distributed import World

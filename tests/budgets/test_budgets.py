@@ -17,7 +17,7 @@ from adavit.calibration.budgets import add_budgets
 from adavit.calibration.trial import Trial
 from adavit.errors import BundleError, InputError, OptionError
 from adavit.runtime import Runtime
-from adavit.runtime.budget import Budgets, Offsets
+from adavit.bundle.operating_points import Budgets, Offsets
 
 
 @pytest.fixture(scope="module")

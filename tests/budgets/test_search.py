@@ -18,7 +18,7 @@ from adavit.calibration.trial import Outcome
 from adavit.calibration.walk import Walk
 from adavit.calibration.work import Work
 from adavit.errors import InputError
-from adavit.runtime.budget import TRAINED, Budgets, Offsets, OperatingPoint
+from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, OperatingPoint
 
 
 def points_of(land: Any, asked: list[float]) -> dict[float, OperatingPoint]:

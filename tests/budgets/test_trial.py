@@ -15,7 +15,7 @@ from adavit.calibration.decisions import shifted, units_of
 from adavit.calibration.trial import Trial
 from adavit.macs import dense_macs
 from adavit.runtime import Runtime
-from adavit.runtime.budget import TRAINED, Offsets
+from adavit.bundle.operating_points import TRAINED, Offsets
 
 
 def trial_of(runtime: Runtime, count: int = 32, labels: bool = True) -> Trial:

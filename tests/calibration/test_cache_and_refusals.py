@@ -41,8 +41,8 @@ from adavit.errors import InputError
 from adavit.export import ExportOptions, export_bundle
 from adavit.precision_options import CalibrationOptions
 from adavit.runtime.backend import Options
-from adavit.runtime.bundle import Bundle
-from adavit.runtime.images import ImageFile
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.preprocessing import ImageFile
 
 pytest.importorskip("modelopt", reason="pip install 'adavit[int8]' to convert engines")
 

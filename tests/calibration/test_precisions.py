@@ -17,7 +17,7 @@ from adavit.calibration.cache import load_ranges
 from adavit.calibration.linear import unit
 from adavit.export import ExportOptions, export_bundle
 from adavit.precision_options import CalibrationOptions
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
 

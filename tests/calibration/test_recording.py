@@ -10,7 +10,7 @@ import adavit
 from adavit.calibration.linear import unit
 from adavit.calibration.recording import Recorder, Reservoir
 from adavit.runtime import Runtime
-from adavit.runtime.budget import Offsets
+from adavit.bundle.operating_points import Offsets
 
 IMAGES = random_images(WIDE, 16, seed=5)
 

@@ -22,7 +22,7 @@ from cases import (
 import adavit
 from adavit.cli import export, run
 from adavit.runtime import Policy, latency
-from adavit.runtime.budget import Budgets
+from adavit.bundle.operating_points import Budgets
 
 SHORT = ("--iterations", 2, "--warmup", 1, "--threads", 1, "--json", "-")
 

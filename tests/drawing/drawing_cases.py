@@ -11,7 +11,7 @@ from PIL import Image
 from adavit.architecture import Architecture
 from adavit.drawing.sheet import Sheet
 from adavit.runtime import Policy, Result
-from adavit.runtime.images import Preprocessor
+from adavit.bundle.preprocessing import Preprocessor
 
 
 def result_of(policy: Policy, arch: Architecture, seed: int = 0) -> Result:

@@ -18,7 +18,7 @@ from adavit.drawing import marks, text
 from adavit.drawing.sheet import Sheet
 from adavit.errors import InputError
 from adavit.runtime import Policy, Result, Runtime
-from adavit.runtime.images import Preprocessor
+from adavit.bundle.preprocessing import Preprocessor
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
 

@@ -16,7 +16,7 @@ from adavit.errors import LONGEST_MESSAGE, BackendError, InputError
 from adavit.runtime import backend as backends
 from adavit.runtime import choose as choosing
 from adavit.runtime.backend import Options
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 from adavit.runtime.cache import facts, kept_at, recall, remember
 from adavit.runtime.choose import Choice, choose
 

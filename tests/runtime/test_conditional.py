@@ -11,7 +11,7 @@ from cases import WIDE, random_images
 
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 
 IMAGES = random_images(WIDE, 1)
 

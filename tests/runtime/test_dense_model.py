@@ -27,7 +27,7 @@ from adavit.macs import dense_macs
 from adavit.runtime import Policy
 from adavit.runtime import dense as dense_module
 from adavit.runtime.benchmark import Plan
-from adavit.runtime.budget import Offsets
+from adavit.bundle.operating_points import Offsets
 from adavit.runtime.compare import Watched
 from adavit.runtime.tune import tune
 from adavit.runtime.waterfall import profile

@@ -19,7 +19,7 @@ from adavit.runtime import Runtime
 from adavit.runtime.backend import Options
 from adavit.runtime.backends import cuda, onnxruntime_gpu
 from adavit.runtime.backends.onnxruntime_gpu import PLUGIN, OnnxRuntimeGpuBackend
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 
 
 @pytest.fixture

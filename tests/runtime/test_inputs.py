@@ -21,7 +21,7 @@ from PIL import Image
 import adavit
 from adavit.errors import BackendError, InputError
 from adavit.runtime import Policy, Prediction, Result, Runtime, dispatcher
-from adavit.runtime.budget import TRAINED, Budgets, Offsets, OperatingPoint
+from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.runtime.state import Scratch
 
 IMAGES = random_images(tiny(), 3)

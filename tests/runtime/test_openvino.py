@@ -39,7 +39,7 @@ from adavit.runtime.backends.openvino import OpenVinoBackend
 from adavit.runtime.backends.openvino_buffers import rounded, to_bfloat16
 from adavit.runtime.backends.openvino_engine import Requests
 from adavit.runtime.backends.openvino_stem import compute_in_bf16, unfold
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 from adavit.runtime.heads import HeadWeights
 from adavit.runtime.state import Scratch, Thresholds
 

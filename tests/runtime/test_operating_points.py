@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 import adavit
 from adavit.errors import BundleError, InputError
 from adavit.runtime import Runtime
-from adavit.runtime.budget import TRAINED, Budgets, Offsets
+from adavit.bundle.operating_points import TRAINED, Budgets, Offsets
 
 IMAGES = random_images(tiny(), 6)
 POINTS: dict[str, Any] = {

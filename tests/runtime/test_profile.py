@@ -28,7 +28,7 @@ from adavit.cli import run
 from adavit.macs import dense_macs, mlp_macs
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.benchmark import Plan
-from adavit.runtime.budget import Offsets
+from adavit.bundle.operating_points import Offsets
 from adavit.runtime.ledger import IDLE, Ledger, kind_of
 from adavit.runtime.profile import Event, Profiler
 from adavit.runtime.trace import write_trace

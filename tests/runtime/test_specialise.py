@@ -34,7 +34,7 @@ from adavit.cli import run
 from adavit.errors import BackendError, InputError
 from adavit.macs import attention_macs, dense_macs
 from adavit.runtime import Policy, Runtime, specialise, tune
-from adavit.runtime.budget import Offsets
+from adavit.bundle.operating_points import Offsets
 from adavit.runtime.plan import SETS, EnginePlan, HeadSet, ruled, saved_macs, sizes_of
 from adavit.runtime.profile import Event, Profiler
 from adavit.runtime.specialise import set_bytes

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 import adavit
 from adavit.errors import LONGEST_MESSAGE, AdaViTError, InputError, OptionError, shown
 from adavit.runtime import Policy, Result, Runtime
-from adavit.runtime.budget import Offsets, OperatingPoint
-from adavit.runtime.images import Preprocessor
+from adavit.bundle.operating_points import Offsets, OperatingPoint
+from adavit.bundle.preprocessing import Preprocessor
 
 IMAGES = random_images(tiny(), 2)
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adavit.runtime.images import Preprocessor
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.training.augment import Augment, Draw, usual_crop
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (28, 28, 3), dtype=np.uint8)

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from adavit.export import ExportOptions, export_bundle
 from adavit.model import load_checkpoint, save_safetensors
 from adavit.model.checkpoint import load_safely
-from adavit.runtime.bundle import Bundle
-from adavit.runtime.images import Preprocessor
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.training.command import main
 from adavit.training.loader import evaluation_batches
 from adavit.training.predict import Batches

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adavit.runtime.images import Preprocessor
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.training.data import open_images
 from adavit.training.distributed import World
 from adavit.training.errors import DataError

@@ -35,8 +35,8 @@ from adavit.errors import BackendError, BundleError, InputError
 from adavit.export import ExportOptions, export_bundle
 from adavit.files import _host, sha256
 from adavit.precision_options import CalibrationOptions
-from adavit.runtime.bundle import Bundle
-from adavit.runtime.demo import demo_bundle
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.demo import demo_bundle
 from adavit.runtime.engine_sets import engine_sets
 from adavit.runtime.trust import built_here
 from adavit.tensorrt import build, worker

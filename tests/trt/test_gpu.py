@@ -15,7 +15,7 @@ from adavit.precision_options import CalibrationOptions
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.benchmark import Plan, latency, measure
-from adavit.runtime.demo import demo_bundle
+from adavit.bundle.demo import demo_bundle
 from adavit.runtime.engine_sets import FLAVOURS
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions

@@ -5,7 +5,7 @@ from cases import random_policy, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adavit.runtime.bundle import EngineSpec, TensorSpec
+from adavit.bundle.bundle import EngineSpec, TensorSpec
 from adavit.statistics import Statistics
 from adavit.tensorrt.profiles import PAYS, Range, profiles_of, split
 

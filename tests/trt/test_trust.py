@@ -12,7 +12,7 @@ import adavit
 from adavit.cli import run as run_command
 from adavit.errors import BackendError, OptionError
 from adavit.runtime import Runtime
-from adavit.runtime.bundle import Bundle
+from adavit.bundle.bundle import Bundle
 from adavit.runtime.engine_sets import engine_sets
 from adavit.runtime.trust import built_here, remember_built
 

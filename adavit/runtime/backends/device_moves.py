@@ -17,7 +17,7 @@ import numpy.typing as npt
 from adavit.errors import BackendError
 from adavit.runtime.backend import Engine, Index, Sizes
 from adavit.runtime.backends.device import ALIGNMENT, Block, Device, size_of
-from adavit.runtime.bundle import EngineSpec, TensorSpec
+from adavit.bundle.bundle import EngineSpec, TensorSpec
 
 __all__ = ["DeviceBuffer", "DeviceMoves", "Rows", "Uploads"]
 

@@ -1,26 +1,34 @@
-"""ONNX Runtime, with one thread pool for all engines of the process."""
+"""ONNX Runtime on the CPU.
+
+A block's graph runs with its weights as inputs, so that one session serves all blocks of a kind. What images use most
+gets sessions of its own, with the weights as constants, which ONNX Runtime arranges once.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from adavit.architecture import Architecture
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.head_weights import Arrays, Quantised
+from adavit.bundle.keys import BOTH, BlockKey, Sublayers
+from adavit.bundle.onnx_graph import OnnxGraph, values_of
 from adavit.errors import BackendError, install_hint, one_line, raise_interrupt
-from adavit.runtime.backend import Constants, Options
-from adavit.runtime.backends.host import HostMoves
-from adavit.runtime.bundle import Bundle, EngineSpec
-from adavit.runtime.forks import keep_in_fork
-from adavit.runtime.onnx_file import with_fixed_inputs
+from adavit.macs import attention_macs, dense_macs, mlp_macs
+from adavit.runtime.backend import Backend, Float, Index, Options, Usage, Use
+from adavit.runtime.forks import keep_in_fork, renew_in_fork
+from adavit.runtime.head_cache import HeadCache
 
-__all__ = ["OnnxRuntimeBackend"]
+__all__ = ["GPU_PROVIDERS", "OnnxRuntimeBackend", "asked_for", "create", "import_onnxruntime", "require_provider", "share_pool"]
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +39,12 @@ Zen 4 cores)."""
 HIDING_INT8 = [*UNWANTED, "CommonSubexpressionElimination"]
 """What rearranges quantised products before ONNX Runtime sees that they are: they would run in float32."""
 
-TOKENS = {"x", "normed", "channels"}
-"""Inputs that are rows of the same few buffers in every run."""
+GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+
 MOST_BINDINGS = 1024
-"""Of an engine: for each number of tokens and pair of buffers one, of 1 KB or less beside the buffers, which last."""
+"""Of a slot: one for each set of heads in each block."""
+HEADS = 64 << 20
+"""Bytes of the weights of heads that are kept."""
 
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
@@ -102,226 +112,362 @@ def share_pool(ort: ModuleType, threads: int) -> None:
             )
 
 
-@cache
-def share_memory(ort: ModuleType) -> None:
-    """Makes one arena of memory for what engines compute in between.
-
-    With an arena each, dozens of sessions hold memory that one of them uses at a time, and that is not in the cache.
-    """
-    where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    ort.create_and_register_allocator(where, None)
-
-
-def require_provider(session: Any, spec: EngineSpec, provider: str) -> None:
-    """Raises BackendError where an engine's session would run on another provider than the one asked for."""
+def require_provider(session: Any, name: str, provider: str) -> None:
+    """Raises BackendError where a graph's session would run on another provider than the one asked for."""
     if session.get_providers()[0] != provider:
         raise BackendError(
-            f"engine {spec.name} would run on {session.get_providers()[0]}, not on {provider} as asked; "
+            f"graph {name} would run on {session.get_providers()[0]}, not on {provider} as asked; "
             "see ONNX Runtime's log for what that provider lacks"
         )
 
 
-class OnnxRuntimeBackend(HostMoves):
-    """Runs engines in ONNX Runtime on numpy arrays.
+BYTES = 192 << 20
+"""Of the constants of prepared blocks, at most."""
+COPIES = 1.0
+"""Of the blocks' weights, at most, where that is less."""
+LEAST = 2e-4
+"""Share of the dense MACs that a prepared block has to save of an image's time, to be worth its memory."""
+GATHERED = 0.1
+"""Time of a MAC with weights that are inputs, beyond one with constants, in MACs."""
+COPIED = 8
+"""Time of copying one weight, in MACs: 32 (10 GB/s against 73 GMAC/s) for a set of heads in four that is new."""
+CALLS = 1_000_000
+"""What a block with constants spares beside, in MACs."""
 
-    To share the threads inside every engine, all sessions use ONNX Runtime's pool of the process: with a pool
-    each, the idle threads of dozens of sessions spin against the one that works. From then on, ONNX Runtime
-    lets nobody in the process make a session with a pool of its own (`use_per_session_threads`). To run samples
-    in parallel, sessions have no pool, and the process is left as it was.
+
+def create(graphs: Graphs, options: Options) -> Backend:
+    """ONNX Runtime on what the provider is for: a GPU or the CPU."""
+    if options.provider in GPU_PROVIDERS:
+        from adavit.runtime.backends.onnxruntime_gpu import OnnxRuntimeGpuBackend
+
+        return OnnxRuntimeGpuBackend(graphs, options)
+    return OnnxRuntimeBackend(graphs, options)
+
+
+class Prepared(NamedTuple):
+    """A block with the weights of some heads as constants.
+
+    Attributes:
+        threads: that run it.
+        key: its sub-layers and heads.
+    """
+
+    threads: int
+    key: BlockKey
+
+
+class OnnxRuntimeBackend:
+    """Runs graphs in ONNX Runtime on numpy arrays.
+
+    Every session has a pool of its own, whose threads stop to spin when it has run, and the process is left as it was.
+    With `shared_pool`, sessions share ONNX Runtime's pool of the process; from then on, nobody in the process can make
+    a session with a pool of its own.
 
     Args:
-        bundle: where the engines are.
-        options: threads (of the shared pool, the first to ask decides), what they share, and the provider, by
-            default CPUExecutionProvider.
+        graphs: what to run.
+        options: threads, the provider, by default CPUExecutionProvider, and whether to share a pool.
 
     Raises:
-        BackendError: ONNX Runtime is not installed, or lacks the provider.
+        BackendError: ONNX Runtime is not installed, or lacks the provider, or refuses a graph.
     """
 
     name = "onnxruntime"
-    always_gathers = False
+    on_host = True
 
-    def __init__(self, bundle: Bundle, options: Options) -> None:
-        self._bundle = bundle
-        self._ort = import_onnxruntime()
-        self._threads = options.threads
+    def __init__(self, graphs: Graphs, options: Options) -> None:
+        self.graphs, self.ort = graphs, import_onnxruntime()
+        self._options = options
         self._provider = options.provider or "CPUExecutionProvider"
-        available = self._ort.get_available_providers()
+        available = self.ort.get_available_providers()
         if self._provider not in available:
             raise BackendError(
                 f"ONNX Runtime has no provider {self._provider!r} here; it has {', '.join(available)}; "
                 f"for an NVIDIA GPU give {CUDA}"
             )
-        share_memory(self._ort)
-        self._shares_pool = options.parallel == "operators"
+        self._shares_pool = options.shared_pool and options.threads > 1
         if self._shares_pool:
-            share_pool(self._ort, options.threads)
+            share_pool(self.ort, options.threads)
+        self._sessions: dict[tuple[bytes, int], Any] = {}
+        self._blocks: dict[tuple[int, Sublayers], OnnxGraph] = {}
+        self._models: dict[tuple[int, Sublayers], bytes] = {}
+        self._values: dict[str, Any] = {}
+        self.constant: Mapping[Prepared, Any] = {}  # replaced as a whole
+        self.heads = HeadCache(graphs, self._as_values, HEADS)
+        self.after_fork()
+        renew_in_fork(self)
+        if graphs.architecture.adapts:
+            self._load_blocks(options.threads_of(1))
 
-    def load(self, name: str, alone: bool = False) -> OnnxRuntimeEngine:
-        """Creates a session; see `Backend.load`."""
-        spec = self._bundle.engine(name)
-        return OnnxRuntimeEngine(self._ort, self._session(spec, self._bundle.read(name), alone), spec)
+    def _load_blocks(self, threads: int) -> None:
+        """Reads every graph, and makes the sessions that run them on so many threads."""
+        self.graphs.check_deciding()
+        self._stem = self.graphs.stem()
+        self.stem(threads)
+        for block, files in enumerate(self.graphs.files.blocks):
+            for sublayers in files:
+                graph = self._blocks[block, sublayers] = self.graphs.block(block, sublayers)
+                self._models[block, sublayers] = graph.model({})
+                self.shared(block, sublayers, threads)
 
-    def fixed(self, name: str, constants: Constants) -> OnnxRuntimeFixedEngine:
-        """Creates a session; see `Backend.fixed`."""
-        spec, attributes = self._bundle.engine(name).without(constants), {}
-        if "qkv" in constants:  # the node `attention` knows neither its heads nor their channels
-            channels = constants["qkv"].shape[1] // 3
-            heads = channels // self._bundle.architecture.head_width
-            attributes = {"attention": {"num_heads": heads, "qkv_hidden_sizes": [channels] * 3}}
-        session = self._session(spec, with_fixed_inputs(self._bundle.read(name), constants, attributes), alone=False)
-        return OnnxRuntimeFixedEngine(self._ort, session, spec)
+    def after_fork(self) -> None:
+        """Makes the lock, in a forked child anew."""
+        self._lock = threading.RLock()
 
-    def _session(self, spec: EngineSpec, data: bytes, alone: bool) -> Any:
-        """A session that shares threads with others as this backend's do."""
-        if not self._shares_pool:
+    def slot(self, threads: int) -> OnnxRuntimeSlot:
+        """See `Backend.slot`."""
+        return OnnxRuntimeSlot(self, threads)
+
+    def dense(self, images: Float) -> Float:
+        """See `Backend.dense`."""
+        session = self._sessions.get((b"dense", self._options.threads))
+        if session is None:
+            graph = self.graphs.dense()
+            constants = graph.arrays(self.graphs.tensors)
+            session = self._kept(b"dense", graph, constants, self._options.threads)
+        try:
+            logits: Float = session.run(["logits"], {"images": images})[0]
+        except Exception as error:
+            raise BackendError(f"the dense twin failed: {one_line(error)}") from error
+        return logits
+
+    def stem(self, threads: int) -> Any:
+        """The session of the stem."""
+        found = self._sessions.get((b"stem", threads))
+        return found or self._kept(b"stem", self._stem, self._stem.arrays(self.graphs.tensors), threads)
+
+    def shared(self, block: int, sublayers: Sublayers, threads: int) -> Any:
+        """The session of a block, which takes all weights as inputs, and which other blocks share."""
+        model = self._models[block, sublayers]
+        found = self._sessions.get((model, threads))
+        return found or self._kept(model, self._blocks[block, sublayers], {}, threads)
+
+    def weights(self, block: int, sublayers: Sublayers) -> dict[str, Any]:
+        """The values of a block's own weights, by the names of its graph's inputs."""
+        graph = self._blocks[block, sublayers]
+        return {name: self._value(weight.tensor) for name, weight in graph.weights.items() if weight.tensor}
+
+    def choose(self, usage: Usage) -> Sequence[Prepared]:
+        """See `Backend.choose`: the blocks and heads that save most by their bytes."""
+        arch, saved = self.graphs.architecture, defaultdict[Prepared, float](float)
+        for use, often in usage.items():
+            if use.key.heads and any(use.key.sublayers):
+                saved[Prepared(use.threads, use.key)] += often * saved_macs(arch, use)
+        least = LEAST * dense_macs(arch)
+        sizes = {prepared: matrix_bytes(arch, prepared.key) for prepared, macs in saved.items() if macs >= least}
+        every = BlockKey(0, BOTH, tuple(range(arch.heads)))
+        chosen, free = [], min(BYTES, COPIES * arch.depth * matrix_bytes(arch, every))
+        for prepared in sorted(sizes, key=lambda found: saved[found] / sizes[found], reverse=True):
+            if sizes[prepared] <= free:
+                chosen.append(prepared)
+                free -= sizes[prepared]
+        return chosen
+
+    def prepare(self, wanted: Prepared) -> None:
+        """See `Backend.prepare`."""
+        block, sublayers, _ = wanted.key
+        graph = self._blocks[block, sublayers]
+        constants = graph.arrays(self.graphs.tensors) | dict(self.graphs.quantised_head_weights(wanted.key))
+        session = self._session(graph, constants, wanted.threads)
+        with self._lock:
+            self.constant = {**self.constant, wanted: session}
+
+    def keep(self, wanted: Sequence[Prepared]) -> None:
+        """See `Backend.keep`."""
+        with self._lock:
+            self.constant = {prepared: self.constant[prepared] for prepared in wanted if prepared in self.constant}
+
+    def prepared(self) -> Sequence[Prepared]:
+        """See `Backend.prepared`."""
+        return list(self.constant)
+
+    def rounded(self, tokens: int) -> int:
+        """See `Backend.rounded`: as many."""
+        return tokens
+
+    def timings(self) -> dict[str, float]:
+        """See `Backend.timings`: there is nothing to tell."""
+        return {}
+
+    def versions(self) -> dict[str, str]:
+        """ONNX Runtime's version and the provider in use."""
+        return {"onnxruntime": self.ort.__version__, "provider": self._provider}
+
+    def _as_values(self, arrays: Arrays) -> Mapping[str, Any]:
+        return {name: self.ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+
+    def _value(self, tensor: str) -> Any:
+        """A weight as ONNX Runtime's handle of it: in the memory where it is."""
+        found = self._values.get(tensor)
+        if found is None:
+            found = self._values[tensor] = self.ort.OrtValue.ortvalue_from_numpy(self.graphs.tensors.array(tensor))
+        return found
+
+    def _kept(self, name: bytes, graph: OnnxGraph, constants: Arrays, threads: int) -> Any:
+        """A session that is made once."""
+        with self._lock:
+            found = self._sessions.get((name, threads))
+            if found is None:
+                found = self._sessions[name, threads] = self._session(graph, constants, threads)
+        return found
+
+    def _session(self, graph: OnnxGraph, constants: Mapping[str, npt.NDArray[Any] | Quantised], threads: int) -> Any:
+        """A session on so many threads, of the process's pool where that is set."""
+        if not self._shares_pool or threads == 1:
             try:
-                return self._session_on(spec, data, self._threads if alone else 1)
+                return self._session_on(graph, constants, threads)
             except BackendError as error:
                 if "global thread pool" not in str(error):
                     raise
-                log.warning("this process has set ONNX Runtime's thread pool, so that engines share its threads")
+                log.warning("this process has set ONNX Runtime's thread pool: sessions share its threads")
                 self._shares_pool = True
-        return self._session_on(spec, data, None)
+        return self._session_on(graph, constants, None)
 
-    def _unwanted(self, spec: EngineSpec) -> list[str]:
-        """The optimizers that an engine is better off without."""
-        return HIDING_INT8 if self._bundle.config["engines"][spec.name].get("precision") == "int8" else UNWANTED
-
-    def _session_on(self, spec: EngineSpec, data: bytes, threads: int | None) -> Any:
-        """A session with a pool of its own of some `threads`, or on the process's pool."""
-        options = self._ort.SessionOptions()
+    def _session_on(
+        self, graph: OnnxGraph, constants: Mapping[str, npt.NDArray[Any] | Quantised], threads: int | None
+    ) -> Any:
+        """A session with a pool of its own of some threads, or on the process's pool."""
+        options = self.ort.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.enable_cpu_mem_arena = False  # each session would hold memory that one of them uses at a time
         if threads is None:
             options.use_per_session_threads = False
         else:
             options.intra_op_num_threads = threads
             options.add_session_config_entry("session.force_spinning_stop", "1")
+        values = values_of(constants)
+        if values:
+            options.add_external_initializers(list(values), list(self._as_values(values).values()))
+        unwanted = HIDING_INT8 if self.graphs.precision in ("int8", "mixed") else UNWANTED
         try:
-            session = self._ort.InferenceSession(
-                data, options, providers=[self._provider], enable_fallback=0, disabled_optimizers=self._unwanted(spec)
+            session = self.ort.InferenceSession(
+                graph.model(constants, external=True),
+                options,
+                providers=[self._provider],
+                enable_fallback=0,
+                disabled_optimizers=unwanted,
             )
         except Exception as error:
-            raise BackendError(f"ONNX Runtime refuses engine {spec.name}: {one_line(error)}") from None
-        session._model_bytes = (
-            None  # kept for a fallback to other providers, which is off: as much again as the weights
-        )
-        require_provider(session, spec, self._provider)
-        inputs, outputs = ([tensor.name for tensor in tensors] for tensors in (spec.inputs, spec.outputs))
-        if ([t.name for t in session.get_inputs()], [t.name for t in session.get_outputs()]) != (inputs, outputs):
-            raise BackendError(f"engine {spec.name} has other inputs or outputs than config.json says; export again")
+            raise BackendError(f"ONNX Runtime refuses graph {graph.name}: {one_line(error)}") from None
+        session._model_bytes = None  # kept for a fallback to other providers, which is off
+        require_provider(session, graph.name, self._provider)
+        keep_in_fork(session)
         return session
 
-    def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> OnnxRuntimeBuffer:
-        """See `Backend.buffer`."""
-        return OnnxRuntimeBuffer(self._ort, np.empty(shape, dtype))
 
-    def versions(self) -> dict[str, str]:
-        """ONNX Runtime's version and the provider in use."""
-        return {"onnxruntime": self._ort.__version__, "provider": self._provider}
-
-
-class OnnxRuntimeBuffer:
-    """Host memory, with ONNX Runtime's handles of its first rows made once: making one costs more than binding it."""
-
-    def __init__(self, ort: ModuleType, array: npt.NDArray[Any]) -> None:
-        self.array = array
-        self.nbytes = array.nbytes
-        self._ort = ort
-        self._values: dict[int, Any] = {}
-
-    def rows(self, count: int) -> Any:
-        """See `Buffer.rows`."""
-        value = self._values.get(count)
-        if value is None:
-            value = self._values[count] = _as_value(self._ort, self.array[:count])
-        return value
-
-    def part(self, position: int) -> OnnxRuntimeBuffer:
-        """See `Buffer.part`."""
-        return OnnxRuntimeBuffer(self._ort, self.array[position])
+def matrix_bytes(arch: Architecture, key: BlockKey) -> int:
+    """Of the matrices that a block has as constants."""
+    channels = len(key.heads) * arch.head_width
+    attention, mlp = 4 * channels * arch.width, arch.hidden * (channels + arch.width)
+    return 4 * (key.sublayers.attention * attention + key.sublayers.mlp * mlp)
 
 
-def _as_value(ort: ModuleType, value: Any) -> Any:
-    """An array as ONNX Runtime's handle of it: on the CPU the array itself, not a copy."""
-    return ort.OrtValue.ortvalue_from_numpy(value) if isinstance(value, np.ndarray) else value
+def saved_macs(arch: Architecture, use: Use) -> float:
+    """The time, in MACs, that a block gains of having its weights as constants."""
+    (_, sublayers, heads), count = use.key, len(use.key.heads)
+    macs = sublayers.attention * attention_macs(arch, use.tokens, count)
+    macs += sublayers.mlp * mlp_macs(arch, use.tokens, count)
+    copied = 0 if count == arch.heads else matrix_bytes(arch, use.key) / 4
+    return CALLS + GATHERED * macs + COPIED * copied
 
 
-class OnnxRuntimeEngine:
-    """One session."""
+class Bound(NamedTuple):
+    """A session with what it reads and fills.
 
-    def __init__(self, ort: ModuleType, session: Any, spec: EngineSpec) -> None:
-        self.spec = spec
-        self._names = [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
-        self._session = session
-        self._ort = ort
-        self._bindings: dict[Any, tuple[Any, list[Any]]] = {}
-        self._takes_tokens = {tensor.name for tensor in spec.inputs} <= TOKENS
-        self._keeps = not spec.name.endswith("_weights")  # what these fill is new every time
-        keep_in_fork(self)
+    Attributes:
+        session: it.
+        binding: to its values.
+        takes_tokens: whether it takes the kept tokens, which change with every run.
+        constant: the session, where its weights are constants.
+        values: what lives as long as the binding.
+    """
 
-    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """See `Engine.run`. Everything is bound where it is: nothing is copied or allocated.
+    session: Any
+    binding: Any
+    takes_tokens: bool
+    constant: Any
+    values: Mapping[str, Any]
 
-        A binding is used again, by one thread at a time. Engines that take rows of tokens alone get and fill the same
-        few buffers, and keep a binding for each number of rows; else what differs from the last run is bound anew.
-        """
-        values = [*inputs, *outputs]
-        lasting = self._takes_tokens and not any(isinstance(value, np.ndarray) for value in values)
-        key = tuple(map(id, values)) if lasting else None
-        bound = self._bindings.pop(key, None)
-        binding, before = bound or (self._session.io_binding(), [None] * len(values))
-        if bound is None or key is None:
-            self._bind(binding, before, values, len(inputs))
+
+class OnnxRuntimeSlot:
+    """An image's tokens, decisions and logits, and bindings of sessions to them; see `Slot`.
+
+    Args:
+        backend: makes the sessions.
+        threads: that run the image.
+    """
+
+    def __init__(self, backend: OnnxRuntimeBackend, threads: int) -> None:
+        arch = backend.graphs.architecture
+        self._backend, self._threads = backend, threads
+        self._as_value = backend.ort.OrtValue.ortvalue_from_numpy
+        self._tokens = np.empty((arch.tokens, arch.width), np.float32)
+        self._logits = np.empty((1, arch.classes), np.float32)
+        self._decisions = np.empty((1, arch.tokens + arch.heads + 2), np.float32)
+        tokens = self._as_value(self._tokens)
+        self._memory = {"x": tokens, "y": tokens, "logits": self._as_value(self._logits)}
+        self._counted: dict[int, Any] = {}
+        self._bound: dict[BlockKey, Bound] = {}
+        self._stem = self._bind(backend.stem(threads), {}, backend.graphs.decisions(0))
+
+    def stem(self, image: Float) -> None:
+        """See `Slot.stem`."""
+        binding = self._stem.binding
+        binding.bind_ortvalue_input("images", self._as_value(image))
         try:
-            self._session.run_with_iobinding(binding)
+            self._run(self._stem)
+        finally:
+            binding.clear_binding_inputs()  # a batch is not to live as long as the slot
+
+    def block(self, key: BlockKey, tokens: Index) -> None:
+        """See `Slot.block`."""
+        session = self._backend.constant.get(Prepared(self._threads, key))
+        bound = self._bound.get(key)
+        if bound is None or bound.constant is not session:
+            bound = self._bind_block(key, session)
+        if bound.takes_tokens:
+            bound.binding.bind_ortvalue_input("tokens", self._as_value(tokens))
+        self._run(bound)
+
+    def decisions(self) -> Float:
+        """See `Slot.decisions`."""
+        return self._decisions[0]
+
+    def logits(self) -> Float:
+        """See `Slot.logits`."""
+        return self._logits[0]
+
+    def tokens(self) -> Float:
+        """See `Slot.tokens`."""
+        return self._tokens
+
+    def _run(self, bound: Bound) -> None:
+        try:
+            bound.session.run_with_iobinding(bound.binding)
         except Exception as error:
-            raise BackendError(f"engine {self.spec.name} failed: {one_line(error)}") from error
-        if self._keeps:
-            if len(self._bindings) >= MOST_BINDINGS:
-                self._bindings.clear()
-            self._bindings[key] = binding, values
+            raise BackendError(f"a graph failed: {one_line(error)}") from error
 
-    def _bind(self, binding: Any, before: list[Any], values: list[Any], inputs: int) -> None:
-        """Binds the values that differ from those before."""
-        for position, (name, value, bound) in enumerate(zip(self._names, values, before, strict=True)):
-            if value is not bound:
-                bind = binding.bind_ortvalue_input if position < inputs else binding.bind_ortvalue_output
-                bind(name, _as_value(self._ort, value))
+    def _bind_block(self, key: BlockKey, constant: Any) -> Bound:
+        """Binds a block's session, that of its heads if there is one."""
+        block, sublayers, _ = key
+        given = {}
+        if constant is None:
+            given = self._backend.weights(block, sublayers) | dict(self._backend.heads.of(key))
+        session = constant or self._backend.shared(block, sublayers, self._threads)
+        if len(self._bound) >= MOST_BINDINGS:
+            self._bound.clear()
+        found = self._bind(session, given, self._backend.graphs.decisions(block + 1))
+        self._bound[key] = found._replace(constant=constant)
+        return self._bound[key]
 
-
-class OnnxRuntimeFixedEngine:
-    """One session, some inputs of whose model are constants."""
-
-    def __init__(self, ort: ModuleType, session: Any, spec: EngineSpec) -> None:
-        self._ort, self._session, self._spec = ort, session, spec
-        self._given = [tensor.name for tensor in spec.inputs if tensor.name == "images"]
-        self._blank = _as_value(ort, np.zeros(1, np.float32))
-        keep_in_fork(self)
-
-    def bound(self, values: Mapping[str, Any]) -> Callable[..., None]:
-        """See `FixedEngine.bound`."""
-        binding, given = self._session.io_binding(), self._given
-        try:
-            for tensor in self._spec.inputs:
-                if tensor.name not in given:
-                    binding.bind_ortvalue_input(tensor.name, _as_value(self._ort, values[tensor.name]))
-            for tensor in self._spec.outputs:
-                binding.bind_ortvalue_output(tensor.name, _as_value(self._ort, values[tensor.name]))
-        except KeyError as error:
-            raise BackendError(f"engine {self._spec.name} takes {error}, which is unknown; export again") from None
-        call = self._session.run_with_iobinding
-
-        def run(*arrays: Any) -> None:
-            for name, array in zip(given, arrays, strict=True):
-                binding.bind_ortvalue_input(name, _as_value(self._ort, array))
-            try:
-                call(binding)
-            except Exception as error:
-                raise BackendError(f"engine {self._spec.name} failed: {one_line(error)}") from error
-            finally:
-                for name in given:  # a batch is not to live as long as the binding
-                    binding.bind_ortvalue_input(name, self._blank)
-
-        return run
+    def _bind(self, session: Any, given: Mapping[str, Any], count: int) -> Bound:
+        """Binds what a session takes but for images and kept tokens, and what it makes."""
+        if count and count not in self._counted:
+            self._counted[count] = self._as_value(self._decisions[:, :count])
+        memory = {**self._memory, **given, "decisions": self._counted.get(count)}
+        binding, inputs = session.io_binding(), [value.name for value in session.get_inputs()]
+        for name in inputs:
+            if name in memory:
+                binding.bind_ortvalue_input(name, memory[name])
+        for value in session.get_outputs():
+            binding.bind_ortvalue_output(value.name, memory[value.name])
+        return Bound(session, binding, "tokens" in inputs, None, given)

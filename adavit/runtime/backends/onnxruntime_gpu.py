@@ -21,7 +21,7 @@ from adavit.runtime.backends.onnxruntime import (
     require_provider,
     share_pool,
 )
-from adavit.runtime.bundle import Bundle, EngineSpec
+from adavit.bundle.bundle import Bundle, EngineSpec
 
 __all__ = ["PROVIDERS", "OnnxRuntimeGpuBackend", "create"]
 

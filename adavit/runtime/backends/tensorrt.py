@@ -16,7 +16,7 @@ from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.backends.device import Device
 from adavit.runtime.backends.device_moves import DeviceMoves
 from adavit.runtime.backends.tensorrt_engine import TensorRtEngine
-from adavit.runtime.bundle import Bundle, EngineSpec
+from adavit.bundle.bundle import Bundle, EngineSpec
 from adavit.runtime.engine_sets import FLAVOURS, Machine, find_engine_set, numeric_version, this_platform
 
 __all__ = ["TensorRtBackend", "TensorRtRtxBackend"]

@@ -10,7 +10,7 @@ from typing import Any
 from adavit.errors import BackendError
 from adavit.runtime.backends.device import Block, Device
 from adavit.runtime.backends.device_moves import Uploads
-from adavit.runtime.bundle import EngineSpec
+from adavit.bundle.bundle import EngineSpec
 
 __all__ = ["TensorRtEngine"]
 

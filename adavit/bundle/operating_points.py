@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adavit.errors import InputError, shown
 
 if TYPE_CHECKING:
-    from adavit.runtime.bundle import Bundle
+    from adavit.bundle.bundle import Bundle
 
 __all__ = ["NO_POLICIES", "TRAINED", "Budgets", "Offsets", "OperatingPoint", "present", "resolve"]
 

@@ -10,35 +10,29 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["CONTRIB", "OPSETS", "TYPES", "Graph"]
+from adavit.bundle.onnx_graph import IR_VERSION, PRODUCER, TYPES
+from adavit.bundle.tensors import TensorFile
+
+__all__ = ["OPSETS", "Builder"]
 
 OPSETS = range(17, 24)
 """Opsets that can be asked for: LayerNormalization came with 17; 23 is the newest every backend here reads."""
 
-CONTRIB = "com.microsoft"
-"""The domain of ONNX Runtime's own operators."""
-_IR_VERSION = 10  # Read by ONNX Runtime 1.20, TensorRT 10 and OpenVINO 2025 onwards.
-TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "int8": TensorProto.INT8,
-    "int64": TensorProto.INT64,
-    "bool": TensorProto.BOOL,
-}
-"""ONNX's numbers of the types that engines take and give."""
 
-
-class Graph:
-    """Collects one engine's nodes, weights, inputs and outputs.
+class Builder:
+    """Collects one graph's nodes, weights, inputs and outputs.
 
     Args:
-        name: the engine's name.
+        name: the graph's name.
         opset: version of the standard operators.
+        tensors: the weights that it may refer to.
+        location: the name of their file, which lies beside the graph's.
     """
 
-    def __init__(self, name: str, opset: int) -> None:
+    def __init__(self, name: str, opset: int, tensors: TensorFile, location: str) -> None:
         self.name = name
         self.opset = opset
+        self._tensors, self._location = tensors, location
         self._nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -49,21 +43,37 @@ class Graph:
         self._inputs.append(helper.make_tensor_value_info(name, TYPES[dtype], shape))
         return name
 
-    def weight(self, name: str, value: npt.ArrayLike) -> str:
-        """Embeds a constant; float64 and Python floats become float32."""
+    def constant(self, name: str, value: npt.ArrayLike) -> str:
+        """Embeds a small constant; float64 and Python floats become float32."""
         array = np.asarray(value)
         if array.dtype == np.float64:
             array = array.astype(np.float32)
         self._weights.setdefault(name, numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
+    def weight(self, name: str, tensor: str) -> str:
+        """Refers to a tensor of the weights' file, under a name of its own in this graph."""
+        if name not in self._weights:
+            found = self._tensors.tensors[tensor]
+            proto = TensorProto(name=name, data_type=TYPES[found.dtype], dims=found.shape)
+            proto.data_location = TensorProto.EXTERNAL
+            place = {"location": self._location, "offset": str(found.offset), "length": str(found.bytes)}
+            for key, value in place.items():
+                proto.external_data.add(key=key, value=value)
+            self._weights[name] = proto
+        return name
+
+    def has(self, tensor: str) -> bool:
+        """Whether the weights' file has a tensor."""
+        return tensor in self._tensors.tensors
+
     def scalar(self, value: float) -> str:
         """A float32 constant of no dimensions."""
-        return self.weight(f"scalar_{value!r}", np.float32(value))
+        return self.constant(f"scalar_{value!r}", np.float32(value))
 
     def ints(self, *values: int) -> str:
         """An int64 vector, such as a shape or a list of axes."""
-        return self.weight("ints_" + "_".join(map(str, values)), np.asarray(values, np.int64))
+        return self.constant("ints_" + "_".join(map(str, values)), np.asarray(values, np.int64))
 
     def op(self, kind: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
         """Adds an operator of one output and returns that output's name."""
@@ -76,16 +86,16 @@ class Graph:
         self._nodes.append(helper.make_node(kind, list(inputs), results, name=node, **attributes))
         return results
 
-    def layer_norm(self, x: str, weight: str, bias: str, epsilon: float) -> str:
+    def layer_norm(self, x: str, weight: str, bias: str, epsilon: float, name: str | None = None) -> str:
         """Layer normalisation over the last axis."""
-        return self.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon)
+        return self.op("LayerNormalization", x, weight, bias, name=name, axis=-1, epsilon=epsilon)
 
-    def gelu(self, x: str) -> str:
+    def gelu(self, x: str, name: str | None = None) -> str:
         """The exact GELU; before opset 20 as the operators that backends recognise and fuse."""
         if self.opset >= 20:
-            return self.op("Gelu", x)
+            return self.op("Gelu", x, name=name)
         error = self.op("Erf", self.op("Div", x, self.scalar(math.sqrt(2))))
-        return self.op("Mul", self.op("Mul", x, self.op("Add", error, self.scalar(1.0))), self.scalar(0.5))
+        return self.op("Mul", self.op("Mul", x, self.op("Add", error, self.scalar(1.0))), self.scalar(0.5), name=name)
 
     def output(self, name: str, value: str, shape: list[int | str], dtype: str = "float32") -> None:
         """Declares `value` as the output `name`."""
@@ -99,14 +109,13 @@ class Graph:
                     node.input[i] = name
         self._outputs.append(helper.make_tensor_value_info(name, TYPES[dtype], shape))
 
-    def build(self) -> onnx.ModelProto:
-        """The finished and checked model."""
+    def build(self) -> bytes:
+        """The finished model, encoded."""
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._weights.values())
         )
         opsets = [helper.make_opsetid("", self.opset)]
-        if any(node.domain == CONTRIB for node in self._nodes):
-            opsets.append(helper.make_opsetid(CONTRIB, 1))
-        model = helper.make_model(graph, opset_imports=opsets, producer_name="adavit", ir_version=_IR_VERSION)
-        onnx.checker.check_model(model, full_check=True)
-        return model
+        model = helper.make_model(
+            graph, opset_imports=opsets, producer_name=PRODUCER.decode(), ir_version=IR_VERSION
+        )
+        return bytes(model.SerializeToString())

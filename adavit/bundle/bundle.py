@@ -1,110 +1,104 @@
-"""A bundle on disk: a folder of engines, described by `config.json`, checked before anything is used."""
+"""A bundle on disk: a folder of graphs and weights, described by `config.json`, checked before anything is used."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import stat
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from adavit.architecture import Architecture
+from adavit.bundle.demo import find_bundle
+from adavit.bundle.keys import Sublayers, combinations
+from adavit.bundle.operating_points import Budgets
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.errors import BundleError, InputError, shown
 from adavit.files import find_folder, sha256, write_beside
 from adavit.macs import dense_macs, outside_macs
 from adavit.reading import path_of, read_regular
-from adavit.runtime.budget import Budgets
-from adavit.runtime.demo import find_bundle
-from adavit.runtime.images import Preprocessor
 
 __all__ = [
+    "DENSE",
     "LABELS",
+    "MODEL_TYPE",
+    "PRECISIONS",
     "PREPROCESSING",
     "SCHEMA_VERSION",
+    "WEIGHTS",
     "Bundle",
-    "EngineSpec",
-    "TensorSpec",
+    "GraphFiles",
+    "StoredFile",
     "is_bundle",
     "write_config",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+MODEL_TYPE = "adavit"
 CONFIG, LABELS, PREPROCESSING = "config.json", "labels.txt", "preprocessor_config.json"
 """The text files that the runtime reads of a bundle: what describes it, class names, and what images go through."""
+WEIGHTS, STEM, DENSE = "model.safetensors", "stem.onnx", "dense.onnx"
+"""In the folder of a precision: its weights, and the graphs beside those of the blocks."""
+PRECISIONS = ("fp32", "fp16", "int8", "mixed")
 MAX_TEXT = 16 << 20
-MAX_ENGINE = (2 << 30) - 1  # A protobuf message cannot be larger.
-ENGINE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool")
+MAX_GRAPH = 64 << 20
+MAX_WEIGHTS = 64 << 30
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """An engine's input or output; a dimension is a size, or a name where it varies."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def of_heads(self, heads: int, head_width: int) -> tuple[int, ...]:
-        """The shape for so many heads, "h", with their channels "c", or "c+2" with two rows of a bias."""
-        channels = heads * head_width
-        sizes = {"h": heads, "c": channels, "c+2": channels + 2}
-        return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
-
-
-class Stored(Protocol):
+class StoredFile:
     """A file of a bundle: its path inside, with forward slashes, its size and its hash."""
 
-    @property
-    def file(self) -> str: ...
-
-    @property
-    def bytes(self) -> int: ...
-
-    @property
-    def sha256(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """A text file of a bundle; see `Stored`."""
-
     file: str
     bytes: int
     sha256: str
 
+    @classmethod
+    def of(cls, file: str, data: bytes) -> StoredFile:
+        """What describes a file with such content."""
+        return cls(file, len(data), sha256(data))
+
 
 @dataclass(frozen=True)
-class EngineSpec:
-    """One ONNX file of a bundle.
+class GraphFiles:
+    """The graphs of one precision, and the weights that they share.
 
     Attributes:
-        name: the engine's name, such as "stem" or "blocks.3.attention".
-        file: path inside the bundle, with forward slashes.
-        inputs, outputs: its tensors, in order.
-        bytes: the file's size.
-        sha256: the file's hash.
+        precision: one of PRECISIONS.
+        opset: version of the standard operators.
+        weights: the safetensors file.
+        stem: images to tokens; None in a model without policies.
+        blocks: for each block, by the sub-layers that run.
+        dense: the dense twin, if there is one.
     """
 
-    name: str
-    file: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    bytes: int
-    sha256: str
+    precision: str
+    opset: int
+    weights: StoredFile
+    stem: StoredFile | None
+    blocks: tuple[Mapping[Sublayers, StoredFile], ...]
+    dense: StoredFile | None
+
+    def files(self) -> list[StoredFile]:
+        """All of them."""
+        graphs = [self.stem, *(file for block in self.blocks for file in block.values()), self.dense]
+        return [self.weights, *(file for file in graphs if file)]
 
     @property
-    def wants_constants(self) -> bool:
-        """Whether it is for runtimes that make the weights handed to it constants; others have no use for it."""
-        return self.name.endswith("_set")
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(file.bytes for file in self.files())
 
-    def without(self, names: Collection[str]) -> EngineSpec:
-        """The engine without the inputs of these names."""
-        return replace(self, inputs=tuple(tensor for tensor in self.inputs if tensor.name not in names))
+    def to_dict(self) -> dict[str, Any]:
+        """As `config.json` has it."""
+        found: dict[str, Any] = {"opset": self.opset, "weights": vars(self.weights)}
+        if self.stem:
+            found["stem"] = vars(self.stem)
+            found["blocks"] = [{key.name: vars(file) for key, file in block.items()} for block in self.blocks]
+        return found | ({"dense": vars(self.dense)} if self.dense else {})
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,7 @@ class Bundle:
     Attributes:
         path: the folder, absolute.
         architecture: the model's shapes.
-        engines: by name.
+        graphs: by precision, the default first.
         labels: one per class.
         preprocessor: what the model's images go through.
         budgets: its operating points, or None.
@@ -123,7 +117,7 @@ class Bundle:
 
     path: Path
     architecture: Architecture
-    engines: Mapping[str, EngineSpec]
+    graphs: Mapping[str, GraphFiles]
     labels: tuple[str, ...]
     preprocessor: Preprocessor
     budgets: Budgets | None
@@ -143,11 +137,13 @@ class Bundle:
         if version != SCHEMA_VERSION or type(version) is not int:
             raise BundleError(
                 f"{folder}: bundle schema version {shown(version)}, this adavit reads {SCHEMA_VERSION}; "
-                "export again with this version, or install the one that made it"
+                "export the checkpoint again with this version"
             )
         try:
             arch = Architecture.from_dict(config.get("architecture"))
-            engines = {name: _engine(name, spec) for name, spec in config["engines"].items()}
+            graphs = {name: _graph_files(name, values, arch) for name, values in config["precisions"].items()}
+            if not graphs or config["model_type"] != MODEL_TYPE:
+                raise ValueError("it has no graphs, or another model_type")
             texts = {name: _text_file(name, config["files"][name]) for name in (LABELS, PREPROCESSING)}
             budgets = Budgets.from_dict(config["budgets"], arch.depth) if "budgets" in config else None
             if config["macs"] != {"dense": dense_macs(arch), "outside_blocks": outside_macs(arch)}:
@@ -159,9 +155,10 @@ class Bundle:
             raise BundleError(f"{folder}/{LABELS} has {len(labels)} lines for {arch.classes} classes; export again")
         preprocessing = _decoded(folder / PREPROCESSING, read_stored(folder, texts[PREPROCESSING]))
         preprocessor = Preprocessor.from_dict(_object(folder / PREPROCESSING, preprocessing), arch.image_size)
-        for engine in engines.values():
-            _check_file(folder, engine)
-        return cls(folder, arch, engines, labels, preprocessor, budgets, config)
+        for files in graphs.values():
+            for file in files.files():
+                _check_file(folder, file)
+        return cls(folder, arch, graphs, labels, preprocessor, budgets, config)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -173,27 +170,18 @@ class Bundle:
         """The model's name, for people."""
         return str(self.config.get("name") or self.path.resolve().name)
 
-    @property
-    def has_twin(self) -> bool:
-        """Whether there is a dense twin to compare with; a model without policies is its own."""
-        return self.architecture.adapts and "dense" in self.engines
+    def files_of(self, precision: str | None = None) -> GraphFiles:
+        """The graphs of a precision, by default the first; raises InputError where the bundle has none in it."""
+        if precision is None:
+            return next(iter(self.graphs.values()))
+        if not isinstance(precision, str) or precision not in self.graphs:
+            raise InputError(
+                f"{self.path} is not in precision {shown(precision)}; it has {', '.join(self.graphs)}: choose one of "
+                "them, or export it again with --precision"
+            )
+        return self.graphs[precision]
 
-    def read(self, name: str) -> bytes:
-        """The bytes of an engine, hashed before they are returned.
-
-        Raises:
-            BundleError: there is no such engine, or its file is not the one that was exported.
-        """
-        return self.read_stored(self.engine(name))
-
-    def engine(self, name: str) -> EngineSpec:
-        """The description of an engine; raises BundleError where there is no such engine."""
-        if name not in self.engines:
-            hint = "; export again" + (", without --no-dense" if name == "dense" else "")
-            raise BundleError(f"{self.path}: has no engine {name!r}{hint}")
-        return self.engines[name]
-
-    def read_stored(self, stored: Stored) -> bytes:
+    def read_stored(self, stored: StoredFile) -> bytes:
         """The bytes of a file that the bundle describes, hashed before they are returned.
 
         Raises:
@@ -202,7 +190,7 @@ class Bundle:
         return read_stored(self.path, stored)
 
 
-def read_stored(folder: Path, stored: Stored) -> bytes:
+def read_stored(folder: Path, stored: StoredFile) -> bytes:
     """The bytes of a described file in a folder: opened once, read whole, and hashed; see `Bundle.read_stored`."""
     path = _check_file(folder, stored)
     try:
@@ -216,7 +204,7 @@ def read_stored(folder: Path, stored: Stored) -> bytes:
     return data
 
 
-def _check_file(folder: Path, stored: Stored) -> Path:
+def _check_file(folder: Path, stored: StoredFile) -> Path:
     """A described file's path, which stays inside, after a look at what is there and its size.
 
     A symbolic link is as good as a file: what is used are the bytes that have the right hash.
@@ -287,7 +275,7 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 def is_bundle(folder: Path) -> bool:
     """Whether a folder holds a bundle, of any version: other models have a config.json too."""
     try:
-        return {"schema_version", "engines"} <= _object(folder, _config_text(_folder(folder))).keys()
+        return "schema_version" in _object(folder, _config_text(_folder(folder)))
     except (BundleError, InputError):
         return False
 
@@ -303,30 +291,30 @@ def _object(path: Path, text: str) -> dict[str, Any]:
     return value
 
 
-def _text_file(name: str, spec: dict[str, Any]) -> TextFile:
-    size, digest = spec["bytes"], spec["sha256"]
-    if type(size) is not int or not 0 < size <= MAX_TEXT or not isinstance(digest, str):
-        raise ValueError(f"{name} has no size up to {MAX_TEXT >> 20} MiB or no hash")
-    return TextFile(name, size, digest)
+def _text_file(name: str, spec: dict[str, Any]) -> StoredFile:
+    return _stored(name, {**spec, "file": name}, MAX_TEXT)
 
 
-def _engine(name: str, spec: dict[str, Any]) -> EngineSpec:
-    if not ENGINE_NAME.fullmatch(name):  # files are named after it
-        raise ValueError(f"an engine is named {name[:80]!r}")
-    size = spec["bytes"]
-    if type(size) is not int or not 0 < size <= MAX_ENGINE:
-        raise ValueError(f"engine {name} is said to have {shown(size)} bytes")
-    if not isinstance(spec["file"], str) or not isinstance(spec["sha256"], str):
-        raise ValueError(f"engine {name} has no file or hash")
-    inputs, outputs = (tuple(_tensor(t) for t in spec[key]) for key in ("inputs", "outputs"))
-    return EngineSpec(name, spec["file"], inputs, outputs, size, spec["sha256"])
+def _graph_files(precision: str, values: dict[str, Any], arch: Architecture) -> GraphFiles:
+    if precision not in PRECISIONS or type(values["opset"]) is not int:
+        raise ValueError(f"it has a precision {shown(precision)}, or an unknown opset")
+    weights = _stored("weights", values["weights"], MAX_WEIGHTS)
+    stem = _stored("stem", values["stem"], MAX_GRAPH) if "stem" in values else None
+    dense = _stored("dense", values["dense"], MAX_GRAPH) if "dense" in values else None
+    blocks = values.get("blocks", [])
+    if (stem is not None, len(blocks)) != (arch.adapts, arch.depth * arch.adapts) or not (stem or dense):
+        raise ValueError(f"the graphs of {precision} are not those of its architecture")
+    found = []
+    for number, block in enumerate(blocks):
+        wanted = {key.name: key for key in combinations(arch, number)}
+        if set(block) != set(wanted):
+            raise ValueError(f"block {number} has graphs for {shown(sorted(block))}")
+        found.append({key: _stored(name, block[name], MAX_GRAPH) for name, key in wanted.items()})
+    return GraphFiles(precision, values["opset"], weights, stem, tuple(found), dense)
 
 
-def _tensor(spec: dict[str, Any]) -> TensorSpec:
-    shape = tuple(spec["shape"])
-    for size in shape:
-        if not (isinstance(size, str) or (type(size) is int and 0 <= size <= 1 << 31)):
-            raise ValueError(f"tensor {shown(spec['name'])} has a dimension {shown(size)}")
-    if spec["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {shown(spec['name'])} has the type {shown(spec['dtype'])}")
-    return TensorSpec(str(spec["name"]), spec["dtype"], shape)
+def _stored(name: str, values: dict[str, Any], most: int) -> StoredFile:
+    file, size, digest = values["file"], values["bytes"], values["sha256"]
+    if type(size) is not int or not 0 < size <= most or not isinstance(file, str) or not isinstance(digest, str):
+        raise ValueError(f"{name} has no file, no hash, or a size of {shown(size)}")
+    return StoredFile(file, size, digest)

@@ -1,0 +1,1 @@
+"""The bundle format: what is on disk, checked before anything is used."""

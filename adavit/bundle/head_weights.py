@@ -1,0 +1,112 @@
+"""The weights of kept heads, taken from a bundle's weights in the checkpoint's layouts.
+
+A block's graph is handed the weights of the heads that it runs with: qkv [3c, D], queries before keys before values,
+the attention scale in the queries'; qkv_bias [3c], proj [D, c], and the MLP's fc1 [hidden, c], fc2 [D, hidden] and the
+heads' numbers, heads [h]. A key's bias adds the same to all scores of a query, which the softmax takes away again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.architecture import Architecture
+from adavit.bundle.keys import BlockKey
+from adavit.bundle.tensors import TensorFile
+from adavit.errors import BundleError
+
+__all__ = ["Arrays", "Quantised", "head_weights", "quantised_head_weights"]
+
+Array = npt.NDArray[Any]
+Arrays = Mapping[str, Array]
+
+
+class Quantised(NamedTuple):
+    """int8 weights [out, in], and a scale for each output channel, float32 [out]."""
+
+    codes: Array
+    scale: Array
+
+    def dequantised(self) -> Array:
+        """As float32."""
+        return self.codes * self.scale[:, None]
+
+
+def head_weights(arch: Architecture, tensors: TensorFile, key: BlockKey) -> Arrays:
+    """What a block's graph is handed for a key, by the names of its inputs; int8 weights as float32.
+
+    What all heads share is the file's own memory, read-only.
+
+    Raises:
+        BundleError: the file lacks a weight, or has it in another shape or type.
+    """
+    found = quantised_head_weights(arch, tensors, key)
+    return {name: value.dequantised() if isinstance(value, Quantised) else value for name, value in found.items()}
+
+
+def quantised_head_weights(arch: Architecture, tensors: TensorFile, key: BlockKey) -> Mapping[str, Array | Quantised]:
+    """As `head_weights`, with int8 weights as they are."""
+    found: dict[str, Array | Quantised] = {}
+    heads = np.array(key.heads, np.int64)
+    channels = (heads[:, None] * arch.head_width + np.arange(arch.head_width)).ravel()
+    every = len(heads) == arch.heads
+    width, hidden, block = arch.width, arch.hidden, f"blocks.{key.block}"
+
+    def linear(name: str, shape: tuple[int, int]) -> Array | Quantised:
+        weight = _tensor(tensors, f"{block}.{name}.weight", shape)
+        if weight.dtype != np.int8:
+            return weight
+        return Quantised(weight, _tensor(tensors, f"{block}.{name}.weight.scale", shape[:1]))
+
+    if key.sublayers.attention:
+        parts = [linear(f"attn.{part}", (width, width)) for part in ("query", "key", "value")]
+        scale = arch.head_width**-0.5
+        found["qkv"] = _joined([_rows(part, channels, scale if i == 0 else 1.0) for i, part in enumerate(parts)])
+        if arch.qkv_bias:
+            query, value = (_tensor(tensors, f"{block}.attn.{part}.bias", (width,)) for part in ("query", "value"))
+            own = query[channels]
+            bias = [own * own.dtype.type(scale), np.zeros_like(own), value[channels]]
+            found["qkv_bias"] = np.concatenate(bias)
+        found["proj"] = _columns(linear("attn.proj", (width, width)), channels, every)
+    if key.sublayers.mlp:
+        if arch.adapts_heads(key.block):
+            found["heads"] = heads
+        found["fc1"] = _columns(linear("mlp.fc1", (hidden, width)), channels, every)
+        found["fc2"] = linear("mlp.fc2", (width, hidden))
+    return found
+
+
+def _tensor(tensors: TensorFile, name: str, shape: tuple[int, ...]) -> Array:
+    value = tensors.array(name)
+    if value.shape != shape:
+        raise BundleError(f"the weights {name} are {list(value.shape)}, not {list(shape)}; export again")
+    return value
+
+
+def _rows(weight: Array | Quantised, channels: Array, factor: float) -> Array | Quantised:
+    """The rows of output channels, scaled."""
+    if isinstance(weight, Quantised):
+        return Quantised(weight.codes[channels], weight.scale[channels] * np.float32(factor))
+    rows = weight[channels]
+    if factor != 1.0:
+        rows *= rows.dtype.type(factor)
+    return rows
+
+
+def _columns(weight: Array | Quantised, channels: Array, every: bool) -> Array | Quantised:
+    """The columns of input channels."""
+    if every:
+        return weight
+    if isinstance(weight, Quantised):
+        return Quantised(np.take(weight.codes, channels, 1), weight.scale)
+    return np.take(weight, channels, 1)
+
+
+def _joined(parts: list[Any]) -> Array | Quantised:
+    if isinstance(parts[0], Quantised):
+        codes, scales = zip(*parts, strict=True)
+        return Quantised(np.concatenate(codes), np.concatenate(scales))
+    return np.concatenate(parts)

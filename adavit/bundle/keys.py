@@ -1,0 +1,45 @@
+"""What a block runs: typed keys, so that no name is ever parsed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from adavit.architecture import Architecture
+
+__all__ = ["BOTH", "NONE", "BlockKey", "Sublayers", "combinations"]
+
+
+class Sublayers(NamedTuple):
+    """Which sub-layers of a block run."""
+
+    attention: bool
+    mlp: bool
+
+    @property
+    def name(self) -> str:
+        """As files and reports name the combination."""
+        return {(True, True): "both", (True, False): "attention", (False, True): "mlp"}.get(tuple(self), "none")
+
+
+BOTH, NONE = Sublayers(True, True), Sublayers(False, False)
+
+
+class BlockKey(NamedTuple):
+    """What a block runs of its sub-layers and heads.
+
+    Attributes:
+        block: its position.
+        sublayers: that run.
+        heads: the numbers of those that are kept, ascending; empty where no sub-layer runs.
+    """
+
+    block: int
+    sublayers: Sublayers
+    heads: tuple[int, ...]
+
+
+def combinations(arch: Architecture, block: int) -> tuple[Sublayers, ...]:
+    """The combinations of sub-layers that a block may run."""
+    if not arch.adapts_sublayers(block):
+        return (BOTH,)
+    return BOTH, Sublayers(True, False), Sublayers(False, True), NONE

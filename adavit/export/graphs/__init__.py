@@ -1,0 +1,1 @@
+"""The ONNX graphs of a bundle: stem, blocks, and the dense twin."""

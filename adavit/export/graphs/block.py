@@ -1,0 +1,196 @@
+"""A block as graphs, one for each combination of sub-layers that it may run.
+
+    x [N, D], the numbers of the kept tokens, tokens [K], and the weights of the h kept heads (c = h * d channels):
+    qkv [3c, D], qkv_bias [3c] and proj [D, c] of attention; the heads' numbers, heads [h], fc1 [hidden, c] and
+    fc2 [D, hidden] of the MLP
+    -> y [N, D], decisions [1, M]
+
+Kept rows are gathered, the sub-layers run on them, and they are put back. Then the next block's decisions are made:
+the logits of its tokens [N] (the class token's means nothing), heads [H] and sub-layers [2], as far as it has policies
+for them. Behind the last block, the logits of the classes [1, C] come in their place. Where no sub-layer runs, this is
+all there is.
+
+The weights have the checkpoint's layouts, [out, in]; queries are scaled by them, see `adavit.bundle.head_weights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from adavit.architecture import Architecture
+from adavit.bundle.keys import Sublayers
+from adavit.export.graphs.builder import Builder
+from adavit.export.graphs.precision import Precision
+
+__all__ = ["add_attention", "add_block", "add_decisions", "add_head", "add_mlp", "add_norm"]
+
+
+def add_block(
+    graph: Builder, arch: Architecture, block: int, sublayers: Sublayers, precisions: Mapping[str, Precision]
+) -> None:
+    """Makes a graph a block's; `precisions` are of its sub-layers, "attention" and "mlp", that run."""
+    size: list[int | str] = [arch.tokens, arch.width]
+    x = graph.input("x", size)
+    y = x
+    if any(sublayers):
+        kept = graph.input("tokens", ["K"], "int64") if arch.token_policy else ""
+        rows = graph.op("Gather", x, kept, axis=0) if kept else x
+        if sublayers.attention:
+            rows = _attention(graph, arch, block, rows, precisions["attention"])
+        if sublayers.mlp:
+            rows = _mlp(graph, arch, block, rows, precisions["mlp"])
+        y = graph.op("ScatterND", x, graph.op("Unsqueeze", kept, graph.ints(1)), rows) if kept else rows
+        graph.output("y", y, size)
+        y = "y"
+    if block + 1 < arch.depth:
+        add_decisions(graph, arch, block + 1, y)
+    else:
+        first = graph.op("Slice", y, graph.ints(0), graph.ints(1), graph.ints(0))
+        add_head(graph, arch, first)
+
+
+def _attention(graph: Builder, arch: Architecture, block: int, x: str, precision: Precision) -> str:
+    """Attention with the handed heads: [K, D] -> [K, D]."""
+    dtype = precision.dtype
+    weights = {"qkv": graph.input("qkv", ["3c", arch.width], dtype)}
+    if arch.qkv_bias:
+        weights["qkv_bias"] = graph.input("qkv_bias", ["3c"], dtype)
+    weights["proj"] = graph.input("proj", [arch.width, "c"], dtype)
+    return add_attention(graph, arch, block, x, weights, precision)
+
+
+def _mlp(graph: Builder, arch: Architecture, block: int, x: str, precision: Precision) -> str:
+    """The MLP on the channels of the handed heads: [K, D] -> [K, D]."""
+    heads = graph.input("heads", ["h"], "int64") if arch.adapts_heads(block) else ""
+    channels: int | str = "c" if heads else arch.width
+    weights = {
+        "fc1": graph.input("fc1", [arch.hidden, channels], precision.dtype),
+        "fc2": graph.input("fc2", [arch.width, arch.hidden], precision.dtype),
+    }
+    return add_mlp(graph, arch, block, x, weights, precision, heads)
+
+
+def add_norm(graph: Builder, arch: Architecture, prefix: str, norm: str, x: str) -> str:
+    """A layer normalisation of the model, of the weights whose names in the checkpoint begin with `prefix`."""
+    weight, bias = (graph.weight(f"{norm}.{kind}", f"{prefix}{norm}.{kind}") for kind in ("weight", "bias"))
+    return graph.layer_norm(x, weight, bias, arch.norm_epsilon)
+
+
+def add_attention(
+    graph: Builder, arch: Architecture, block: int, x: str, weights: dict[str, str], precision: Precision, prefix: str = ""
+) -> str:
+    """The attention sub-layer, residual included: [K, D] -> [K, D].
+
+    Args:
+        graph: where to add.
+        arch: the model's shapes.
+        block: its position.
+        x: the tokens.
+        weights: the values that hold qkv, qkv_bias where the model has one, and proj.
+        precision: of the linear layers.
+        prefix: of the names of weights in this graph.
+    """
+    site, d = f"blocks.{block}", arch.head_width
+    normed = _own_norm(graph, arch, block, prefix, "norm1", x)
+    qkv = graph.op("Gemm", precision.enter(graph, normed, f"{site}.qkv", prefix), weights["qkv"], transB=1)
+    if "qkv_bias" in weights:
+        qkv = graph.op("Add", qkv, weights["qkv_bias"])
+    parts = graph.op("Reshape", qkv, graph.ints(0, 3, -1, d), name=f"{prefix}qkv.parts")  # [K, 3, h, d]
+    query, key, value = (
+        graph.op("Transpose", graph.op("Gather", parts, graph.constant(f"part_{i}", np.int64(i)), axis=1), perm=perm)
+        for i, perm in enumerate(([1, 0, 2], [1, 2, 0], [1, 0, 2]))
+    )
+    scores = precision.leave(graph, graph.op("MatMul", query, key))
+    shares = precision.enter(graph, graph.op("Softmax", scores, axis=-1))
+    mixed = graph.op("Transpose", graph.op("MatMul", shares, value), perm=[1, 0, 2])
+    mixed = graph.op("Reshape", mixed, graph.ints(0, -1), name=f"{prefix}mixed")
+    update = graph.op("Gemm", _again(graph, mixed, precision, f"{site}.proj", prefix), weights["proj"], transB=1)
+    return _residual(graph, block, prefix, "attn.proj", update, x, precision)
+
+
+def add_mlp(
+    graph: Builder,
+    arch: Architecture,
+    block: int,
+    x: str,
+    weights: dict[str, str],
+    precision: Precision,
+    heads: str = "",
+    prefix: str = "",
+) -> str:
+    """The MLP sub-layer, residual included: [K, D] -> [K, D].
+
+    Args:
+        graph: where to add.
+        arch: the model's shapes.
+        block: its position.
+        x: the tokens.
+        weights: the values that hold fc1 and fc2.
+        precision: of the linear layers.
+        heads: the numbers of those whose channels enter, or "" for all channels.
+        prefix: of the names of weights in this graph.
+    """
+    site = f"blocks.{block}"
+    normed = _own_norm(graph, arch, block, prefix, "norm2", x)
+    if heads:
+        by_head = graph.op("Reshape", normed, graph.ints(0, arch.heads, arch.head_width))
+        normed = graph.op("Reshape", graph.op("Gather", by_head, heads, axis=1), graph.ints(0, -1))
+    hidden = graph.op("Gemm", precision.enter(graph, normed, f"{site}.fc1", prefix), weights["fc1"], transB=1)
+    hidden = graph.gelu(graph.op("Add", hidden, _own(graph, block, prefix, "mlp.fc1.bias")))
+    update = graph.op("Gemm", _again(graph, hidden, precision, f"{site}.fc2", prefix), weights["fc2"], transB=1)
+    return _residual(graph, block, prefix, "mlp.fc2", update, x, precision)
+
+
+def _own(graph: Builder, block: int, prefix: str, name: str) -> str:
+    """A weight of the block itself."""
+    return graph.weight(prefix + name, f"blocks.{block}.{name}")
+
+
+def _own_norm(graph: Builder, arch: Architecture, block: int, prefix: str, norm: str, x: str) -> str:
+    weight, bias = (_own(graph, block, prefix, f"{norm}.{kind}") for kind in ("weight", "bias"))
+    return graph.layer_norm(x, weight, bias, arch.norm_epsilon)
+
+
+def _again(graph: Builder, x: str, precision: Precision, site: str, prefix: str) -> str:
+    """What a linear layer reads of what another one made: in fp16 it is that already."""
+    return x if precision.name == "fp16" else precision.enter(graph, x, site, prefix)
+
+
+def _residual(graph: Builder, block: int, prefix: str, name: str, update: str, x: str, precision: Precision) -> str:
+    update = graph.op("Add", update, _own(graph, block, prefix, f"{name}.bias"))
+    return graph.op("Add", precision.leave(graph, update), x)
+
+
+def add_decisions(graph: Builder, arch: Architecture, block: int, x: str) -> None:
+    """Adds the logits of a block's decisions on x [N, D]: the output decisions [1, M], if there are any."""
+    site, found = f"blocks.{block}", []
+    if arch.token_policy:
+        weight, bias = (graph.weight(f"next.norm1.{kind}", f"{site}.norm1.{kind}") for kind in ("weight", "bias"))
+        normed = graph.layer_norm(x, weight, bias, arch.norm_epsilon)
+        vector, offset = _selecting(graph, site, "attn.token_select")
+        found.append(graph.op("Gemm", vector, normed, offset, transB=1))  # the vector first: half the time
+    first = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0)) if arch.choices(block) else ""
+    names = ["head_select"] * arch.adapts_heads(block) + ["layer_select"] * arch.adapts_sublayers(block)
+    found += [graph.op("Gemm", first, *_selecting(graph, site, name), transB=1) for name in names]
+    if found:
+        count = arch.tokens * arch.token_policy + arch.choices(block)
+        decisions = graph.op("Concat", *found, axis=1) if len(found) > 1 else found[0]
+        graph.output("decisions", decisions, [1, count])
+
+
+def _selecting(graph: Builder, site: str, name: str) -> tuple[str, str]:
+    """Weight and bias of a policy."""
+    weight, bias = (
+        graph.weight(f"next.{name}.mlp_head.{kind}", f"{site}.{name}.mlp_head.{kind}") for kind in ("weight", "bias")
+    )
+    return weight, bias
+
+
+def add_head(graph: Builder, arch: Architecture, classes: str) -> None:
+    """Adds the model's head: the class tokens [B, D] behind the last block to the output logits [B, C]."""
+    normed = add_norm(graph, arch, "", "norm", classes)
+    logits = graph.op("Gemm", normed, graph.weight("head.weight", "head.weight"), transB=1)
+    logits = graph.op("Add", logits, graph.weight("head.bias", "head.bias"))
+    graph.output("logits", logits, ["B" if classes == "classes" else 1, arch.classes])

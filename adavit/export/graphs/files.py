@@ -1,0 +1,98 @@
+"""Writes a precision's weights and graphs into a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+
+from adavit.architecture import Architecture
+from adavit.bundle.bundle import DENSE, STEM, WEIGHTS, GraphFiles, StoredFile
+from adavit.bundle.keys import Sublayers, combinations
+from adavit.bundle.tensors import TensorFile
+from adavit.export.graphs.block import add_block
+from adavit.export.graphs.builder import Builder
+from adavit.export.graphs.dense import make_dense
+from adavit.export.graphs.precision import FP32, Precision
+from adavit.export.graphs.stem import make_stem
+
+__all__ = ["Units", "write_graphs"]
+
+Tensors = Mapping[str, npt.NDArray[np.generic]]
+Progress = Callable[[str, float], None]
+
+
+class Units(dict[str, Precision]):
+    """The precision of each sub-layer, "blocks.3.mlp", and of "dense"; what is not named is in fp32."""
+
+    def of(self, block: int, sublayers: Sublayers) -> dict[str, Precision]:
+        """Of a block's sub-layers that run."""
+        return {part: self.get(f"blocks.{block}.{part}", FP32) for part, runs in sublayers._asdict().items() if runs}
+
+
+def write_graphs(
+    folder: Path,
+    precision: str,
+    arch: Architecture,
+    tensors: Tensors,
+    opset: int,
+    with_dense: bool,
+    progress: Progress,
+    units: Units | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> GraphFiles:
+    """Writes weights and graphs into a folder of the bundle `folder` that is named after the precision.
+
+    Args:
+        folder: the bundle.
+        precision: its name.
+        arch: the model's shapes.
+        tensors: the weights by their released names, with those that the stem derives.
+        opset: version of the standard operators.
+        with_dense: whether to write the dense twin; a model without policies has nothing else.
+        progress: told the stage and the share done.
+        units: what is not in fp32.
+        metadata: of the weights' file.
+    """
+    (folder / precision).mkdir()
+    data = save({name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}, dict(metadata or {}))
+    weights = _write(folder, f"{precision}/{WEIGHTS}", data)
+    parsed = TensorFile.parse(data, weights.file)
+    units = units or Units()
+    total = 1 + sum(len(combinations(arch, block)) for block in range(arch.depth))
+    done = 0
+
+    def write(name: str, kind: str, make: Callable[[Builder], None]) -> StoredFile:
+        nonlocal done
+        builder = Builder(kind, opset, parsed, WEIGHTS)
+        make(builder)
+        done += 1
+        progress(f"exporting {precision}", min(1.0, done / total))
+        return _write(folder, f"{precision}/{name}", builder.build())
+
+    stem, blocks = None, []
+    if arch.adapts:
+        stem = write(STEM, "stem", lambda builder: make_stem(builder, arch))
+        for block in range(arch.depth):
+            blocks.append(
+                {
+                    key: write(
+                        f"blocks.{block}.{key.name}.onnx",
+                        key.name,
+                        lambda builder: add_block(builder, arch, block, key, units.of(block, key)),  # noqa: B023
+                    )
+                    for key in combinations(arch, block)
+                }
+            )
+    dense = None
+    if with_dense or not arch.adapts:
+        dense = write(DENSE, "dense", lambda builder: make_dense(builder, arch, units.get("dense", FP32)))
+    return GraphFiles(precision, opset, weights, stem, tuple(blocks), dense)
+
+
+def _write(folder: Path, file: str, data: bytes) -> StoredFile:
+    (folder / file).write_bytes(data)
+    return StoredFile.of(file, data)
