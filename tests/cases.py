@@ -11,11 +11,11 @@ from typing import Any
 
 import click
 import numpy as np
-import onnx
 import torch
 from click.testing import CliRunner, Result
-from onnx import numpy_helper
 from PIL import Image
+from safetensors.numpy import load_file
+from safetensors.numpy import save as save_tensors
 
 from adavit.architecture import TOKEN_THRESHOLD, Architecture
 from adavit.export import ExportOptions, export_bundle
@@ -171,28 +171,39 @@ def write_config(bundle: Path, config: Any) -> None:
     (bundle / "config.json").write_text(json.dumps(config))
 
 
-def rewrite_engine(bundle: Path, name: str, data: bytes) -> None:
-    """Replaces an engine together with its size and hash, so that only verification can tell."""
-    config = read_config(bundle)
-    engine = config["engines"][name]
-    (bundle / engine["file"]).write_bytes(data)
-    engine.update(bytes=len(data), sha256=sha256(data))
+def stored_files(bundle: Path, precision: str = "fp32") -> dict[str, str]:
+    """The files of a precision's graphs and weights by name: "weights", "stem", "blocks.0.both", "dense"."""
+    graphs = read_config(bundle)["precisions"][precision]
+    found = {name: graphs[name]["file"] for name in ("weights", "stem", "dense") if name in graphs}
+    for number, block in enumerate(graphs.get("blocks", [])):
+        found |= {f"blocks.{number}.{kind}": entry["file"] for kind, entry in block.items()}
+    return found
+
+
+def rewrite_stored(bundle: Path, file: str, data: bytes) -> None:
+    """Replaces a graph or weights together with their size and hash, so that only verification can tell."""
+    config, found = read_config(bundle), 0
+    (bundle / file).write_bytes(data)
+    for graphs in config["precisions"].values():
+        entries = [graphs[name] for name in ("weights", "stem", "dense") if name in graphs]
+        for entry in [*entries, *(entry for block in graphs.get("blocks", []) for entry in block.values())]:
+            if entry["file"] == file:
+                entry.update(bytes=len(data), sha256=sha256(data))
+                found += 1
+    assert found == 1
     write_config(bundle, config)
 
 
-def with_weights(bundle: Path, engine: str, value: float, weight: str = "") -> None:
-    """Puts a value into a bundle's engine, as the first of each of its weights with this in their name."""
-    path = bundle / read_config(bundle)["engines"][engine]["file"]
-    model = onnx.load(path)
-    found = 0
-    for tensor in model.graph.initializer:
-        if weight in tensor.name and tensor.data_type == onnx.TensorProto.FLOAT:
-            array = numpy_helper.to_array(tensor).copy()
+def with_weights(bundle: Path, tensor: str, value: float, precision: str = "fp32") -> None:
+    """Puts a value into a bundle's weights, as the first of each tensor with this in its name."""
+    file = stored_files(bundle, precision)["weights"]
+    tensors, found = load_file(bundle / file), 0
+    for name, array in tensors.items():
+        if tensor in name and array.dtype.kind == "f":
             array.reshape(-1)[0] = value
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
             found += 1
     assert found
-    rewrite_engine(bundle, engine, model.SerializeToString())
+    rewrite_stored(bundle, file, save_tensors(tensors))
 
 
 def rewrite_text(bundle: Path, name: str, data: bytes) -> None:

@@ -28,7 +28,6 @@ from adavit.bundle.bundle import Bundle, WEIGHTS, GraphFiles, is_bundle
 from adavit.bundle.demo import DEMO_NAME, demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
 from adavit.runtime.session import load
-from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
 
 __all__ = ["ExportOptions", "check_bundle", "export_bundle"]
@@ -126,7 +125,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
                 shutil.rmtree(folder / "fp32")
             config = describe(precisions)
         budgets = add_budgets(folder, options.budgets, options.threads, progress)
-        engine_sets = add_engines(folder, options.build, progress)
+        engine_sets = _engine_sets(folder, options.build, progress)
     files = {name: graphs[name] for name in precisions}
     return {
         "bundle": str(output),
@@ -143,6 +142,15 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "notes": [] if model.arch.adapts else [_without_policies(source)],
         "seconds": time.perf_counter() - start,
     }
+
+
+def _engine_sets(folder: Path, options: BuildOptions, progress: Progress) -> dict[str, Any]:
+    """The TensorRT engines that are asked for, built; see `adavit.tensorrt.build.add_engines`."""
+    if not options.target:
+        return {}
+    from adavit.tensorrt.build import add_engines
+
+    return add_engines(folder, options, progress)
 
 
 def _write_fp32(folder: Path, model: AdaViT, options: ExportOptions, progress: Progress) -> GraphFiles:
