@@ -145,6 +145,7 @@ class OnnxGraph:
         constants: Mapping[str, Array | Quantised],
         external: bool = False,
         nodes: Sequence[Node] | None = None,
+        added: Mapping[str, Array] | None = None,
         domains: Mapping[str, int] | None = None,
     ) -> bytes:
         """A complete ONNX model: weights and inputs that `constants` names are constants, other weights are inputs.
@@ -154,6 +155,7 @@ class OnnxGraph:
             external: leave the constants' values out, for a backend that is handed them beside the model: those of
                 `values_of(constants)`.
             nodes: in the place of the graph's own.
+            added: further constants that these nodes read, inside the model.
             domains: versions of further operator sets, by domain.
 
         Raises:
@@ -174,6 +176,7 @@ class OnnxGraph:
         graph.append(bytes_field(2, self.name.encode()))
         graph += [bytes_field(5, _tensor(name, weight.dtype, weight.shape, weight.data)) for name, weight in inside]
         graph += [bytes_field(5, _constant(name, array, external)) for name, array in values_of(constants).items()]
+        graph += [bytes_field(5, _constant(name, array, False)) for name, array in (added or {}).items()]
         graph += [bytes_field(11, _value(value)) for value in given]
         graph += [bytes_field(12, _value(value)) for value in self.outputs]
         versions = {"": self.opset, **(domains or {})}

@@ -25,6 +25,7 @@ from adavit.bundle.onnx_graph import OnnxGraph, values_of
 from adavit.errors import BackendError, install_hint, one_line, raise_interrupt
 from adavit.macs import attention_macs, dense_macs, mlp_macs
 from adavit.runtime.backend import Backend, Float, Index, Options, Usage, Use
+from adavit.runtime.backends.onnxruntime_attention import DOMAINS, Fused, fuse_attention
 from adavit.runtime.forks import keep_in_fork, renew_in_fork
 from adavit.runtime.head_cache import HeadCache
 
@@ -264,10 +265,14 @@ class OnnxRuntimeBackend:
 
     def prepare(self, wanted: Prepared) -> None:
         """See `Backend.prepare`."""
-        block, sublayers, _ = wanted.key
-        graph = self._blocks[block, sublayers]
-        constants = graph.arrays(self.graphs.tensors) | dict(self.graphs.quantised_head_weights(wanted.key))
-        session = self._session(graph, constants, wanted.threads)
+        block, sublayers, heads = wanted.key
+        graph, weights = self._blocks[block, sublayers], self.graphs.quantised_head_weights(wanted.key)
+        fused = None
+        if sublayers.attention and self.graphs.precision == "fp32":
+            fused = fuse_attention(graph, weights, len(heads))
+            weights = fused.weights
+        constants = graph.arrays(self.graphs.tensors) | dict(weights)
+        session = self._session(graph, constants, wanted.threads, fused)
         with self._lock:
             self.constant = {**self.constant, wanted: session}
 
@@ -310,20 +315,30 @@ class OnnxRuntimeBackend:
                 found = self._sessions[name, threads] = self._session(graph, constants, threads)
         return found
 
-    def _session(self, graph: OnnxGraph, constants: Mapping[str, npt.NDArray[Any] | Quantised], threads: int) -> Any:
+    def _session(
+        self,
+        graph: OnnxGraph,
+        constants: Mapping[str, npt.NDArray[Any] | Quantised],
+        threads: int,
+        fused: Fused | None = None,
+    ) -> Any:
         """A session on so many threads, of the process's pool where that is set."""
         if not self._shares_pool or threads == 1:
             try:
-                return self._session_on(graph, constants, threads)
+                return self._session_on(graph, constants, threads, fused)
             except BackendError as error:
                 if "global thread pool" not in str(error):
                     raise
                 log.warning("this process has set ONNX Runtime's thread pool: sessions share its threads")
                 self._shares_pool = True
-        return self._session_on(graph, constants, None)
+        return self._session_on(graph, constants, None, fused)
 
     def _session_on(
-        self, graph: OnnxGraph, constants: Mapping[str, npt.NDArray[Any] | Quantised], threads: int | None
+        self,
+        graph: OnnxGraph,
+        constants: Mapping[str, npt.NDArray[Any] | Quantised],
+        threads: int | None,
+        fused: Fused | None,
     ) -> Any:
         """A session with a pool of its own of some threads, or on the process's pool."""
         options = self.ort.SessionOptions()
@@ -337,10 +352,12 @@ class OnnxRuntimeBackend:
         values = values_of(constants)
         if values:
             options.add_external_initializers(list(values), list(self._as_values(values).values()))
+        further = {"nodes": fused.nodes, "added": fused.added, "domains": DOMAINS} if fused else {}
+        model = graph.model(constants, external=True, **further)
         unwanted = HIDING_INT8 if self.graphs.precision in ("int8", "mixed") else UNWANTED
         try:
             session = self.ort.InferenceSession(
-                graph.model(constants, external=True),
+                model,
                 options,
                 providers=[self._provider],
                 enable_fallback=0,
