@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from adavit.export.verify import verify
 from adavit.export.write import describe_bundle
 from adavit.files import find_folder, folder_beside, sha256
 from adavit.model import AdaViT, load_checkpoint, resize
-from adavit.model.checkpoint import read_classes, read_crop
+from adavit.model.checkpoint import read_classes, read_crop, read_metadata
 from adavit.precision_options import CalibrationOptions
 from adavit.reading import read_labels
 from adavit.bundle.bundle import Bundle, WEIGHTS, GraphFiles, is_bundle
@@ -104,7 +105,8 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     precisions = options.calibration.precisions
     calibrated: dict[str, Any] = {}
     with folder_beside(output) as folder:
-        graphs = {"fp32": _write_fp32(folder, model, options, progress)}
+        notes = {"classes": json.dumps(labels), "crop_ratio": str(prepare.crop_ratio)}
+        graphs = {"fp32": _write_fp32(folder, model, options, read_metadata(source) | notes, progress)}
 
         def describe(names: Sequence[str]) -> dict[str, Any]:
             files = [graphs[name] for name in names]
@@ -166,12 +168,15 @@ def _engine_sets(folder: Path, options: BuildOptions, progress: Progress) -> dic
     return add_engines(folder, options, progress)
 
 
-def _write_fp32(folder: Path, model: AdaViT, options: ExportOptions, progress: Progress) -> GraphFiles:
-    """The weights as they are, and the graphs on them."""
+def _write_fp32(
+    folder: Path, model: AdaViT, options: ExportOptions, notes: Mapping[str, str], progress: Progress
+) -> GraphFiles:
+    """The weights as they are, with what the checkpoint notes of them, and the graphs on them."""
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
     tensors = weights | stem_tensors(model.arch, weights)
-    notes = {"format": "pt", "num_heads": str(model.arch.heads)}
-    return write_graphs(folder, "fp32", model.arch, tensors, options.opset, options.with_dense, progress, metadata=notes)
+    metadata = {**notes, "format": "pt", "num_heads": str(model.arch.heads)}
+    given = "fp32", model.arch, tensors, options.opset, options.with_dense
+    return write_graphs(folder, *given, progress, metadata=metadata)
 
 
 def _verified(model: AdaViT, bundle: Path, threads: int | None, progress: Progress) -> dict[str, Any]:
