@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
 import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from adavit.architecture import Architecture
 from adavit.bundle.demo import find_bundle
@@ -19,7 +21,7 @@ from adavit.bundle.preprocessing import Preprocessor
 from adavit.errors import BundleError, InputError, shown
 from adavit.files import find_folder, sha256, write_beside
 from adavit.macs import dense_macs, outside_macs
-from adavit.reading import path_of, read_regular
+from adavit.reading import open_regular, path_of, read_regular
 
 __all__ = [
     "DENSE",
@@ -197,6 +199,40 @@ class Bundle:
         return read_stored(self.path, stored)
 
 
+    def map_stored(self, stored: StoredFile) -> bytes | mmap.mmap:
+        """A large file that the bundle describes, mapped into memory after its bytes were hashed.
+
+        The file is opened once. A file that is put in its place later is another one, and is not seen.
+
+        Raises:
+            BundleError: the file is not the one that is described.
+        """
+        return map_stored(self.path, stored)
+
+
+def map_stored(folder: Path, stored: StoredFile) -> bytes | mmap.mmap:
+    """See `Bundle.map_stored`."""
+    path = _check_file(folder, stored)
+    try:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size != stored.bytes or _hash_of(file) != stored.sha256:
+                raise _altered(folder, stored)
+            return mmap.mmap(file.fileno(), stored.bytes, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise BundleError(f"{folder}/{stored.file}: cannot be read ({error.strerror})") from None
+
+
+def _hash_of(file: BinaryIO) -> str:
+    """The SHA-256 of a file's content, read in parts."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _altered(folder: Path, stored: StoredFile) -> BundleError:
+    return BundleError(
+        f"{folder}/{stored.file}: altered since export (SHA-256 differs); copy the bundle or export again"
+    )
+
+
 def read_stored(folder: Path, stored: StoredFile) -> bytes:
     """The bytes of a described file in a folder: opened once, read whole, and hashed; see `Bundle.read_stored`."""
     path = _check_file(folder, stored)
@@ -205,9 +241,7 @@ def read_stored(folder: Path, stored: StoredFile) -> bytes:
     except OSError as error:
         raise BundleError(f"{folder}/{stored.file}: cannot be read ({error.strerror})") from None
     if len(data) != stored.bytes or sha256(data) != stored.sha256:
-        raise BundleError(
-            f"{folder}/{stored.file}: altered since export (SHA-256 differs); copy the bundle or export again"
-        )
+        raise _altered(folder, stored)
     return data
 
 

@@ -51,7 +51,7 @@ class Graphs:
     def tensors(self) -> TensorFile:
         """The weights, in memory as long as this object."""
         stored = self.files.weights
-        return TensorFile.parse(self._bundle.read_stored(stored), f"{self.path}/{stored.file}")
+        return TensorFile.parse(self._bundle.map_stored(stored), f"{self.path}/{stored.file}")
 
     def stem(self) -> OnnxGraph:
         """images [1, 3, S, S] -> y [N, D] and, where the first block decides, decisions [1, M]."""

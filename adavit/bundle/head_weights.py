@@ -7,7 +7,8 @@ heads' numbers, heads [h]. A key's bias adds the same to all scores of a query, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import mmap
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,10 @@ from adavit.architecture import Architecture
 from adavit.bundle.keys import BlockKey
 from adavit.bundle.tensors import TensorFile
 from adavit.errors import BundleError
+
+PROJECTIONS = ("query", "key", "value")
+OWN_MEMORY = 1 << 17
+"""Bytes from which on an array gets memory of its own: the heap would keep it, in holes between others."""
 
 __all__ = ["Arrays", "Quantised", "head_weights", "quantised_head_weights"]
 
@@ -62,14 +67,12 @@ def quantised_head_weights(arch: Architecture, tensors: TensorFile, key: BlockKe
         return Quantised(weight, _tensor(tensors, f"{block}.{name}.weight.scale", shape[:1]))
 
     if key.sublayers.attention:
-        parts = [linear(f"attn.{part}", (width, width)) for part in ("query", "key", "value")]
         scale = arch.head_width**-0.5
-        found["qkv"] = _joined([_rows(part, channels, scale if i == 0 else 1.0) for i, part in enumerate(parts)])
+        found["qkv"] = _joined_rows([linear(f"attn.{part}", (width, width)) for part in PROJECTIONS], channels, scale)
         if arch.qkv_bias:
             query, value = (_tensor(tensors, f"{block}.attn.{part}.bias", (width,)) for part in ("query", "value"))
             own = query[channels]
-            bias = [own * own.dtype.type(scale), np.zeros_like(own), value[channels]]
-            found["qkv_bias"] = np.concatenate(bias)
+            found["qkv_bias"] = np.concatenate([own * own.dtype.type(scale), np.zeros_like(own), value[channels]])
         found["proj"] = _columns(linear("attn.proj", (width, width)), channels, every)
     if key.sublayers.mlp:
         if arch.adapts_heads(key.block):
@@ -86,14 +89,24 @@ def _tensor(tensors: TensorFile, name: str, shape: tuple[int, ...]) -> Array:
     return value
 
 
-def _rows(weight: Array | Quantised, channels: Array, factor: float) -> Array | Quantised:
-    """The rows of output channels, scaled."""
-    if isinstance(weight, Quantised):
-        return Quantised(weight.codes[channels], weight.scale[channels] * np.float32(factor))
-    rows = weight[channels]
-    if factor != 1.0:
-        rows *= rows.dtype.type(factor)
+def _joined_rows(parts: Sequence[Array | Quantised], channels: Array, scale: float) -> Array | Quantised:
+    """The rows of output channels of queries, keys and values, below one another; the queries' scaled."""
+    if isinstance(parts[0], Quantised):
+        scales = np.concatenate([part.scale[channels] for part in parts])
+        scales[: len(channels)] *= np.float32(scale)
+        return Quantised(_taken([part.codes for part in parts], channels), scales)
+    rows = _taken(parts, channels)
+    rows[: len(channels)] *= rows.dtype.type(scale)
     return rows
+
+
+def _taken(parts: Sequence[Array], rows: Array) -> Array:
+    """The same rows of several matrices, below one another."""
+    count = len(rows)
+    joined = _empty((len(parts) * count, parts[0].shape[1]), parts[0].dtype)
+    for place, part in enumerate(parts):
+        part.take(rows, 0, out=joined[place * count : (place + 1) * count], mode="clip")
+    return joined
 
 
 def _columns(weight: Array | Quantised, channels: Array, every: bool) -> Array | Quantised:
@@ -101,12 +114,15 @@ def _columns(weight: Array | Quantised, channels: Array, every: bool) -> Array |
     if every:
         return weight
     if isinstance(weight, Quantised):
-        return Quantised(np.take(weight.codes, channels, 1), weight.scale)
-    return np.take(weight, channels, 1)
+        return Quantised(_columns(weight.codes, channels, False), weight.scale)
+    columns = _empty((len(weight), len(channels)), weight.dtype)
+    weight.take(channels, 1, out=columns, mode="clip")
+    return columns
 
 
-def _joined(parts: list[Any]) -> Array | Quantised:
-    if isinstance(parts[0], Quantised):
-        codes, scales = zip(*parts, strict=True)
-        return Quantised(np.concatenate(codes), np.concatenate(scales))
-    return np.concatenate(parts)
+def _empty(shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
+    """A new array; a large one in memory of its own, which goes back to the system with it."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    if size < OWN_MEMORY:
+        return np.empty(shape, dtype)
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)

@@ -1,9 +1,10 @@
-"""A bundle's weights: a safetensors file in memory, every size and offset in its header checked."""
+"""A bundle's weights: a safetensors file, mapped into memory, every size and offset in its header checked."""
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,15 +46,15 @@ class TensorFile:
     """A safetensors file in memory.
 
     Attributes:
-        data: the whole file.
+        data: the whole file, mapped where the system can.
         tensors: by name.
     """
 
-    data: bytes
+    data: bytes | mmap.mmap
     tensors: Mapping[str, Tensor]
 
     @classmethod
-    def parse(cls, data: bytes, path: str) -> TensorFile:
+    def parse(cls, data: bytes | mmap.mmap, path: str) -> TensorFile:
         """Reads the header of a file.
 
         Raises:
@@ -74,7 +75,13 @@ class TensorFile:
         )
 
 
-def _read_header(data: bytes) -> dict[str, Tensor]:
+    def release(self) -> None:
+        """Lets the system take back the memory of a mapped file; what is read again comes from its cache."""
+        if isinstance(self.data, mmap.mmap) and hasattr(self.data, "madvise"):
+            self.data.madvise(mmap.MADV_DONTNEED)
+
+
+def _read_header(data: bytes | mmap.mmap) -> dict[str, Tensor]:
     length = int.from_bytes(data[:LENGTH], "little")
     if len(data) < LENGTH or not 2 <= length <= min(MAX_HEADER, len(data) - LENGTH):
         raise ValueError(f"its length is {length} of {len(data)} bytes")

@@ -16,6 +16,9 @@ __all__ = ["HeadCache"]
 
 T = TypeVar("T")
 
+RELEASED = 64 << 20
+"""Bytes that are copied until the system may take back the file's memory that they came from."""
+
 
 class HeadCache(Generic[T]):
     """What a backend makes of the weights of heads, within a budget of bytes.
@@ -32,7 +35,7 @@ class HeadCache(Generic[T]):
     def __init__(self, graphs: Graphs, make: Callable[[Arrays], Mapping[str, T]], budget: int) -> None:
         self._graphs, self._make, self._budget = graphs, make, budget
         self._kept: dict[BlockKey, tuple[Mapping[str, T], int]] = {}
-        self._bytes = 0
+        self._bytes = self._taken = 0
         self._random = random.Random(0)
         self.after_fork()
         renew_in_fork(self)
@@ -46,8 +49,13 @@ class HeadCache(Generic[T]):
         found = self._kept.get(key)
         if found is None:
             arrays = self._graphs.head_weights(key)
-            found = self._make(arrays), sum(_own_bytes(array) for array in arrays.values())
+            size = sum(_own_bytes(array) for array in arrays.values())
+            found = self._make(arrays), size
             self._keep(key, found)
+            self._taken += size
+            if self._taken >= RELEASED:
+                self._taken = 0
+                self._graphs.tensors.release()
         return found[0]
 
     def _keep(self, key: BlockKey, found: tuple[Mapping[str, T], int]) -> None:

@@ -44,7 +44,7 @@ GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensor
 
 MOST_BINDINGS = 1024
 """Of a slot: one for each set of heads in each block."""
-HEADS = 64 << 20
+HEADS = 24 << 20
 """Bytes of the weights of heads that are kept."""
 
 _pool_lock = threading.Lock()
@@ -273,6 +273,7 @@ class OnnxRuntimeBackend:
             weights = fused.weights
         constants = graph.arrays(self.graphs.tensors) | dict(weights)
         session = self._session(graph, constants, wanted.threads, fused)
+        self.graphs.tensors.release()
         with self._lock:
             self.constant = {**self.constant, wanted: session}
 
@@ -344,6 +345,7 @@ class OnnxRuntimeBackend:
         options = self.ort.SessionOptions()
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = False  # each session would hold memory that one of them uses at a time
+        options.enable_mem_pattern = False
         if threads is None:
             options.use_per_session_threads = False
         else:
@@ -394,14 +396,12 @@ class Bound(NamedTuple):
         session: it.
         binding: to its values.
         takes_tokens: whether it takes the kept tokens, which change with every run.
-        constant: the session, where its weights are constants.
         values: what lives as long as the binding.
     """
 
     session: Any
     binding: Any
     takes_tokens: bool
-    constant: Any
     values: Mapping[str, Any]
 
 
@@ -423,7 +423,9 @@ class OnnxRuntimeSlot:
         tokens = self._as_value(self._tokens)
         self._memory = {"x": tokens, "y": tokens, "logits": self._as_value(self._logits)}
         self._counted: dict[int, Any] = {}
-        self._bound: dict[BlockKey, Bound] = {}
+        self._blank = self._as_value(np.zeros(1, np.float32))
+        self._bound: dict[tuple[int, Sublayers], Bound] = {}
+        self._prepared: dict[BlockKey, Bound] = {}
         self._stem = self._bind(backend.stem(threads), {}, backend.graphs.decisions(0))
 
     def stem(self, image: Float) -> None:
@@ -438,12 +440,36 @@ class OnnxRuntimeSlot:
     def block(self, key: BlockKey, tokens: Index) -> None:
         """See `Slot.block`."""
         session = self._backend.constant.get(Prepared(self._threads, key))
-        bound = self._bound.get(key)
-        if bound is None or bound.constant is not session:
-            bound = self._bind_block(key, session)
+        bound = self._shared(key) if session is None else self._constant(key, session)
+        given = self._backend.heads.of(key) if session is None else {}
+        for name, value in given.items():
+            bound.binding.bind_ortvalue_input(name, value)
         if bound.takes_tokens:
             bound.binding.bind_ortvalue_input("tokens", self._as_value(tokens))
-        self._run(bound)
+        try:
+            self._run(bound)
+        finally:
+            for name in given:  # bindings would keep more weights than the cache does
+                bound.binding.bind_ortvalue_input(name, self._blank)
+
+    def _shared(self, key: BlockKey) -> Bound:
+        """The session that takes all weights as inputs, bound to those that all heads share."""
+        name = key.block, key.sublayers
+        found = self._bound.get(name)
+        if found is None:
+            given = self._backend.weights(*name)
+            session = self._backend.shared(*name, self._threads)
+            found = self._bound[name] = self._bind(session, given, self._backend.graphs.decisions(key.block + 1))
+        return found
+
+    def _constant(self, key: BlockKey, session: Any) -> Bound:
+        """A session with the weights of its heads as constants."""
+        found = self._prepared.get(key)
+        if found is None or found.session is not session:
+            if len(self._prepared) >= MOST_BINDINGS:
+                self._prepared.clear()
+            found = self._prepared[key] = self._bind(session, {}, self._backend.graphs.decisions(key.block + 1))
+        return found
 
     def decisions(self) -> Float:
         """See `Slot.decisions`."""
@@ -463,19 +489,6 @@ class OnnxRuntimeSlot:
         except Exception as error:
             raise BackendError(f"a graph failed: {one_line(error)}") from error
 
-    def _bind_block(self, key: BlockKey, constant: Any) -> Bound:
-        """Binds a block's session, that of its heads if there is one."""
-        block, sublayers, _ = key
-        given = {}
-        if constant is None:
-            given = self._backend.weights(block, sublayers) | dict(self._backend.heads.of(key))
-        session = constant or self._backend.shared(block, sublayers, self._threads)
-        if len(self._bound) >= MOST_BINDINGS:
-            self._bound.clear()
-        found = self._bind(session, given, self._backend.graphs.decisions(block + 1))
-        self._bound[key] = found._replace(constant=constant)
-        return self._bound[key]
-
     def _bind(self, session: Any, given: Mapping[str, Any], count: int) -> Bound:
         """Binds what a session takes but for images and kept tokens, and what it makes."""
         if count and count not in self._counted:
@@ -487,4 +500,4 @@ class OnnxRuntimeSlot:
                 binding.bind_ortvalue_input(name, memory[name])
         for value in session.get_outputs():
             binding.bind_ortvalue_output(value.name, memory[value.name])
-        return Bound(session, binding, "tokens" in inputs, None, given)
+        return Bound(session, binding, "tokens" in inputs, given)
