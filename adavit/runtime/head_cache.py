@@ -16,7 +16,7 @@ __all__ = ["HeadCache"]
 
 T = TypeVar("T")
 
-RELEASED = 64 << 20
+RELEASED = 16 << 20
 """Bytes that are copied until the system may take back the file's memory that they came from."""
 
 

@@ -28,6 +28,7 @@ from adavit.runtime.backend import Backend, Float, Index, Options, Usage, Use
 from adavit.runtime.backends.onnxruntime_attention import DOMAINS, Fused, fuse_attention
 from adavit.runtime.forks import keep_in_fork, renew_in_fork
 from adavit.runtime.head_cache import HeadCache
+from adavit.runtime.memory import trim_heap
 
 __all__ = ["GPU_PROVIDERS", "OnnxRuntimeBackend", "asked_for", "create", "import_onnxruntime", "require_provider", "share_pool"]
 
@@ -42,9 +43,7 @@ HIDING_INT8 = [*UNWANTED, "CommonSubexpressionElimination"]
 
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
-MOST_BINDINGS = 1024
-"""Of a slot: one for each set of heads in each block."""
-HEADS = 24 << 20
+HEADS = 16 << 20
 """Bytes of the weights of heads that are kept."""
 
 _pool_lock = threading.Lock()
@@ -124,7 +123,7 @@ def require_provider(session: Any, name: str, provider: str) -> None:
 
 BYTES = 192 << 20
 """Of the constants of prepared blocks, at most."""
-COPIES = 1.0
+COPIES = 0.8
 """Of the blocks' weights, at most, where that is less."""
 LEAST = 2e-4
 """Share of the dense MACs that a prepared block has to save of an image's time, to be worth its memory."""
@@ -274,6 +273,7 @@ class OnnxRuntimeBackend:
         constants = graph.arrays(self.graphs.tensors) | dict(weights)
         session = self._session(graph, constants, wanted.threads, fused)
         self.graphs.tensors.release()
+        trim_heap()
         with self._lock:
             self.constant = {**self.constant, wanted: session}
 
@@ -426,6 +426,7 @@ class OnnxRuntimeSlot:
         self._blank = self._as_value(np.zeros(1, np.float32))
         self._bound: dict[tuple[int, Sublayers], Bound] = {}
         self._prepared: dict[BlockKey, Bound] = {}
+        self._known: Mapping[Prepared, Any] = {}
         self._stem = self._bind(backend.stem(threads), {}, backend.graphs.decisions(0))
 
     def stem(self, image: Float) -> None:
@@ -439,7 +440,10 @@ class OnnxRuntimeSlot:
 
     def block(self, key: BlockKey, tokens: Index) -> None:
         """See `Slot.block`."""
-        session = self._backend.constant.get(Prepared(self._threads, key))
+        constant = self._backend.constant
+        if constant is not self._known:
+            self._forget(constant)
+        session = constant.get(Prepared(self._threads, key))
         bound = self._shared(key) if session is None else self._constant(key, session)
         given = self._backend.heads.of(key) if session is None else {}
         for name, value in given.items():
@@ -451,6 +455,12 @@ class OnnxRuntimeSlot:
         finally:
             for name in given:  # bindings would keep more weights than the cache does
                 bound.binding.bind_ortvalue_input(name, self._blank)
+
+    def _forget(self, constant: Mapping[Prepared, Any]) -> None:
+        """Lets go of sessions that the backend has let go of."""
+        self._known = constant
+        there = {prepared.key for prepared in constant if prepared.threads == self._threads}
+        self._prepared = {key: bound for key, bound in self._prepared.items() if key in there}
 
     def _shared(self, key: BlockKey) -> Bound:
         """The session that takes all weights as inputs, bound to those that all heads share."""
@@ -466,8 +476,6 @@ class OnnxRuntimeSlot:
         """A session with the weights of its heads as constants."""
         found = self._prepared.get(key)
         if found is None or found.session is not session:
-            if len(self._prepared) >= MOST_BINDINGS:
-                self._prepared.clear()
             found = self._prepared[key] = self._bind(session, {}, self._backend.graphs.decisions(key.block + 1))
         return found
 
