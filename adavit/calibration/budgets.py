@@ -67,7 +67,7 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
     budgets = calibrate(trial, options.budgets, partial(progress, STAGE))
     Budgets.from_dict(budgets.to_dict(), runtime.architecture.depth)  # what no reader would take is not written
     config = Bundle.open(bundle).config  # others may have written to it meanwhile
-    if config["engines"] != runtime.bundle.config["engines"]:
+    if config["precisions"] != runtime.bundle.config["precisions"]:
         raise BundleError(f"{bundle}: was exported anew meanwhile; calibrate it again")
     write_config(bundle, {**config, "budgets": budgets.to_dict()})
     return {**budgets.to_dict(), "skipped": skipped, **({"notes": notes} if notes else {})}
