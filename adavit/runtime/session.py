@@ -21,7 +21,7 @@ from adavit.macs import dense_macs, image_macs
 from adavit.reading import path_of
 from adavit.runtime.backend import Backend, Options, Usage, Use, create_backend
 from adavit.runtime.cache import facts, kept_at, recall, remember
-from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve
+from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve, resolve_each
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.graphs import Graphs
 from adavit.runtime.choose import Choice, choose
@@ -42,6 +42,7 @@ __all__ = ["Prediction", "Result", "Runtime", "load"]
 log = logging.getLogger(__name__)
 
 Float = npt.NDArray[np.float32]
+Budget = float | Offsets
 USAGE = "usage"
 """Of what is remembered: what images used."""
 TRIED_IMAGES = 4
@@ -318,16 +319,16 @@ class Runtime:
         images: Float,
         policy: Policy | None = None,
         observe: Observer | None = None,
-        budget: float | Offsets | None = None,
+        budget: Budget | Sequence[Budget] | npt.NDArray[Any] | None = None,
     ) -> Result:
         """Runs images, computing only what their policies keep.
 
         Args:
             images: float32 [B, 3, S, S], normalised (`predict` does that for pictures).
             policy: a recorded policy for exactly these images, followed instead of deciding.
-            observe: called with what every engine computes; for verification.
+            observe: called with a `Step` before each block and behind the last; for verification.
             budget: mean share of the dense MACs to run at, of this request alone, or offsets of the decision
-                logits; by default what `load` was given.
+                logits; for all images, or an array [B] of one for each. By default what `load` was given.
 
         A model without policies computes everything: its policy keeps all, and there is nothing to budget.
 
@@ -343,7 +344,7 @@ class Runtime:
             _policy(policy).check(self.architecture, len(images))
             if budget is not None:
                 raise InputError("a recorded policy leaves nothing to a budget; give one of them")
-        offsets = resolve(self.offsets if budget is None else budget, self.bundle)
+        offsets = resolve_each(self.offsets if budget is None else budget, self.bundle, len(images))
         logits, used = self.dispatcher.run(images, offsets, policy, observe)
         self._specialiser.note(used, self.options.threads_of(len(images)))
         return Result(logits, used, self.architecture, self.bundle.preprocessor)
@@ -482,8 +483,9 @@ class Runtime:
         """
         from adavit.drawing import MOST_IMAGES, draw, normalised
 
+        offsets = resolve(self.offsets if budget is None else budget, self.bundle)
         pixels = normalised(images, self.bundle.preprocessor, MOST_IMAGES)
-        return draw(self.run(pixels, budget=budget), pixels, self.labels)
+        return draw(self.run(pixels, budget=offsets), pixels, self.labels)
 
     def prediction(self, result: Result, row: int, top: int = 5) -> Prediction:
         """The Prediction of the image at `row` of a result, with its `top` classes.
