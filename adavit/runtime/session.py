@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,17 +9,17 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from adavit.architecture import Architecture
-from adavit.errors import BackendError, BundleError, InputError, OptionError, one_line, shown
+from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
 from adavit.macs import dense_macs, image_macs
 from adavit.reading import path_of
-from adavit.runtime.backend import Backend, Options, Usage, Use, create_backend
-from adavit.runtime.cache import facts, kept_at, recall, remember
+from adavit.runtime.backend import Backend, Options, Use, create_backend
 from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve, resolve_each
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.graphs import Graphs
@@ -35,16 +34,12 @@ from adavit.runtime.given import pictures_of, whole
 from adavit.bundle.preprocessing import ImageLike, Preprocessor
 from adavit.runtime.policy import Policy
 from adavit.runtime.replaced import again_if_replaced
-from adavit.runtime.specialise import Specialiser, usage_from, usage_of, usage_to
+from adavit.runtime.specialise import KeptUsage, Specialiser, usage_of
 
 __all__ = ["Prediction", "Result", "Runtime", "load"]
 
-log = logging.getLogger(__name__)
-
 Float = npt.NDArray[np.float32]
 Budget = float | Offsets
-USAGE = "usage"
-"""Of what is remembered: what images used."""
 TRIED_IMAGES = 4
 MOST_THREADS = 1024
 LARGEST = 1e15
@@ -272,27 +267,16 @@ class Runtime:
             Dispatcher(graphs, backend, options) if bundle.architecture.adapts else DenseDispatcher(graphs, backend)
         )
         self._in_background = specialise
-        self._known = facts(bundle, options) | {"backend": backend.name, "precision": graphs.precision}
-        self._specialiser = Specialiser(backend, specialise and bundle.architecture.adapts, self._remember)
-        self._specialiser.start(self._recalled() if specialise and bundle.architecture.adapts else {})
+        kept = KeptUsage(bundle, options, backend.name, graphs.precision)
+        self._specialiser = Specialiser(backend, specialise and bundle.architecture.adapts, kept.remember)
+        self._specialiser.start(kept.recall() if specialise and bundle.architecture.adapts else {})
+        finalize(self, self._specialiser.stop)
         self._forked = False
         renew_in_fork(self)
 
     def after_fork(self) -> None:
         """Notes that this is a forked child; its own threads and engines run on what was loaded before."""
         self._forked = True
-
-    def _remember(self, usage: Usage) -> None:
-        remember(USAGE, self._known, {"usage": usage_to(usage)})
-
-    def _recalled(self) -> Usage:
-        """What images used on this machine before."""
-        found = recall(USAGE, self._known)
-        try:
-            return {} if found is None else usage_from(found.get("usage"), self.architecture)
-        except ValueError as error:
-            log.warning("%s is of no use (%s)", kept_at(USAGE, self._known), one_line(error))
-            return {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process, the bundle is loaded again, and run as here."""
@@ -371,7 +355,7 @@ class Runtime:
         usage: dict[Use, float] = {}
         for number in threads:
             usage |= usage_of(policy, number)
-        return self._specialiser.specialise(usage)
+        return self._specialiser.specialise(usage, len(policy))
 
     def adaptive_dispatcher(self, purpose: str) -> Dispatcher:
         """The dispatcher, for work that needs policies.

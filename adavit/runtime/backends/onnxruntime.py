@@ -10,9 +10,11 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from types import ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -192,6 +194,8 @@ class OnnxRuntimeBackend:
         self._models: dict[tuple[int, Sublayers], bytes] = {}
         self._values: dict[str, Any] = {}
         self.constant: Mapping[Prepared, Any] = {}  # replaced as a whole
+        self._slots: WeakSet[OnnxRuntimeSlot] = WeakSet()
+        self._as_values = partial(as_values, self.ort)
         self.heads = HeadCache(graphs, self._as_values, HEADS)
         self.after_fork()
         renew_in_fork(self)
@@ -215,7 +219,10 @@ class OnnxRuntimeBackend:
 
     def slot(self, threads: int) -> OnnxRuntimeSlot:
         """See `Backend.slot`."""
-        return OnnxRuntimeSlot(self, threads)
+        slot = OnnxRuntimeSlot(self, threads)
+        with self._lock:
+            self._slots.add(slot)
+        return slot
 
     def dense(self, images: Float) -> Float:
         """See `Backend.dense`."""
@@ -275,6 +282,8 @@ class OnnxRuntimeBackend:
         """See `Backend.keep`."""
         with self._lock:
             self.constant = {prepared: self.constant[prepared] for prepared in wanted if prepared in self.constant}
+            for slot in self._slots:
+                slot.let_go()
 
     def prepared(self) -> Sequence[Prepared]:
         """See `Backend.prepared`."""
@@ -291,9 +300,6 @@ class OnnxRuntimeBackend:
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version and the provider in use."""
         return {"onnxruntime": self.ort.__version__, "provider": self._provider}
-
-    def _as_values(self, arrays: Arrays) -> Mapping[str, Any]:
-        return {name: self.ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
 
     def _value(self, tensor: str) -> Any:
         """A weight as ONNX Runtime's handle of it: in the memory where it is."""
@@ -312,7 +318,7 @@ class OnnxRuntimeBackend:
 
     def _session(self, graph: OnnxGraph, constants: Mapping[str, npt.NDArray[Any] | Quantised], threads: int) -> Any:
         """A session on so many threads, of the process's pool where that is set."""
-        if not self._shares_pool or threads == 1:
+        if not self._shares_pool:
             try:
                 return self._session_on(graph, constants, threads)
             except BackendError as error:
@@ -352,6 +358,11 @@ class OnnxRuntimeBackend:
         require_provider(session, graph.name, self._provider)
         keep_in_fork(session)
         return session
+
+
+def as_values(ort: ModuleType, arrays: Arrays) -> Mapping[str, Any]:
+    """Arrays as ONNX Runtime's handles of them, in the memory where they are."""
+    return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
 
 
 def matrix_bytes(arch: Architecture, key: BlockKey) -> int:
@@ -427,6 +438,15 @@ class OnnxRuntimeSlot:
         if bound.takes_tokens:
             bound.binding.bind_ortvalue_input("tokens", self._as_value(tokens))
         self._run(bound)
+
+    def let_go(self) -> None:
+        """Drops what holds sessions that are no longer prepared; any thread may ask for it."""
+        constant, bound = self._backend.constant, list(self._bound.items())
+        self._bound = {
+            key: found
+            for key, found in bound
+            if found.constant is None or found.constant is constant.get(Prepared(self._threads, key))
+        }
 
     def decisions(self) -> Float:
         """See `Slot.decisions`."""
