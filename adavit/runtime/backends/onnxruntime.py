@@ -201,6 +201,8 @@ class OnnxRuntimeBackend:
         renew_in_fork(self)
         if graphs.architecture.adapts:
             self._load_blocks(options.threads_of(1))
+        else:
+            self._dense()
 
     def _load_blocks(self, threads: int) -> None:
         """Reads every graph, and makes the sessions that run them on so many threads."""
@@ -226,16 +228,20 @@ class OnnxRuntimeBackend:
 
     def dense(self, images: Float) -> Float:
         """See `Backend.dense`."""
-        session = self._sessions.get((b"dense", self._options.threads))
-        if session is None:
-            graph = self.graphs.dense()
-            constants = graph.arrays(self.graphs.tensors)
-            session = self._kept(b"dense", graph, constants, self._options.threads)
+        session = self._dense()
         try:
             logits: Float = session.run(["logits"], {"images": images})[0]
         except Exception as error:
             raise BackendError(f"the dense twin failed: {one_line(error)}") from error
         return logits
+
+    def _dense(self) -> Any:
+        """The session of the dense twin."""
+        found = self._sessions.get((b"dense", self._options.threads))
+        if found is None:
+            graph = self.graphs.dense()
+            found = self._kept(b"dense", graph, graph.arrays(self.graphs.tensors), self._options.threads)
+        return found
 
     def stem(self, threads: int) -> Any:
         """The session of the stem."""
