@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from adavit.errors import InputError, shown
 
 if TYPE_CHECKING:
     from adavit.bundle.bundle import Bundle
 
-__all__ = ["NO_POLICIES", "TRAINED", "Budgets", "Offsets", "OperatingPoint", "present", "resolve"]
+__all__ = ["NO_POLICIES", "TRAINED", "Budgets", "Offsets", "OperatingPoint", "present", "resolve", "resolve_each"]
 
 MAX_OFFSET = 1000.0
 MAX_POINTS = 1000
@@ -198,3 +200,31 @@ def resolve(budget: Any, bundle: Bundle) -> Offsets:
     if isinstance(budget, Offsets):
         return budget
     return present(bundle).offsets(budget)
+
+
+def resolve_each(budget: Any, bundle: Bundle, images: int) -> Offsets | Sequence[Offsets]:
+    """The offsets that a request of some images asks for.
+
+    Args:
+        budget: as of `resolve`, for all images, or an array or sequence [images] of shares or offsets.
+        bundle: the bundle that runs.
+        images: how many.
+
+    Raises:
+        InputError: as of `resolve`, or there are budgets for another number of images.
+    """
+    if isinstance(budget, np.ndarray) and budget.ndim == 1 and budget.dtype.kind in "fiu":
+        budget = budget.tolist()
+    if not isinstance(budget, list | tuple):
+        return resolve(budget, bundle)
+    if len(budget) != images:
+        raise InputError(f"there are {len(budget)} budgets for {images} images: give one for each, or one for all")
+    return [_resolved_one(position, one, bundle) for position, one in enumerate(budget)]
+
+
+def _resolved_one(position: int, budget: Any, bundle: Bundle) -> Offsets:
+    """As `resolve`, for one of several images."""
+    try:
+        return budget if isinstance(budget, Offsets) else present(bundle).offsets(budget)
+    except InputError as error:
+        raise InputError(f"image {position}: {error}") from None

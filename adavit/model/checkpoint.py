@@ -291,10 +291,10 @@ def save_safetensors(model: AdaViT, path: str | Path, metadata: dict[str, Any] |
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     data = save(state, {"format": "pt", "num_heads": str(model.arch.heads), **notes})
     with write_beside(Path(path)) as file:
-        file.write(_sort_header(data))
+        file.write(sort_header(data))
 
 
-def _sort_header(data: bytes) -> bytes:
+def sort_header(data: bytes) -> bytes:
     """A safetensors file with its header sorted by key, since the library puts notes in an order of chance."""
     end = LENGTH + int.from_bytes(data[:LENGTH], "little")
     header = json.dumps(json.loads(data[LENGTH:end]), sort_keys=True, separators=(",", ":")).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +39,19 @@ class DenseDispatcher:
         self._backend = backend
 
     def run(
-        self, images: Float, offsets: Offsets, replay: Policy | None = None, observe: Observer | None = None
+        self,
+        images: Float,
+        offsets: Offsets | Sequence[Offsets],
+        replay: Policy | None = None,
+        observe: Observer | None = None,
     ) -> tuple[Float, Policy]:
         """Runs images; see `Dispatcher.run`. The policy keeps everything, and there are no blocks to observe.
 
         Raises:
             InputError: there are offsets, which no decision could follow, or an observer.
         """
-        if any(map(any, offsets.by_block(self._arch.depth))):
+        each = [offsets] if isinstance(offsets, Offsets) else offsets
+        if any(any(map(any, one.by_block(self._arch.depth))) for one in each):
             raise no_policies(self._path, "add offsets to")
         if observe is not None:
             raise no_policies(self._path, "observe")

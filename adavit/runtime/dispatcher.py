@@ -12,7 +12,7 @@ image. Workers take the image that waits longest and run one block of it, so tha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
 from typing import NamedTuple, TypeVar
@@ -101,13 +101,17 @@ class Dispatcher:
         self._pool: ThreadPoolExecutor | None = None
 
     def run(
-        self, images: Float, offsets: Offsets, replay: Policy | None = None, observe: Observer | None = None
+        self,
+        images: Float,
+        offsets: Offsets | Sequence[Offsets],
+        replay: Policy | None = None,
+        observe: Observer | None = None,
     ) -> tuple[Float, Policy]:
         """Runs images float32 [B, 3, S, S].
 
         Args:
             images: normalised pixels.
-            offsets: of the decision logits, of all images.
+            offsets: of the decision logits, of all images or of each [B].
             replay: a policy to follow instead of deciding.
             observe: is shown every image before each block.
 
@@ -117,7 +121,8 @@ class Dispatcher:
         batch = len(images)
         logits = np.empty((batch, self.arch.classes), np.float32)
         used = Policy.empty(self.arch, batch) if replay is None else replay
-        limits = thresholds(offsets, self.arch)
+        each = [offsets] * batch if isinstance(offsets, Offsets) else offsets
+        limits = [thresholds(one, self.arch) for one in each]
         workers, threads = self._options.workers(batch), self._options.threads_of(batch)
         run = partial(ImageRun, self, images, used, replay is not None, limits, logits, observe, threads)
         together = max(SIDE_BY_SIDE, workers)
@@ -184,7 +189,7 @@ class ImageRun:
         images: the batch, [B, 3, S, S].
         policy: the batch's, to be filled or followed.
         follows: whether to follow it.
-        limits: the thresholds of each block's decisions.
+        limits: for each image of the batch, the thresholds of each block's decisions.
         logits: the batch's, to be filled, [B, C].
         observe: is shown the image before each block.
         threads: that run it.
@@ -197,7 +202,7 @@ class ImageRun:
         images: Float,
         policy: Policy,
         follows: bool,
-        limits: list[Float],
+        limits: list[list[Float]],
         logits: Float,
         observe: Observer | None,
         threads: int,
@@ -205,7 +210,7 @@ class ImageRun:
     ) -> None:
         self._dispatcher, self._arch = dispatcher, dispatcher.arch
         self._images, self._position, self._threads = images, position, threads
-        self._follows, self._limits, self._logits, self._observe = follows, limits, logits, observe
+        self._follows, self._limits, self._logits, self._observe = follows, limits[position], logits, observe
         self._tokens, self._heads, self._sublayers = (mask[position] for mask in policy.masks())
         self._slot: Slot | None = None
         self._block = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,18 +9,18 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from adavit.architecture import Architecture
-from adavit.errors import BackendError, BundleError, InputError, OptionError, one_line, shown
+from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
 from adavit.macs import dense_macs, image_macs
 from adavit.reading import path_of
-from adavit.runtime.backend import Backend, Options, Usage, Use, create_backend
-from adavit.runtime.cache import facts, kept_at, recall, remember
-from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve
+from adavit.runtime.backend import Backend, Options, Use, create_backend
+from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve, resolve_each
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.graphs import Graphs
 from adavit.runtime.choose import Choice, choose
@@ -35,16 +34,13 @@ from adavit.runtime.given import pictures_of, whole
 from adavit.bundle.preprocessing import ImageLike, Preprocessor
 from adavit.runtime.policy import Policy
 from adavit.runtime.replaced import again_if_replaced
+from adavit.runtime.specialise import KeptUsage, Specialiser, usage_of
 from adavit.runtime.statistics import policy_at
-from adavit.runtime.specialise import Specialiser, usage_from, usage_of, usage_to
 
 __all__ = ["Prediction", "Result", "Runtime", "load"]
 
-log = logging.getLogger(__name__)
-
 Float = npt.NDArray[np.float32]
-USAGE = "usage"
-"""Of what is remembered: what images used."""
+Budget = float | Offsets
 TRIED_IMAGES = 4
 MOST_THREADS = 1024
 LARGEST = 1e15
@@ -272,28 +268,17 @@ class Runtime:
             Dispatcher(graphs, backend, options) if bundle.architecture.adapts else DenseDispatcher(graphs, backend)
         )
         self._in_background = specialise
-        self._known = facts(bundle, options) | {"backend": backend.name, "precision": graphs.precision}
-        self._specialiser = Specialiser(backend, specialise and bundle.architecture.adapts, self._remember)
+        kept = KeptUsage(bundle, options, backend.name, graphs.precision)
+        self._specialiser = Specialiser(backend, specialise and bundle.architecture.adapts, kept.remember)
         if specialise and bundle.architecture.adapts:
-            self._specialiser.start(self._recalled() or self._usual())
+            self._specialiser.start(kept.recall() or self._usual())
+        finalize(self, self._specialiser.stop)
         self._forked = False
         renew_in_fork(self)
 
     def after_fork(self) -> None:
         """Notes that this is a forked child; its own threads and engines run on what was loaded before."""
         self._forked = True
-
-    def _remember(self, usage: Usage) -> None:
-        remember(USAGE, self._known, {"usage": usage_to(usage)})
-
-    def _recalled(self) -> Usage:
-        """What images used on this machine before."""
-        found = recall(USAGE, self._known)
-        try:
-            return {} if found is None else usage_from(found.get("usage"), self.architecture)
-        except ValueError as error:
-            log.warning("%s is of no use (%s)", kept_at(USAGE, self._known), one_line(error))
-            return {}
 
     def _usual(self) -> Usage:
         """What calibration images used, where the bundle tells."""
@@ -325,16 +310,16 @@ class Runtime:
         images: Float,
         policy: Policy | None = None,
         observe: Observer | None = None,
-        budget: float | Offsets | None = None,
+        budget: Budget | Sequence[Budget] | npt.NDArray[Any] | None = None,
     ) -> Result:
         """Runs images, computing only what their policies keep.
 
         Args:
             images: float32 [B, 3, S, S], normalised (`predict` does that for pictures).
             policy: a recorded policy for exactly these images, followed instead of deciding.
-            observe: called with what every engine computes; for verification.
+            observe: called with a `Step` before each block and behind the last; for verification.
             budget: mean share of the dense MACs to run at, of this request alone, or offsets of the decision
-                logits; by default what `load` was given.
+                logits; for all images, or an array [B] of one for each. By default what `load` was given.
 
         A model without policies computes everything: its policy keeps all, and there is nothing to budget.
 
@@ -350,7 +335,7 @@ class Runtime:
             _policy(policy).check(self.architecture, len(images))
             if budget is not None:
                 raise InputError("a recorded policy leaves nothing to a budget; give one of them")
-        offsets = resolve(self.offsets if budget is None else budget, self.bundle)
+        offsets = resolve_each(self.offsets if budget is None else budget, self.bundle, len(images))
         logits, used = self.dispatcher.run(images, offsets, policy, observe)
         self._specialiser.note(used, self.options.threads_of(len(images)))
         return Result(logits, used, self.architecture, self.bundle.preprocessor)
@@ -377,7 +362,7 @@ class Runtime:
         usage: dict[Use, float] = {}
         for number in threads:
             usage |= usage_of(policy, number)
-        return self._specialiser.specialise(usage)
+        return self._specialiser.specialise(usage, len(policy))
 
     def adaptive_dispatcher(self, purpose: str) -> Dispatcher:
         """The dispatcher, for work that needs policies.
@@ -489,8 +474,9 @@ class Runtime:
         """
         from adavit.drawing import MOST_IMAGES, draw, normalised
 
+        offsets = resolve(self.offsets if budget is None else budget, self.bundle)
         pixels = normalised(images, self.bundle.preprocessor, MOST_IMAGES)
-        return draw(self.run(pixels, budget=budget), pixels, self.labels)
+        return draw(self.run(pixels, budget=offsets), pixels, self.labels)
 
     def prediction(self, result: Result, row: int, top: int = 5) -> Prediction:
         """The Prediction of the image at `row` of a result, with its `top` classes.

@@ -11,18 +11,21 @@ import atexit
 import logging
 import threading
 import weakref
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 from typing import Any
 
 from adavit.architecture import Architecture
+from adavit.bundle.bundle import Bundle
 from adavit.bundle.keys import BlockKey, Sublayers
-from adavit.errors import AdaViTError
-from adavit.runtime.backend import Backend, Usage, Use
+from adavit.errors import AdaViTError, one_line
+from adavit.runtime.backend import Backend, Options, Usage, Use
+from adavit.runtime.cache import facts, kept_any, kept_at, recall, remember
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.policy import Policy
 
-__all__ = ["Specialiser", "usage_from", "usage_of", "usage_to"]
+__all__ = ["KeptUsage", "Specialiser", "usage_from", "usage_of", "usage_to"]
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,10 @@ FIRST, MOST_WAIT = 16, 256
 """Images after which usage is looked at first, and at most how many more each time; the number doubles until then."""
 HELD = 1024
 """Images that wait to be counted at most, and after how many all that was counted before counts half."""
+KEPT = "usage"
+"""Of what is kept in the cache folder: what images used."""
+MOST_USES = 2048
+"""That are kept there."""
 
 
 def usage_of(policy: Policy, threads: int) -> Usage:
@@ -57,16 +64,63 @@ def usage_from(values: Any, arch: Architecture) -> Usage:
     found: dict[Use, float] = {}
     try:
         for threads, block, attention, mlp, heads, tokens, often in values:
-            numbers = {"threads": (threads, 1, 1024), "block": (block, 0, arch.depth - 1)}
-            numbers |= {"tokens": (tokens, 1, arch.tokens)}
-            fits = all(type(n) is int and low <= n <= high for n, low, high in numbers.values())
-            fits = fits and heads == sorted(set(heads) & set(range(arch.heads))) and {attention, mlp} <= {0, 1}
+            fewest = 1 if arch.token_policy else arch.tokens
+            numbers = (threads, 1, 1024), (block, 0, arch.depth - 1), (tokens, fewest, arch.tokens)
+            fits = all(type(n) is int and low <= n <= high for n, low, high in numbers)
+            fits = fits and {attention, mlp} <= {0, 1} and (attention + mlp == 2 or arch.adapts_sublayers(block))
+            every = list(range(arch.heads))
+            fits = fits and heads == (sorted(set(heads) & set(every)) if arch.adapts_heads(block) else every)
             if not fits or type(often) not in (int, float) or not 0 < often <= 1:
                 raise ValueError("it is of another model")
             found[Use(threads, BlockKey(block, Sublayers(bool(attention), bool(mlp)), tuple(heads)), tokens)] = often
     except TypeError:
         raise ValueError("it is no list of uses") from None
     return found
+
+
+def condensed(usage: Usage) -> Usage:
+    """The most frequent uses, few enough to be kept; where there are more, those of a block and heads become one."""
+    if len(usage) > MOST_USES:
+        sums: dict[tuple[int, BlockKey], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for use, often in usage.items():
+            of = sums[use.threads, use.key]
+            of[0] += often
+            of[1] += often * use.tokens
+        usage = {Use(*name, round(tokens / often)): min(1.0, often) for name, (often, tokens) in sums.items()}
+    return dict(sorted(usage.items(), key=lambda item: -item[1])[:MOST_USES])
+
+
+class KeptUsage:
+    """What images used on this machine, in the user's cache folder.
+
+    Args:
+        bundle: that runs.
+        options: how it runs.
+        backend: the name of what runs it.
+        precision: of its graphs.
+    """
+
+    def __init__(self, bundle: Bundle, options: Options, backend: str, precision: str) -> None:
+        self._bundle, self._options = bundle, options
+        self._how = {"backend": backend, "precision": precision}
+
+    @cached_property
+    def _known(self) -> dict[str, Any]:
+        """What it depends on; it takes a while to find out."""
+        return facts(self._bundle, self._options) | self._how
+
+    def remember(self, usage: Usage) -> None:
+        """Keeps a usage for the next start."""
+        remember(KEPT, self._known, {"usage": usage_to(condensed(usage))})
+
+    def recall(self) -> Usage:
+        """What was kept; empty where there is nothing of use."""
+        found = recall(KEPT, self._known) if kept_any(KEPT) else None
+        try:
+            return {} if found is None else usage_from(found.get("usage"), self._bundle.architecture)
+        except ValueError as error:
+            log.warning("%s is of no use (%s)", kept_at(KEPT, self._known), one_line(error))
+            return {}
 
 
 class Specialiser:
@@ -78,31 +132,34 @@ class Specialiser:
         remember: keeps a usage for the next start.
 
     Attributes:
+        in_background: whether something is prepared unasked.
         closed: whether nothing more is prepared.
     """
 
     def __init__(self, backend: Backend, in_background: bool, remember: Callable[[Usage], None]) -> None:
         self._backend, self._remember = backend, remember
-        self._in_background = in_background
+        self.in_background = in_background
         self._counts: dict[Use, float] = {}
         self._images = 0.0
-        self._seen, self._next, self._wait = 0, FIRST, FIRST
-        self._noted: deque[tuple[Policy, int]] = deque(maxlen=HELD)
+        self._seen, self._taken, self._next, self._wait = 0, 0, FIRST, FIRST
+        self._noted: deque[tuple[Policy, int]] = deque()
         self.after_fork()
         renew_in_fork(self)
 
     def after_fork(self) -> None:
-        """Makes lock and thread, in a forked child anew."""
-        self._lock, self._due = threading.Lock(), threading.Event()
+        """Makes locks and thread, in a forked child anew."""
+        self._preparing, self._starting, self._due = threading.Lock(), threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         self.closed = False
 
     def note(self, policy: Policy, threads: int) -> None:
         """Notes what images used that ran on so many threads."""
-        if not self._in_background or self.closed:
+        if not self.in_background or self.closed:
             return
-        self._noted.append((policy, threads))
-        self._seen += len(policy)
+        if self._seen - self._taken < HELD:
+            some = policy[:HELD]
+            self._noted.append((Policy(*(mask.copy() for mask in some.masks())), threads))
+            self._seen += len(some)
         if self._seen >= self._next:
             self._next = self._seen + self._wait
             self._wait = min(2 * self._wait, MOST_WAIT)
@@ -110,42 +167,51 @@ class Specialiser:
 
     def start(self, usage: Usage) -> None:
         """Begins with a usage that is known from before, which weighs as much as the first images."""
-        if self._in_background and usage:
+        if self.in_background and usage:
             self._count(usage, FIRST)
             self._start()
 
-    def specialise(self, usage: Usage) -> int:
-        """Prepares for a usage at once, in the place of what there is; returns how much is prepared."""
-        with self._lock:
-            wanted = self._backend.choose(usage)
-            self._make(wanted)
+    def specialise(self, usage: Usage, images: int) -> int:
+        """Prepares for what so many images used at once, in the place of what there is and of what was noted.
+
+        Returns how much is prepared.
+        """
+        with self._preparing:
+            self._counts.clear()
+            self._images = 0.0
+            self._count(usage, images)
+            self._make(self._backend.choose(usage))
             return len(self._backend.prepared())
 
-    def close(self) -> None:
-        """Ends the thread."""
+    def stop(self) -> None:
+        """Prepares nothing more, but for what is under way."""
         self.closed = True
         self._due.set()
+
+    def close(self) -> None:
+        """Stops, and waits until the thread has ended."""
+        self.stop()
         if self._thread is not None:
             self._thread.join()
 
     def _start(self) -> None:
         if self._thread is None:
-            with self._lock:
+            with self._starting:
                 if self._thread is None and not self.closed:
                     arguments = weakref.ref(self), self._due
                     self._thread = threading.Thread(target=_work, args=arguments, name="adavit-prepare", daemon=True)
-                    weakref.finalize(self, self._due.set)
                     self._thread.start()
                     _running.add(self)
         self._due.set()
 
     def update(self) -> None:
         """Prepares for what was noted."""
-        while self._noted:
-            policy, threads = self._noted.popleft()
-            self._count(usage_of(policy, threads), len(policy))
-        usage = {use: count / self._images for use, count in self._counts.items()}
-        with self._lock:
+        with self._preparing:
+            while self._noted:
+                policy, threads = self._noted.popleft()
+                self._taken += len(policy)
+                self._count(usage_of(policy, threads), len(policy))
+            usage = {use: count / self._images for use, count in self._counts.items()}
             if self._make(self._backend.choose(usage)):
                 self._remember(usage)
 
@@ -184,8 +250,10 @@ def _work(of: weakref.ref[Specialiser], due: threading.Event) -> None:
             return
         try:
             specialiser.update()
-        except AdaViTError as error:
-            log.warning("nothing is prepared for what images use most: %s", error)
+        except Exception as error:  # also of another library, or of no memory: images run all the same
+            why = error if isinstance(error, AdaViTError) else f"{type(error).__name__}: {one_line(error)}"
+            log.warning("nothing more is prepared for what images use most: %s", why)
+            specialiser.in_background = False
             return
         del specialiser
 

@@ -27,7 +27,7 @@ BACKENDS = [("onnxruntime", None), ("openvino", "fp32")]
 @pytest.fixture(scope="module", params=BACKENDS, ids=lambda backend: backend[0])
 def loaded(name: str, request: pytest.FixtureRequest, golden_bundles: Bundles) -> Runtime:
     backend, provider = request.param
-    return adavit.load(golden_bundles(name), backend=backend, provider=provider, threads=1)
+    return adavit.load(golden_bundles(name), backend=backend, provider=provider, threads=1, specialise=False)
 
 
 def test_decisions_logits_and_macs(name: str, loaded: Runtime) -> None:
@@ -76,16 +76,31 @@ def test_the_dense_twin_keeps_everything(name: str, loaded: Runtime) -> None:
     assert set(replayed.macs.tolist()) == {dense_macs(loaded.architecture)}
 
 
+def test_what_is_prepared_computes_the_same(name: str, loaded: Runtime) -> None:
+    images, logits, policy = golden(name)
+    try:
+        assert loaded.specialise(policy) > 0
+        assert loaded.backend.prepared()
+        for result in (loaded.run(images), loaded.run(images, policy=policy)):
+            assert_same_policy(result.policy, policy)
+            np.testing.assert_allclose(result.logits, logits, atol=1e-4, rtol=0)
+    finally:
+        loaded.backend.keep(())
+    assert not loaded.backend.prepared()
+    np.testing.assert_allclose(loaded.run(images).logits, logits, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(("backend", "provider"), BACKENDS)
-@pytest.mark.parametrize("parallel", ["operators", "samples"])
-def test_both_ways_to_share_threads_in_a_process_that_has_its_pool(
+@pytest.mark.parametrize("parallel", ["operators", "samples", "auto"])
+def test_every_way_to_share_threads_in_a_process_that_has_its_pool(
     parallel: str, backend: str, provider: str | None, name: str, golden_bundles: Bundles
 ) -> None:
     images, logits, policy = golden(name)
     loaded = adavit.load(golden_bundles(name), backend=backend, provider=provider, threads=2, parallel=parallel)
-    result = loaded.run(images)
-    assert_same_policy(result.policy, policy)
-    np.testing.assert_allclose(result.logits, logits, atol=1e-4, rtol=0)
+    for _ in range(2):
+        result = loaded.run(images)
+        assert_same_policy(result.policy, policy)
+        np.testing.assert_allclose(result.logits, logits, atol=1e-4, rtol=0)
 
 
 FRESH = """
@@ -108,9 +123,9 @@ print("right")
 """
 
 
-@pytest.mark.parametrize("parallel", ["operators", "samples"])
+@pytest.mark.parametrize("parallel", ["operators", "samples", "auto"])
 @pytest.mark.parametrize("pool", ["no pool", "application's pool"])
-def test_both_ways_to_share_threads_in_a_fresh_process(parallel: str, pool: str, golden_bundles: Bundles) -> None:
+def test_every_way_to_share_threads_in_a_fresh_process(parallel: str, pool: str, golden_bundles: Bundles) -> None:
     cases = [
         {
             "npz": str(GOLDEN / f"{name}.npz"),

@@ -1,86 +1,116 @@
-"""Weights of sets of heads: gathered once, kept within a budget, and let go of when others take their place."""
+"""Weights of sets of heads: taken once, kept within a budget, and let go of when others take their place."""
 
-from collections.abc import Callable
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import WIDE
+from cases import WIDE, random_model
 
 import adavit
-from adavit.runtime import Runtime
-from adavit.runtime.heads import HeadWeights
-from adavit.runtime.profile import Profiler
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.head_weights import Arrays
+from adavit.bundle.keys import BOTH, BlockKey, Sublayers
+from adavit.runtime.head_cache import HeadCache
 
-SETS = [np.array(heads) for heads in combinations(range(WIDE.heads), 3)]
-SIZE = 4 * WIDE.width * 3 * WIDE.head_width
-"""Bytes of a matrix of three heads' channels."""
+MLP = Sublayers(False, True)
+KEYS = [BlockKey(1, MLP, heads) for heads in combinations(range(WIDE.heads), 3)]
+SIZE = 4 * WIDE.hidden * 3 * WIDE.head_width + 8 * 3
+"""Bytes that three heads' channels take: of fc1, and their numbers. All of fc2 is the file's own memory."""
 
 
 class Counted:
-    """Weights, and how often the engines that gather them run."""
+    """A cache, and what it was made of."""
 
-    def __init__(self, bundle: Path) -> None:
-        plain = adavit.load(bundle, threads=1)
-        self.profiler = Profiler(plain.bundle, plain.backend)
-        self.timed = Runtime(plain.bundle, self.profiler, plain.options)
+    def __init__(self, graphs: Graphs, budget: int) -> None:
+        self.made: list[Arrays] = []
+        self.cache: HeadCache[Any] = HeadCache(graphs, self.make, budget)
 
-    def within(self, budget: int) -> HeadWeights:
-        return HeadWeights(self.timed.bundle, self.profiler, self.timed.dispatcher.engines.weights, budget)
+    def make(self, arrays: Arrays) -> Arrays:
+        self.made.append(arrays)
+        return arrays
 
-    def gathers(self, ask: Callable[[], Any]) -> list[str]:
-        with self.profiler.recording() as calls:
-            ask()
-        return [call.name for call in calls if call.name.endswith("_weights")]
+    def takes(self, key: BlockKey) -> bool:
+        """Whether a key's weights have to be taken."""
+        before = len(self.made)
+        self.cache.of(key)
+        return len(self.made) > before
 
 
 @pytest.fixture(scope="module")
-def counted(wide: tuple[Path, Path]) -> Counted:
-    return Counted(wide[0])
+def graphs(wide: tuple[Path, Path]) -> Graphs:
+    return adavit.load(wide[0], threads=1, specialise=False).graphs
 
 
-def test_a_set_that_comes_again_costs_no_copy(counted: Counted) -> None:
-    weights = counted.within(100 * SIZE)
-    fresh = weights.without_budget()
+def test_a_set_that_comes_again_costs_no_copy(graphs: Graphs) -> None:
+    counted, never = Counted(graphs, 1 << 30), Counted(graphs, 0)
     for block in (1, 2):
-        for kind in ("attention", "mlp"):
-            for heads in (SETS[0], SETS[1]):
-                name = f"blocks.{block}.{kind}_weights"
-                assert counted.gathers(lambda: getattr(weights, kind)(block, heads)) == [name]  # noqa: B023
-                assert counted.gathers(lambda: getattr(weights, kind)(block, heads)) == []  # noqa: B023
-                for _ in range(2):
-                    assert counted.gathers(lambda: getattr(fresh, kind)(block, heads)) == [name]  # noqa: B023
-
-
-def test_what_is_kept_is_of_its_block_and_heads(wide: tuple[Path, Path]) -> None:
-    loaded = adavit.load(wide[0], threads=1)
-    weights = HeadWeights(loaded.bundle, loaded.backend, loaded.dispatcher.engines.weights, 100 * SIZE)
-    for _ in range(2):
-        for block in (1, 2):
-            for heads in (SETS[0], SETS[1]):
-                fresh = weights.without_budget()
-                for kept, new in zip(weights.attention(block, heads), fresh.attention(block, heads), strict=True):
-                    np.testing.assert_array_equal(kept.numpy(), new.numpy())
+        for sublayers in (BOTH, MLP, Sublayers(True, False)):
+            for heads in ((0, 1), (1, 3, 4)):
+                key = BlockKey(block, sublayers, heads)
+                assert [counted.takes(key) for _ in range(3)] == [True, False, False]
+                assert [never.takes(key) for _ in range(2)] == [True, True]
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])
-def test_no_more_is_kept_than_the_budget_is_for(room: int, counted: Counted) -> None:
-    size = WIDE.hidden * SIZE // WIDE.width
-    weights = counted.within(room * size + size // 2)
-    for heads in SETS[:12]:
-        assert counted.gathers(lambda: weights.mlp(1, heads))  # noqa: B023
-    assert not counted.gathers(lambda: weights.mlp(1, SETS[11]))
-    probe = [len(counted.gathers(lambda: weights.mlp(1, heads))) for heads in reversed(SETS[:12])]  # noqa: B023
+def test_no_more_is_kept_than_the_budget_is_for(room: int, graphs: Graphs) -> None:
+    counted = Counted(graphs, room * SIZE + SIZE // 2)
+    for key in KEYS[:12]:
+        assert counted.takes(key)
+    assert not counted.takes(KEYS[11])
+    probe = [counted.takes(key) for key in reversed(KEYS[:12])]
     assert 12 - room <= sum(probe) < 12
 
 
-def test_what_is_put_out_is_held_nowhere_else(counted: Counted) -> None:
-    kept = [np.append(np.isin(np.arange(WIDE.heads), heads), [False, True]).tobytes() for heads in SETS[:2]]
-    weights = counted.within(WIDE.hidden * SIZE // WIDE.width)  # of one set
-    for choices in (kept[0], kept[1], kept[0]):
-        assert counted.gathers(lambda: weights.of(1, choices)) == ["blocks.1.mlp_weights"]  # noqa: B023
-        assert counted.gathers(lambda: weights.of(1, choices)) == []  # noqa: B023
-    assert weights.of(1, bytes(WIDE.heads + 2)) is None  # no head
-    assert counted.gathers(lambda: weights.of(0, kept[0])) == []  # a block that keeps every head has no such engine
+def test_what_is_larger_than_the_budget_is_not_kept_and_puts_nothing_out(graphs: Graphs) -> None:
+    counted, large = Counted(graphs, 2 * SIZE), BlockKey(1, BOTH, (0, 1, 2, 3, 4))
+    counted.takes(KEYS[0])
+    assert [counted.takes(large) for _ in range(2)] == [True, True]
+    assert not counted.takes(KEYS[0])
+
+
+def test_all_heads_share_the_files_memory(graphs: Graphs) -> None:
+    """So they are kept whatever the budget: they take none, but for the queries' scaled weights."""
+    file = np.frombuffer(graphs.tensors.data, np.uint8)
+    every = graphs.head_weights(BlockKey(1, MLP, tuple(range(WIDE.heads))))
+    some = graphs.head_weights(KEYS[0])
+    assert np.shares_memory(every["fc1"], file)
+    assert np.shares_memory(every["fc2"], file)
+    assert np.shares_memory(some["fc2"], file)
+    assert not np.shares_memory(some["fc1"], file)
+    assert not every["fc1"].flags.writeable
+
+
+def test_weights_are_those_of_the_heads(graphs: Graphs) -> None:
+    block, (d, heads) = random_model(WIDE).blocks[1], (WIDE.head_width, (1, 4))
+    kept = np.concatenate([np.arange(head * d, (head + 1) * d) for head in heads])
+    weights = graphs.head_weights(BlockKey(1, BOTH, heads))
+    parts = np.split(weights["qkv"], 3)
+    for part, name, scale in zip(parts, ("query", "key", "value"), (d**-0.5, 1, 1), strict=True):
+        wanted = getattr(block.attn, name).weight.detach().numpy()[kept] * np.float32(scale)
+        np.testing.assert_array_equal(part, wanted)
+    query, key, value = np.split(weights["qkv_bias"], 3)
+    np.testing.assert_allclose(query, block.attn.query.bias.detach().numpy()[kept] * d**-0.5, rtol=1e-6)
+    assert not key.any()  # it adds the same to all scores of a query, which the softmax takes away
+    np.testing.assert_array_equal(value, block.attn.value.bias.detach().numpy()[kept])
+    np.testing.assert_array_equal(weights["proj"], block.attn.proj.weight.detach().numpy()[:, kept])
+    np.testing.assert_array_equal(weights["fc1"], block.mlp.fc1.weight.detach().numpy()[:, kept])
+    np.testing.assert_array_equal(weights["fc2"], block.mlp.fc2.weight.detach().numpy())
+    np.testing.assert_array_equal(weights["heads"], heads)
+    assert weights["heads"].dtype == np.int64
+
+
+def test_many_threads_get_what_one_gets(graphs: Graphs) -> None:
+    counted, together = Counted(graphs, 3 * SIZE), threading.Barrier(4)
+
+    def work(seed: int) -> None:
+        together.wait(60)
+        for number in np.random.default_rng(seed).integers(0, len(KEYS), 100):
+            found = counted.cache.of(KEYS[number])
+            np.testing.assert_array_equal(found["heads"], KEYS[number].heads)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))

@@ -20,9 +20,11 @@ from PIL import Image
 
 import adavit
 from adavit.errors import BackendError, InputError
+from adavit.bundle.keys import BlockKey
 from adavit.runtime import Policy, Prediction, Result, Runtime, dispatcher
+from adavit.runtime.backends import onnxruntime as ort
+from adavit.runtime.dispatcher import Step
 from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, OperatingPoint
-from adavit.runtime.state import Scratch
 
 IMAGES = random_images(tiny(), 3)
 
@@ -71,7 +73,7 @@ def test_images_need_not_be_contiguous(runtime: Runtime) -> None:
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_images_may_be_read_only(backend: str, tiny_bundle: Path) -> None:
-    loaded, images = adavit.load(tiny_bundle, backend, threads=1), IMAGES.copy()
+    loaded, images = adavit.load(tiny_bundle, backend, threads=1, specialise=False), IMAGES.copy()
     wanted = loaded.run(images).logits
     images.setflags(write=False)
     np.testing.assert_array_equal(loaded.run(images).logits, wanted)
@@ -79,24 +81,7 @@ def test_images_may_be_read_only(backend: str, tiny_bundle: Path) -> None:
 
 def test_as_many_images_at_once_as_there_are_threads(tiny_bundle: Path) -> None:
     loaded, together = adavit.load(tiny_bundle, threads=20, parallel="samples"), Barrier(20)
-    loaded.run(random_images(tiny(), 20), observe=lambda _, engine, __: engine == "stem" and together.wait(60))
-
-
-def test_bindings_do_not_hold_what_they_are_given_once(tiny_bundle: Path) -> None:
-    loaded = adavit.load(tiny_bundle, threads=1)
-    arch, engine = loaded.architecture, loaded.dispatcher.engines.blocks[1].decide
-    outputs = [
-        loaded.backend.buffer((arch.tokens, arch.width)).rows(arch.tokens),
-        *Scratch(arch, loaded.backend).logits[1],
-    ]
-    held = []
-    for seed in range(4):
-        x = np.random.default_rng(seed).standard_normal((arch.tokens, arch.width), dtype=np.float32)
-        held.append(weakref.ref(x))
-        engine.run([x], outputs)
-        del x
-    gc.collect()
-    assert sum(array() is not None for array in held) <= 1
+    loaded.run(random_images(tiny(), 20), observe=lambda step: step.block == 0 and together.wait(60))
 
 
 def test_running_changes_nothing_it_was_given(runtime: Runtime) -> None:
@@ -167,16 +152,16 @@ def test_many_threads_get_what_one_gets(runtime: Runtime) -> None:
         np.testing.assert_array_equal(logits, dense_twins[position % len(batches)])
 
 
-@pytest.mark.parametrize("budget", [dispatcher.KEPT_WEIGHTS, 200_000, 0])
+@pytest.mark.parametrize("budget", [ort.HEADS, 200_000, 0])
 def test_many_threads_that_follow_many_policies(
     budget: int, wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is kept of the gathered weights: all, a few sets of heads, or nothing."""
+    """Whatever is kept of the heads' weights: all, those of a few sets, or nothing."""
     images = random_images(WIDE, 2)
     policies = [random_policy(WIDE, 2, seed) for seed in range(24)]
-    alone = [adavit.load(wide[0], threads=1).run(images, policy=policy).logits for policy in policies[:4]]
-    monkeypatch.setattr(dispatcher, "KEPT_WEIGHTS", budget)
-    shared = adavit.load(wide[0], threads=1)
+    alone = [adavit.load(wide[0], threads=1, specialise=False).run(images, policy=policy).logits for policy in policies[:4]]
+    monkeypatch.setattr(ort, "HEADS", budget)
+    shared = adavit.load(wide[0], threads=1, specialise=False)
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda policy: shared.run(images, policy=policy).logits, policies * 3))
     for position, logits in enumerate(together):
@@ -185,14 +170,14 @@ def test_many_threads_that_follow_many_policies(
         np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize("parallel", ["operators", "samples"])
+@pytest.mark.parametrize("parallel", ["operators", "samples", "auto"])
 @pytest.mark.parametrize("together", [1, 2, 5, 99])
 def test_images_side_by_side_get_what_each_gets_alone(
     parallel: str, together: int, wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many images share a block's turn, also where all tokens are kept, which swaps their buffers."""
+    """However many images go through the blocks together."""
     monkeypatch.setattr(dispatcher, "SIDE_BY_SIDE", together)
-    runtime = adavit.load(wide[0], threads=3, parallel=parallel)
+    runtime = adavit.load(wide[0], threads=3, parallel=parallel, specialise=False)
     images, policy = random_images(WIDE, 7), random_policy(WIDE, 7, 0)
     policy.tokens[::2, 1:] = True
     for recorded in (None, policy):
@@ -200,7 +185,7 @@ def test_images_side_by_side_get_what_each_gets_alone(
         for position in range(len(images)):
             rows = slice(position, position + 1)
             alone = runtime.run(images[rows], policy=None if recorded is None else recorded[rows])
-            np.testing.assert_allclose(found.logits[rows], alone.logits, atol=1e-6)
+            np.testing.assert_allclose(found.logits[rows], alone.logits, atol=1e-5)
             assert_same_policy(found.policy[rows], alone.policy)
             assert found.macs[position] == alone.macs[0]
 
@@ -215,44 +200,52 @@ def test_an_array_that_changes_between_runs_is_read_anew(runtime: Runtime) -> No
         np.testing.assert_array_equal(runtime.run(images).logits, runtime.run(fresh).logits)
 
 
-def test_a_failing_engine_leaves_a_runtime_that_works(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = adavit.load(tiny_bundle, threads=2, parallel="samples")
-    wanted = runtime.run(IMAGES).logits
+def test_a_failing_graph_leaves_a_runtime_that_works(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = adavit.load(tiny_bundle, threads=2, parallel="samples", specialise=False)
+    wanted, block = runtime.run(IMAGES).logits, ort.OnnxRuntimeSlot.block
 
-    def fail(*_: Any) -> None:
-        raise BackendError("engine blocks.1.decide failed")
+    def fail(slot: Any, key: BlockKey, tokens: Any) -> None:
+        if key.block == 1:
+            raise BackendError("a graph failed")
+        block(slot, key, tokens)
 
     with monkeypatch.context() as patched:
-        patched.setattr(runtime.dispatcher.engines.blocks[1].decide, "run", fail)
+        patched.setattr(ort.OnnxRuntimeSlot, "block", fail)
         with pytest.raises(BackendError, match="failed"):
             runtime.run(IMAGES)
     np.testing.assert_array_equal(runtime.run(IMAGES).logits, wanted)
 
 
-def test_a_failing_observer_is_told_no_more_and_nothing_is_lost(tiny_bundle: Path) -> None:
-    runtime, images = adavit.load(tiny_bundle, threads=2, parallel="samples"), random_images(tiny(), 12)
-    runtime.run(images)
-    before, told = len(runtime.dispatcher._states), 0
+def slots() -> int:
+    gc.collect()
+    return sum(type(thing) is ort.OnnxRuntimeSlot for thing in gc.get_objects())
 
-    def fail(position: int, *_: Any) -> None:
+
+def test_a_failing_observer_is_told_no_more_and_nothing_is_lost(tiny_bundle: Path) -> None:
+    runtime, images = adavit.load(tiny_bundle, threads=2, parallel="samples", specialise=False), random_images(tiny(), 12)
+    runtime.run(images)
+    before, told = slots(), 0
+
+    def fail(step: Step) -> None:
         nonlocal told
         told += 1
-        if position == 5:
+        if step.image == 5:
             raise ValueError("enough")
 
-    with pytest.raises(ValueError, match="enough"):
-        runtime.run(images, observe=fail)
-    after = told
-    time.sleep(0.2)
-    assert told == after
-    assert len(runtime.dispatcher._states) == before
+    for _ in range(3):
+        with pytest.raises(ValueError, match="enough"):
+            runtime.run(images, observe=fail)
+        after = told
+        time.sleep(0.2)
+        assert told == after
+    assert slots() == before
 
 
 def test_runtimes_side_by_side_do_not_disturb_each_other(tiny_bundle: Path, runtime: Runtime) -> None:
     wanted = runtime.run(IMAGES).logits
-    for parallel in ("operators", "samples"):
+    for parallel in ("operators", "samples", "auto"):
         other = adavit.load(tiny_bundle, threads=3, parallel=parallel)
-        np.testing.assert_allclose(other.run(IMAGES).logits, wanted, atol=1e-6)
+        np.testing.assert_allclose(other.run(IMAGES).logits, wanted, atol=1e-5)
     np.testing.assert_array_equal(runtime.run(IMAGES).logits, wanted)
 
 
@@ -271,10 +264,27 @@ def test_unknown_names(tiny_bundle: Path) -> None:
         adavit.load(tiny_bundle, provider="NopeProvider")
     with pytest.raises(InputError, match="parallel is 'nope': choose"):
         adavit.load(tiny_bundle, parallel="nope")
+    with pytest.raises(InputError, match=r"is not in precision 'int4'; it has fp32: choose one of them, or export"):
+        adavit.load(tiny_bundle, precision="int4")
+    with pytest.raises(InputError, match=r"is not in precision 'int8'; it has fp32"):
+        adavit.load(tiny_bundle, precision="int8")
+
+
+@pytest.mark.parametrize("name", ["specialise", "shared_pool", "cuda_graphs", "trust_engines"])
+def test_what_is_no_truth(name: str, tiny_bundle: Path) -> None:
+    options: dict[str, Any] = {name: 1}
+    with pytest.raises(InputError, match=f"{name} is 1: expected True or False"):
+        adavit.load(tiny_bundle, **options)
+
+
+def test_the_precision_can_be_named(tiny_bundle: Path, runtime: Runtime) -> None:
+    named = adavit.load(tiny_bundle, threads=1, precision="fp32", specialise=False)
+    assert named.graphs.precision == runtime.graphs.precision == "fp32"
+    np.testing.assert_array_equal(named.run(IMAGES).logits, runtime.run(IMAGES).logits)
 
 
 def test_the_provider_can_be_named(tiny_bundle: Path, runtime: Runtime) -> None:
-    named = adavit.load(tiny_bundle, threads=1, provider="CPUExecutionProvider")
+    named = adavit.load(tiny_bundle, threads=1, provider="CPUExecutionProvider", specialise=False)
     np.testing.assert_array_equal(named.run(IMAGES).logits, runtime.run(IMAGES).logits)
     assert named.backend.versions()["provider"] == "CPUExecutionProvider"
 
@@ -345,7 +355,7 @@ def test_how_many_classes(runtime: Runtime) -> None:
 
 
 def test_pictures_of_a_generator_are_taken_some_at_a_time(tiny_bundle: Path) -> None:
-    loaded, taken, most = adavit.load(tiny_bundle, threads=1), 0, 0
+    loaded, taken, most = adavit.load(tiny_bundle, threads=1, specialise=False), 0, 0
     pictures = [picture(seed) for seed in range(70)]
     wanted = loaded.predict(pictures)
 

@@ -140,9 +140,9 @@ def test_stored_points_are_met_exactly() -> None:
 
 def test_a_budget_is_of_its_request_alone(dialled: Path) -> None:
     """Requests of many budgets from many threads get what each gets alone."""
-    shared = adavit.load(dialled, threads=1)
+    shared = adavit.load(dialled, threads=1, specialise=False)
     asked = [None, 0.2, 0.35, 0.5, 0.7, 0.9, Offsets(heads=-1.5)]
-    alone = [adavit.load(dialled, threads=1).run(IMAGES, budget=budget) for budget in asked]
+    alone = [adavit.load(dialled, threads=1, specialise=False).run(IMAGES, budget=budget) for budget in asked]
     assert len({tuple(result.macs) for result in alone}) == len(asked) - 1  # 0.5 is the trained policy
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda budget: shared.run(IMAGES, budget=budget), asked * 10))
@@ -153,7 +153,8 @@ def test_a_budget_is_of_its_request_alone(dialled: Path) -> None:
 
 
 def test_a_runtime_has_a_budget_of_its_own(dialled: Path) -> None:
-    plain, small = adavit.load(dialled, threads=1), adavit.load(dialled, threads=1, budget=0.2)
+    plain = adavit.load(dialled, threads=1, specialise=False)
+    small = adavit.load(dialled, threads=1, specialise=False, budget=0.2)
     assert_same_policy(small.run(IMAGES).policy, plain.run(IMAGES, budget=0.2).policy)
     assert_same_policy(small.run(IMAGES, budget=0.5).policy, plain.run(IMAGES).policy)
     assert small.predict(picture(), budget=0.9) == plain.predict(picture(), budget=0.9)
@@ -162,12 +163,66 @@ def test_a_runtime_has_a_budget_of_its_own(dialled: Path) -> None:
     np.testing.assert_array_equal(small.run(IMAGES, policy=replayed).logits, plain.run(IMAGES, policy=replayed).logits)
 
 
-@pytest.mark.parametrize("parallel", ["operators", "samples"])
+@pytest.mark.parametrize("parallel", ["operators", "samples", "auto"])
 def test_every_image_of_a_batch_runs_at_the_budget(parallel: str, dialled: Path) -> None:
     runtime = adavit.load(dialled, threads=2, parallel=parallel)
     batch = runtime.run(IMAGES, budget=0.3)
     for row in range(len(IMAGES)):
         assert_same_policy(runtime.run(IMAGES[row : row + 1], budget=0.3).policy, batch.policy[row : row + 1])
+
+
+@pytest.mark.parametrize(("kind", "parallel"), [("array", "operators"), ("list", "samples"), ("tuple", "auto")])
+def test_each_image_of_a_batch_runs_at_a_budget_of_its_own(kind: str, parallel: str, dialled: Path) -> None:
+    runtime = adavit.load(dialled, threads=2, parallel=parallel, specialise=False)
+    asked: Any = [0.9, 0.2, 0.5, 0.35, 0.2, 0.7]
+    budgets = {"array": np.array(asked), "list": asked, "tuple": tuple(asked)}[kind]
+    batch = runtime.run(IMAGES, budget=budgets)
+    assert len(set(batch.macs.tolist())) > 3
+    for row, budget in enumerate(asked):
+        alone = runtime.run(IMAGES[row : row + 1], budget=budget)
+        assert_same_policy(alone.policy, batch.policy[row : row + 1])
+        np.testing.assert_allclose(alone.logits[0], batch.logits[row], atol=1e-5)
+    np.testing.assert_array_equal(runtime.run(IMAGES, budget=np.full(6, 0.5, np.float32)).macs, runtime.run(IMAGES).macs)
+
+
+def test_each_image_of_a_batch_runs_with_offsets_of_its_own(runtime: Runtime) -> None:
+    each = [Offsets(heads=0.3 * row, tokens=(0.1, -0.5 * row, 1.0)) for row in range(len(IMAGES))]
+    batch = runtime.run(IMAGES, budget=each)
+    for row, offsets in enumerate(each):
+        assert_same_policy(runtime.run(IMAGES[row : row + 1], budget=offsets).policy, batch.policy[row : row + 1])
+
+
+EACH_WRONG: dict[str, tuple[Any, str]] = {
+    "too few": ([0.4], "there are 1 budgets for 6 images: give one for each, or one for all"),
+    "too many": (np.full(7, 0.4), "there are 7 budgets for 6 images"),
+    "none": ([], "there are 0 budgets for 6 images"),
+    "one is beyond": (np.array([0.4] * 5 + [2.0]), "image 5: budget 2 is out of range: this bundle's go from 0.2"),
+    "one is NaN": (np.array([np.nan] + [0.4] * 5), "image 0: budget nan is out of range"),
+    "one is missing": ([0.4, None, 0.4, 0.4, 0.4, 0.4], "image 1: budget is None: expected a share"),
+    "one is text": (["0.4"] * 6, "image 0: budget is '0.4': expected a share"),
+    "offsets of another depth": ([Offsets(heads=(1.0, 2.0))] * 6, "there are 2 offsets of heads"),
+    "truths": (np.ones(6, bool), "expected a share"),
+    "two dimensions": (np.full((6, 1), 0.4), "expected a share"),
+}
+
+
+@pytest.mark.parametrize("kind", EACH_WRONG)
+def test_budgets_of_images_that_are_refused(kind: str, dialled: Path) -> None:
+    budget, message = EACH_WRONG[kind]
+    with pytest.raises(InputError) as caught:
+        adavit.load(dialled, threads=1, specialise=False).run(IMAGES, budget=budget)
+    assert message in str(caught.value)
+
+
+def test_pictures_and_drawings_have_one_budget(dialled: Path) -> None:
+    runtime = adavit.load(dialled, threads=1, specialise=False)
+    for ask in (
+        lambda: runtime.predict([picture()], budget=[0.4]),  # type: ignore[arg-type]
+        lambda: runtime.draw([picture()], budget=np.array([0.4])),  # type: ignore[arg-type]
+        lambda: adavit.load(dialled, threads=1, budget=[0.4]),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InputError, match="budget is .*: expected a share of the dense MACs"):
+            ask()
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -177,7 +232,6 @@ WRONG: dict[str, tuple[Any, str]] = {
     "NaN": (float("nan"), "budget nan is out of range"),
     "text": ("0.4", "budget is '0.4': expected a share of the dense MACs from 0.2 to 0.9"),
     "truth": (True, "budget is True: expected a share"),
-    "list": ([0.4], "expected a share"),
 }
 
 

@@ -83,6 +83,7 @@ def test_any_values(value: Any, more: Any, other: Any, runtime: Runtime) -> None
         partial(runtime.run, value),
         partial(runtime.run, IMAGES, policy=value),
         partial(runtime.run, IMAGES, budget=value),
+        partial(runtime.run, IMAGES, budget=[value, more]),
         partial(runtime.run, IMAGES, value, None, more),
         partial(runtime.run_dense, value),
         partial(runtime.preprocess, value),
@@ -112,7 +113,7 @@ def test_any_values(value: Any, more: Any, other: Any, runtime: Runtime) -> None
         lambda: Policy(value, more, other).usage(),
         lambda: len(Policy(policy.tokens, value, policy.sublayers)),
         lambda: Policy(value, policy.heads, policy.sublayers).check(tiny(), 2),
-        partial(adavit.load, value, threads=1),
+        partial(adavit.load, value, threads=1, specialise=False),
     ]
     if not isinstance(value, int) or value < 1000:  # larger ones are arrays that large
         calls += [partial(Policy.dense, tiny(), value), partial(Policy.empty, tiny(), value)]
@@ -122,10 +123,10 @@ def test_any_values(value: Any, more: Any, other: Any, runtime: Runtime) -> None
 
 @given(value=values)
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@pytest.mark.parametrize("name", ["backend", "threads", "provider", "parallel", "budget", "cuda_graphs"])
+@pytest.mark.parametrize("name", ["backend", "threads", "provider", "parallel", "budget", "cuda_graphs", "precision", "specialise", "shared_pool"])
 def test_any_arguments_of_load(name: str, value: Any, tiny_bundle: Path) -> None:
     if not (isinstance(value, int) and 0 < value <= 1024):  # which are threads
-        only_own(lambda: adavit.load(tiny_bundle, **{"threads": 1, name: value}))
+        only_own(lambda: adavit.load(tiny_bundle, **{"threads": 1, "specialise": False, name: value}))
 
 
 @pytest.mark.parametrize("path", ["no/folder/a.npz", ".", "b" * 300, "a\0b", "\ud800", None, b"a.npz", 3])
@@ -193,7 +194,7 @@ def test_any_damage_of_a_bundles_description(data: st.DataObject, value: Any, bu
     intact = (bundle / "config.json").read_text()
     write_config(bundle, damaged(data, {**json.loads(intact), "budgets": BUDGETS}, value))
     try:
-        only_own(lambda: adavit.load(bundle, threads=1).predict(picture(), top=1, budget=0.5))
+        only_own(lambda: adavit.load(bundle, threads=1, specialise=False).predict(picture(), top=1, budget=0.5))
     finally:
         (bundle / "config.json").write_text(intact)
 
@@ -219,7 +220,7 @@ def test_any_damage_of_a_preprocessor(data: st.DataObject, value: Any) -> None:
     only_own(pixels)
 
 
-@pytest.mark.parametrize("key", ["name", "schema_version", "precision", "architecture"])
+@pytest.mark.parametrize("key", ["name", "schema_version", "precisions", "architecture"])
 def test_long_values_of_a_file_are_not_printed_whole(key: str, bundle: Path) -> None:
     config = read_config(bundle)
     config[key] = ["x\n" * 10_000]

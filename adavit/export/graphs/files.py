@@ -18,6 +18,7 @@ from adavit.export.graphs.builder import Builder
 from adavit.export.graphs.dense import make_dense
 from adavit.export.graphs.precision import FP32, Precision
 from adavit.export.graphs.stem import make_stem
+from adavit.model.checkpoint import sort_header
 
 __all__ = ["Units", "write_graphs"]
 
@@ -58,7 +59,8 @@ def write_graphs(
         metadata: of the weights' file.
     """
     (folder / precision).mkdir()
-    data = save({name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}, dict(metadata or {}))
+    arrays = {name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}
+    data = sort_header(save(arrays, dict(metadata or {})))
     weights = _write(folder, f"{precision}/{WEIGHTS}", data)
     parsed = TensorFile.parse(data, weights.file)
     units = units or Units()

@@ -10,9 +10,11 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from types import ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -192,11 +194,15 @@ class OnnxRuntimeBackend:
         self._models: dict[tuple[int, Sublayers], bytes] = {}
         self._values: dict[str, Any] = {}
         self.constant: Mapping[Prepared, Any] = {}  # replaced as a whole
+        self._slots: WeakSet[OnnxRuntimeSlot] = WeakSet()
+        self._as_values = partial(as_values, self.ort)
         self.heads = HeadCache(graphs, self._as_values, HEADS)
         self.after_fork()
         renew_in_fork(self)
         if graphs.architecture.adapts:
             self._load_blocks(options.threads_of(1))
+        else:
+            self._dense()
 
     def _load_blocks(self, threads: int) -> None:
         """Reads every graph, and makes the sessions that run them on so many threads."""
@@ -215,20 +221,27 @@ class OnnxRuntimeBackend:
 
     def slot(self, threads: int) -> OnnxRuntimeSlot:
         """See `Backend.slot`."""
-        return OnnxRuntimeSlot(self, threads)
+        slot = OnnxRuntimeSlot(self, threads)
+        with self._lock:
+            self._slots.add(slot)
+        return slot
 
     def dense(self, images: Float) -> Float:
         """See `Backend.dense`."""
-        session = self._sessions.get((b"dense", self._options.threads))
-        if session is None:
-            graph = self.graphs.dense()
-            constants = graph.arrays(self.graphs.tensors)
-            session = self._kept(b"dense", graph, constants, self._options.threads)
+        session = self._dense()
         try:
             logits: Float = session.run(["logits"], {"images": images})[0]
         except Exception as error:
             raise BackendError(f"the dense twin failed: {one_line(error)}") from error
         return logits
+
+    def _dense(self) -> Any:
+        """The session of the dense twin."""
+        found = self._sessions.get((b"dense", self._options.threads))
+        if found is None:
+            graph = self.graphs.dense()
+            found = self._kept(b"dense", graph, graph.arrays(self.graphs.tensors), self._options.threads)
+        return found
 
     def stem(self, threads: int) -> Any:
         """The session of the stem."""
@@ -281,6 +294,8 @@ class OnnxRuntimeBackend:
         """See `Backend.keep`."""
         with self._lock:
             self.constant = {prepared: self.constant[prepared] for prepared in wanted if prepared in self.constant}
+            for slot in self._slots:
+                slot.let_go()
 
     def prepared(self) -> Sequence[Prepared]:
         """See `Backend.prepared`."""
@@ -297,9 +312,6 @@ class OnnxRuntimeBackend:
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version and the provider in use."""
         return {"onnxruntime": self.ort.__version__, "provider": self._provider}
-
-    def _as_values(self, arrays: Arrays) -> Mapping[str, Any]:
-        return {name: self.ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
 
     def _value(self, tensor: str) -> Any:
         """A weight as ONNX Runtime's handle of it: in the memory where it is."""
@@ -324,7 +336,7 @@ class OnnxRuntimeBackend:
         fused: Fused | None = None,
     ) -> Any:
         """A session on so many threads, of the process's pool where that is set."""
-        if not self._shares_pool or threads == 1:
+        if not self._shares_pool:
             try:
                 return self._session_on(graph, constants, threads, fused)
             except BackendError as error:
@@ -371,6 +383,11 @@ class OnnxRuntimeBackend:
         require_provider(session, graph.name, self._provider)
         keep_in_fork(session)
         return session
+
+
+def as_values(ort: ModuleType, arrays: Arrays) -> Mapping[str, Any]:
+    """Arrays as ONNX Runtime's handles of them, in the memory where they are."""
+    return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
 
 
 def matrix_bytes(arch: Architecture, key: BlockKey) -> int:
@@ -478,6 +495,15 @@ class OnnxRuntimeSlot:
         if found is None or found.session is not session:
             found = self._prepared[key] = self._bind(session, {}, self._backend.graphs.decisions(key.block + 1))
         return found
+
+    def let_go(self) -> None:
+        """Drops what holds sessions that are no longer prepared; any thread may ask for it."""
+        constant, bound = self._backend.constant, list(self._bound.items())
+        self._bound = {
+            key: found
+            for key, found in bound
+            if found.constant is None or found.constant is constant.get(Prepared(self._threads, key))
+        }
 
     def decisions(self) -> Float:
         """See `Slot.decisions`."""
