@@ -14,11 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from adavit.bundle.bundle import Bundle
 from adavit.errors import bounded, one_line
 from adavit.files import sha256, write_beside
 from adavit.reading import open_regular
 from adavit.runtime.backend import Options
-from adavit.bundle.bundle import Bundle
 from adavit.runtime.user_folder import user_folder
 from adavit.version import __version__
 
