@@ -43,11 +43,7 @@ def run_lines(report: dict[str, Any]) -> list[str]:
         f"{_count(report['threads'], 'thread')}, {_count(report['iterations'], 'run')}",
         *([f"input       {NOISE}"] if report["input"] == "random" else []),
         *([f"backend     {report['choice']['reason']}"] if report["choice"] else []),
-        *(
-            [f"prepared    {_count(report['prepared'], 'graph')} for what images use most"]
-            if report["prepared"]
-            else []
-        ),
+        *([f"prepared    {_count(prepared, 'graph')} for what images use most"] if prepared else []),
         f"MACs        {macs['executed_mean'] / 1e9:.3f} G of {macs['dense'] / 1e9:.3f} G dense "
         f"({macs['executed_mean'] / macs['dense']:.1%})",
         f"usage       tokens {used['tokens']:.1%}, heads {used['heads']:.1%}, sub-layers {used['sublayers']:.1%}",
