@@ -24,10 +24,10 @@ def _calibration_lines(report: dict[str, Any]) -> list[str]:
     lines = [f"calibrated  on {report['images']} images{how}" + (" (cached)" if report["reused"] else "")]
     if skipped := report["skipped"]:
         lines[0] += f"; {len(skipped)} could not be read, first: {skipped[0]}"
-    rows: list[tuple[str, ...]] = [("engine", "samples", "tokens", "precision")]
+    rows: list[tuple[str, ...]] = [("sub-layer", "samples", "tokens", "precision")]
     rows += [
-        (name, str(engine["samples"]), str(engine["tokens"]), engine["precision"])
-        for name, engine in report["engines"].items()
+        (name, str(found["samples"]), str(found["tokens"]), found["precision"])
+        for name, found in report["sublayers"].items()
     ]
     lines += ["", *table(rows), ""]
     if "sensitivity" in report:
@@ -41,7 +41,7 @@ def _calibration_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _kept_lines(kept_higher: dict[str, Any]) -> list[str]:
-    """Engines that stay in a higher precision, by the reason."""
+    """Sub-layers that stay in a higher precision, by the reason."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name, kept in kept_higher.items():
         alike.setdefault((kept["precision"], kept["reason"]), []).append(name)

@@ -17,7 +17,7 @@ from adavit.tensorrt.options import build_options
 __all__ = ["CALIBRATING", "CALIBRATION_IMAGES", "EXPORTING", "EXPORT_EXAMPLES", "export_options"]
 
 PATH = click.Path(path_type=Path)
-CALIBRATING = ("calibration_cache", "samples", "method", "decision_precision", "max_drop", "seed")
+CALIBRATING = ("calibration_cache", "samples", "method", "max_drop", "seed")
 """Options that only an export in another precision than fp32 follows."""
 CALIBRATION_IMAGES = ("calibration_images", "labels_by_order")
 EXPORTING = (

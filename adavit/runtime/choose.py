@@ -80,7 +80,7 @@ def _recalled(known: dict[str, Any]) -> Choice | None:
         if min(times, key=times.__getitem__) != found["backend"] or found["backend"] not in names():
             raise ValueError("it does not name the fastest")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        log.warning("%s is of no use (%s); measuring again", kept_at(KIND, known), one_line(error))
+        log.warning("%s is of no use (%s); it is replaced", kept_at(KIND, known), one_line(error))
         return None
     return Choice(found["backend"], times, skipped, True, str(kept_at(KIND, known)))
 
