@@ -28,7 +28,7 @@ from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import demo_bundle
 from adavit.training.report import RandomPolicy
 
-EXPORT = [sys.executable, "-c", "from adavit.cli import export; export(prog_name='adavit-export')"]
+EXPORT = [sys.executable, "-c", "from adavit.entry import export; export()"]
 BATCH = 100
 WIDEST, BISECTIONS, COMPARED, CLOSE = 16.0, 16, 1000, 0.002
 """Of the uniform offset: the largest, steps at most, images, and how near to the MACs, relative to them, is enough."""
