@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from fnmatch import fnmatch
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ from adavit.runtime.backend import Options
 from adavit.runtime.user_folder import user_folder
 from adavit.version import __version__
 
-__all__ = ["cpu_name", "facts", "kept_at", "recall", "remember"]
+__all__ = ["cpu_name", "facts", "kept_any", "kept_at", "recall", "remember"]
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,18 @@ def _versions() -> dict[str, str]:
 def _folder() -> Path | None:
     """The cache folder; None where there is no home."""
     return user_folder("XDG_CACHE_HOME", ".cache")
+
+
+def kept_any(kind: str) -> bool:
+    """Whether there is any measurement of a kind: cheaper to ask than for one that fits."""
+    folder = _folder()
+    try:
+        return folder is not None and any(fnmatch(name, f"{kind}-*.json") for name in os.listdir(folder))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        _warn_unreadable(folder, getattr(error, "strerror", None) or str(error))
+        return False
 
 
 def kept_at(kind: str, known: Mapping[str, Any]) -> Path | None:

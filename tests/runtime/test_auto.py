@@ -202,6 +202,7 @@ def test_a_cache_that_cannot_be_read(
     monkeypatch.setenv("XDG_CACHE_HOME", unreadable(kind, tmp_path))
     with monkeypatch.context() as patch:
         if kind == "not allowed":
+            patch.setattr("adavit.runtime.cache.os.listdir", forbidden)
             patch.setattr("adavit.runtime.cache.open_regular", forbidden)
         for _ in range(2):
             images = random_images(tiny(), 1)
