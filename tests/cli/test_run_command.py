@@ -1,6 +1,7 @@
 """`adavit-run`, end to end."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -181,10 +182,22 @@ def test_what_is_prepared(wide: tuple[Path, Path], tmp_path: Path) -> None:
     assert "prepared " not in invoke(run, wide[0], *SHORT, "--no-specialise").stdout
 
 
-def test_a_measurement_is_no_use_to_remember(wide: tuple[Path, Path], cache: Path) -> None:
+def test_a_measurement_is_no_use_to_remember(wide: tuple[Path, Path], tmp_path: Path) -> None:
     """An application's images are others."""
-    assert report(wide[0], "--iterations", 40)["prepared"] > 0
-    assert not cache.exists()
+    code = "from adavit.entry import run; run()"
+    done = python(
+        code,
+        wide[0],
+        "--iterations",
+        40,
+        "--threads",
+        1,
+        "--json",
+        "-",
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert json.loads(done.stdout)["prepared"] > 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_precision_is_one_that_there_is(tiny_bundle: Path) -> None:
