@@ -21,11 +21,11 @@ import numpy as np
 from fashion_mnist import DATA, pictures, write_pictures
 
 import adavit
-from adavit.macs import dense_macs
-from adavit.runtime import Policy, Runtime
-from adavit.bundle.operating_points import Offsets
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import demo_bundle
+from adavit.bundle.operating_points import Offsets
+from adavit.macs import dense_macs
+from adavit.runtime import Policy, Runtime
 from adavit.training.report import RandomPolicy
 
 EXPORT = [sys.executable, "-c", "from adavit.entry import export; export()"]

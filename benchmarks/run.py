@@ -26,10 +26,10 @@ from fashion_mnist import DATA, write_pictures
 from latency_plot import plot
 from models import ARCHITECTURES, BIASES, random_model
 
-from adavit.export import ExportOptions, export_bundle
-from adavit.runtime import Policy
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import demo_bundle
+from adavit.export import ExportOptions, export_bundle
+from adavit.runtime import Policy
 
 RUN = [sys.executable, "-c", "from adavit.entry import run; run()"]
 MEMORY = [sys.executable, str(Path(__file__).parent / "memory.py")]
