@@ -210,8 +210,8 @@ def export_lines(report: dict[str, Any]) -> list[str]:
     """The summary of an export or a check."""
     lines = [f"bundle      {report['bundle']}"]
     for precision, files in report.get("precisions", {}).items():
-        count = f"{files['graphs']} graph{'s' * (files['graphs'] > 1)}"
-        lines.append(f"{precision:<11} {count}, {files['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
+        graphs = f"{files['graphs']} graph{'s' * (files['graphs'] > 1)}"
+        lines.append(f"{precision:<11} {graphs}, {files['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
     if prepare := report.get("preprocessing"):
         side, mean, std = (prepare[key] for key in ("side", "mean", "std"))
         numbers = (" ".join(f"{value:g}" for value in values) for values in (mean, std))

@@ -57,7 +57,7 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
     if not options.budgets:
         return None
     progress("loading the bundle", 0.0)
-    runtime = load(bundle, threads=threads, parallel="samples")
+    runtime = load(bundle, threads=threads, parallel="samples", specialise=False)
     notes: list[str] = []
     if not runtime.architecture.adapts:
         raise InputError(f"{bundle}: {NO_POLICIES}")

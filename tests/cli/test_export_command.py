@@ -12,7 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import invoke, pictures_in, random_model, read_config, refusal, save, shell, stored_files, tiny, with_weights
+from cases import (
+    invoke,
+    pictures_in,
+    random_model,
+    read_config,
+    refusal,
+    save,
+    shell,
+    stored_files,
+    tiny,
+    with_weights,
+    write_config,
+)
 
 import adavit
 from adavit.budget_options import BudgetOptions
@@ -143,6 +155,21 @@ def test_a_check_that_fails_names_block_and_graph(checkpoint: Path, bundle: Path
     with_weights(bundle, "blocks.1.norm1.bias", 3.0)
     message = refusal(invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1))
     assert "block 1, graph both: differs from the checkpoint" in message
+
+
+def test_a_check_is_of_fp32(checkpoint: Path, bundle: Path) -> None:
+    """Whichever precision is the default; and what is checked is nothing to remember."""
+    shutil.copytree(bundle / "fp32", bundle / "fp16")
+    config = read_config(bundle)
+    fp32 = config["precisions"]["fp32"]
+    fp16 = json.loads(json.dumps(fp32).replace("fp32/", "fp16/"))
+    write_config(bundle, {**config, "precisions": {"fp16": fp16, "fp32": fp32}})
+    assert adavit.load(bundle, threads=1, specialise=False).graphs.precision == "fp16"
+    done = invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1)
+    assert done.exit_code == 0, done.output
+    write_config(bundle, {**config, "precisions": {"fp16": fp16}})
+    message = refusal(invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1))
+    assert f"{bundle} is fp16: compare it with fp32 by adavit-run --compare" in message
 
 
 def test_a_check_against_another_checkpoint_fails(bundle: Path, tmp_path: Path) -> None:
