@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adavit.bundle.bundle import Bundle
 from adavit.calibration.convert import Assignment, engine_precision
 from adavit.errors import InputError
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
+from adavit.bundle.bundle import Bundle
 from adavit.runtime.finite import NotFiniteError
 from adavit.runtime.image_files import ImageFile
 from adavit.runtime.session import Runtime
