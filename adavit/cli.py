@@ -11,24 +11,23 @@ from click.core import ParameterSource
 
 from adavit import console
 from adavit.budget_options import BudgetOptions
+from adavit.bundle.demo import names_demo
 from adavit.console_notes import echo_notes, export_notes
-from adavit.console_precision import calibration_lines, checked_lines, compare_lines
+from adavit.console_precision import compare_lines, precision_lines
 from adavit.console_progress import Stage
 from adavit.console_run import run_lines
 from adavit.console_stages import (
-    TUNING,
     adding_stages,
     checking_stages,
     comparing_stages,
     exporting_stages,
     running_stages,
 )
-from adavit.console_tune import tune_lines
+from adavit.entry import OWN_PROCESS
 from adavit.export_options import CALIBRATING, CALIBRATION_IMAGES, EXPORT_EXAMPLES, EXPORTING, export_options
 from adavit.files import find_folder
 from adavit.precision_options import CalibrationOptions
-from adavit.run_options import MEASURING, OPERATING, RUN_EXAMPLES, run_options
-from adavit.bundle.demo import names_demo
+from adavit.run_options import OPERATING, RUN_EXAMPLES, run_options
 from adavit.tensorrt.options import BuildOptions
 from adavit.version import __version__
 
@@ -48,7 +47,7 @@ def export(
     threads: int | None,
     **options: Any,
 ) -> None:
-    """Turn a trained AdaViT into a bundle of engines, and prove that it computes the same.
+    """Turn a trained AdaViT into a bundle of graphs, and prove that it computes the same.
 
     CHECKPOINT is a training checkpoint, a state dict or a safetensors file, whatever its name. `demo` is the small
     Fashion-MNIST model that comes with this package.
@@ -81,10 +80,9 @@ def export(
     console.write_json(report, json_file)
     if json_file != "-":
         lines = console.export_lines(report)
-        if checked := cast(dict[str, Any], report.get("checked")):
-            lines += checked_lines(report["precision"], checked)
-        if calibrated := cast(dict[str, Any], report.get("calibration")):
-            lines += calibration_lines(calibrated)
+        calibrated = cast(dict[str, dict[str, Any]], report.get("calibration") or {})
+        for precision, found in calibrated.items():
+            lines += precision_lines(precision, found)
         for line in lines + console.end_lines(report):
             click.echo(console.printable(line))
 
@@ -129,7 +127,7 @@ def _export(
     if source is None or output is None:
         raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")
     _refuse({"against"}, "an export is verified against its CHECKPOINT, leave out")
-    if options["calibration"].precision == "fp32":
+    if options["calibration"].precisions == ("fp32",):
         images = () if options["budgets"].budgets else CALIBRATION_IMAGES
         _refuse({*CALIBRATING, *images}, "nothing is calibrated in fp32, give a --precision or leave out")
     return export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
@@ -139,11 +137,12 @@ def _export(
 @click.argument("bundles", metavar="[BUNDLE]...", type=PATH, nargs=-1)
 @run_options
 @click.version_option(__version__)
-def run(bundles: tuple[Path, ...], tune: bool, compare: bool, json_file: str | None, **options: Any) -> None:
+def run(bundles: tuple[Path, ...], compare: bool, json_file: str | None, **options: Any) -> None:
     """Run a BUNDLE on images, and measure it against its dense twin.
 
     BUNDLE is a folder that adavit-export made, or `demo`, the default: the demo that comes with this package, on its
-    own images. Without --images, other bundles run on random input. --compare takes two BUNDLEs or more.
+    own images. Without --images, other bundles run on random input. --compare takes two BUNDLEs or more, or one of
+    several precisions.
     """
     from adavit.runtime.evaluate import RunOptions, run_bundle
 
@@ -161,12 +160,11 @@ def run(bundles: tuple[Path, ...], tune: bool, compare: bool, json_file: str | N
         raise click.UsageError(f"--draw {options['draw']} is no name of a PNG; end it in .png")
     written = {f"--{name.replace('_', '-')}": options[name] or None for name in ("record_policy", "draw", "profile")}
     console.check_targets({"--json": json_file, **written})
-    with console.Progress(_stages(options, tune, len(bundles) if compare else 0)) as progress:
+    options["shared_pool"] = click.get_current_context().obj == OWN_PROCESS
+    with console.Progress(_stages(options)) as progress:
         bundle = bundles[0] if bundles else None
         if compare:
             report, lines = _compare(bundles, options, progress), compare_lines
-        elif tune:
-            report, lines = _tune(bundle, options, progress), tune_lines
         else:
             report, lines = run_bundle(bundle, RunOptions(**options), progress), run_lines
     echo_notes("adavit-run", report["notes"])
@@ -178,13 +176,9 @@ def run(bundles: tuple[Path, ...], tune: bool, compare: bool, json_file: str | N
             click.echo(console.printable(line))
 
 
-def _stages(options: dict[str, Any], tune: bool, compared: int) -> Sequence[Stage]:
-    """What the command is going to do; `compared` is the number of bundles to compare."""
+def _stages(options: dict[str, Any]) -> Sequence[Stage]:
+    """What the command is going to do, unless it compares."""
     seconds, iterations, backend = (options[key] for key in ("seconds", "iterations", "backend"))
-    if compared:
-        return comparing_stages(compared, seconds, iterations)
-    if tune:
-        return TUNING
     return running_stages(
         seconds, iterations, options["latency_ms"] is not None, options["profile"] is not None, backend
     )
@@ -192,20 +186,14 @@ def _stages(options: dict[str, Any], tune: bool, compared: int) -> Sequence[Stag
 
 def _compare(bundles: tuple[Path, ...], options: dict[str, Any], progress: console.Progress) -> dict[str, Any]:
     """Compares bundles on images."""
-    from adavit.runtime.compare_bundles import compare_bundles
+    from adavit.runtime.compare_bundles import compare_bundles, listed
     from adavit.runtime.evaluate import RunOptions
 
-    if len(bundles) < 2:
+    if not bundles:
         raise click.UsageError("--compare takes two BUNDLEs or more, such as --compare fp32 int8 --images photos/")
     if not options["images"]:
         raise click.UsageError("--compare measures on images: give --images")
-    _refuse({*OPERATING, "tune", "top"}, "--compare runs the trained policies, without")
-    return compare_bundles(bundles, RunOptions(**options), progress)
-
-
-def _tune(bundle: Path | None, options: dict[str, Any], progress: console.Progress) -> dict[str, Any]:
-    """Tunes a bundle on this machine."""
-    from adavit.runtime.evaluate import RunOptions, tune_bundle
-
-    _refuse({*MEASURING, "labels_by_order"}, "--tune measures by itself, without")
-    return tune_bundle(bundle, RunOptions(**options), progress)
+    _refuse({*OPERATING, "top"}, "--compare runs the trained policies, without")
+    found = listed(bundles, options["precision"])
+    progress.expect(comparing_stages(len(found), options["seconds"], options["iterations"]))
+    return compare_bundles(found, RunOptions(**options), progress)

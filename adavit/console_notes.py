@@ -20,5 +20,5 @@ def echo_notes(command: str, notes: Iterable[str]) -> None:
 
 def export_notes(report: dict[str, Any]) -> list[str]:
     """What an export notes of its checkpoint, and of the images that it was calibrated on."""
-    parts = (report, report.get("calibration"), report.get("budgets"))
+    parts = (report, *(report.get("calibration") or {}).values(), report.get("budgets"))
     return [note for part in parts if part for note in part.get("notes", ())]

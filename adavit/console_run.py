@@ -12,8 +12,8 @@ NOISE = "random noise, so that accuracy means nothing, and photographs may keep 
 FEWEST_RUNS = 10
 """Fewer runs tell no speedup."""
 COLUMNS = {
-    "ideal": "ideal", "padding": "padding", "excess": "slower", "engines": "engines", "decisions": "decision",
-    "copies": "moves", "overhead": "calls", "total": "total",
+    "ideal": "ideal", "padding": "padding", "excess": "slower", "graphs": "graphs", "waiting": "fetch",
+    "overhead": "calls", "total": "total",
 }  # fmt: skip
 """The columns of a profile, and what they are called in the report."""
 
@@ -36,15 +36,14 @@ def run_lines(report: dict[str, Any]) -> list[str]:
         enqueue, gpu, sync = (device[f"{kind}_ms"] for kind in ("enqueue", "gpu", "sync"))
         lines.append(f"of p50, ms  {enqueue:.2f} enqueuing work, {gpu:.2f} on the GPU, {sync:.2f} waiting for it")
     used = report["usage"]
-    macs = report["macs"]
+    macs, prepared = report["macs"], report["prepared"]
     lines += [
         "",
-        f"model       {report['model']} on {report['backend']}, batch {report['batch']}, "
+        f"model       {report['model']} in {report['precision']} on {report['backend']}, batch {report['batch']}, "
         f"{_count(report['threads'], 'thread')}, {_count(report['iterations'], 'run')}",
         *([f"input       {NOISE}"] if report["input"] == "random" else []),
         *([f"backend     {report['choice']['reason']}"] if report["choice"] else []),
-        *([f"plan        tuned on this machine: {report['plan']}"] if report["plan"] else []),
-        *([f"engines     {report['specialised']} more for frequent policies"] if report["specialised"] else []),
+        *([f"prepared    {_count(prepared, 'graph')} for what images use most"] if prepared else []),
         f"MACs        {macs['executed_mean'] / 1e9:.3f} G of {macs['dense'] / 1e9:.3f} G dense "
         f"({macs['executed_mean'] / macs['dense']:.1%})",
         f"usage       tokens {used['tokens']:.1%}, heads {used['heads']:.1%}, sub-layers {used['sublayers']:.1%}",
@@ -89,12 +88,11 @@ def _profile_lines(profile: dict[str, Any]) -> list[str]:
         "",
         f"ideal       the MACs that the policy asks for, at the dense twin's {profile['dense_gmacs_per_second']:.0f} "
         f"GMAC/s ({profile['dense_ms']:.2f} ms)",
-        "padding     MACs beyond these, such as those of dropped heads that are masked",
-        "excess      what engines take beyond ideal and padding; below 0, they are faster than the dense twin",
-        "engines     ideal + padding + excess: the time that engines take",
-        "decisions   engines that decide, and waiting for their logits",
-        "copies      gathering and scattering tokens and weights",
-        f"overhead    {profile['call_us']:.0f} us for every call of an engine, and all between calls",
+        "padding     the MACs of further tokens, where a backend rounds their number up",
+        "excess      what graphs take beyond ideal and padding; below 0, they are faster than the dense twin",
+        "graphs      ideal + padding + excess: the time that graphs take",
+        "waiting     bringing the logits of decisions and classes to the host",
+        "overhead    all between these calls",
     ]
 
 

@@ -9,16 +9,15 @@ from typing import Any, TypeVar
 import click
 from cloup import option_group
 
+from adavit.bundle.bundle import PRECISIONS
 from adavit.option_types import Finite, Threads, labels_by_order
 from adavit.runtime.backend import names as backend_names
 
-__all__ = ["MEASURING", "OPERATING", "RUN_EXAMPLES", "run_options"]
+__all__ = ["OPERATING", "RUN_EXAMPLES", "run_options"]
 
 PATH = click.Path(path_type=Path)
 OPERATING = ("record_policy", "replay_policy", "budget", "latency_ms", "profile", "draw")
 """Options of what one bundle is run or measured at."""
-MEASURING = ("iterations", "seconds", *OPERATING)
-"""Options of a measurement alone."""
 RUN_EXAMPLES = """
 \b
 Examples:
@@ -27,7 +26,6 @@ Examples:
   adavit-run BUNDLE --images photos/ --budget 0.4 --json report.json
   adavit-run BUNDLE --images photos/ --draw kept.png
   adavit-run BUNDLE --images photos/ --batch 32 --backend openvino
-  adavit-run BUNDLE --images photos/ --tune
   adavit-run --compare FP32 FP16 INT8 --images photos/
 
 ADAVIT_PROGRESS=0 in the environment turns progress off.
@@ -70,8 +68,10 @@ MEASUREMENT = option_group(
     click.option("--threads", type=Threads(), metavar="N", help="CPU threads.  [default: all this process may use]"),
     click.option(
         "--parallel",
-        type=click.Choice(["operators", "samples"]),
-        help="Threads share every operator, or each runs an image.  [default: operators for batch 1, else samples]",
+        type=click.Choice(["auto", "operators", "samples"]),
+        default="auto",
+        show_default=True,
+        help="Threads share every operator, or each runs an image; auto: the first for single images, else the other.",
     ),
     click.option("--seconds", type=Finite(0.01), metavar="X", help="Length of the measurement.  [default: 3]"),
     click.option("--iterations", type=click.IntRange(1), metavar="N", help="Measured runs, instead of --seconds."),
@@ -110,7 +110,7 @@ BACKEND = option_group(
         type=click.Choice([*backend_names(), "auto"]),
         default="onnxruntime",
         show_default=True,
-        help="What runs the engines. auto measures what is installed, once, and takes the fastest.",
+        help="What runs the graphs. auto measures what is installed, once, and takes the fastest.",
     ),
     click.option(
         "--provider",
@@ -118,10 +118,15 @@ BACKEND = option_group(
         "[default: the CPU's]",
     ),
     click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        help="Which of the BUNDLE's precisions to run.  [default: its first; with --compare, all of them]",
+    ),
+    click.option(
         "--specialise/--no-specialise",
         default=True,
         show_default=True,
-        help="Make engines for what the images keep most often.",
+        help="Prepare for what the images use most, before the measurement.",
     ),
     click.option("--cuda-graphs", is_flag=True, help="TensorRT: make CUDA graphs of what runs again."),
     click.option(
@@ -135,9 +140,9 @@ INSTEAD = option_group(
     click.option(
         "--compare",
         is_flag=True,
-        help="Compare size, speed, classes and decisions of two or more BUNDLEs, and say which to ship here.",
+        help="Compare size, speed, classes and decisions of BUNDLEs, each in all its precisions, and say which to ship "
+        "here.",
     ),
-    click.option("--tune", is_flag=True, help="Measure engines and policies, and keep the plan that is fastest here."),
 )
 
 

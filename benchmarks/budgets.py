@@ -21,14 +21,14 @@ import numpy as np
 from fashion_mnist import DATA, pictures, write_pictures
 
 import adavit
-from adavit.macs import dense_macs
-from adavit.runtime import Policy, Runtime
-from adavit.bundle.operating_points import Offsets
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import demo_bundle
+from adavit.bundle.operating_points import Offsets
+from adavit.macs import dense_macs
+from adavit.runtime import Policy, Runtime
 from adavit.training.report import RandomPolicy
 
-EXPORT = [sys.executable, "-c", "from adavit.cli import export; export(prog_name='adavit-export')"]
+EXPORT = [sys.executable, "-c", "from adavit.entry import export; export()"]
 BATCH = 100
 WIDEST, BISECTIONS, COMPARED, CLOSE = 16.0, 16, 1000, 0.002
 """Of the uniform offset: the largest, steps at most, images, and how near to the MACs, relative to them, is enough."""

@@ -72,7 +72,7 @@ def plot(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
-    shown = [row for row in rows if row["policy"] == "own" and row["specialised"] and row["model"] in MODELS]
+    shown = [row for row in rows if row["policy"] == "own" and row["prepared"] and row["model"] in MODELS]
     backends = list(dict.fromkeys(row["backend"] for row in shown))
     figure, panels = pyplot.subplots(
         1, len(backends), figsize=(0.6 + 4 * len(backends), 4.6), sharey=True, squeeze=False, layout="constrained"

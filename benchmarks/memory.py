@@ -1,7 +1,7 @@
 """Load time and peak memory of a bundle, or of its dense twin: python benchmarks/memory.py BUNDLE [--dense]
 
-Runs random images one by one, or all of them where samples run in parallel, with engines for what they use most often,
-in this process and nothing else. Prints JSON.
+Runs random images one by one, or all of them where samples run in parallel, prepared for what they use most, in this
+process and nothing else. Prints JSON.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from adavit.runtime.backend import Options, create_backend
 from adavit.bundle.bundle import Bundle
+from adavit.bundle.graphs import Graphs
+from adavit.runtime.backend import Options, create_backend
 from adavit.runtime.session import load
 
 IMAGES = 64
@@ -36,19 +38,21 @@ def main() -> None:
     parser.add_argument("--parallel", default="operators")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    if arguments.dense:  # without the engines that a runtime loads
+    if arguments.dense:  # as of a model without policies, which has no other graph
         bundle = Bundle.open(arguments.bundle)
-        backend = create_backend(arguments.backend, bundle, Options(arguments.threads))
-        arch, dense = bundle.architecture, backend.load("dense", alone=True)
+        graphs = Graphs(bundle)
+        arch = bundle.architecture
+        graphs.architecture = replace(arch, token_policy=False, head_policy=False, sublayer_policy=False)
+        backend = create_backend(arguments.backend, graphs, Options(arguments.threads, shared_pool=True))
     else:
-        runtime = load(arguments.bundle, arguments.backend, arguments.threads, parallel=arguments.parallel)
+        how = {"parallel": arguments.parallel, "shared_pool": True, "specialise": False}
+        runtime = load(arguments.bundle, arguments.backend, arguments.threads, **how)
         arch = runtime.architecture
     seconds = time.perf_counter() - start
     images = np.random.default_rng(0).standard_normal((IMAGES, 3, arch.image_size, arch.image_size), dtype=np.float32)
     if arguments.dense:
-        logits = backend.buffer((1, arch.classes))
         for position in range(IMAGES):
-            dense.run([images[position : position + 1]], [logits.rows(1)])
+            backend.dense(images[position : position + 1])
     else:
         runtime.specialise(runtime.run(images).policy)
         size = IMAGES if arguments.parallel == "samples" else 1

@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py CHECKPOINT --calibration photos/ --images test/ --output results/
 
-CHECKPOINT is a file or `demo`. Naive calibration gives every engine all tokens of all images, whatever the policy.
+CHECKPOINT is a file or `demo`. Naive calibration gives every sub-layer all tokens of all images, whatever the policy.
 Writes the bundles and `precision.json`, and prints a table.
 """
 
@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
 from typing import Any
 
-from adavit.calibration.calibrate import write_converted
-from adavit.calibration.convert import assign
+from adavit.bundle.bundle import write_config
+from adavit.calibration.convert import assign, converted
 from adavit.calibration.ranges import Ranges, measure_ranges
 from adavit.calibration.recording import Recorder
 from adavit.console import Progress, table
 from adavit.export import ExportOptions, export_bundle
+from adavit.export.graphs.files import write_graphs
 from adavit.files import folder_beside
-from adavit.precision_options import METHODS, CalibrationOptions
+from adavit.precision_options import METHODS
 from adavit.runtime.compare_bundles import compare_decisions
 from adavit.runtime.image_files import find_images
 from adavit.runtime.session import Runtime, load
+
+OTHERS = "fp32", "config.json"
+"""Of an fp32 bundle: what one in another precision has in its place."""
 
 
 def measured(runtime: Runtime, images: Path, naive: bool, progress: Progress) -> Ranges:
@@ -33,7 +37,18 @@ def measured(runtime: Runtime, images: Path, naive: bool, progress: Progress) ->
     for done, file in enumerate(files, 1):
         recorder.run(runtime.preprocess(file.path))
         progress("running calibration images", done / len(files))
-    return measure_ranges(runtime.bundle, recorder, progress)
+    return measure_ranges(runtime.graphs, recorder, progress)
+
+
+def write(runtime: Runtime, folder: Path, precision: str, ranges: Ranges, method: str, progress: Progress) -> None:
+    """The bundle in another precision."""
+    graphs, bundle = runtime.graphs, runtime.bundle
+    weights = {name: graphs.tensors.array(name) for name in graphs.tensors.tensors}
+    tensors, units = converted(weights, assign(graphs.architecture, ranges, precision), ranges, method)
+    opset = graphs.files.opset
+    files = write_graphs(folder, precision, graphs.architecture, tensors, opset, True, progress, units)
+    shutil.copytree(bundle.path, folder, ignore=shutil.ignore_patterns(*OTHERS), dirs_exist_ok=True)
+    write_config(folder, {**bundle.config, "precisions": {precision: files.to_dict()}})
 
 
 def make(arguments: argparse.Namespace, progress: Progress) -> dict[str, Path]:
@@ -47,10 +62,8 @@ def make(arguments: argparse.Namespace, progress: Progress) -> dict[str, Path]:
     kinds += [("int8", method, naive) for naive in (False, True) for method in arguments.methods]
     for precision, method, naive in kinds:
         name = precision if precision == "fp16" else f"{precision}-{method}{'-naive' if naive else ''}"
-        options = replace(CalibrationOptions(), precision=precision, method=method)
         with folder_beside(output / name) as folder:
-            assigned = assign(runtime.bundle, ranges[naive], precision)
-            write_converted(runtime.bundle, folder, ranges[naive], assigned, options, progress)
+            write(runtime, folder, precision, ranges[naive], method, progress)
         bundles[name] = output / name
     return bundles
 
@@ -62,8 +75,8 @@ def row(name: str, report: dict[str, Any], share: float) -> tuple[str, ...]:
     return (name, f"{share:.3f}", drop, *shares, f"{free['identical_policies']:.1%}", f"{free['top1_agreement']:.2%}")
 
 
-def size(bundle: Path) -> int:
-    return sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
+def size(runtime: Runtime) -> int:
+    return runtime.graphs.files.bytes
 
 
 def main() -> None:
@@ -82,10 +95,10 @@ def main() -> None:
         bundles = make(arguments, progress)
         first = bundles.pop("fp32")
         for name, bundle in bundles.items():
-            runtimes = [load(path, parallel="samples") for path in (first, bundle)]
+            runtimes = [load(path) for path in (first, bundle)]
             files = find_images([arguments.images], runtimes[0].labels)
             reports[name] = compare_decisions(runtimes, files, progress).parities[0].report()
-            rows.append(row(name, reports[name], size(bundle) / size(first)))
+            rows.append(row(name, reports[name], size(runtimes[1]) / size(runtimes[0])))
     (arguments.output / "precision.json").write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
     print("\n".join(table(rows)))
 

@@ -2,9 +2,9 @@
 
 Every row is one `adavit-run` in a process of its own, adaptive and dense alternating in the same backend: random models
 of published shapes at every batch size, and for single images with every policy on, with policies by chance of the same
-usage, and without engines for frequent choices; then the demo on test images of Fashion-MNIST. The masked PyTorch model
-is measured beside the first backend's single images. Memory and load times are of processes of their own, too. Writes
-results.json and latency.png.
+usage, and with nothing prepared for what images use most; then the demo on test images of Fashion-MNIST. The masked
+PyTorch model is measured beside the first backend's single images. Memory and load times are of processes of their own,
+too. Writes results.json and latency.png.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fashion_mnist import DATA, write_pictures
 from latency_plot import plot
 from models import ARCHITECTURES, BIASES, random_model
 
-from adavit.export import ExportOptions, export_bundle
-from adavit.runtime import Policy
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import demo_bundle
+from adavit.export import ExportOptions, export_bundle
+from adavit.runtime import Policy
 
-RUN = [sys.executable, "-c", "from adavit.cli import run; run()"]
+RUN = [sys.executable, "-c", "from adavit.entry import run; run()"]
 MEMORY = [sys.executable, str(Path(__file__).parent / "memory.py")]
 DEMO_ROWS = {"at 35 %": (1, "--budget", "0.35"), "as trained": (1,), "as trained, batches": (32,)}
 """Batch size and options of `adavit-run`."""
@@ -138,7 +138,7 @@ def line(row: Row) -> str:
     accuracy = "" if row["accuracy"] is None else f", {row['accuracy']['top1']:.1%} right"
     cells = [
         f"{row['model']} {row['profile']}",
-        row["policy"] + accuracy + ("" if row["specialised"] else ", not specialised"),
+        row["policy"] + accuracy + ("" if row["prepared"] else ", nothing prepared"),
         row["backend"],
         str(row["batch"]),
         f"{share:.0%}",

@@ -180,7 +180,7 @@ def _write_fp32(
 
 def _verified(model: AdaViT, bundle: Path, threads: int | None, progress: Progress) -> dict[str, Any]:
     progress("loading the bundle", 0.0)
-    return verify(model, load(bundle, threads=threads), progress)
+    return verify(model, load(bundle, threads=threads, specialise=False), progress)
 
 
 def check_bundle(
@@ -189,9 +189,10 @@ def check_bundle(
     """Verifies an existing bundle against a checkpoint; raises VerificationError where they differ."""
     start = time.perf_counter()
     progress("loading the bundle", 0.0)
-    runtime = load(bundle, threads=threads)
-    if runtime.graphs.precision != "fp32":
-        raise InputError(f"{bundle} is {runtime.graphs.precision}: compare it with fp32 by adavit-run --compare")
+    precisions = Bundle.open(bundle).graphs
+    if "fp32" not in precisions:
+        raise InputError(f"{bundle} is {', '.join(precisions)}: compare it with fp32 by adavit-run --compare")
+    runtime = load(bundle, threads=threads, precision="fp32", specialise=False)
     progress("loading the checkpoint", 0.0)
     model = resize(load_checkpoint(_checkpoint(checkpoint), heads), runtime.architecture.image_size)
     if model.arch != runtime.architecture:

@@ -94,13 +94,11 @@ class Candidate:
 
     Attributes:
         name: of the bundle.
-        precision: of its engines.
+        precision: of its graphs.
         backend: what ran it.
         on_cpu: whether that was on the CPU.
         ms: an image took, by the median.
-        bytes: of its engines.
-        speedup: over its own dense twin, or None.
-        specialised: engines that it got for frequent sets of heads or sizes.
+        bytes: of its weights and graphs.
         loss: against the first bundle; None of the first.
         turns: milliseconds of every run, in turns with the others'; none where they are not known.
     """
@@ -111,8 +109,6 @@ class Candidate:
     on_cpu: bool
     ms: float
     bytes: int
-    speedup: float | None = None
-    specialised: int = 0
     loss: Loss | None = None
     turns: tuple[float, ...] = ()
 
@@ -141,7 +137,6 @@ def advise(candidates: Sequence[Candidate], runs: int) -> Advice:
     best = min(faster, key=lambda one: one.bytes) if _faster(quickest, first) else first
     lines = [_reason(best, first, others)]
     lines += [_verdict(other, best, first) for other in others if other is not best]
-    lines += _sets(others, first)
     if unseen := {other.backend for other in others} - {one.backend for one in candidates if _alike(one, first)}:
         lines.append(f"{first.name} did not run in {', '.join(sorted(unseen))}: name it twice to compare it there too.")
     return Advice(best.name, tuple(lines))
@@ -201,21 +196,3 @@ def _known(one: Candidate, first: Candidate) -> str:
         "int8": " int8 gains little on CPUs without VNNI.",
     }
     return known.get(one.precision, "")
-
-
-def _sets(others: Sequence[Candidate], first: Candidate) -> list[str]:
-    """Which bundles gain less by their policy, for want of engines for frequent head subsets."""
-    less = [one for one in others if _gains_less(one, first)]
-    if not less:
-        return []
-    names, gains = " and ".join(one.name for one in less), " and ".join(f"{one.speedup:.2f}x" for one in less)
-    return [
-        f"engines for frequent head subsets are made in fp32 alone, so {names} gain less over their own dense twins: "
-        f"{gains} against {first.speedup:.2f}x."
-    ]
-
-
-def _gains_less(one: Candidate, first: Candidate) -> bool:
-    if one.specialised or not first.specialised or one.precision == "fp32" or not one.speedup or not first.speedup:
-        return False
-    return one.speedup < (1 - FASTER) * first.speedup

@@ -138,6 +138,7 @@ def summarise(
     adaptive = latency(measured.adaptive_ms)
     result: dict[str, Any] = {
         "model": runtime.bundle.name,
+        "precision": runtime.graphs.precision,
         "backend": runtime.backend.name,
         "batch": plan.batch,
         "threads": runtime.options.threads,

@@ -1,4 +1,4 @@
-"""What was measured on this machine, kept in the user's cache folder: $XDG_CACHE_HOME/adavit or ~/.cache/adavit."""
+"""What was noted on this machine, kept in the user's cache folder: $XDG_CACHE_HOME/adavit or ~/.cache/adavit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from fnmatch import fnmatch
 from functools import cache
@@ -14,11 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from adavit.bundle.bundle import Bundle
 from adavit.errors import bounded, one_line
 from adavit.files import sha256, write_beside
 from adavit.reading import open_regular
 from adavit.runtime.backend import Options
-from adavit.bundle.bundle import Bundle
 from adavit.runtime.user_folder import user_folder
 from adavit.version import __version__
 
@@ -26,8 +27,11 @@ __all__ = ["cpu_name", "facts", "kept_any", "kept_at", "recall", "remember"]
 
 log = logging.getLogger(__name__)
 
-EXECUTORS = ("onnxruntime", "openvino", "tensorrt")
-"""How the names of the packages begin whose versions a measurement depends on."""
+EXECUTORS = (
+    "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx",
+    "tensorrt-rtx-cu12", "tensorrt-rtx-cu13",
+)  # fmt: skip
+"""The packages whose versions a measurement depends on."""
 MAX_FILE = 1 << 20
 
 
@@ -44,7 +48,6 @@ def facts(bundle: Bundle, options: Options) -> dict[str, Any]:
     """Everything that a measurement depends on: bundle, machine, versions, threads and other options."""
     how = asdict(options)
     del how["trust_engines"]  # which says what may run, not how
-    installed = ((found.metadata["Name"] or "").lower() for found in metadata.distributions())
     return {
         "adavit": __version__,
         "bundle": bundle.fingerprint,
@@ -52,8 +55,17 @@ def facts(bundle: Bundle, options: Options) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
         "options": how,
-        "versions": {name: metadata.version(name) for name in sorted(set(installed)) if name.startswith(EXECUTORS)},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Those of the packages that are installed."""
+    found = {}
+    for name in EXECUTORS:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _folder() -> Path | None:
@@ -96,10 +108,10 @@ def recall(kind: str, known: Mapping[str, Any]) -> dict[str, Any] | None:
         _warn_unreadable(_folder(), error.strerror or str(error))
         return None
     except (ValueError, RecursionError) as error:
-        log.warning("%s", bounded(f"{path} is of no use ({one_line(error)}); measuring again"))
+        log.warning("%s", bounded(f"{path} is of no use ({one_line(error)}); it is replaced"))
         return None
     if not isinstance(value, dict) or value.get("facts") != known or not isinstance(value.get("measured"), dict):
-        log.warning("%s", bounded(f"{path} holds something else; measuring again"))
+        log.warning("%s", bounded(f"{path} holds something else; it is replaced"))
         return None
     found: dict[str, Any] = value["measured"]
     return found

@@ -9,9 +9,9 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from adavit.bundle.bundle import Bundle
 from adavit.errors import AdaViTError, BackendError, one_line
 from adavit.runtime.backend import Options, names
-from adavit.bundle.bundle import Bundle
 from adavit.runtime.cache import facts, kept_at, recall, remember
 
 __all__ = ["Choice", "choose"]
@@ -52,18 +52,19 @@ class Choice:
         return f"{self.backend}, the fastest here: {listed} (measured {'before' if self.cached else 'now'}, {kept})"
 
 
-def choose(bundle: Bundle, options: Options, prepare: Prepare) -> Choice:
+def choose(bundle: Bundle, precision: str, options: Options, prepare: Prepare) -> Choice:
     """The fastest backend for a bundle on this machine, measured unless that has been done before.
 
     Args:
         bundle: what is to run.
+        precision: of its graphs that are to run.
         options: how.
         prepare: loads the bundle on the backend of a name, and returns the run to be timed, and its number of images.
 
     Raises:
         BackendError: no backend runs the bundle.
     """
-    known = facts(bundle, options) | {"trust_engines": options.trust_engines}
+    known = facts(bundle, options) | {"trust_engines": options.trust_engines, "precision": precision}
     choice = _recalled(known) or _measured(known, prepare)
     log.info("backend %s", choice)
     return choice
@@ -79,7 +80,7 @@ def _recalled(known: dict[str, Any]) -> Choice | None:
         if min(times, key=times.__getitem__) != found["backend"] or found["backend"] not in names():
             raise ValueError("it does not name the fastest")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        log.warning("%s is of no use (%s); measuring again", kept_at(KIND, known), one_line(error))
+        log.warning("%s is of no use (%s); it is replaced", kept_at(KIND, known), one_line(error))
         return None
     return Choice(found["backend"], times, skipped, True, str(kept_at(KIND, known)))
 

@@ -1,4 +1,4 @@
-"""`adavit-run --compare`: bundles of one model side by side, in size, speed, classes and decisions."""
+"""`adavit-run --compare`: bundles of one model, in each of their precisions, in size, speed, classes and decisions."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from adavit.errors import InputError
+from adavit.bundle.bundle import Bundle
+from adavit.errors import InputError, OptionError
 from adavit.runtime.advice import Candidate, Loss, advise
 from adavit.runtime.benchmark import Images, Plan, Progress, latency, versions
 from adavit.runtime.compare import BATCH, Parity, Watched, check_same_model
 from adavit.runtime.compare_speed import Times, measure_in_turns
-from adavit.runtime.evaluate import SPECIALISING_IMAGES, RunOptions
+from adavit.runtime.evaluate import PREPARING_IMAGES, RunOptions
 from adavit.runtime.image_files import ImageFile, find_images, labels_by
 from adavit.runtime.policy import Policy
-from adavit.runtime.session import Runtime, load
+from adavit.runtime.session import Runtime
 
-__all__ = ["compare_bundles", "compare_decisions"]
+__all__ = ["compare_bundles", "compare_decisions", "listed"]
 
 HELD_IMAGES = 32
 """Preprocessed images that speeds are measured on."""
@@ -32,7 +33,7 @@ class Comparison:
 
     Attributes:
         parities: of every bundle but the first.
-        policies: of every bundle, of some of the images, to specialise by.
+        policies: of every bundle, of some of the images, to prepare for.
         held: some of the images, each [1, 3, S, S].
         skipped: why images could not be read.
     """
@@ -43,14 +44,35 @@ class Comparison:
     skipped: list[str] = field(default_factory=list)
 
 
-def compare_bundles(bundles: Sequence[Path], options: RunOptions, progress: Progress) -> dict[str, Any]:
+def listed(bundles: Sequence[Path], precision: str | None) -> list[tuple[Path, str]]:
+    """What is to be compared: every bundle in every precision that it has, or in the one that is given.
+
+    Raises:
+        BundleError: a bundle is missing or damaged.
+        InputError: a bundle is not in that precision.
+        OptionError: there are fewer than two.
+    """
+    found: list[tuple[Path, str]] = []
+    for path in bundles:
+        bundle = Bundle.open(path)
+        names = bundle.graphs if precision is None else [bundle.files_of(precision).precision]
+        found += [(path, name) for name in names]
+    if len(found) < 2:
+        raise OptionError(
+            "--compare takes two BUNDLEs or more, or one in several precisions, such as --compare fp32 int8 "
+            "--images photos/"
+        )
+    return found
+
+
+def compare_bundles(bundles: Sequence[tuple[Path, str]], options: RunOptions, progress: Progress) -> dict[str, Any]:
     """Compares bundles of one model with the first of them; returns the report that `adavit-run --json` writes.
 
     The first runs in ONNX Runtime on the CPU, the others as asked for: a bundle compared with itself tells what a
     backend changes.
 
     Args:
-        bundles: two or more; the first is the reference, such as the fp32 bundle.
+        bundles: two or more, each in a precision; the first is the reference, such as the fp32 bundle.
         options: images, how to run, and how to measure.
         progress: told the stage and the share done.
 
@@ -64,7 +86,7 @@ def compare_bundles(bundles: Sequence[Path], options: RunOptions, progress: Prog
     twins = [_twin(runtime, options.dense) for runtime in runtimes]
     files = find_images(options.images, runtimes[0].labels, options.labels_by_order, notes.append)
     seen = compare_decisions(runtimes, files, progress)
-    engines = [_specialise(*pair, options) for pair in zip(runtimes, seen.policies, strict=True)]
+    prepared = [_prepare(*pair, options) for pair in zip(runtimes, seen.policies, strict=True)]
     plan = Plan(options.batch, options.iterations, len(runtimes) * (options.seconds or 3.0), options.warmup)
     held = np.concatenate(seen.held)[np.random.default_rng(0).permutation(len(seen.held))]
     times = measure_in_turns(runtimes, twins, held, plan, progress)
@@ -72,7 +94,8 @@ def compare_bundles(bundles: Sequence[Path], options: RunOptions, progress: Prog
         {**_pair(runtimes[0], other), **parity.report()}
         for other, parity in zip(runtimes[1:], seen.parities, strict=True)
     ]
-    rows = _rows(runtimes, engines, times, compared, plan.batch, _names(bundles, runtimes))
+    paths = [path for path, _ in bundles]
+    rows = _rows(runtimes, prepared, times, compared, plan.batch, _names(paths, runtimes))
     candidates = [_candidate(*each) for each in zip(rows, runtimes, times, [{}, *compared], strict=True)]
     runs = len(times[0].adaptive)
     return {
@@ -103,13 +126,13 @@ def compare_decisions(runtimes: Sequence[Runtime], files: Sequence[ImageFile], p
         check_same_model(runtimes[0], other)
     first, *others = map(Watched, runtimes)
     seen = Comparison([Parity(other) for other in others], [[] for _ in runtimes])
-    done, hold, specialise = 0, _every(files, HELD_IMAGES), _every(files, SPECIALISING_IMAGES)
+    done, hold, prepare = 0, _every(files, HELD_IMAGES), _every(files, PREPARING_IMAGES)
     for pixels, labels in _batches(runtimes[0].preprocess, files, seen.skipped, progress):
         reference = first.run(pixels)
         results = [reference.result, *(parity.add(pixels, labels, reference) for parity in seen.parities)]
         seen.held += [pixels[row : row + 1].copy() for row in hold(done, len(pixels))]  # not the batch
         for policies, result in zip(seen.policies, results, strict=True):
-            policies += [result.policy[row : row + 1] for row in specialise(done, len(pixels))]
+            policies += [result.policy[row : row + 1] for row in prepare(done, len(pixels))]
         done += len(pixels)
     if not done:
         raise InputError(f"none of the {len(seen.skipped)} images can be read; first: {seen.skipped[0]}")
@@ -140,19 +163,20 @@ def _batches(
         progress("comparing", done / len(files))
 
 
-def _load(bundles: Sequence[Path], options: RunOptions) -> list[Runtime]:
-    first = load(bundles[0], "onnxruntime", options.threads, None, options.shared)
+def _load(bundles: Sequence[tuple[Path, str]], options: RunOptions) -> list[Runtime]:
+    (path, precision), *others = bundles
+    reference = {"backend": "onnxruntime", "provider": None, "cuda_graphs": False, "trust_engines": False}
+    first = options.load(path, precision=precision, **reference)
     runtimes = [first]
-    for bundle in bundles[1:]:
-        how = options.backend, options.threads, options.provider, options.shared, None, options.cuda_graphs
-        runtimes.append(load(bundle, *how, options.trust_engines))
+    for path, precision in others:
+        runtimes.append(options.load(path, precision=precision))
         check_same_model(first, runtimes[-1])
     return runtimes
 
 
 def _twin(runtime: Runtime, asked: bool | None) -> bool:
     """Whether a bundle's dense twin is measured; raises InputError where it is asked for and not there."""
-    there = "dense" in runtime.bundle.engines
+    there = runtime.graphs.files.dense is not None
     if asked and not there:
         raise InputError(
             f"{runtime.bundle.path}: exported without its dense twin; export again without --no-dense, or "
@@ -161,22 +185,19 @@ def _twin(runtime: Runtime, asked: bool | None) -> bool:
     return there and asked is not False
 
 
-def _specialise(runtime: Runtime, policies: list[Policy], options: RunOptions) -> int:
-    """Makes engines for what some images kept, unless a tuned plan brought them; returns how many there are."""
-    made = runtime.dispatcher.own_engines
-    if made or not options.specialise:
-        return made
-    return runtime.specialise(Policy.concatenate(policies))
+def _prepare(runtime: Runtime, policies: list[Policy], options: RunOptions) -> int:
+    """Prepares for what some images used; returns how much is prepared."""
+    return runtime.specialise(Policy.concatenate(policies), options.batch) if options.specialise else 0
 
 
 def _pair(first: Runtime, second: Runtime) -> dict[str, Any]:
-    names = [f"{one.bundle.path} ({one.bundle.config.get('precision')}, {one.backend.name})" for one in (first, second)]
+    names = [f"{one.bundle.path} ({one.graphs.precision}, {one.backend.name})" for one in (first, second)]
     return {"first": names[0], "second": names[1], "backend": second.backend.name}
 
 
 def _rows(
     runtimes: Sequence[Runtime],
-    engines: Sequence[int],
+    prepared: Sequence[int],
     times: Sequence[Times],
     compared: Sequence[dict[str, Any]],
     batch: int,
@@ -184,7 +205,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """The table, a row for each bundle; what it has not is None."""
     rows: list[dict[str, Any]] = []
-    for runtime, made, taken, name, parity in zip(runtimes, engines, times, names, [None, *compared], strict=True):
+    for runtime, made, taken, name, parity in zip(runtimes, prepared, times, names, [None, *compared], strict=True):
         adaptive = latency(taken.adaptive)
         dense = latency(taken.dense) if taken.dense else None
         of_first = rows[0]["dense_latency_ms"] if rows else dense
@@ -193,10 +214,10 @@ def _rows(
             {
                 "name": name,
                 "path": str(runtime.bundle.path),
-                "precision": str(runtime.bundle.config.get("precision")),
+                "precision": runtime.graphs.precision,
                 "backend": _backend(runtime),
-                "bytes": sum(spec.bytes for key, spec in runtime.bundle.engines.items() if key != "dense"),
-                "specialised": made,
+                "bytes": runtime.graphs.files.bytes,
+                "prepared": made,
                 "ms_per_image": adaptive["p50"] / batch,
                 "latency_ms": adaptive,
                 "dense_latency_ms": dense,
@@ -219,17 +240,19 @@ def _backend(runtime: Runtime) -> str:
 
 
 def _names(paths: Sequence[Path], runtimes: Sequence[Runtime]) -> list[str]:
-    """What tells the bundles apart: their folders' names, else also the backends, the paths, or their places."""
+    """What tells the bundles apart: their folders' names, else also precisions, backends, paths, or their places."""
     folders = [path.name or runtime.bundle.path.name for path, runtime in zip(paths, runtimes, strict=True)]
-    backends = [f"{name} in {_backend(runtime)}" for name, runtime in zip(folders, runtimes, strict=True)]
-    for names in (folders, backends, list(map(str, paths))):
+    precisions = [f"{name} {runtime.graphs.precision}" for name, runtime in zip(folders, runtimes, strict=True)]
+    backends = [f"{name} in {_backend(runtime)}" for name, runtime in zip(precisions, runtimes, strict=True)]
+    for names in (folders, precisions, backends, list(map(str, paths))):
         if len(set(names)) == len(names):
             return names
-    return [f"{name} ({place})" for place, name in enumerate(folders, 1)]
+    named = folders if len(set(precisions)) == len(set(folders)) else precisions
+    return [f"{name} ({place})" for place, name in enumerate(named, 1)]
 
 
 def _candidate(row: dict[str, Any], runtime: Runtime, taken: Times, parity: dict[str, Any]) -> Candidate:
-    keys = ("name", "precision", "backend", "bytes", "speedup", "specialised")
+    keys = ("name", "precision", "backend", "bytes")
     loss = _loss(parity) if parity else None
     values = {key: row[key] for key in keys}
     how = {"on_cpu": runtime.backend.on_host, "ms": row["ms_per_image"], "turns": tuple(taken.adaptive)}

@@ -12,29 +12,41 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adavit.bundle.demo import demo_bundle, names_demo
+from adavit.bundle.operating_points import present
 from adavit.drawing import Sample
 from adavit.errors import InputError, OptionError
+from adavit.runtime.backend import Options
 from adavit.runtime.benchmark import Images, Plan, Progress, measure, summarise
-from adavit.bundle.operating_points import present
 from adavit.runtime.cpus import usable_cpus
-from adavit.bundle.demo import demo_bundle, names_demo
-from adavit.runtime.image_files import ImageFile, find_calibration_images, find_images, labels_by
+from adavit.runtime.image_files import ImageFile, find_images, labels_by
 from adavit.runtime.latency import budget_for_latency
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result, Runtime, load
 from adavit.runtime.shown import spread_over_classes
-from adavit.runtime.tune import tune
 from adavit.runtime.waterfall import profile
 
-__all__ = ["RunOptions", "run_bundle", "tune_bundle"]
+__all__ = ["RunOptions", "run_bundle"]
 
 SHOWN = 20
 """Images whose predictions are listed."""
 HELD = 256 << 20
 """Bytes of preprocessed images kept for the measurement."""
 RANDOM_IMAGES = 8
-SPECIALISING_IMAGES = 64
-"""Images whose sets of heads get engines of their own; further random ones where the input is random."""
+PREPARING_IMAGES = 64
+"""Images whose use is prepared for; further random ones where the input is random."""
+LOADING = (
+    "backend",
+    "threads",
+    "provider",
+    "parallel",
+    "budget",
+    "cuda_graphs",
+    "trust_engines",
+    "precision",
+    "shared_pool",
+)
+"""Options that `adavit.load` takes too."""
 TIMED_IMAGES = 64
 """Images that operating points are timed on, to find the one for a latency."""
 
@@ -51,7 +63,7 @@ class RunOptions:
     threads: int | None = None
     backend: str = "onnxruntime"
     provider: str | None = None
-    parallel: str | None = None
+    parallel: str = "auto"
     cuda_graphs: bool = False
     trust_engines: bool = False
     record_policy: Path | None = None
@@ -64,25 +76,34 @@ class RunOptions:
     profile: str | None = None
     specialise: bool = True
     labels_by_order: bool = False
-
-    @property
-    def shared(self) -> str:
-        """What the threads share: as asked for, else operators for single images and samples for batches."""
-        return self.parallel or ("operators" if self.batch == 1 else "samples")
+    precision: str | None = None
+    shared_pool: bool = False
 
     def with_used_threads(self, notes: list[str]) -> RunOptions:
-        """Fewer threads where samples run in parallel, each on one, and a batch has fewer: the twin has no more then.
+        """Fewer threads where a batch uses fewer, since samples run in parallel: the twin has no more then.
 
         What changes is added to the notes.
         """
         threads = self.threads or usable_cpus()
-        if self.shared == "operators" or self.batch >= threads:
+        options = Options(threads, parallel=self.parallel)
+        used = options.workers(self.batch) * options.threads_of(self.batch)
+        if used == threads:
             return self
         notes.append(
-            f"samples run in parallel, each on one thread: a batch of {self.batch} uses {self.batch} of {threads} "
+            f"samples run in parallel, each on one thread: a batch of {self.batch} uses {used} of {threads} "
             "threads, and so does the dense twin here; give a larger --batch, or --parallel operators"
         )
-        return replace(self, threads=self.batch)
+        return replace(self, threads=used)
+
+    def load(self, bundle: Path, **how: Any) -> Runtime:
+        """Loads a bundle to be run so; what is prepared, is prepared before the measurement.
+
+        Args:
+            bundle: the folder.
+            how: arguments of `adavit.load` that are other than these options.
+        """
+        values: dict[str, Any] = {name: getattr(self, name) for name in LOADING}
+        return load(bundle, specialise=False, **(values | how))
 
 
 @dataclass
@@ -133,11 +154,11 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     notes: list[str] = []
     options = options.with_used_threads(notes)
     progress("loading the bundle", 0.0)
-    runtime = _load(folder, options)
+    runtime = options.load(folder)
     profiles = options.profile is not None
     if options.dense or profiles:
         runtime.adaptive_dispatcher("profile" if profiles else "compare with a dense twin")
-        if not runtime.bundle.has_twin:
+        if not has_twin(runtime):
             without = "--profile" if profiles else "--dense"
             raise InputError(
                 f"{folder}: exported without its dense twin; export again without --no-dense, or leave out {without}"
@@ -154,10 +175,10 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         seen = Evaluation(len(images), macs=[result.macs], policies=[result.policy])
         seen.held, seen.held_at = list(images[:, None]), list(range(len(images)))
     used = Policy.concatenate(seen.policies)
-    engines = runtime.dispatcher.own_engines
-    if options.specialise and not engines:
-        progress("making engines", 0.0)
-        engines = _specialise(runtime, used if given or replayed else None, options.batch)
+    prepared = 0
+    if options.specialise and runtime.architecture.adapts:
+        progress("preparing", 0.0)
+        prepared = _prepare(runtime, used if given or replayed else None, options.batch)
     if options.record_policy:
         used.save(options.record_policy)
     if options.draw:
@@ -167,7 +188,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         options.iterations,
         options.seconds or 3.0,
         options.warmup,
-        runtime.bundle.has_twin if options.dense is None else options.dense,
+        has_twin(runtime) if options.dense is None else options.dense,
     )
     # Shuffled, since labelled sets come sorted by class, and a measurement may not reach the last image.
     order = np.random.default_rng(0).permutation(len(seen.held))
@@ -178,8 +199,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     return {
         **summarise(runtime, plan, measured, float(np.concatenate(seen.macs).mean()), used.usage()),
         "choice": {**asdict(runtime.choice), "reason": str(runtime.choice)} if runtime.choice else None,
-        "plan": runtime.dispatcher.plan.origin,
-        "specialised": engines,
+        "prepared": prepared,
         "budget": None if budget is None else {"macs": budget, "offsets": asdict(runtime.offsets)},
         "images": seen.images,
         "input": "images" if given else "random",
@@ -193,38 +213,20 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     }
 
 
-def _load(folder: Path, options: RunOptions) -> Runtime:
-    how = options.backend, options.threads, options.provider, options.shared, options.budget, options.cuda_graphs
-    return load(folder, *how, options.trust_engines)
+def has_twin(runtime: Runtime) -> bool:
+    """Whether there is a dense twin to compare with; a model without policies is its own."""
+    return runtime.architecture.adapts and runtime.graphs.files.dense is not None
 
 
-def tune_bundle(path: Path | None, options: RunOptions, progress: Progress) -> dict[str, Any]:
-    """Tunes a bundle on this machine; returns the report that `adavit-run --tune --json` writes.
-
-    Raises:
-        AdaViTError: the bundle, the backend or the images are not usable.
-    """
-    progress("loading the bundle", 0.0)
-    runtime = _load(path or demo_bundle(), options)
-    runtime.adaptive_dispatcher("tune")
-    notes: list[str] = []
-    files = find_calibration_images(options.images, runtime.labels, note=notes.append)
-    seen = _evaluate(runtime, files, options, None, progress)
-    used = Policy.concatenate(seen.policies) if files else None
-    return {**tune(runtime, progress, used), "notes": notes, "skipped": seen.skipped}
-
-
-def _specialise(runtime: Runtime, used: Policy | None, batch: int) -> int:
-    """Makes engines for what some images used, by default further random ones; returns how many."""
-    if not runtime.dispatcher.specialises:
-        return 0
+def _prepare(runtime: Runtime, used: Policy | None, batch: int) -> int:
+    """Prepares for what some images used, by default further random ones; returns how much is prepared."""
     if used is not None:
-        used = used[:: math.ceil(len(used) / SPECIALISING_IMAGES)]
+        used = used[:: math.ceil(len(used) / PREPARING_IMAGES)]
     else:
-        images = _random_images(runtime, SPECIALISING_IMAGES)
-        starts = range(0, SPECIALISING_IMAGES, batch)
+        images = _random_images(runtime, PREPARING_IMAGES)
+        starts = range(0, PREPARING_IMAGES, batch)
         used = Policy.concatenate([runtime.run(images[start : start + batch]).policy for start in starts])
-    return runtime.specialise(used)
+    return runtime.specialise(used, batch)
 
 
 def _meet_latency(

@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from adavit.bundle.operating_points import Budgets, OperatingPoint
 from adavit.errors import InputError
 from adavit.runtime.benchmark import Images, batches
-from adavit.bundle.operating_points import Budgets, OperatingPoint
 from adavit.runtime.session import Runtime
 from adavit.runtime.timing import time_run
 

@@ -1,8 +1,8 @@
-"""A backend around another, which notes when every call of it began and ended."""
+"""A backend around another, which notes when every call of its slots began and ended."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from statistics import median
@@ -10,49 +10,59 @@ from threading import get_ident
 from time import perf_counter_ns
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
+from adavit.architecture import Architecture
+from adavit.bundle.keys import BlockKey
+from adavit.runtime.backend import Backend, Float, Index, Slot, Usage
 
-from adavit.runtime.backend import Backend, Buffer, Constants, Engine, FixedEngine, Sizes
-from adavit.bundle.bundle import Bundle, EngineSpec
-
-__all__ = ["Event", "Profiler"]
+__all__ = ["FETCH", "GRAPH", "Event", "ProfiledBackend", "block_part"]
 
 COSTED = 1000
 """Calls without work, to see what noting one costs."""
-
-Index = npt.NDArray[np.intp]
+GRAPH, FETCH = "graph", "fetch"
+"""What a call of a slot does: it runs a graph, or brings values to the host and waits for them."""
 
 
 class Event(NamedTuple):
-    """One call of a backend.
+    """A call of a slot, or a whole run.
 
     Attributes:
-        name: of the engine, or of the backend's method.
+        name: for people.
         start, end: in nanoseconds.
         thread: that called.
-        sizes: of the dimensions that vary, by the name the engine's description gives them.
+        part: of the model that it belongs to: "stem", "block 3"; empty for a run.
+        kind: GRAPH or FETCH; empty for a run.
+        key: what a block ran, or None.
+        kept: how many tokens a block kept.
+        computed: how many it computed.
     """
 
     name: str
     start: int
     end: int
     thread: int
-    sizes: dict[str, int]
+    part: str = ""
+    kind: str = ""
+    key: BlockKey | None = None
+    kept: int = 0
+    computed: int = 0
 
 
-class Profiler:
-    """Passes everything on to a backend, and notes calls while it is recording.
+def block_part(block: int) -> str:
+    """The name of a block as a part of the model."""
+    return f"block {block}"
+
+
+class ProfiledBackend:
+    """Passes everything on to a backend, and notes the calls of its slots while it is recording.
 
     Args:
-        bundle: describes the engines.
+        arch: the model's shapes.
         backend: does the work.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.name, self.always_gathers, self.on_host = backend.name, backend.always_gathers, backend.on_host
+    def __init__(self, arch: Architecture, backend: Backend) -> None:
+        self.name, self.on_host, self.arch = backend.name, backend.on_host, arch
         self._events: list[Event] | None = None
-        self._bundle = bundle
         self._backend = backend
 
     @contextmanager
@@ -65,72 +75,46 @@ class Profiler:
         finally:
             self._events = None
 
-    def timed(self, name: str, sizes: dict[str, int], call: Callable[..., Any], *arguments: Any) -> Any:
-        """Makes a call of the backend, and notes it."""
+    def timed(self, about: Event, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Makes a call, and notes it as this event with its times and thread."""
         if (events := self._events) is None:
             return call(*arguments)
         start = perf_counter_ns()
         result = call(*arguments)
-        events.append(Event(name, start, perf_counter_ns(), get_ident(), sizes))
+        events.append(about._replace(start=start, end=perf_counter_ns(), thread=get_ident()))
         return result
-
-    def load(self, name: str, alone: bool = False) -> Engine:
-        """See `Backend.load`."""
-        return ProfiledEngine(self, self._backend.load(name, alone))
-
-    @property
-    def fixed(self) -> Callable[[str, Constants], FixedEngine] | None:
-        """See `Backend.fixed`."""
-        if (fixed := self._backend.fixed) is None:
-            return None
-
-        def load(name: str, constants: Constants) -> FixedEngine:
-            inputs = self._bundle.engine(name).inputs if constants else ()
-            named = [(tensor.shape[0], tensor.name) for tensor in inputs]
-            sizes = {size: len(constants[key]) for size, key in named if isinstance(size, str)}
-            return ProfiledFixedEngine(self, name, fixed(name, constants), sizes)
-
-        return load
-
-    def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
-        """See `Backend.buffer`."""
-        return ProfiledBuffer(self._backend.buffer(shape, dtype))
-
-    def upload(self, array: npt.NDArray[Any]) -> Buffer:
-        """See `Backend.upload`."""
-        return ProfiledBuffer(self._backend.upload(array))
-
-    def gather(self, source: Any, kept: Index, into: Any) -> None:
-        """See `Backend.gather`."""
-        self.timed("gather", {"rows": len(kept)}, self._backend.gather, source.inner, kept, into.inner)
-
-    def scatter(self, rows: Any, kept: Index, into: Any) -> None:
-        """See `Backend.scatter`."""
-        self.timed("scatter", {"rows": len(kept)}, self._backend.scatter, rows.inner, kept, into.inner)
-
-    def add(self, source: Any, count: int, vectors: Any, index: int, into: Any) -> None:
-        """See `Backend.add`."""
-        arguments = source.inner, count, vectors.inner, index, into.inner
-        self.timed("add", {"rows": count}, self._backend.add, *arguments)
-
-    def fetch(self, *buffers: Any) -> tuple[npt.NDArray[Any], ...]:
-        """See `Backend.fetch`."""
-        inner = [buffer.inner for buffer in buffers]
-        found: tuple[npt.NDArray[Any], ...] = self.timed("fetch", {}, self._backend.fetch, *inner)
-        return found
 
     def cost(self) -> float:
         """Nanoseconds that it takes to note a call."""
-        engine = ProfiledEngine(self, NoEngine(self._bundle.engines["stem"]))
-        rows = [Rows(None, 1)]
+        slot = ProfiledSlot(self, _NoSlot())  # type: ignore[arg-type]
         with self.recording() as events:
             for _ in range(COSTED):
-                engine.run(rows, rows)
+                slot.decisions()
         return median(later.end - earlier.end for earlier, later in pairwise(events))
 
-    def prepare(self, used: Mapping[Sizes, float]) -> Mapping[Sizes, float]:
+    def slot(self, threads: int) -> Slot:
+        """See `Backend.slot`."""
+        return ProfiledSlot(self, self._backend.slot(threads))
+
+    def dense(self, images: Float) -> Float:
+        """See `Backend.dense`."""
+        return self._backend.dense(images)
+
+    def choose(self, usage: Usage) -> Sequence[Hashable]:
+        """See `Backend.choose`."""
+        return self._backend.choose(usage)
+
+    def prepare(self, wanted: Hashable) -> None:
         """See `Backend.prepare`."""
-        return self._backend.prepare(used)
+        self._backend.prepare(wanted)
+
+    def keep(self, wanted: Sequence[Hashable]) -> None:
+        """See `Backend.keep`."""
+        self._backend.keep(wanted)
+
+    def prepared(self) -> Sequence[Hashable]:
+        """See `Backend.prepared`."""
+        return self._backend.prepared()
 
     def rounded(self, tokens: int) -> int:
         """See `Backend.rounded`."""
@@ -145,92 +129,50 @@ class Profiler:
         return self._backend.versions()
 
 
-class Rows(NamedTuple):
-    """The first rows of a buffer, and how many these are."""
+class ProfiledSlot:
+    """A slot whose calls are noted.
 
-    inner: Any
-    number: int
+    Args:
+        backend: notes them.
+        slot: does the work.
+    """
+
+    def __init__(self, backend: ProfiledBackend, slot: Slot) -> None:
+        self._backend, self._slot = backend, slot
+        self._part = "stem"
+        self._next = 0
+
+    def stem(self, image: Float) -> None:
+        """See `Slot.stem`."""
+        self._part, self._next = "stem", 0
+        self._backend.timed(Event("stem", 0, 0, 0, "stem", GRAPH), self._slot.stem, image)
+
+    def block(self, key: BlockKey, tokens: Index) -> None:
+        """See `Slot.block`."""
+        self._part, self._next = block_part(key.block), key.block + 1
+        name, kept = f"blocks.{key.block}.{key.sublayers.name}", len(tokens)
+        event = Event(name, 0, 0, 0, self._part, GRAPH, key, kept, self._backend.rounded(kept))
+        self._backend.timed(event, self._slot.block, key, tokens)
+
+    def decisions(self) -> Float:
+        """See `Slot.decisions`; they belong to the block that is to come."""
+        return self._fetched("fetch decisions", block_part(self._next), self._slot.decisions)
+
+    def logits(self) -> Float:
+        """See `Slot.logits`."""
+        return self._fetched("fetch logits", self._part, self._slot.logits)
+
+    def tokens(self) -> Float:
+        """See `Slot.tokens`."""
+        return self._fetched("fetch tokens", self._part, self._slot.tokens)
+
+    def _fetched(self, name: str, part: str, call: Callable[[], Float]) -> Float:
+        found: Float = self._backend.timed(Event(name, 0, 0, 0, part, FETCH), call)
+        return found
 
 
-class ProfiledBuffer:
-    """A buffer whose rows know their number."""
-
-    def __init__(self, buffer: Buffer) -> None:
-        self.inner = buffer
-
-    @property
-    def nbytes(self) -> int:
-        """See `Buffer.nbytes`."""
-        return self.inner.nbytes
-
-    def rows(self, count: int) -> Rows:
-        """See `Buffer.rows`."""
-        return Rows(self.inner.rows(count), count)
-
-    def part(self, position: int) -> ProfiledBuffer:
-        """See `Buffer.part`."""
-        return ProfiledBuffer(self.inner.part(position))
-
-
-class NoEngine:
+class _NoSlot:
     """Computes nothing."""
 
-    def __init__(self, spec: EngineSpec) -> None:
-        self.spec = spec
-
-    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """See `Engine.run`."""
-
-
-class ProfiledEngine:
-    """An engine whose runs are noted.
-
-    Args:
-        profiler: notes them.
-        engine: runs.
-    """
-
-    def __init__(self, profiler: Profiler, engine: Engine) -> None:
-        self.spec = engine.spec
-        self._profiler = profiler
-        self._engine = engine
-        self._leading = [tensor.shape[0] for tensor in engine.spec.inputs]
-
-    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """See `Engine.run`."""
-        given = [value if isinstance(value, Rows) else Rows(value, len(value)) for value in inputs]
-        values, filled = [rows.inner for rows in given], [rows.inner for rows in outputs]
-        named = zip(self._leading, given, strict=True)
-        sizes = {name: rows.number for name, rows in named if isinstance(name, str)}
-        if "K" in sizes:
-            sizes["K"] = self._profiler.rounded(sizes["K"])
-        self._profiler.timed(self.spec.name, sizes, self._engine.run, values, filled)
-
-
-class ProfiledFixedEngine:
-    """An engine of a set of heads, whose runs are noted with the number of tokens that they keep.
-
-    Args:
-        profiler: notes them.
-        name: of the engine.
-        engine: runs.
-        sizes: of its constants.
-    """
-
-    def __init__(self, profiler: Profiler, name: str, engine: FixedEngine, sizes: dict[str, int]) -> None:
-        self._profiler, self._name, self._engine, self._sizes = profiler, name, engine, sizes
-
-    def bound(self, values: Mapping[str, Any]) -> Callable[..., None]:
-        """See `FixedEngine.bound`."""
-        inner = {name: value.inner if isinstance(value, Rows) else value for name, value in values.items()}
-        run, kept = self._engine.bound(inner), values.get("kept")
-
-        def noted(*given: Any) -> None:
-            sizes = self._sizes if kept is None else self._sizes | {"K": self._profiler.rounded(int(kept.sum()))}
-            weights = [rows for rows in given if isinstance(rows, Rows)]
-            if weights:
-                sizes = sizes | {"h": weights[0].number}
-            values = [rows.inner for rows in weights] or given
-            self._profiler.timed(self._name, sizes, run, *values)
-
-        return noted
+    def decisions(self) -> None:
+        """See `Slot.decisions`."""

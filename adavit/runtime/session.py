@@ -170,7 +170,7 @@ def _load(
             raise OptionError(
                 f"provider is {shown(options.provider)}: it belongs to one backend; name that instead of 'auto'"
             )
-        choice = choose(opened, options, lambda name: _trial(opened, graphs, name, options))
+        choice = choose(opened, graphs.precision, options, lambda name: _trial(opened, graphs, name, options))
         backend = choice.backend
     made = create_backend(backend, graphs, options)
     return Runtime(opened, graphs, made, options, offsets, choice, specialise)
@@ -340,7 +340,7 @@ class Runtime:
         self._specialiser.note(used, self.options.threads_of(len(images)))
         return Result(logits, used, self.architecture, self.bundle.preprocessor)
 
-    def specialise(self, policy: Policy) -> int:
+    def specialise(self, policy: Policy, batch: int | None = None) -> int:
         """Prepares for what some images used most, at once, so that later images run faster.
 
         Results are the same to rounding. What was prepared before is replaced. Without `load(..., specialise=False)`
@@ -348,17 +348,19 @@ class Runtime:
 
         Args:
             policy: of images like those to come, at the budget to come: some dozens or hundreds of them.
+            batch: how many images a run is going to have; by default one, or as many as these.
 
         Returns:
             How much is prepared: 0 where that is no faster.
 
         Raises:
-            InputError: the policy is not of this model, or of no image.
+            InputError: the policy is not of this model, or of no image, or `batch` is no whole number from 1 on.
         """
         _policy(policy).check(self.architecture, len(policy))
         if not self.architecture.adapts:
             return 0
-        threads = {self.options.threads_of(1), self.options.threads_of(len(policy))}
+        sizes = (1, len(policy)) if batch is None else (whole("batch", batch, 1),)
+        threads = set(map(self.options.threads_of, sizes))
         usage: dict[Use, float] = {}
         for number in threads:
             usage |= usage_of(policy, number)

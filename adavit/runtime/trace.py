@@ -36,12 +36,12 @@ def write_trace(path: Path, title: str, events: Sequence[Event]) -> None:
             {
                 "ph": "X",
                 "name": event.name,
-                "cat": event.name.split(".")[-1],
+                "cat": event.kind or "run",
                 "ts": (event.start - first) / 1e3,
                 "dur": (event.end - event.start) / 1e3,
                 "pid": process,
                 "tid": 1 + threads.index(event.thread),
-                "args": event.sizes,
+                "args": {} if event.key is None else {"tokens": event.computed, "heads": len(event.key.heads)},
             }
         )
     with write_beside(path.resolve()) as file:

@@ -14,10 +14,9 @@ import numpy as np
 from adavit.architecture import Architecture
 from adavit.macs import block_macs, dense_macs, outside_macs
 from adavit.runtime.benchmark import Images, Plan, Progress, batches, repeat
-from adavit.runtime.ledger import IDLE, Ledger, part_of
-from adavit.runtime.plan import SETS
+from adavit.runtime.breakdown import BETWEEN, IDLE, Breakdown
 from adavit.runtime.policy import Policy
-from adavit.runtime.profile import Event, Profiler
+from adavit.runtime.profile import FETCH, GRAPH, Event, ProfiledBackend, block_part
 from adavit.runtime.session import Runtime
 from adavit.runtime.trace import write_trace
 
@@ -27,8 +26,6 @@ TRACED = 10
 """Runs in a trace."""
 DISTURBED = 2.0
 """Runs that take this many times the median were disturbed by something else, and are left out."""
-CALLS = 200
-"""Runs of an engine without work, to see what a call costs."""
 
 
 class Turn(NamedTuple):
@@ -65,13 +62,12 @@ def profile(
         BundleError: the bundle was exported without its dense twin, whose speed is the ideal.
         InputError: the model has no policies.
     """
-    tuned = runtime.adaptive_dispatcher("profile")
-    profiler = Profiler(runtime.bundle, runtime.backend)
-    timed = Runtime(runtime.bundle, profiler, runtime.options, runtime.offsets)
-    timed.adaptive_dispatcher("profile").specialise(tuned.specialised.sets, tuned.sizes)
+    runtime.adaptive_dispatcher("profile")
+    timing = ProfiledBackend(runtime.architecture, runtime.backend)
+    timed = Runtime(runtime.bundle, runtime.graphs, timing, runtime.options, runtime.offsets, specialise=False)
     timed.run_dense(images[: plan.batch])
     feed = batches(images, plan.batch, policy)
-    warmup = max(plan.warmup, -(-len(images) // plan.batch))  # every set of heads has been seen once
+    warmup = max(plan.warmup, -(-len(images) // plan.batch))  # every set of heads is bound by then
     for done in range(warmup):
         if progress:
             progress("warming up", done / warmup)
@@ -80,7 +76,7 @@ def profile(
     turns: list[Turn] = []
     for _ in repeat(plan, len(images), "profiling", progress):
         chosen, recorded = next(feed)
-        with profiler.recording() as calls:
+        with timing.recording() as calls:
             start = perf_counter_ns()
             result = timed.run(chosen, policy=recorded)
             run = _span("run", start)
@@ -90,25 +86,11 @@ def profile(
     if trace:
         spans = [span for turn in turns[:TRACED] for span in (turn.run, turn.dense, *turn.calls)]
         write_trace(trace, f"{runtime.bundle.name} on {runtime.backend.name}", spans)
-    return _report(timed, plan, turns, profiler.cost(), _call_cost(timed))
+    return _report(timed, plan, turns, timing.cost())
 
 
 def _span(name: str, start: int) -> Event:
-    return Event(name, start, perf_counter_ns(), get_ident(), {})
-
-
-def _call_cost(runtime: Runtime) -> float:
-    """Nanoseconds that a call of an engine takes without work; 0 where no engine is without."""
-    if "empty" not in runtime.bundle.engines:
-        return 0.0
-    engine, arch = runtime.backend.load("empty"), runtime.architecture
-    outputs = [runtime.backend.buffer((arch.depth, arch.width)).rows(arch.depth) for _ in range(2)]
-    spans = []
-    for _ in range(CALLS):
-        start = perf_counter_ns()
-        engine.run([], outputs)
-        spans.append(_span("empty", start))
-    return median(span.end - span.start for span in spans)
+    return Event(name, start, perf_counter_ns(), get_ident())
 
 
 def asked_macs(arch: Architecture, policy: Policy) -> dict[str, int]:
@@ -117,24 +99,21 @@ def asked_macs(arch: Architecture, policy: Policy) -> dict[str, int]:
     runs = policy.sublayers.astype(np.int64)
     blocks = block_macs(arch, *counts, runs[..., 0], runs[..., 1]).sum(0).tolist()
     head = arch.width * arch.classes
-    return {
-        "stem": len(policy) * (outside_macs(arch) - head),
-        **{f"block {index}": macs for index, macs in enumerate(blocks)},
-        "head": len(policy) * head,
-    }
+    blocks[-1] += len(policy) * head  # its graph classifies
+    stem = len(policy) * (outside_macs(arch) - head)
+    return {"stem": stem, **{block_part(index): macs for index, macs in enumerate(blocks)}}
 
 
-def computed_macs(arch: Architecture, event: Event) -> int:
-    """MACs that a sub-layer's engine computes, those of dropped heads that it masks included."""
-    kind, _, role = event.name.split(".")[-1].partition("_")
-    if kind not in SETS or role == "weights":
+def padding_macs(arch: Architecture, event: Event) -> int:
+    """MACs that a block computes of tokens beyond those that are kept."""
+    if event.key is None:
         return 0
-    sizes = event.sizes
-    heads = sizes["c"] // arch.head_width if "c" in sizes else sizes.get("h", arch.heads)
-    return block_macs(arch, sizes["K"], heads, kind != "mlp", kind != "attention")
+    _, (attention, mlp), heads = event.key
+    computed, asked = (block_macs(arch, n, len(heads), attention, mlp) for n in (event.computed, event.kept))
+    return computed - asked
 
 
-def _report(runtime: Runtime, plan: Plan, turns: list[Turn], noted: float, call: float) -> dict[str, Any]:
+def _report(runtime: Runtime, plan: Plan, turns: list[Turn], noted: float) -> dict[str, Any]:
     """The numbers under the key `profile` of `adavit-run --json`.
 
     Args:
@@ -142,29 +121,27 @@ def _report(runtime: Runtime, plan: Plan, turns: list[Turn], noted: float, call:
         plan: how.
         turns: what was timed.
         noted: nanoseconds that noting a call takes.
-        call: nanoseconds that a call of an engine takes without work.
     """
-    arch, ledger = runtime.architecture, Ledger(runtime.options.workers, call)
+    arch, spent = runtime.architecture, Breakdown(runtime.options.workers(plan.batch))
     asked: Counter[str] = Counter()
-    computed: Counter[str] = Counter()
+    padding: Counter[str] = Counter()
     dense = median(milliseconds(turn.dense) for turn in turns)
     longest = DISTURBED * median(milliseconds(turn.run) for turn in turns)
     kept = [turn for turn in turns if milliseconds(turn.run) <= longest]
     for turn in kept:
-        ledger.book(turn.run, turn.calls)
+        spent.add(turn.run, turn.calls)
         asked.update(asked_macs(arch, turn.policy))
         for event in turn.calls:
-            computed[part_of(event) or ""] += computed_macs(arch, event)
+            padding[event.part] += padding_macs(arch, event)
     speed = dense_macs(arch) * plan.batch / dense  # MACs per millisecond
 
     def row(part: str) -> dict[str, Any]:
-        kinds = ("engines", "decision", "moves", "calls")
-        spent = {f"{kind}_ms": ledger.sums.get((part, kind), 0.0) / 1e6 / len(kept) for kind in kinds}
-        padding = max(0, computed[part] - asked[part])
-        ideal, padded = (macs / len(kept) / speed for macs in (asked[part], padding))
-        slower = spent["engines_ms"] - ideal - padded
-        ways = {"ideal_ms": ideal, "padding_ms": padded, "slower_ms": slower}
-        return {"part": part, **ways, **spent, "total_ms": sum(spent.values())}
+        columns = {"graphs_ms": GRAPH, "fetch_ms": FETCH, "calls_ms": BETWEEN}
+        took = {name: spent.sums.get((part, kind), 0.0) / 1e6 / len(kept) for name, kind in columns.items()}
+        ideal, padded = (macs / len(kept) / speed for macs in (asked[part], padding[part]))
+        slower = took["graphs_ms"] - ideal - padded
+        explained = {"ideal_ms": ideal, "padding_ms": padded, "slower_ms": slower}
+        return {"part": part, **explained, **took, "total_ms": sum(took.values())}
 
     rows = [row(part) for part in [*asked, IDLE]]
     keys = [key for key in rows[0] if key != "part"]
@@ -175,7 +152,6 @@ def _report(runtime: Runtime, plan: Plan, turns: list[Turn], noted: float, call:
         "timers_ms": fmean(len(turn.calls) for turn in kept) * noted / 1e6,
         "dense_ms": dense,
         "dense_gmacs_per_second": speed / 1e6,
-        "call_us": call / 1e3,
         "parts": rows,
         "total": {key: sum(row[key] for row in rows) for key in keys},
     }

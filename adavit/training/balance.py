@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from adavit.architecture import TOKEN_LOGIT
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.model import policy as P
 from adavit.model.adavit import AdaViT, Block, Output, Select
-from adavit.bundle.preprocessing import Preprocessor
 from adavit.training.data import LabelledImages
 from adavit.training.distributed import World, global_sum
 from adavit.training.loader import evaluation_batches, watched

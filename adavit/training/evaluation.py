@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from adavit.architecture import Architecture
+from adavit.bundle.demo import names_demo
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.files import find_folder
 from adavit.model import AdaViT, load_checkpoint
 from adavit.model import policy as P
 from adavit.model.checkpoint import read_classes
 from adavit.runtime import Runtime, load
 from adavit.runtime.class_folders import folded
-from adavit.bundle.demo import names_demo
-from adavit.bundle.preprocessing import Preprocessor
 from adavit.training.checks import check_packages
 from adavit.training.configure import choose_crop, read_class_names, set_threads
 from adavit.training.data import LabelledImages, open_images
@@ -160,7 +160,7 @@ def _check_targets(options: Options) -> None:
 def _open(path: Path, options: Options, heads: int | None) -> Candidate:
     crop = options["crop"]
     if names_demo(path) or find_folder(path).is_dir():
-        runtime = load(path, threads=options["threads"], parallel="samples")
+        runtime = load(path, threads=options["threads"], parallel="samples", specialise=False)
         own = runtime.bundle.preprocessor
         return Candidate(runtime, path, replace(own, crop_ratio=crop or own.crop_ratio))
     model = load_checkpoint(path, heads).eval()

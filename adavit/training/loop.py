@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.errors import one_line
 from adavit.model import policy as P
 from adavit.model.adavit import AdaViT
-from adavit.bundle.preprocessing import Preprocessor
 from adavit.training import objective
 from adavit.training.balance import balance
 from adavit.training.data import LabelledImages

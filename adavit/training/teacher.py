@@ -14,7 +14,7 @@ from adavit.model import AdaViT, load_checkpoint
 from adavit.model import policy as P
 from adavit.model.adavit import Output
 from adavit.reading import open_regular
-from adavit.runtime.backends.onnxruntime import import_onnxruntime, share_pool
+from adavit.runtime.backends.onnxruntime import import_onnxruntime
 from adavit.training.errors import TrainingError
 
 __all__ = ["OnnxTeacher", "Teacher", "check_teacher", "identify_teacher", "open_teacher"]
@@ -35,8 +35,7 @@ class OnnxTeacher(nn.Module):
         super().__init__()
         ort = import_onnxruntime()
         options = ort.SessionOptions()
-        share_pool(ort, torch.get_num_threads())
-        options.use_per_session_threads = False
+        options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.force_spinning_stop", "1")  # the student needs the cores
         try:
             open_regular(path).close()

@@ -20,9 +20,9 @@ from cases import (
 )
 
 import adavit
+from adavit.bundle.operating_points import Budgets
 from adavit.cli import export, run
 from adavit.runtime import Policy, latency
-from adavit.bundle.operating_points import Budgets
 
 SHORT = ("--iterations", 2, "--warmup", 1, "--threads", 1, "--json", "-")
 

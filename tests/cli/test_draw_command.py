@@ -61,7 +61,6 @@ def test_mistakes_in_its_usage(tiny_bundle: Path, labelled: Path, tmp_path: Path
     assert "give --images too" in usage_error(tiny_bundle, *SHORT, "--draw", target)
     for name in ("kept.jpg", "kept", "-"):
         assert "end it in .png" in usage_error(tiny_bundle, *SHORT, "--images", labelled, "--draw", name)
-    assert "without --draw" in usage_error("--tune", "--draw", target)
     compared = ("--compare", tiny_bundle, tiny_bundle, "--images", labelled)
     assert "without --draw" in usage_error(*compared, "--draw", target)
     assert not target.exists()

@@ -12,7 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import invoke, pictures_in, random_model, read_config, refusal, rewrite_engine, save, shell, tiny
+from cases import (
+    invoke,
+    pictures_in,
+    random_model,
+    read_config,
+    refusal,
+    save,
+    shell,
+    stored_files,
+    tiny,
+    with_weights,
+    write_config,
+)
 
 import adavit
 from adavit.budget_options import BudgetOptions
@@ -23,6 +35,10 @@ from adavit.export import ExportOptions, check_bundle, export_bundle
 from adavit.precision_options import CalibrationOptions
 from adavit.runtime.evaluate import RunOptions, run_bundle
 from adavit.tensorrt.options import BuildOptions
+
+
+def opset(bundle: Path) -> int:
+    return read_config(bundle)["precisions"]["fp32"]["opset"]
 
 
 def test_the_commands_are_installed() -> None:
@@ -38,13 +54,17 @@ def test_export_and_check(checkpoint: Path, tmp_path: Path) -> None:
     assert "decisions identical" in done.stdout
     values = json.loads(report.read_text())
     expected = {
-        "bundle", "engines", "bytes", "opset", "architecture", "macs", "preprocessing", "verified", "budgets",
-        "engine_sets", "seconds",
+        "bundle", "precisions", "bytes", "opset", "architecture", "macs", "preprocessing", "verified", "budgets",
+        "engine_sets", "seconds", "calibration", "notes",
     }  # fmt: skip
-    assert set(values) == expected | {"precision", "calibration", "notes", "checked"}
+    assert set(values) == expected
     assert values["notes"] == []
-    assert values["checked"] is None  # it is in fp32, which was verified
-    assert values["verified"]["precision"] == "fp32"
+    assert values["calibration"] is None  # it is in fp32, which was verified
+    stored = stored_files(bundle)
+    size = sum((bundle / file).stat().st_size for file in stored.values())
+    assert values["precisions"] == {"fp32": {"graphs": len(stored) - 1, "bytes": size}}
+    assert values["bytes"] == size
+    assert f"fp32        {len(stored) - 1} graphs, " in done.stdout
     assert values["architecture"] == tiny().to_dict()
     done = invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1, "--json", "-")
     assert (done.exit_code, done.stderr) == (0, "")
@@ -71,15 +91,15 @@ def test_options_reach_the_bundle(checkpoint: Path, tmp_path: Path) -> None:
     runtime = adavit.load(bundle, threads=1)
     assert runtime.labels == ("a", "b", "c", "d", "e")
     assert (runtime.architecture.image_size, runtime.bundle.preprocessor.crop_ratio) == (48, 0.5)
-    assert read_config(bundle)["opset"] == 18
+    assert opset(bundle) == 18
 
 
 def test_an_existing_bundle_needs_force(checkpoint: Path, bundle: Path) -> None:
     message = refusal(invoke(export, checkpoint, "-o", bundle))
     assert message == f"adavit-export: error: {bundle}: already there; add --force to replace it\n"
-    assert "dense" in read_config(bundle)["engines"]
+    assert "dense" in stored_files(bundle)
     assert invoke(export, checkpoint, "-o", bundle, "--force", "--threads", 1, "--no-dense").exit_code == 0
-    assert "dense" not in read_config(bundle)["engines"]
+    assert "dense" not in stored_files(bundle)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +123,7 @@ def test_an_existing_bundle_needs_force(checkpoint: Path, bundle: Path) -> None:
         (["a", "-o", "b", "--crop-ratio", "7"], "7.0 is not in the range"),
         (["a", "-o", "b", "--crop-ratio", "nan"], "nan is not a finite number"),
         (["a", "-o", "b", "--max-drop", "nan"], "nan is not a finite number"),
-        (["a", "-o", "b", "--decision-precision", "fp16"], "give a --precision or leave out --decision-precision"),
+        (["a", "-o", "b", "--max-drop", "1"], "give a --precision or leave out --max-drop"),
         (["a", "-o", "b", "--target", "tensorrt", "--workspace", "9" * 20], "is not in the range"),
         (["a", "-o", "b", "--jobs", "2"], "without a --target"),
         (["a", "-o", "b", "--threads", "0"], "0 is not in the range"),
@@ -131,19 +151,30 @@ def test_wrong_checkpoints_and_options(checkpoint: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.pth", "notes.pth"]
 
 
-def test_a_check_that_fails_names_block_and_engine(checkpoint: Path, bundle: Path) -> None:
-    config = read_config(bundle)
-    for name in [name for name in config["engines"] if name.startswith("blocks.2.")]:
-        # The same engine of another block: all of it is plausible, and none of it right.
-        other = bundle / config["engines"][name.replace("2", "1")]["file"]
-        rewrite_engine(bundle, name, other.read_bytes())
+def test_a_check_that_fails_names_block_and_graph(checkpoint: Path, bundle: Path) -> None:
+    with_weights(bundle, "blocks.1.norm1.bias", 3.0)
     message = refusal(invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1))
-    assert "block 2, engine blocks.2." in message
+    assert "block 1, graph both: differs from the checkpoint" in message
+
+
+def test_a_check_is_of_fp32(checkpoint: Path, bundle: Path) -> None:
+    """Whichever precision is the default; and what is checked is nothing to remember."""
+    shutil.copytree(bundle / "fp32", bundle / "fp16")
+    config = read_config(bundle)
+    fp32 = config["precisions"]["fp32"]
+    fp16 = json.loads(json.dumps(fp32).replace("fp32/", "fp16/"))
+    write_config(bundle, {**config, "precisions": {"fp16": fp16, "fp32": fp32}})
+    assert adavit.load(bundle, threads=1, specialise=False).graphs.precision == "fp16"
+    done = invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1)
+    assert done.exit_code == 0, done.output
+    write_config(bundle, {**config, "precisions": {"fp16": fp16}})
+    message = refusal(invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1))
+    assert f"{bundle} is fp16: compare it with fp32 by adavit-run --compare" in message
 
 
 def test_a_check_against_another_checkpoint_fails(bundle: Path, tmp_path: Path) -> None:
     other = save(random_model(tiny(), seed=1), tmp_path / "other.safetensors")
-    assert "engine stem: differs" in refusal(invoke(export, "--check", bundle, "--against", other, "--threads", 1))
+    assert "the stem: differs" in refusal(invoke(export, "--check", bundle, "--against", other, "--threads", 1))
     assert "no such bundle folder" in refusal(invoke(export, "--check", tmp_path / "no", "--against", other))
     assert "no such file" in refusal(invoke(export, "--check", bundle, "--against", tmp_path / "no.pth"))
 
@@ -216,12 +247,12 @@ def test_a_killed_export_leaves_the_old_bundle_or_none(old: bool, checkpoint: Pa
     assert len(list(tmp_path.glob(".*"))) == 1  # the half that nobody could clear away
     if old:
         adavit.load(bundle, threads=1)
-        assert read_config(bundle)["opset"] == 17
+        assert opset(bundle) == 17
     else:
         assert not bundle.exists()
     assert invoke(export, checkpoint, "-o", bundle, "--force", "--threads", 1).exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    assert read_config(bundle)["opset"] == 20
+    assert opset(bundle) == 20
 
 
 def test_ctrl_c_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path) -> None:
@@ -268,7 +299,7 @@ def test_a_bundle_is_no_checkpoint(bundle: Path, tmp_path: Path) -> None:
 def test_the_stages_of_an_export_and_a_run_are_expected(checkpoint: Path, tmp_path: Path, tiny_bundle: Path) -> None:
     told: list[str] = []
     note = lambda stage, share: told.append(stage)  # noqa: E731
-    images, calibration = (pictures_in(tmp_path, 3),), CalibrationOptions(precision="fp32")
+    images, calibration = (pictures_in(tmp_path, 3),), CalibrationOptions()
     export_bundle(checkpoint, tmp_path / "bundle", ExportOptions(threads=1), note)
     stages = exporting_stages(True, calibration, BudgetOptions(), BuildOptions())
     assert in_order(told, stages)
@@ -291,7 +322,7 @@ def test_the_demo(tmp_path: Path) -> None:
     assert (demo / "checkpoint.safetensors").stat().st_size < 15_000_000
     assert invoke(export, "demo", "-o", tmp_path / "bundle", "--threads", 1).exit_code == 0
     runtime = adavit.load(tmp_path / "bundle", threads=1)
-    assert "dense" in runtime.bundle.engines
+    assert runtime.graphs.files.dense is not None
     assert runtime.labels == tuple((demo / "labels.txt").read_text().split("\n")[:-1])
     files = sorted((demo / "images").glob("*/*.png"))
     found = runtime.predict(files, top=1)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import DENSE, invoke, pictures_in, random_model, read_config, refusal, save, with_weights
+from cases import DENSE, invoke, pictures_in, random_model, refusal, save, stored_files, with_weights
 
 import adavit
 from adavit.cli import export, run
@@ -34,7 +34,7 @@ def test_from_weights_to_predictions(backend: str, timm: Path, tmp_path: Path) -
     bundle, photos = tmp_path / "bundle", tmp_path / "photos"
     done = invoke(export, timm, "-o", bundle, "--threads", 1, "--json", tmp_path / "report.json")
     assert done.exit_code == 0, done.output
-    assert "engines     1, " in done.stdout
+    assert "fp32        1 graph, " in done.stdout
     assert "verified    4 images: largest logit difference " in done.stdout
     assert "decisions" not in done.output
     assert f"adavit-export: note: {timm} has no policies, so there is nothing to skip" in done.stderr
@@ -42,7 +42,7 @@ def test_from_weights_to_predictions(backend: str, timm: Path, tmp_path: Path) -
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["verified"]["max_logit_difference"] < 1e-4
     assert report["notes"] == [done.stderr.strip().removeprefix("adavit-export: note: ")]
-    assert list(read_config(bundle)["engines"]) == ["dense"]
+    assert set(stored_files(bundle)) == {"weights", "dense"}
     photos.mkdir()
     pictures_in(photos, 3)
     done = invoke(run, bundle, "--images", photos, "--backend", backend, *SHORT)
@@ -68,7 +68,7 @@ def test_the_numbers_of_a_run(options: tuple[object, ...], plain: tuple[Path, Pa
     assert report["usage"] == {"tokens": 1, "heads": 1, "sublayers": 1}
     assert report["macs"]["executed_mean"] == report["macs"]["dense"]
     assert report["dense"] is report["speedup"] is report["efficiency"] is None
-    assert report["specialised"] == 0
+    assert report["prepared"] == 0
 
 
 def test_a_policy_is_recorded_and_replayed(plain: tuple[Path, Path], tmp_path: Path) -> None:
@@ -81,7 +81,6 @@ def test_a_policy_is_recorded_and_replayed(plain: tuple[Path, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "purpose"),
     [
-        (["--tune"], "tune"),
         (["--profile"], "profile"),
         (["--dense"], "compare with a dense twin"),
     ],
@@ -118,7 +117,7 @@ def test_a_check_against_the_weights(plain: tuple[Path, Path], bundle: Path, tmp
     assert "verified    4 images: largest logit difference " in done.stdout
     other = save(random_model(DENSE, seed=1), tmp_path / "other.safetensors")
     message = refusal(invoke(export, "--check", plain[0], "--against", other, "--threads", 1))
-    assert "engine dense: differs from the checkpoint by up to" in message
+    assert "the dense twin: differs from the checkpoint by up to" in message
     assert "different architectures" in refusal(invoke(export, "--check", bundle, "--against", plain[1]))
 
 
@@ -128,12 +127,12 @@ def test_an_export_that_computes_something_else_fails(
     from adavit.export import bundle as exporting
 
     def damaged(folder: Path, **options: Any) -> adavit.Runtime:
-        with_weights(folder, "dense", 5.0, "head.bias")
+        with_weights(folder, "head.bias", 5.0)
         return adavit.load(folder, **options)
 
     monkeypatch.setattr(exporting, "load", damaged)
     message = refusal(invoke(export, timm, "-o", tmp_path / "bundle", "--threads", 1))
-    assert "engine dense: differs from the checkpoint" in message
+    assert "the dense twin: differs from the checkpoint" in message
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,7 @@
 """`adavit-run`, end to end."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import assert_same_policy, invoke, picture, pictures_in, read_config, refusal, shell, tiny, write_config
+from cases import (
+    assert_same_policy,
+    invoke,
+    picture,
+    pictures_in,
+    python,
+    read_config,
+    refusal,
+    shell,
+    stored_files,
+    tiny,
+    write_config,
+)
 
 import adavit
 from adavit.cli import run
@@ -37,7 +50,7 @@ def test_the_keys_of_a_report(tiny_bundle: Path, labelled: Path) -> None:
     values = report(tiny_bundle, "--images", labelled)
     assert set(values) >= {
         "model", "backend", "batch", "threads", "images", "latency_ms", "throughput", "macs", "usage", "dense",
-        "speedup", "ideal_speedup", "efficiency", "accuracy", "versions",
+        "speedup", "ideal_speedup", "efficiency", "accuracy", "versions", "precision", "prepared",
     }  # fmt: skip
     assert set(values["latency_ms"]) == set(values["dense"]["latency_ms"]) == LATENCY
     assert set(values["macs"]) == {"executed_mean", "dense"}
@@ -45,6 +58,7 @@ def test_the_keys_of_a_report(tiny_bundle: Path, labelled: Path) -> None:
     assert set(values["accuracy"]) == {"top1", "top5", "n"}
     assert {"adavit", "python", "numpy", "onnxruntime"} <= set(values["versions"])
     assert (values["model"], values["backend"], values["batch"], values["threads"]) == ("tiny", "onnxruntime", 1, 1)
+    assert (values["precision"], values["parallel"]) == ("fp32", "auto")
     assert values["images"] == 3
 
 
@@ -150,11 +164,70 @@ def test_batches(tiny_bundle: Path, labelled: Path) -> None:
     assert report(tiny_bundle, "--images", labelled, "--batch", 8)["batch"] == 8  # more than there are images
 
 
-@pytest.mark.parametrize("parallel", ["operators", "samples"])
+@pytest.mark.parametrize("parallel", ["auto", "operators", "samples"])
 def test_either_way_to_share_threads(parallel: str, tiny_bundle: Path, labelled: Path) -> None:
     values = report(tiny_bundle, "--images", labelled, "--parallel", parallel, "--batch", 2)
     assert values["parallel"] == parallel
     assert values["images"] == 3
+
+
+def test_what_is_prepared(wide: tuple[Path, Path], tmp_path: Path) -> None:
+    """For what random images use, or photographs."""
+    photos = pictures_in(tmp_path, 3)
+    for images in ((), ("--images", photos)):
+        assert report(wide[0], *images)["prepared"] > 0
+        assert report(wide[0], *images, "--no-specialise")["prepared"] == 0
+    done = invoke(run, wide[0], *SHORT, "--images", photos)
+    assert " for what images use most" in done.stdout
+    assert "prepared " not in invoke(run, wide[0], *SHORT, "--no-specialise").stdout
+
+
+def test_a_measurement_is_no_use_to_remember(wide: tuple[Path, Path], tmp_path: Path) -> None:
+    """An application's images are others."""
+    code = "from adavit.entry import run; run()"
+    done = python(
+        code,
+        wide[0],
+        "--iterations",
+        40,
+        "--threads",
+        1,
+        "--json",
+        "-",
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert json.loads(done.stdout)["prepared"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_precision_is_one_that_there_is(tiny_bundle: Path) -> None:
+    assert report(tiny_bundle, "--precision", "fp32")["precision"] == "fp32"
+    message = refusal(invoke(run, tiny_bundle, *SHORT, "--precision", "int8"))
+    assert "is not in precision 'int8'; it has fp32" in message
+    assert "'int4' is not one of" in refusal(invoke(run, tiny_bundle, "--precision", "int4"), code=2)
+
+
+@pytest.mark.parametrize("command", ["adavit.cli", "adavit.entry"])
+def test_the_command_alone_has_the_thread_pool_of_its_process(command: str, tiny_bundle: Path) -> None:
+    """Whoever calls it from another program keeps the pools of its own."""
+    code = f"""
+import sys
+import onnxruntime
+from {command} import run
+sys.argv = ["adavit-run", {str(tiny_bundle)!r}, "--threads", "2", "--iterations", "1"]
+try:
+    run()
+except SystemExit as end:
+    assert not end.code
+try:
+    onnxruntime.set_global_thread_pool_sizes(2, 1)
+except Exception as error:
+    assert "already" in str(error), error
+    print("taken")
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("taken\n") == (command == "adavit.entry")
 
 
 def test_without_the_dense_twin(tiny_bundle: Path, bundle: Path) -> None:
@@ -165,7 +238,7 @@ def test_without_the_dense_twin(tiny_bundle: Path, bundle: Path) -> None:
     assert "dense twin" not in done.stdout
     assert "speedup" not in done.stdout
     config = read_config(bundle)
-    del config["engines"]["dense"]
+    del config["precisions"]["fp32"]["dense"]
     write_config(bundle, config)
     assert report(bundle)["dense"] is None
     assert "without its dense twin" in refusal(invoke(run, bundle, *SHORT, "--dense"))
@@ -273,11 +346,11 @@ def test_in_a_process_of_its_own(tiny_bundle: Path, labelled: Path, bundle: Path
     done = shell("adavit-run", tiny_bundle, *SHORT, "--images", labelled, "--json", "-")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["accuracy"]["n"] == 3
-    engine = bundle / read_config(bundle)["engines"]["stem"]["file"]
-    engine.write_bytes(engine.read_bytes()[:-1] + b"?")
+    graph = bundle / stored_files(bundle)["stem"]
+    graph.write_bytes(graph.read_bytes()[:-1] + b"?")
     done = shell("adavit-run", bundle)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"adavit-run: error: {engine}: altered since export")
+    assert done.stderr.startswith(f"adavit-run: error: {graph}: altered since export")
     assert done.stderr.count("\n") == 1
 
 

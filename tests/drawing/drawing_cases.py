@@ -9,9 +9,9 @@ from cases import random_images, random_policy, tiny
 from PIL import Image
 
 from adavit.architecture import Architecture
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.drawing.sheet import Sheet
 from adavit.runtime import Policy, Result
-from adavit.bundle.preprocessing import Preprocessor
 
 
 def result_of(policy: Policy, arch: Architecture, seed: int = 0) -> Result:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import adavit
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.drawing import marks, text
 from adavit.drawing.sheet import Sheet
 from adavit.errors import InputError
 from adavit.runtime import Policy, Result, Runtime
-from adavit.bundle.preprocessing import Preprocessor
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
 

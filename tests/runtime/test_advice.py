@@ -6,7 +6,7 @@ import pytest
 
 from adavit.runtime.advice import FEWEST_RUNS, Candidate, Loss, advise
 
-FP32 = Candidate("fp32", "fp32", "onnxruntime", True, ms=10.0, bytes=1000, speedup=2.0, specialised=5)
+FP32 = Candidate("fp32", "fp32", "onnxruntime", True, ms=10.0, bytes=1000)
 NONE_LOST = Loss(100, 100, 100_000)
 
 
@@ -61,17 +61,6 @@ def test_precisions_are_excused_on_cpus_alone_and_where_they_are_not_faster() ->
     for others in ([fp16(on_cpu=False)], [fp16(7.0)], [int8(15.0, on_cpu=False)], [int8()]):
         text = "\n".join(advise([FP32, *others], runs=100).lines)
         assert "GPUs" not in text and "VNNI" not in text
-
-
-def test_missing_engines_for_sets_of_heads_explain_a_smaller_speedup() -> None:
-    def said(other: Candidate, first: Candidate = FP32) -> bool:
-        return any("engines for frequent head subsets" in line for line in advise([first, other], runs=100).lines)
-
-    assert said(int8(speedup=1.5, specialised=0))
-    assert not said(int8(speedup=1.95, specialised=0))
-    assert not said(int8(speedup=1.5, specialised=3))
-    assert not said(int8(speedup=None, specialised=0))
-    assert not said(int8(speedup=1.5, specialised=0), replace(FP32, specialised=0))
 
 
 def test_a_reference_that_did_not_run_in_the_others_backend_is_said() -> None:

@@ -11,12 +11,13 @@ import pytest
 from cases import assert_same_policy, invoke, random_images, refusal, tiny
 
 import adavit
+from adavit.bundle.bundle import Bundle
 from adavit.cli import run
 from adavit.errors import LONGEST_MESSAGE, BackendError, InputError
+from adavit.runtime import Runtime
 from adavit.runtime import backend as backends
 from adavit.runtime import choose as choosing
 from adavit.runtime.backend import Options
-from adavit.bundle.bundle import Bundle
 from adavit.runtime.cache import facts, kept_at, recall, remember
 from adavit.runtime.choose import Choice, choose
 
@@ -55,19 +56,19 @@ class Stage:
 
 
 def files(cache: Path) -> list[Path]:
-    return sorted(cache.iterdir()) if cache.exists() else []
+    return sorted(cache.glob("backend-*.json"))  # other tests' runtimes may still write what images used
 
 
 def test_the_fastest_is_taken_and_kept(opened: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch, slow=8.0, fast=4.0, absent=None)
-    first = choose(opened, Options(1), stage.prepare)
+    first = choose(opened, "fp32", Options(1), stage.prepare)
     assert (first.backend, first.cached) == ("fast", False)
     assert first.milliseconds == pytest.approx({"fast": 2.0, "slow": 4.0})
     assert first.skipped == {"absent": "absent is not installed"}
     assert [str(path) for path in files(cache)] == [first.path]
     assert "fast, the fastest here: fast 2.00 ms an image, slow 4.00 ms an image (measured now, kept in" in str(first)
     asked = list(stage.asked)
-    again = choose(opened, Options(1), stage.prepare)
+    again = choose(opened, "fp32", Options(1), stage.prepare)
     assert (again.backend, again.cached, again.path) == ("fast", True, first.path)
     assert again.milliseconds == first.milliseconds
     assert stage.asked == asked
@@ -91,7 +92,7 @@ def test_the_best_of_some_rounds_counts_and_the_first_runs_do_not(
 
         return uneven, images
 
-    found = choose(opened, Options(1), prepare)
+    found = choose(opened, "fp32", Options(1), prepare)
     assert found.backend == "disturbed"
     assert found.milliseconds == pytest.approx({"steady": 2.5, "disturbed": 2.0})
 
@@ -101,25 +102,26 @@ def test_a_backend_that_loads_but_does_not_run_is_skipped(opened: Bundle, monkey
         raise BackendError("out of memory")
 
     stage = Stage(monkeypatch, runs=5.0, broken=1.0)
-    found = choose(opened, Options(1), lambda name: (refuse, 1) if name == "broken" else stage.prepare(name))
+    found = choose(opened, "fp32", Options(1), lambda name: (refuse, 1) if name == "broken" else stage.prepare(name))
     assert (found.backend, found.skipped) == ("runs", {"broken": "out of memory"})
 
 
 def test_none_at_all(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="no backend runs this bundle: a is not installed; b is not installed"):
-        choose(opened, Options(1), Stage(monkeypatch, a=None, b=None).prepare)
+        choose(opened, "fp32", Options(1), Stage(monkeypatch, a=None, b=None).prepare)
 
 
 @pytest.mark.openvino
 def test_what_a_choice_depends_on(opened: Bundle, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch, a=1.0)
-    choose(opened, Options(1), stage.prepare)
+    choose(opened, "fp32", Options(1), stage.prepare)
     for options in (Options(2), Options(1, parallel="samples")):
-        assert not choose(opened, options, stage.prepare).cached
-        assert choose(opened, options, stage.prepare).cached
+        assert not choose(opened, "fp32", options, stage.prepare).cached
+        assert choose(opened, "fp32", options, stage.prepare).cached
+    assert not choose(opened, "int8", Options(1), stage.prepare).cached
     config = json.loads((bundle / "config.json").read_text())
     (bundle / "config.json").write_text(json.dumps({**config, "name": "another"}))
-    assert not choose(Bundle.open(bundle), Options(1), stage.prepare).cached
+    assert not choose(Bundle.open(bundle), "fp32", Options(1), stage.prepare).cached
     versions = facts(opened, Options(1))["versions"]
     assert {"onnxruntime", "openvino"} <= set(versions)
     for name, value in (
@@ -131,8 +133,8 @@ def test_what_a_choice_depends_on(opened: Bundle, bundle: Path, monkeypatch: pyt
         ("__version__", "9.9.9"),
     ):
         monkeypatch.setattr(f"adavit.runtime.cache.{name}", value)
-        assert not choose(opened, Options(1), stage.prepare).cached, name
-        assert choose(opened, Options(1), stage.prepare).cached, name
+        assert not choose(opened, "fp32", Options(1), stage.prepare).cached, name
+        assert choose(opened, "fp32", Options(1), stage.prepare).cached, name
 
 
 def damage(path: Path) -> Iterator[str]:
@@ -155,22 +157,22 @@ def test_a_damaged_file_is_measured_again(
     opened: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = Stage(monkeypatch, a=1.0, b=2.0)
-    choose(opened, Options(1), stage.prepare)
+    choose(opened, "fp32", Options(1), stage.prepare)
     (path,) = files(cache)
     for text in damage(path):
         path.write_text(text)
         caplog.clear()
-        again = choose(opened, Options(1), stage.prepare)
+        again = choose(opened, "fp32", Options(1), stage.prepare)
         assert (again.backend, again.cached) == ("a", False), text[:80]
-        assert "measuring again" in caplog.text
-        assert choose(opened, Options(1), stage.prepare).cached
+        assert "it is replaced" in caplog.text
+        assert choose(opened, "fp32", Options(1), stage.prepare).cached
 
 
 def test_a_cache_that_cannot_be_written(
     opened: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("a file, not a folder")
-    found = choose(opened, Options(1), Stage(monkeypatch, a=1.0).prepare)
+    found = choose(opened, "fp32", Options(1), Stage(monkeypatch, a=1.0).prepare)
     assert (found.backend, found.cached, found.path) == ("a", False, None)
     assert "is not kept" in caplog.text
     assert "not kept" in str(found)
@@ -201,27 +203,28 @@ def test_a_cache_that_cannot_be_read(
     with monkeypatch.context() as patch:
         if kind == "not allowed":
             patch.setattr("adavit.runtime.cache.os.listdir", forbidden)
+            patch.setattr("adavit.runtime.cache.open_regular", forbidden)
         for _ in range(2):
             images = random_images(tiny(), 1)
             assert len(adavit.load(tiny_bundle, threads=1).run(images).logits) == 1
     assert [record.levelname for record in caplog.records if "cannot be read" in record.message] == ["WARNING"]
     if kind != "not allowed":
-        assert recall("plan", {}) is remember("plan", {}, {}) is None
+        assert recall("usage", {}) is remember("usage", {}, {}) is None
 
 
 def test_warnings_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.joinpath(*(["a\n\x1b[31m" * 20] * 5))))
-    path = kept_at("plan", {})
+    path = kept_at("usage", {})
     assert path
     path.parent.mkdir(parents=True)
     for content in ("{", "{}"):
         path.write_text(content)
-        assert recall("plan", {}) is None
+        assert recall("usage", {}) is None
     path.unlink()
     path.mkdir()
-    assert recall("plan", {}) is remember("plan", {}, {}) is None
+    assert recall("usage", {}) is remember("usage", {}, {}) is None
     assert len(caplog.records) == 4
     for record in caplog.records:
         assert record.message.isprintable()
@@ -254,6 +257,25 @@ def test_loading(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert named.choice is None
     assert_same_policy(loaded.run(images).policy, named.run(images).policy)
     np.testing.assert_array_equal(loaded.run(images).logits, named.run(images).logits)
+
+
+@pytest.mark.parametrize(("parallel", "sizes"), [("auto", [1] * 4), ("operators", [1] * 4), ("samples", [4])])
+def test_what_is_timed(parallel: str, sizes: list[int], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single images, or a batch where each thread has an image."""
+    ran: list[int] = []
+    run_images = Runtime.run
+
+    def noted(runtime: Runtime, images: np.ndarray, *given: Any) -> Any:
+        ran.append(len(images))
+        return run_images(runtime, images, *given)
+
+    monkeypatch.setattr(choosing, "names", lambda: ["onnxruntime"])
+    monkeypatch.setattr(Runtime, "run", noted)
+    choice = adavit.load(tiny_bundle, backend="auto", threads=2, parallel=parallel).choice
+    assert choice is not None
+    assert (choice.backend, list(choice.milliseconds)) == ("onnxruntime", ["onnxruntime"])
+    assert ran[: len(sizes)] == sizes
+    assert set(ran) == set(sizes)
 
 
 def test_without_openvino(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

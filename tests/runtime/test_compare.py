@@ -5,21 +5,20 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from cases import (
     WIDE,
+    edit_weights,
     export,
     invoke,
     pictures_in,
     random_model,
     read_config,
     refusal,
-    rewrite_engine,
+    stored_files,
     tiny,
     write_config,
 )
-from onnx import numpy_helper
 
 import adavit
 from adavit.cli import run
@@ -34,14 +33,20 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shifted(wide: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wide bundle, its block 1 deciding otherwise on heads, and its classes moved."""
     bundle = shutil.copytree(wide[0], tmp_path_factory.mktemp("shifted") / "bundle")
-    for engine, weight, shift in (("blocks.1.decide", "choices.bias", 0.5), ("head", "head.bias", 0.01)):
-        model = onnx.load(bundle / f"onnx/{engine}.onnx")
-        value = next(value for value in model.graph.initializer if value.name == weight)
-        changed = numpy_helper.to_array(value) + np.float32(shift)
-        if engine != "head":
-            changed[WIDE.heads :] -= np.float32(shift)  # sub-layers as they were
-        value.CopyFrom(numpy_helper.from_array(changed, weight))
-        rewrite_engine(bundle, engine, model.SerializeToString())
+    for name, shift in (("blocks.1.head_select.mlp_head.bias", 0.5), ("head.bias", 0.01)):
+        edit_weights(bundle, lambda key: key == name, lambda array: array + shift)  # noqa: B023
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def two_precisions(wide: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wide bundle with its graphs twice: as fp32, and as what calls itself fp16."""
+    bundle = shutil.copytree(wide[0], tmp_path_factory.mktemp("two") / "both")
+    shutil.copytree(bundle / "fp32", bundle / "fp16")
+    config = read_config(bundle)
+    text = json.dumps(config["precisions"]["fp32"]).replace("fp32/", "fp16/")
+    config["precisions"]["fp16"] = json.loads(text)
+    write_config(bundle, config)
     return bundle
 
 
@@ -117,16 +122,15 @@ def test_a_row_for_each_bundle(wide: tuple[Path, Path], shifted: Path, photos: P
     fp32 = shutil.copytree(wide[0], tmp_path / "fp32")
     without = shutil.copytree(wide[0], tmp_path / "without")
     config = read_config(without)
-    del config["engines"]["dense"]
+    del config["precisions"]["fp32"]["dense"]
     write_config(without, config)
     report = compared(fp32, shifted, without, "--images", photos, "--batch", 2)
     rows = report["bundles"]
     assert [row["name"] for row in rows] == ["fp32", "bundle", "without"]
     assert [row["path"] for row in rows] == [str(fp32), str(shifted), str(without)]
     assert {(row["precision"], row["backend"], row["accuracy"]) for row in rows} == {("fp32", "onnxruntime", None)}
-    engines = read_config(fp32)["engines"]
-    size = sum(engine["bytes"] for name, engine in engines.items() if name != "dense")
-    assert [row["bytes"] for row in rows] == [size] * 3
+    sizes = [sum((one / file).stat().st_size for file in stored_files(one).values()) for one in (fp32, without)]
+    assert [row["bytes"] for row in rows] == [sizes[0], sizes[0], sizes[1]]
     first = rows[0]
     assert first["top1_agreement"] is first["flipped"] is rows[2]["speedup"] is rows[2]["dense_latency_ms"] is None
     for row in rows:
@@ -135,7 +139,7 @@ def test_a_row_for_each_bundle(wide: tuple[Path, Path], shifted: Path, photos: P
         assert row["speedup_over_first_dense"] == pytest.approx(over_first)
     for row in rows[:2]:
         assert row["speedup"] == pytest.approx(row["dense_latency_ms"]["p50"] / row["latency_ms"]["p50"])
-    assert (report["batch"], report["threads"], report["parallel"], report["runs"]) == (2, 1, "samples", 2)
+    assert (report["batch"], report["threads"], report["parallel"], report["runs"]) == (2, 1, "auto", 2)
     assert [one["free"]["flipped"] > 0 for one in report["compared"]] == [True, False]
     assert [row["flipped"] for row in rows[1:]] == [one["free"]["flipped"] for one in report["compared"]]
     assert "free" not in report  # which is of a pair
@@ -160,7 +164,7 @@ def test_the_table(wide: tuple[Path, Path], shifted: Path, photos: Path, tmp_pat
     assert header.split()[:5] == ["bundle", "precision", "MB", "ms", "speedup"]
     assert "over fp32 (1)'s twin" in header
     assert [row.split()[:3] for row in rows[::2]] == [["fp32", "(1)", "fp32"], ["fp32", "(3)", "fp32"]]
-    assert "engines on disk, without the dense twin" in done.stdout
+    assert "weights and graphs on disk" in done.stdout
     assert "advice      ship " in done.stdout
     assert "by block" not in done.stdout  # which is of a pair
     done = invoke(run, *arguments, "--iterations", 10, "--no-dense")
@@ -169,10 +173,25 @@ def test_the_table(wide: tuple[Path, Path], shifted: Path, photos: Path, tmp_pat
     assert "speedup" not in done.stdout.split("advice")[0] and "dense twin was run" not in done.stdout
 
 
-def test_each_bundle_gets_engines_of_its_own(wide: tuple[Path, Path], photos: Path) -> None:
+def test_every_bundle_is_prepared(wide: tuple[Path, Path], photos: Path) -> None:
     both = (wide[0], wide[0], "--images", photos)
-    assert all(row["specialised"] > 0 for row in compared(*both)["bundles"])
-    assert [row["specialised"] for row in compared(*both, "--no-specialise")["bundles"]] == [0, 0]
+    assert all(row["prepared"] > 0 for row in compared(*both)["bundles"])
+    assert [row["prepared"] for row in compared(*both, "--no-specialise")["bundles"]] == [0, 0]
+
+
+def test_each_precision_of_a_bundle_is_a_row(wide: tuple[Path, Path], two_precisions: Path, photos: Path) -> None:
+    def rows(*arguments: object) -> list[tuple[str, str]]:
+        report = compared(*arguments, "--images", photos, "--no-dense", "--no-specialise")
+        assert {row["flipped"] for row in report["bundles"][1:]} == {0}
+        return [(row["name"], row["precision"]) for row in report["bundles"]]
+
+    assert rows(two_precisions) == [("both fp32", "fp32"), ("both fp16", "fp16")]
+    assert rows(wide[0], two_precisions) == [("bundle fp32", "fp32"), ("both fp32", "fp32"), ("both fp16", "fp16")]
+    assert rows(wide[0], two_precisions, "--precision", "fp32") == [("bundle", "fp32"), ("both", "fp32")]
+    few = invoke(run, "--compare", two_precisions, "--images", photos, "--precision", "fp16")
+    assert "takes two BUNDLEs or more, or one in several precisions" in refusal(few, 2)
+    none = invoke(run, "--compare", wide[0], two_precisions, "--images", photos, "--precision", "fp16")
+    assert "is not in precision 'fp16'; it has fp32" in refusal(none)
 
 
 def test_names_tell_bundles_apart(wide: tuple[Path, Path], photos: Path, tmp_path: Path) -> None:
@@ -190,7 +209,7 @@ def test_what_cannot_be_compared(
     for few in ((), (wide[0],)):
         assert "takes two BUNDLEs or more" in refusal(invoke(run, "--compare", *few, "--images", photos), 2)
     assert "add --compare" in refusal(invoke(run, wide[0], tiny_bundle, "--images", photos), 2)
-    for option in (("--budget", 0.5), ("--tune",), ("--top", 2), ("--record-policy", tmp_path / "policy.npz")):
+    for option in (("--budget", 0.5), ("--top", 2), ("--record-policy", tmp_path / "policy.npz")):
         message = refusal(invoke(run, "--compare", wide[0], wide[0], "--images", photos, *option), 2)
         assert f"--compare runs the trained policies, without {option[0]}" in message
     (tmp_path / "broken.png").write_bytes(b"")

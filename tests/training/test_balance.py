@@ -12,9 +12,9 @@ import pytest
 import torch
 from training_cases import tiny, write_idx_set
 
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.model import AdaViT
 from adavit.model import policy as P
-from adavit.bundle.preprocessing import Preprocessor
 from adavit.training import start
 from adavit.training.balance import balance
 from adavit.training.data import LabelledImages, open_images

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.export import ExportOptions, export_bundle
 from adavit.model import load_checkpoint, save_safetensors
 from adavit.model.checkpoint import load_safely
-from adavit.bundle.bundle import Bundle
-from adavit.bundle.preprocessing import Preprocessor
 from adavit.training.command import main
 from adavit.training.loader import evaluation_batches
 from adavit.training.predict import Batches

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from cases import python
 from onnx import TensorProto, helper
 from test_command import SHORT, SMALL, call, fails
 from training_cases import CLASSES, SIDE, tiny
@@ -48,6 +49,21 @@ def test_a_graph_gives_its_logits(tmp_path: Path) -> None:
     batch = ({0: torch.export.Dim("batch")},)
     torch.onnx.export(net, (images[:2],), tmp_path / "net.onnx", dynamic_shapes=batch, verbose=False)
     torch.testing.assert_close(open_teacher(tmp_path / "net.onnx", tiny())(images).logits, net(images).detach())
+
+
+def test_a_graph_leaves_the_thread_pool_of_the_process_alone(tmp_path: Path) -> None:
+    graph = constant_graph(tmp_path / "teacher.onnx", [0.0] * CLASSES)
+    code = """
+import sys
+from pathlib import Path
+import onnxruntime
+from adavit.training.teacher import OnnxTeacher
+teacher = OnnxTeacher(Path(sys.argv[1]))
+onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])  # with default options
+onnxruntime.set_global_thread_pool_sizes(2, 1)  # refused where there is one
+"""
+    done = python(code, graph)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_student_of_a_constant_teacher_learns_its_logits(tmp_path: Path, idx_folder: Path) -> None:
