@@ -82,7 +82,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     if options.opset not in OPSETS:
         raise OptionError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     options.budgets.check()
-    options.calibration.check(options.opset)
+    options.calibration.check()
     _check_output(output, options.force)
     progress("loading the checkpoint", 0.0)
     model = load_checkpoint(source, options.heads)
@@ -157,8 +157,7 @@ def _write_fp32(folder: Path, model: AdaViT, options: ExportOptions, progress: P
     """The weights as they are, and the graphs on them."""
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
     tensors = weights | stem_tensors(model.arch, weights)
-    notes = {"format": "pt", "num_heads": str(model.arch.heads)}
-    return write_graphs(folder, "fp32", model.arch, tensors, options.opset, options.with_dense, progress, metadata=notes)
+    return write_graphs(folder, "fp32", model.arch, tensors, options.opset, options.with_dense, progress)
 
 
 def _verified(model: AdaViT, bundle: Path, threads: int | None, progress: Progress) -> dict[str, Any]:

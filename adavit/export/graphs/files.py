@@ -11,26 +11,18 @@ from safetensors.numpy import save
 
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import DENSE, STEM, WEIGHTS, GraphFiles, StoredFile
-from adavit.bundle.keys import Sublayers, combinations
+from adavit.bundle.keys import combinations
 from adavit.bundle.tensors import TensorFile
 from adavit.export.graphs.block import add_block
 from adavit.export.graphs.builder import Builder
 from adavit.export.graphs.dense import make_dense
-from adavit.export.graphs.precision import FP32, Precision
+from adavit.export.graphs.precision import Units
 from adavit.export.graphs.stem import make_stem
 
-__all__ = ["Units", "write_graphs"]
+__all__ = ["write_graphs"]
 
 Tensors = Mapping[str, npt.NDArray[np.generic]]
 Progress = Callable[[str, float], None]
-
-
-class Units(dict[str, Precision]):
-    """The precision of each sub-layer, "blocks.3.mlp", and of "dense"; what is not named is in fp32."""
-
-    def of(self, block: int, sublayers: Sublayers) -> dict[str, Precision]:
-        """Of a block's sub-layers that run."""
-        return {part: self.get(f"blocks.{block}.{part}", FP32) for part, runs in sublayers._asdict().items() if runs}
 
 
 def write_graphs(
@@ -42,7 +34,6 @@ def write_graphs(
     with_dense: bool,
     progress: Progress,
     units: Units | None = None,
-    metadata: Mapping[str, str] | None = None,
 ) -> GraphFiles:
     """Writes weights and graphs into a folder of the bundle `folder` that is named after the precision.
 
@@ -55,10 +46,10 @@ def write_graphs(
         with_dense: whether to write the dense twin; a model without policies has nothing else.
         progress: told the stage and the share done.
         units: what is not in fp32.
-        metadata: of the weights' file.
     """
     (folder / precision).mkdir()
-    data = save({name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}, dict(metadata or {}))
+    notes = {"format": "pt", "num_heads": str(arch.heads)}  # as checkpoints have them
+    data = save({name: np.asarray(value, order="C") for name, value in sorted(tensors.items())}, notes)
     weights = _write(folder, f"{precision}/{WEIGHTS}", data)
     parsed = TensorFile.parse(data, weights.file)
     units = units or Units()
@@ -89,7 +80,7 @@ def write_graphs(
             )
     dense = None
     if with_dense or not arch.adapts:
-        dense = write(DENSE, "dense", lambda builder: make_dense(builder, arch, units.get("dense", FP32)))
+        dense = write(DENSE, "dense", lambda builder: make_dense(builder, arch, units))
     return GraphFiles(precision, opset, weights, stem, tuple(blocks), dense)
 
 
