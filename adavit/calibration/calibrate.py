@@ -165,10 +165,10 @@ class Calibration:
         return recorder, skipped
 
     def _model_hash(self) -> str:
-        """Of the fp32 graphs and weights, and of what images go through."""
-        hashes = [file.sha256 for file in self._runtime.graphs.files.files()]
-        hashes.append(self._runtime.bundle.config["files"][PREPROCESSING]["sha256"])
-        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+        """Of the weights in fp32, of whether there is a dense twin, and of what images go through."""
+        files, texts = self._runtime.graphs.files, self._runtime.bundle.config["files"]
+        parts = files.weights.sha256, texts[PREPROCESSING]["sha256"], files.dense is not None
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _hash_files(paths: list[Path]) -> str:
