@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from adavit.errors import BundleError, shown
 
-__all__ = ["DTYPES", "Tensor", "TensorFile"]
+__all__ = ["DTYPES", "Tensor", "TensorFile", "encoded"]
 
 LENGTH = 8
 """Bytes at the start: the length of the header, little-endian."""
@@ -72,6 +72,23 @@ class TensorFile:
         return np.frombuffer(self.data, np.dtype(found.dtype).newbyteorder("<"), count, found.offset).reshape(
             found.shape
         )
+
+
+def encoded(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same tensors; safetensors' own writer orders metadata at random.
+
+    The largest types come first, so that every tensor is aligned.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, value in ordered:
+        header[name] = {"dtype": names[value.dtype.name], "shape": value.shape, "data_offsets": [at, at + value.nbytes]}
+        at += value.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH)
+    return b"".join([len(text).to_bytes(LENGTH, "little"), text, *(value.tobytes() for _, value in ordered)])
 
 
 def _read_header(data: bytes) -> dict[str, Tensor]:

@@ -190,9 +190,9 @@ def given(graph: OnnxGraph, arch: Architecture, constants: Mapping[str, Any]) ->
 def test_openvino_computes_the_same(bundle: Path, precision: str) -> None:
     core = pytest.importorskip("openvino").Core()
     graphs = Graphs(Bundle.open(bundle), precision)
-    cases = [(graphs.dense(), {}), (graphs.block(0, BOTH), graphs.quantised_head_weights(BlockKey(0, BOTH, (0, 1, 2, 3, 4, 5))))]
-    cases += [(graphs.block(1, BOTH), graphs.quantised_head_weights(BlockKey(1, BOTH, (1, 4))))]
-    for graph, handed in cases:
+    keys = BlockKey(0, BOTH, tuple(range(WIDE.heads))), BlockKey(1, BOTH, (1, 4))
+    cases = [(graphs.block(key.block, BOTH), graphs.quantised_head_weights(key)) for key in keys]
+    for graph, handed in [(graphs.dense(), {}), *cases]:
         constants = graph.arrays(graphs.tensors) | dict(handed)
         data, inputs = graph.model(constants), given(graph, WIDE, constants)
         wanted = session(data).run(None, inputs)

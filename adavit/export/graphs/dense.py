@@ -67,6 +67,9 @@ def _projected(graph: Builder, arch: Architecture, site: str, name: str, normed:
     found = graph.op("Gemm", read, _matrix(graph, precision, f"{tensor}.weight"), transB=1)
     if arch.qkv_bias and name != "key":
         found = graph.op("Add", found, graph.weight(f"{tensor}.bias", f"{tensor}.bias"))
+    elif precision.name == "int8":
+        # OpenVINO 2026.4 refuses to split the rows of an int8 product that nothing was added to; this changes nothing.
+        found = graph.op("Add", found, graph.scalar(1e-30))
     if name == "query":
         scale = np.asarray(arch.head_width**-0.5, precision.dtype)
         found = graph.op("Mul", found, graph.constant(f"attention_scale_{precision.dtype}", scale))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save
 
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import DENSE, STEM, WEIGHTS, GraphFiles, StoredFile
 from adavit.bundle.keys import combinations
-from adavit.bundle.tensors import TensorFile
+from adavit.bundle.tensors import TensorFile, encoded
 from adavit.export.graphs.block import add_block
 from adavit.export.graphs.builder import Builder
 from adavit.export.graphs.dense import make_dense
@@ -21,7 +20,7 @@ from adavit.export.graphs.stem import make_stem
 
 __all__ = ["write_graphs"]
 
-Tensors = Mapping[str, npt.NDArray[np.generic]]
+Tensors = Mapping[str, npt.NDArray[Any]]
 Progress = Callable[[str, float], None]
 
 
@@ -49,7 +48,7 @@ def write_graphs(
     """
     (folder / precision).mkdir()
     notes = {"format": "pt", "num_heads": str(arch.heads)}  # as checkpoints have them
-    data = save({name: np.asarray(value, order="C") for name, value in sorted(tensors.items())}, notes)
+    data = encoded(tensors, notes)
     weights = _write(folder, f"{precision}/{WEIGHTS}", data)
     parsed = TensorFile.parse(data, weights.file)
     units = units or Units()
