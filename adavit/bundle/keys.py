@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from adavit.architecture import Architecture
 
-__all__ = ["BOTH", "NONE", "BlockKey", "Sublayers", "combinations"]
+__all__ = ["ATTENTION", "BOTH", "NONE", "BlockKey", "Sublayers", "combinations"]
 
 
 class Sublayers(NamedTuple):
@@ -20,6 +20,9 @@ class Sublayers(NamedTuple):
         """As files and reports name the combination."""
         return {(True, True): "both", (True, False): "attention", (False, True): "mlp"}.get(tuple(self), "none")
 
+
+ATTENTION = ("projected", "mixed")
+"""The names of the first and the last node between which a graph mixes tokens: from norm1(x) [K, D] to [K, c]."""
 
 BOTH, NONE = Sublayers(True, True), Sublayers(False, False)
 

@@ -16,7 +16,7 @@ from adavit.bundle.graphs import Graphs
 from adavit.calibration.cache import Origin, load_ranges, save_ranges
 from adavit.calibration.check import check_converted
 from adavit.calibration.convert import Assigned, assign, converted
-from adavit.calibration.mixed import Measure, Search, read_images
+from adavit.calibration.mixed import MOST_IMAGES, Measure, Search
 from adavit.calibration.ranges import Ranges, measure_ranges
 from adavit.calibration.recording import Recorder
 from adavit.errors import InputError
@@ -24,7 +24,7 @@ from adavit.export.graphs.files import write_graphs
 from adavit.precision_options import CalibrationOptions
 from adavit.reading import open_regular
 from adavit.runtime.backend import create_backend
-from adavit.runtime.image_files import find_calibration_images, labels_by
+from adavit.runtime.image_files import find_calibration_images, labels_by, read_images
 from adavit.runtime.session import Runtime, load
 
 __all__ = ["Calibration"]
@@ -110,7 +110,7 @@ class Calibration:
     def _search(self, ranges: Ranges) -> tuple[Assigned, dict[str, Any]]:
         """The assignment of mixed precision, and its sensitivity table."""
         runtime, arch = self._runtime, self._runtime.architecture
-        images, labels = read_images(self._files, runtime.preprocess)
+        images, labels = read_images(self._files, runtime.preprocess, MOST_IMAGES)
 
         def make(assigned: Assigned) -> Runtime:
             with tempfile.TemporaryDirectory(dir=self._folder, prefix=".mixed") as folder:

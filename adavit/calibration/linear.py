@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from adavit.architecture import Architecture
+from adavit.bundle.keys import ATTENTION
 
 __all__ = ["Linear", "Sublayer", "sublayers_of"]
 
@@ -12,19 +13,20 @@ _LAYERS = {
     "attention": {"qkv": ("attn.query", "attn.key", "attn.value"), "proj": ("attn.proj",)},
     "mlp": {"fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)},
 }
+_READ = {"qkv": "qkv.input", "proj": ATTENTION[1], "fc1": "fc1.input", "fc2": "fc2.input"}
 
 
 class Linear(NamedTuple):
     """A linear layer, or several that read the same.
 
     Attributes:
-        role: which of its sub-layer: "qkv", "proj", "fc1" or "fc2".
         site: its name in the model, such as "blocks.3.fc1".
+        read: the value that it reads, in a graph of its block.
         tensors: how the names of its tensors begin.
     """
 
-    role: str
     site: str
+    read: str
     tensors: tuple[str, ...]
 
 
@@ -48,7 +50,7 @@ class Sublayer(NamedTuple):
         """Its linear layers, in the order they run; query, key and value are one."""
         block = f"blocks.{self.block}"
         return [
-            Linear(role, f"{block}.{role}", tuple(f"{block}.{name}" for name in names))
+            Linear(f"{block}.{role}", _READ[role], tuple(f"{block}.{name}" for name in names))
             for role, names in _LAYERS[self.part].items()
         ]
 

@@ -78,7 +78,7 @@ def _largest_weight(graphs: Graphs, sublayer: Sublayer) -> float:
 def _measure_sublayer(graphs: Graphs, sublayer: Sublayer, samples: Sequence[Sample], watch: Watch) -> None:
     """Runs what a sub-layer was dispatched with through the graphs of its block."""
     arch = graphs.architecture
-    values = {f"{linear.role}.input": (sublayer, linear) for linear in sublayer.linears()}
+    values = {linear.read: (sublayer, linear) for linear in sublayer.linears()}
     by_graph: dict[Sublayers, tuple[Watched, Arrays]] = {}
     for key, rows in samples:
         if key.sublayers not in by_graph:
@@ -94,7 +94,7 @@ def _measure_sublayer(graphs: Graphs, sublayer: Sublayer, samples: Sequence[Samp
 def _measure_dense(graphs: Graphs, images: Sequence[npt.NDArray[np.float32]], watch: Watch) -> None:
     """Runs whole images [3, S, S] through the dense twin."""
     values = {
-        f"{linear.site}.input": (sublayer, linear)
+        f"blocks.{sublayer.block}.{linear.read}": (sublayer, linear)
         for sublayer in sublayers_of(graphs.architecture)
         for linear in sublayer.linears()
     }

@@ -12,7 +12,7 @@ all there is.
 
 The weights have the checkpoint's layouts, [out, in]; queries are scaled by them, see `adavit.bundle.head_weights`.
 
-What the linear layers read has names, which calibration finds it by: qkv.input, proj.input, fc1.input and fc2.input.
+What the linear layers read has names, which calibration finds it by: qkv.input, mixed, fc1.input and fc2.input.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from adavit.architecture import Architecture
-from adavit.bundle.keys import Sublayers
+from adavit.bundle.keys import ATTENTION, Sublayers
 from adavit.export.graphs.builder import Builder
 from adavit.export.graphs.precision import Precision
 
@@ -96,10 +96,11 @@ def add_attention(
     """
     site, d = f"blocks.{block}", arch.head_width
     normed = _own_norm(graph, arch, block, prefix, "norm1", x, name=f"{prefix}qkv.input")
-    qkv = graph.op("Gemm", precision.enter(graph, normed, f"{site}.qkv", prefix), weights["qkv"], transB=1)
+    read = precision.enter(graph, normed, f"{site}.qkv", prefix)
+    qkv = graph.op("Gemm", read, weights["qkv"], transB=1, name=f"{prefix}{ATTENTION[0]}")
     if "qkv_bias" in weights:
         qkv = graph.op("Add", qkv, weights["qkv_bias"])
-    parts = graph.op("Reshape", qkv, graph.ints(0, 3, -1, d), name=f"{prefix}qkv.parts")  # [K, 3, h, d]
+    parts = graph.op("Reshape", qkv, graph.ints(0, 3, -1, d))  # [K, 3, h, d]
     query, key, value = (
         graph.op("Transpose", graph.op("Gather", parts, graph.constant(f"part_{i}", np.int64(i)), axis=1), perm=perm)
         for i, perm in enumerate(([1, 0, 2], [1, 2, 0], [1, 0, 2]))
@@ -107,7 +108,7 @@ def add_attention(
     scores = precision.leave(graph, graph.op("MatMul", query, key))
     shares = precision.enter(graph, graph.op("Softmax", scores, axis=-1))
     mixed = graph.op("Transpose", graph.op("MatMul", shares, value), perm=[1, 0, 2])
-    mixed = graph.op("Reshape", mixed, graph.ints(0, -1), name=f"{prefix}proj.input")
+    mixed = graph.op("Reshape", mixed, graph.ints(0, -1), name=f"{prefix}{ATTENTION[1]}")
     update = graph.op("Gemm", _again(graph, mixed, precision, f"{site}.proj", prefix), weights["proj"], transB=1)
     return _residual(graph, block, prefix, "attn.proj", update, x, precision)
 

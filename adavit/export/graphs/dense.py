@@ -52,7 +52,7 @@ def _attention(graph: Builder, arch: Architecture, block: int, x: str, precision
     scores = precision.leave(graph, graph.op("MatMul", query, key))
     shares = precision.enter(graph, graph.op("Softmax", scores, axis=-1))
     mixed = graph.op("Transpose", graph.op("MatMul", shares, value), perm=[0, 2, 1, 3])
-    mixed = graph.op("Reshape", mixed, graph.ints(-1, arch.width), name=f"{site}.proj.input")
+    mixed = graph.op("Reshape", mixed, graph.ints(-1, arch.width), name=f"{site}.mixed")
     read = mixed if precision.name == "fp16" else precision.enter(graph, mixed, f"{site}.proj", f"{site}.")
     update = graph.op("Gemm", read, _matrix(graph, precision, f"{site}.attn.proj.weight"), transB=1)
     update = graph.op("Add", update, graph.weight(f"{site}.attn.proj.bias", f"{site}.attn.proj.bias"))

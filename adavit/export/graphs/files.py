@@ -33,6 +33,7 @@ def write_graphs(
     with_dense: bool,
     progress: Progress,
     units: Units | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> GraphFiles:
     """Writes weights and graphs into a folder of the bundle `folder` that is named after the precision.
 
@@ -45,10 +46,10 @@ def write_graphs(
         with_dense: whether to write the dense twin; a model without policies has nothing else.
         progress: told the stage and the share done.
         units: what is not in fp32.
+        metadata: of the weights' file.
     """
     (folder / precision).mkdir()
-    notes = {"format": "pt", "num_heads": str(arch.heads)}  # as checkpoints have them
-    data = encoded(tensors, notes)
+    data = encoded(tensors, metadata or {})
     weights = _write(folder, f"{precision}/{WEIGHTS}", data)
     parsed = TensorFile.parse(data, weights.file)
     units = units or Units()
