@@ -12,11 +12,10 @@ from click.core import ParameterSource
 from adavit import console
 from adavit.budget_options import BudgetOptions
 from adavit.console_notes import echo_notes, export_notes
-from adavit.console_precision import calibration_lines, checked_lines, compare_lines
+from adavit.console_precision import compare_lines, precision_lines
 from adavit.console_progress import Stage
 from adavit.console_run import run_lines
 from adavit.console_stages import (
-    TUNING,
     adding_stages,
     checking_stages,
     comparing_stages,
@@ -81,10 +80,9 @@ def export(
     console.write_json(report, json_file)
     if json_file != "-":
         lines = console.export_lines(report)
-        if checked := cast(dict[str, Any], report.get("checked")):
-            lines += checked_lines(report["precision"], checked)
-        if calibrated := cast(dict[str, Any], report.get("calibration")):
-            lines += calibration_lines(calibrated)
+        calibrated = cast(dict[str, dict[str, Any]], report.get("calibration") or {})
+        for precision, found in calibrated.items():
+            lines += precision_lines(precision, found)
         for line in lines + console.end_lines(report):
             click.echo(console.printable(line))
 
@@ -129,7 +127,7 @@ def _export(
     if source is None or output is None:
         raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")
     _refuse({"against"}, "an export is verified against its CHECKPOINT, leave out")
-    if options["calibration"].precision == "fp32":
+    if options["calibration"].precisions == ("fp32",):
         images = () if options["budgets"].budgets else CALIBRATION_IMAGES
         _refuse({*CALIBRATING, *images}, "nothing is calibrated in fp32, give a --precision or leave out")
     return export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
@@ -183,8 +181,6 @@ def _stages(options: dict[str, Any], tune: bool, compared: int) -> Sequence[Stag
     seconds, iterations, backend = (options[key] for key in ("seconds", "iterations", "backend"))
     if compared:
         return comparing_stages(compared, seconds, iterations)
-    if tune:
-        return TUNING
     return running_stages(
         seconds, iterations, options["latency_ms"] is not None, options["profile"] is not None, backend
     )

@@ -42,7 +42,6 @@ MODULES = {  # An optional package that is missing, and the extra that brings it
     "safetensors": "export",
     "onnxruntime": "cpu",
     "matplotlib": "train",
-    "modelopt": "int8",
 }
 
 
@@ -210,8 +209,9 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def export_lines(report: dict[str, Any]) -> list[str]:
     """The summary of an export or a check."""
     lines = [f"bundle      {report['bundle']}"]
-    if "engines" in report:
-        lines.append(f"engines     {report['engines']}, {report['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
+    for precision, files in report.get("precisions", {}).items():
+        count = f"{files['graphs']} graph{'s' * (files['graphs'] > 1)}"
+        lines.append(f"{precision:<11} {count}, {files['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
     if prepare := report.get("preprocessing"):
         side, mean, std = (prepare[key] for key in ("side", "mean", "std"))
         numbers = (" ".join(f"{value:g}" for value in values) for values in (mean, std))
@@ -220,7 +220,7 @@ def export_lines(report: dict[str, Any]) -> list[str]:
         )
     if found := report.get("verified"):
         decisions = f"{found['decisions']} decisions identical, " if found["decisions"] else ""
-        what = "verified" if report.get("precision", "fp32") == "fp32" else "fp32 graphs"
+        what = "verified" if "fp32" in report.get("precisions", ["fp32"]) else "fp32 graphs"
         lines.append(
             f"{what:<11} {found['images']} images: {decisions}"
             f"largest logit difference {found['max_logit_difference']:.1e}"
@@ -237,10 +237,10 @@ def export_lines(report: dict[str, Any]) -> list[str]:
 def end_lines(report: dict[str, Any]) -> list[str]:
     """How long an export or a check took, and the next step."""
     lines = [f"took        {report['seconds']:.1f} s"] if "seconds" in report else []
-    if "engines" in report:
+    if precisions := report.get("precisions"):
         bundle = shlex.quote(report["bundle"])
-        converted = report["precision"] != "fp32"
-        lines.append(f"next        adavit-run {'--compare FP32 ' if converted else ''}{bundle} --images PHOTOS")
+        compared = "--compare " if len(precisions) > 1 else "" if "fp32" in precisions else "--compare FP32 "
+        lines.append(f"next        adavit-run {compared}{bundle} --images PHOTOS")
     return lines
 
 

@@ -7,21 +7,27 @@ from typing import Any
 
 from adavit.console import table
 
-__all__ = ["calibration_lines", "checked_lines", "compare_lines"]
+__all__ = ["compare_lines", "precision_lines"]
 
 _NAMES = {"tokens": "tokens", "heads": "heads", "sublayers": "sub-layers"}
 
 
-def calibration_lines(report: dict[str, Any]) -> list[str]:
+def precision_lines(precision: str, report: dict[str, Any]) -> list[str]:
+    """How a precision differs from fp32, and how it was calibrated."""
+    checked = report.get("checked")
+    return [*(_checked_lines(precision, checked) if checked else []), *_calibration_lines(report)]
+
+
+def _calibration_lines(report: dict[str, Any]) -> list[str]:
     """The summary of a calibration; starved sub-layers are named."""
     how = f", {report['method']} ranges" if report["method"] else ""
     lines = [f"calibrated  on {report['images']} images{how}" + (" (cached)" if report["reused"] else "")]
     if skipped := report["skipped"]:
         lines[0] += f"; {len(skipped)} could not be read, first: {skipped[0]}"
-    rows: list[tuple[str, ...]] = [("engine", "samples", "tokens", "precision")]
+    rows: list[tuple[str, ...]] = [("sub-layer", "samples", "tokens", "precision")]
     rows += [
-        (name, str(engine["samples"]), str(engine["tokens"]), engine["precision"])
-        for name, engine in report["engines"].items()
+        (name, str(found["samples"]), str(found["tokens"]), found["precision"])
+        for name, found in report["sublayers"].items()
     ]
     lines += ["", *table(rows), ""]
     if "sensitivity" in report:
@@ -35,7 +41,7 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _kept_lines(kept_higher: dict[str, Any]) -> list[str]:
-    """Engines that stay in a higher precision, by the reason."""
+    """Sub-layers that stay in a higher precision, by the reason."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name, kept in kept_higher.items():
         alike.setdefault((kept["precision"], kept["reason"]), []).append(name)
@@ -45,8 +51,8 @@ def _kept_lines(kept_higher: dict[str, Any]) -> list[str]:
     ]
 
 
-def checked_lines(precision: str, report: dict[str, Any]) -> list[str]:
-    """How a bundle that was converted from fp32 differs from it."""
+def _checked_lines(precision: str, report: dict[str, Any]) -> list[str]:
+    """How a precision differs from the fp32 that it was made from."""
     free, accuracy = report["free"], report["accuracy"]
     line = (
         f"{precision:<11} {report['images']} {report['input']}, against fp32: {free['flipped']:.2%} of decisions "
@@ -58,7 +64,7 @@ def checked_lines(precision: str, report: dict[str, Any]) -> list[str]:
     if not report["differs"]:
         return [line]
     advice = "compare them on more images by adavit-run --compare, or try --precision mixed"
-    return [line, f"warning     the {precision} bundle decides differently from fp32's; {advice}"]
+    return [line, f"warning     {precision} decides differently from fp32; {advice}"]
 
 
 def compare_lines(report: dict[str, Any]) -> list[str]:
@@ -106,7 +112,7 @@ def _legend(report: dict[str, Any]) -> list[str]:
     where = f" in {rows[0]['backend']}" if len({row["backend"] for row in rows}) == 1 else ""
     lines = [
         f"images      {report['images']}{labels}",
-        "MB          engines on disk, without the dense twin",
+        "MB          weights and graphs on disk",
         f"ms          an image, median of {report['runs']} runs with batch {report['batch']} and {report['threads']} "
         f"threads{where}, all bundles in turns",
         f"speedup     over the bundle's own dense twin; then over {first}'s",

@@ -8,7 +8,6 @@ from adavit.precision_options import CalibrationOptions
 from adavit.tensorrt.options import BuildOptions
 
 __all__ = [
-    "TUNING",
     "adding_stages",
     "checking_stages",
     "comparing_stages",
@@ -20,10 +19,6 @@ __all__ = [
 MACS_PER_SECOND = 5e10
 """Of a model in PyTorch."""
 LOADING = Stage("loading the bundle", 1)
-TUNING = (
-    LOADING, Stage("running images", 0.3), Stage("measuring engines", 4), Stage("comparing plans", 1),
-    Stage("policies", 0.5), Stage("making engines", 0.3),
-)  # fmt: skip
 VERIFYING = (LOADING, Stage("running the checkpoint", 5), Stage("verifying", 4))
 CALIBRATING = (LOADING, Stage("running calibration images", 2), Stage("measuring ranges", 4))
 SEARCHING = (
@@ -50,7 +45,7 @@ def running_stages(
         Stage("loading the bundle", 5.0 if backend == "auto" else 1.0),
         *([Stage("timing operating points", 3, fixed=True)] if latency else []),
         Stage("running images", 0.3),
-        Stage("making engines", 0.3),
+        Stage("preparing", 0.3),
         warm,
         measured,
         *([warm, measured._replace(name="profiling")] if profile else []),
@@ -58,7 +53,7 @@ def running_stages(
 
 
 def comparing_stages(bundles: int, seconds: float | None, iterations: int | None) -> list[Stage]:
-    """Those of `adavit-run --compare`, of so many bundles."""
+    """Those of `adavit-run --compare`, of so many bundles and precisions."""
     measured = Stage("measuring", iterations * 0.04 * bundles) if iterations else _measuring(bundles * (seconds or 3.0))
     return [LOADING, Stage("comparing", 2.0 * bundles), measured]
 
@@ -90,7 +85,9 @@ def exporting_stages(
 ) -> list[Stage]:
     """Those of an export."""
     stages = [Stage("loading the checkpoint", 2), Stage("exporting", 1), *(VERIFYING if verify else ())]
-    if calibration.precision != "fp32":
-        stages += [*CALIBRATING, *(SEARCHING if calibration.precision == "mixed" else ()), Stage("exporting", 10)]
-        stages += [LOADING, Stage("checking the precision", 3)] if verify else []
+    converted = [precision for precision in calibration.precisions if precision != "fp32"]
+    stages += CALIBRATING if converted else []
+    for precision in converted:
+        stages += [*(SEARCHING if precision == "mixed" else ()), Stage("exporting", 10)]
+    stages += [LOADING, Stage("checking the precision", 3 * len(converted))] if converted and verify else []
     return stages + adding_stages(budgets, build)

@@ -17,7 +17,7 @@ from adavit.tensorrt.options import build_options
 __all__ = ["CALIBRATING", "CALIBRATION_IMAGES", "EXPORTING", "EXPORT_EXAMPLES", "export_options"]
 
 PATH = click.Path(path_type=Path)
-CALIBRATING = ("calibration_cache", "samples", "method", "decision_precision", "max_drop", "seed")
+CALIBRATING = ("calibration_cache", "samples", "method", "max_drop", "seed")
 """Options that only an export in another precision than fp32 follows."""
 CALIBRATION_IMAGES = ("calibration_images", "labels_by_order")
 EXPORTING = (
@@ -30,7 +30,7 @@ EXPORTING = (
     "std",
     "verify",
     "force",
-    "precision",
+    "precisions",
     *CALIBRATING,
 )
 """Options that only an export of a checkpoint follows."""
@@ -39,7 +39,7 @@ EXPORT_EXAMPLES = """
 Examples:
   adavit-export demo --output demo-bundle
   adavit-export weights.pth --output BUNDLE
-  adavit-export weights.pth --output INT8 --precision int8 --calibration-images photos/
+  adavit-export weights.pth --output BUNDLE --precision fp32,int8 --calibration-images photos/
   adavit-export BUNDLE --budgets 0.3,0.5 --calibration-images photos/
   adavit-export BUNDLE --target tensorrt-rtx
   adavit-export --check BUNDLE --against weights.pth
@@ -56,7 +56,7 @@ BUNDLE = option_group(
         "--with-dense/--no-dense",
         default=True,
         show_default=True,
-        help="Bring the dense twin along, which adavit-run compares speed with; it is as large as the checkpoint.",
+        help="Bring the dense twin along, which adavit-run compares speed with; it takes the same weights.",
     ),
     click.option("--labels", type=PATH, help="Text file with one class name a line."),
     click.option(
