@@ -72,8 +72,8 @@ def calibration_options(command: Function) -> Function:
                 metavar="NAMES",
                 default="fp32",
                 show_default=True,
-                help=f"Number formats to write, such as fp32,int8; of {', '.join(PRECISIONS)}. The first is the one that "
-                "runs by default.",
+                help=f"Number formats to write, such as fp32,int8, of {', '.join(PRECISIONS)}; the first runs by "
+                "default.",
             ),
             click.option(
                 "--calibration-cache",

@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py CHECKPOINT --calibration photos/ --images test/ --output results/
 
-CHECKPOINT is a file or `demo`. Naive calibration gives every engine all tokens of all images, whatever the policy.
+CHECKPOINT is a file or `demo`. Naive calibration gives every sub-layer all tokens of all images, whatever the policy.
 Writes the bundles and `precision.json`, and prints a table.
 """
 
@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
 from typing import Any
 
-from adavit.calibration.calibrate import write_converted
-from adavit.calibration.convert import assign
+from adavit.bundle.bundle import write_config
+from adavit.calibration.convert import assign, converted
 from adavit.calibration.ranges import Ranges, measure_ranges
 from adavit.calibration.recording import Recorder
 from adavit.console import Progress, table
 from adavit.export import ExportOptions, export_bundle
+from adavit.export.graphs.files import write_graphs
 from adavit.files import folder_beside
-from adavit.precision_options import METHODS, CalibrationOptions
+from adavit.precision_options import METHODS
 from adavit.runtime.compare_bundles import compare_decisions
 from adavit.runtime.image_files import find_images
 from adavit.runtime.session import Runtime, load
@@ -33,24 +34,32 @@ def measured(runtime: Runtime, images: Path, naive: bool, progress: Progress) ->
     for done, file in enumerate(files, 1):
         recorder.run(runtime.preprocess(file.path))
         progress("running calibration images", done / len(files))
-    return measure_ranges(runtime.bundle, recorder, progress)
+    return measure_ranges(runtime.graphs, recorder, progress)
+
+
+def write(runtime: Runtime, folder: Path, precision: str, method: str, ranges: Ranges, progress: Progress) -> None:
+    """A bundle of one precision, with such ranges."""
+    graphs, arch = runtime.graphs, runtime.architecture
+    weights = {name: graphs.tensors.array(name) for name in graphs.tensors.tensors}
+    tensors, units = converted(weights, assign(arch, ranges, precision), ranges, method)
+    shutil.copytree(runtime.bundle.path, folder, dirs_exist_ok=True, ignore=lambda *_: ["fp32"])
+    files = write_graphs(folder, precision, arch, tensors, graphs.files.opset, True, progress, units)
+    write_config(folder, {**runtime.bundle.config, "precisions": {precision: files.to_dict()}})
 
 
 def make(arguments: argparse.Namespace, progress: Progress) -> dict[str, Path]:
     """The bundles by name, the fp32 one first."""
     output = arguments.output
     bundles = {"fp32": output / "fp32"}
-    export_bundle(Path(arguments.checkpoint), bundles["fp32"], ExportOptions(with_dense=True, force=True), progress)
-    runtime = load(bundles["fp32"])
+    export_bundle(Path(arguments.checkpoint), bundles["fp32"], ExportOptions(force=True), progress)
+    runtime = load(bundles["fp32"], specialise=False)
     ranges = {naive: measured(runtime, arguments.calibration, naive, progress) for naive in (False, True)}
     kinds = [("fp16", "max", False)]
     kinds += [("int8", method, naive) for naive in (False, True) for method in arguments.methods]
     for precision, method, naive in kinds:
         name = precision if precision == "fp16" else f"{precision}-{method}{'-naive' if naive else ''}"
-        options = replace(CalibrationOptions(), precision=precision, method=method)
         with folder_beside(output / name) as folder:
-            assigned = assign(runtime.bundle, ranges[naive], precision)
-            write_converted(runtime.bundle, folder, ranges[naive], assigned, options, progress)
+            write(runtime, folder, precision, method, ranges[naive], progress)
         bundles[name] = output / name
     return bundles
 
@@ -82,7 +91,7 @@ def main() -> None:
         bundles = make(arguments, progress)
         first = bundles.pop("fp32")
         for name, bundle in bundles.items():
-            runtimes = [load(path, parallel="samples") for path in (first, bundle)]
+            runtimes = [load(path, specialise=False) for path in (first, bundle)]
             files = find_images([arguments.images], runtimes[0].labels)
             reports[name] = compare_decisions(runtimes, files, progress).parities[0].report()
             rows.append(row(name, reports[name], size(bundle) / size(first)))

@@ -21,7 +21,7 @@ __all__ = ["Origin", "load_ranges", "save_ranges"]
 VERSION = 2
 MAX_BYTES = 256 << 20
 Origin = dict[str, Any]
-"""What ranges came from: "model" (a hash of its weights and preprocessing), "images" (of the files), "samples" and "seed"."""
+"""What ranges came from: "model" (a hash of weights and preprocessing), "images" (of the files), "samples", "seed"."""
 
 
 def save_ranges(path: Path, ranges: Ranges, origin: Origin) -> None:

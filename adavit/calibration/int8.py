@@ -27,7 +27,7 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 
 def to_int8(tensors: Tensors, sublayer: Sublayer) -> dict[str, npt.NDArray[Any]]:
     """The weights of a sub-layer's linear layers by name: int8 codes [out, in], scales and zero points [out]."""
-    found = {}
+    found: dict[str, npt.NDArray[Any]] = {}
     for name in sublayer.tensors("weight"):
         weight = tensors[name]
         largest = np.abs(weight).max(1)

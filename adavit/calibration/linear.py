@@ -9,7 +9,7 @@ from adavit.bundle.keys import ATTENTION
 
 __all__ = ["Linear", "Sublayer", "sublayers_of"]
 
-_LAYERS = {
+_LAYERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"qkv": ("attn.query", "attn.key", "attn.value"), "proj": ("attn.proj",)},
     "mlp": {"fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)},
 }

@@ -81,7 +81,13 @@ def add_norm(graph: Builder, arch: Architecture, prefix: str, norm: str, x: str)
 
 
 def add_attention(
-    graph: Builder, arch: Architecture, block: int, x: str, weights: dict[str, str], precision: Precision, prefix: str = ""
+    graph: Builder,
+    arch: Architecture,
+    block: int,
+    x: str,
+    weights: dict[str, str],
+    precision: Precision,
+    prefix: str = "",
 ) -> str:
     """The attention sub-layer, residual included: [K, D] -> [K, D].
 
@@ -153,9 +159,7 @@ def _own(graph: Builder, block: int, prefix: str, name: str) -> str:
     return graph.weight(prefix + name, f"blocks.{block}.{name}")
 
 
-def _own_norm(
-    graph: Builder, arch: Architecture, block: int, prefix: str, norm: str, x: str, name: str | None
-) -> str:
+def _own_norm(graph: Builder, arch: Architecture, block: int, prefix: str, norm: str, x: str, name: str | None) -> str:
     weight, bias = (_own(graph, block, prefix, f"{norm}.{kind}") for kind in ("weight", "bias"))
     return graph.layer_norm(x, weight, bias, arch.norm_epsilon, name)
 

@@ -113,7 +113,5 @@ class Builder:
             self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._weights.values())
         )
         opsets = [helper.make_opsetid("", self.opset)]
-        model = helper.make_model(
-            graph, opset_imports=opsets, producer_name=PRODUCER.decode(), ir_version=IR_VERSION
-        )
+        model = helper.make_model(graph, opset_imports=opsets, producer_name=PRODUCER.decode(), ir_version=IR_VERSION)
         return bytes(model.SerializeToString())

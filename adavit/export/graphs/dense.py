@@ -45,10 +45,12 @@ def _attention(graph: Builder, arch: Architecture, block: int, x: str, precision
     weight, bias = (graph.weight(f"{site}.norm1.{kind}", f"{site}.norm1.{kind}") for kind in ("weight", "bias"))
     normed = graph.layer_norm(x, weight, bias, arch.norm_epsilon, f"{site}.qkv.input")
     shape = graph.ints(-1, arch.tokens, arch.heads, arch.head_width)
-    query, key, value = (
-        graph.op("Transpose", graph.op("Reshape", _projected(graph, arch, site, name, normed, precision), shape), perm=perm)
-        for name, perm in (("query", [0, 2, 1, 3]), ("key", [0, 2, 3, 1]), ("value", [0, 2, 1, 3]))
-    )
+
+    def by_head(name: str, perm: list[int]) -> str:
+        rows = _projected(graph, arch, site, name, normed, precision)
+        return graph.op("Transpose", graph.op("Reshape", rows, shape), perm=perm)
+
+    query, key, value = by_head("query", [0, 2, 1, 3]), by_head("key", [0, 2, 3, 1]), by_head("value", [0, 2, 1, 3])
     scores = precision.leave(graph, graph.op("MatMul", query, key))
     shares = precision.enter(graph, graph.op("Softmax", scores, axis=-1))
     mixed = graph.op("Transpose", graph.op("MatMul", shares, value), perm=[0, 2, 1, 3])
@@ -60,7 +62,7 @@ def _attention(graph: Builder, arch: Architecture, block: int, x: str, precision
 
 
 def _projected(graph: Builder, arch: Architecture, site: str, name: str, normed: str, precision: Precision) -> str:
-    """Queries, keys or values as rows, of normed ones; queries scaled. A key's bias adds the same to all scores of a query."""
+    """Queries, keys or values of normed rows; queries scaled. A key's bias adds the same to all scores of a query."""
     tensor = f"{site}.attn.{name}"
     # Each in int8 of its own: ONNX Runtime multiplies slowly what several products read.
     read = precision.enter(graph, normed, f"{site}.qkv", f"{site}.")
