@@ -107,11 +107,12 @@ def export(folder: Path) -> None:
 
 
 def int8(folder: Path) -> None:
-    """The same checkpoint in int8."""
-    options = ("--precision", "int8", "--calibration-images", IMAGES, "--samples", 16, "--with-dense", "--json", "-")
-    report = adavit("export", DEMO / "checkpoint.safetensors", "--output", folder / "int8", *options)
-    precisions = [engine["precision"] for engine in report["calibration"]["engines"].values()]
-    expect(precisions.count("int8") >= 8, "the precision of the engines", report["calibration"])
+    """The same checkpoint in int8 and fp16."""
+    options = ("--precision", "int8,fp16", "--calibration-images", IMAGES, "--samples", 16, "--json", "-")
+    report = adavit("export", "demo", "--output", folder / "int8", *options)
+    for name in ("int8", "fp16"):
+        precisions = [found["precision"] for found in report["calibration"][name]["sublayers"].values()]
+        expect(precisions.count(name) >= 8, "the precision of the sub-layers", report["calibration"][name])
     measured(folder / "int8", "--images", IMAGES, budget=None)
 
 

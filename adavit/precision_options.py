@@ -4,32 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from adavit.errors import OptionError
+from adavit.bundle.bundle import PRECISIONS
+from adavit.errors import OptionError, shown
 from adavit.option_types import Finite
 
 __all__ = ["METHODS", "PRECISIONS", "CalibrationOptions", "calibration_options"]
 
 METHODS = ("entropy", "max", "percentile")
-PRECISIONS = ("fp32", "fp16", "int8", "mixed")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Precision of a bundle's engines, and what it is calibrated on; see `adavit-export --help`."""
+    """Precisions of a bundle, the default first, and what they are calibrated on; see `adavit-export --help`."""
 
     precisions: tuple[str, ...] = ("fp32",)
     calibration_images: tuple[Path, ...] = ()
     calibration_cache: Path | None = None
     samples: int = 64
     method: str = "max"
-    decision_precision: str = "fp32"
     max_drop: float = 0.3
     seed: int = 0
     labels_by_order: bool = False
@@ -41,20 +39,25 @@ class CalibrationOptions:
         own = {field.name for field in fields(cls)} - shared
         return cls(**{name: options[name] for name in shared}, **{name: options.pop(name) for name in own})
 
-    def check(self, opset: int) -> None:
-        """Raises OptionError where the options do not fit together, ModuleNotFoundError without Model Optimizer."""
-        if self.precision == "fp32":
-            if self.decision_precision != "fp32":
-                raise OptionError("--decision-precision needs --precision fp16, int8 or mixed")
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """The precisions that are calibrated: all but fp32."""
+        return tuple(name for name in self.precisions if name != "fp32")
+
+    def check(self) -> None:
+        """Raises OptionError where the options do not fit together."""
+        names: Any = self.precisions
+        if not isinstance(names, tuple) or not names or not set(names) <= set(PRECISIONS):
+            raise OptionError(f"precision is {shown(names)}: choose from {', '.join(PRECISIONS)}")
+        if len(set(names)) != len(names):
+            raise OptionError("--precision: a precision is given twice")
+        if not self.calibrated:
             return
-        if find_spec("modelopt") is None:
-            raise ModuleNotFoundError("No module named 'modelopt'", name="modelopt")
-        if opset < 19:
-            raise OptionError(f"--precision {self.precision} needs --opset 19 or newer")
         if not self.calibration_images and self.calibration_cache is None:
-            raise OptionError(f"--precision {self.precision} needs --calibration-images, or a --calibration-cache")
-        if self.precision == "mixed" and not self.calibration_images:
-            raise OptionError("--precision mixed measures engines on images: give --calibration-images")
+            asked = ",".join(self.precisions)
+            raise OptionError(f"--precision {asked} needs --calibration-images, or a --calibration-cache")
+        if "mixed" in self.precisions and not self.calibration_images:
+            raise OptionError("--precision mixed measures accuracy on images: give --calibration-images")
 
 
 def calibration_options(command: Function) -> Function:
@@ -64,10 +67,13 @@ def calibration_options(command: Function) -> Function:
         [
             click.option(
                 "--precision",
-                type=click.Choice(PRECISIONS),
+                "precisions",
+                callback=_precisions,
+                metavar="NAMES",
                 default="fp32",
                 show_default=True,
-                help="Number format of the engines.",
+                help=f"Number formats to write, such as fp32,int8, of {', '.join(PRECISIONS)}; the first runs by "
+                "default.",
             ),
             click.option(
                 "--calibration-cache",
@@ -81,7 +87,7 @@ def calibration_options(command: Function) -> Function:
                 metavar="N",
                 default=64,
                 show_default=True,
-                help="Inputs kept for each engine, chosen at random of all the images'.",
+                help="Inputs kept for each sub-layer, chosen at random of all the images'.",
             ),
             click.option(
                 "--method",
@@ -89,13 +95,6 @@ def calibration_options(command: Function) -> Function:
                 default="max",
                 show_default=True,
                 help="How int8 ranges are chosen.",
-            ),
-            click.option(
-                "--decision-precision",
-                type=click.Choice(["fp32", "fp16"]),
-                default="fp32",
-                show_default=True,
-                help="Number format of the engines that decide.",
             ),
             click.option(
                 "--max-drop",
@@ -116,3 +115,13 @@ def calibration_options(command: Function) -> Function:
     ):
         command = option(command)
     return command
+
+
+def _precisions(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
+    """The names of a list with commas."""
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in PRECISIONS]:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(PRECISIONS)}; give a list such as fp32,int8")
+    if len(set(names)) != len(names):
+        raise click.BadParameter("a precision is given twice")
+    return names

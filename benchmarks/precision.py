@@ -55,8 +55,8 @@ def make(arguments: argparse.Namespace, progress: Progress) -> dict[str, Path]:
     """The bundles by name, the fp32 one first."""
     output = arguments.output
     bundles = {"fp32": output / "fp32"}
-    export_bundle(Path(arguments.checkpoint), bundles["fp32"], ExportOptions(with_dense=True, force=True), progress)
-    runtime = load(bundles["fp32"])
+    export_bundle(Path(arguments.checkpoint), bundles["fp32"], ExportOptions(force=True), progress)
+    runtime = load(bundles["fp32"], specialise=False)
     ranges = {naive: measured(runtime, arguments.calibration, naive, progress) for naive in (False, True)}
     kinds = [("fp16", "max", False)]
     kinds += [("int8", method, naive) for naive in (False, True) for method in arguments.methods]
@@ -95,7 +95,7 @@ def main() -> None:
         bundles = make(arguments, progress)
         first = bundles.pop("fp32")
         for name, bundle in bundles.items():
-            runtimes = [load(path) for path in (first, bundle)]
+            runtimes = [load(path, specialise=False) for path in (first, bundle)]
             files = find_images([arguments.images], runtimes[0].labels)
             reports[name] = compare_decisions(runtimes, files, progress).parities[0].report()
             rows.append(row(name, reports[name], size(runtimes[1]) / size(runtimes[0])))

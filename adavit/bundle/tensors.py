@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from adavit.errors import BundleError, shown
 
-__all__ = ["DTYPES", "Tensor", "TensorFile"]
+__all__ = ["DTYPES", "Tensor", "TensorFile", "encoded"]
 
 LENGTH = 8
 """Bytes at the start: the length of the header, little-endian."""

@@ -18,10 +18,10 @@ from adavit.reading import read_arrays
 
 __all__ = ["Origin", "load_ranges", "save_ranges"]
 
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 256 << 20
 Origin = dict[str, Any]
-"""What ranges came from: "model" (a hash of the fp32 engines), "images" (of the files), "samples" and "seed"."""
+"""What ranges came from: "model" (a hash of weights and preprocessing), "images" (of the files), "samples", "seed"."""
 
 
 def save_ranges(path: Path, ranges: Ranges, origin: Origin) -> None:
@@ -31,10 +31,9 @@ def save_ranges(path: Path, ranges: Ranges, origin: Origin) -> None:
         "version": VERSION,
         "origin": origin,
         "images": ranges.images,
-        "seen": {engine: asdict(seen) for engine, seen in ranges.seen.items()},
+        "seen": {name: asdict(seen) for name, seen in ranges.seen.items()},
         "sites": [[unit, site, found.width, found.peak] for unit, site, found in sites],
         "peaks": ranges.peaks,
-        "statistics": ranges.statistics,
     }
     counts = np.stack([found.counts for _, _, found in sites]) if sites else np.zeros((0, BINS), np.int64)
     with write_beside(path) as file:
@@ -56,8 +55,8 @@ def load_ranges(path: Path) -> tuple[Ranges, Origin]:
             raise ValueError(f"its version is {about['version']!r}")
         if counts.dtype != np.int64 or counts.shape != (len(about["sites"]), BINS):
             raise ValueError("its histograms are damaged")
-        seen = {engine: Seen(**values) for engine, values in about["seen"].items()}
-        ranges = Ranges(int(about["images"]), seen, {}, dict(about["peaks"]), about["statistics"])
+        seen = {name: Seen(**values) for name, values in about["seen"].items()}
+        ranges = Ranges(int(about["images"]), seen, {}, dict(about["peaks"]))
         for row, (unit, site, width, peak) in zip(counts, about["sites"], strict=True):
             found = ranges.histograms.setdefault(unit, {})[site] = Histogram()
             found.counts, found.width, found.peak = row, float(width), float(peak)

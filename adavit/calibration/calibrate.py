@@ -1,189 +1,174 @@
-"""From an fp32 bundle and images to a bundle of another precision."""
+"""From a bundle's fp32 graphs and images to graphs in other precisions, in the same bundle."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from adavit.bundle.bundle import PREPROCESSING, GraphFiles
+from adavit.bundle.graphs import Graphs
 from adavit.calibration.cache import Origin, load_ranges, save_ranges
 from adavit.calibration.check import check_converted
-from adavit.calibration.convert import Assignment, assign, converted, engine_precision
-from adavit.calibration.mixed import Measure, Search, read_images
+from adavit.calibration.convert import Assigned, assign, converted
+from adavit.calibration.mixed import MOST_IMAGES, Measure, Search
 from adavit.calibration.ranges import Ranges, measure_ranges
 from adavit.calibration.recording import Recorder
 from adavit.errors import InputError
-from adavit.export.write import write_bundle
+from adavit.export.graphs.files import write_graphs
 from adavit.precision_options import CalibrationOptions
 from adavit.reading import open_regular
-from adavit.bundle.bundle import Bundle
-from adavit.runtime.image_files import ImageFile, find_calibration_images, labels_by
+from adavit.runtime.backend import create_backend
+from adavit.runtime.image_files import find_calibration_images, labels_by, read_images
 from adavit.runtime.session import Runtime, load
 
-__all__ = ["calibrate_bundle"]
+__all__ = ["Calibration"]
 
 MIN_IMAGES = 16
-"""Fewer tell too little about the ranges of any engine."""
+"""Fewer tell too little about the ranges of any sub-layer."""
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 
 
-def calibrate_bundle(
-    source: Path,
-    folder: Path,
-    options: CalibrationOptions,
-    cache: Path,
-    threads: int | None,
-    progress: Progress,
-    check: bool = True,
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-    """Writes the fp32 bundle `source` in the precision asked for into the empty `folder`.
+class Calibration:
+    """Writes a bundle's precisions beside its fp32 graphs; ranges are measured once, for all of them.
 
     Args:
-        source: the fp32 bundle.
-        folder: where to write.
-        options: precision and what to calibrate on.
-        cache: ranges to reuse or to write, where the options name no file.
+        folder: the bundle, with fp32 graphs.
+        options: what to calibrate on, and how.
+        cache: the file of ranges to reuse or to write, where the options name none.
         threads: CPU threads.
         progress: told the stage and the share done.
-        check: whether to run the result beside the fp32 bundle.
-
-    Returns:
-        `config.json`'s content, the report of the calibration, and that of the check, if any.
 
     Raises:
-        InputError: the images or the cache are not usable, or the model has no policies.
-        VerificationError: the result does not run, or computes what is not finite.
+        InputError: the images are not usable, or the model has no policies.
     """
-    progress("loading the bundle", 0.0)
-    runtime = load(source, "onnxruntime", threads)
-    runtime.adaptive_dispatcher("calibrate")
-    bundle = runtime.bundle
-    cache = options.calibration_cache or cache
-    notes: list[str] = []
-    files = find_calibration_images(options.calibration_images, bundle.labels, options.labels_by_order, notes.append)
-    ranges, report = _ranges(runtime, files, options, cache, progress)
-    report["notes"] = notes
-    assigned = assign(bundle, ranges, "int8" if options.precision == "mixed" else options.precision)
-    if options.precision == "mixed":
-        assigned = _search(runtime, folder, ranges, files, options, report, progress)
-        report["labels_by"] = labels_by(files)
-    config = write_converted(bundle, folder, ranges, assigned, options, progress)
-    report["method"] = None if options.precision == "fp16" else options.method
-    report["engines"] = {
-        name: {
-            "samples": found.samples,
-            "tokens": found.tokens,
-            "precision": engine_precision(name, assigned, options.decision_precision),
-        }
-        for name, found in sorted(ranges.seen.items())
-    }
-    report["kept_higher"] = {
-        name: {"precision": found.precision, "reason": found.reason} for name, found in assigned.items() if found.reason
-    }
-    return config, report, check_converted(runtime, folder, files, progress) if check else None
 
+    def __init__(
+        self, folder: Path, options: CalibrationOptions, cache: Path, threads: int | None, progress: Progress
+    ) -> None:
+        progress("loading the bundle", 0.0)
+        self._folder, self._options, self._progress = folder, options, progress
+        self._cache = options.calibration_cache or cache
+        self._runtime = load(folder, "onnxruntime", threads, precision="fp32", specialise=False)
+        self._runtime.adaptive_dispatcher("calibrate")
+        self._notes: list[str] = []
+        self._files = find_calibration_images(
+            options.calibration_images, self._runtime.labels, options.labels_by_order, self._notes.append
+        )
 
-def _search(
-    runtime: Runtime,
-    folder: Path,
-    ranges: Ranges,
-    files: list[ImageFile],
-    options: CalibrationOptions,
-    report: dict[str, Any],
-    progress: Progress,
-) -> dict[str, Assignment]:
-    """The assignment of mixed precision; its sensitivity table goes into the report."""
-    bundles = {"fp32": runtime.bundle}
-    assigned = {precision: assign(runtime.bundle, ranges, precision) for precision in ("fp16", "int8")}
-    for precision, units in assigned.items():
-        part = folder / f".{precision}"
-        part.mkdir()
-        write_converted(runtime.bundle, part, ranges, units, options, progress)
-        bundles[precision] = Bundle.open(part)
-    images, labels = read_images(files, runtime.preprocess)
-    measure = Measure(bundles, runtime.options, options.decision_precision, images, labels)
-    search = Search(measure, assigned["int8"], assigned["fp16"], options.max_drop, progress)
-    found = search.run()
-    report |= search.report()
-    for precision in assigned:
-        shutil.rmtree(folder / f".{precision}")
-    return found
+    def write(self, precision: str) -> tuple[GraphFiles, dict[str, Any]]:
+        """Writes the weights and graphs of a precision into a folder of its name in the bundle.
 
+        Returns:
+            The files, and a report.
 
-def write_converted(
-    bundle: Bundle,
-    folder: Path,
-    ranges: Ranges,
-    assigned: dict[str, Assignment],
-    options: CalibrationOptions,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Writes a bundle whose units have the precisions assigned to them; returns `config.json`'s content."""
-    precisions = {
-        name: engine_precision(name, assigned, options.decision_precision)
-        for name, spec in bundle.engines.items()
-        if not spec.wants_constants  # which are fixed in fp32 alone
-    }
-    engines = converted(bundle, ranges, assigned, options.method, precisions)
-    about = {key: bundle.config[key] for key in ("name", "opset", "checkpoint")}
-    about |= {"precision": options.precision, "statistics": ranges.statistics}
-    return write_bundle(
-        folder,
-        engines,
-        len(precisions),
-        bundle.architecture,
-        bundle.labels,
-        bundle.preprocessor,
-        about,
-        progress,
-        precisions,
-    )
-
-
-def _ranges(
-    runtime: Runtime, files: list[ImageFile], options: CalibrationOptions, cache: Path, progress: Progress
-) -> tuple[Ranges, dict[str, Any]]:
-    """Ranges from the cache where they are of this model and these images, else measured, and cached."""
-    bundle = runtime.bundle
-    origin: Origin = {"model": _model_hash(bundle), "samples": options.samples, "seed": options.seed}
-    origin["images"] = _hash_files([file.path for file in files])
-    report: dict[str, Any] = {"cache": str(cache), "reused": False, "skipped": []}
-    if cache.exists() or not files:
-        ranges, of = load_ranges(cache)
-        if of.get("model") != origin["model"]:
-            raise InputError(
-                f"{cache}: calibrated for another model, or other export options; delete it, or name another file "
-                "with --calibration-cache"
-            )
-        if not files or of == origin:
-            return ranges, report | {"reused": True, "images": ranges.images}
-        log.warning("%s: of other images or settings; calibrating again", cache)
-    recorder = Recorder(runtime, options.samples, options.seed)
-    for done, file in enumerate(files, 1):
-        try:
-            pixels = runtime.preprocess(file.path)
-        except InputError as error:
-            report["skipped"].append(str(error))
+        Raises:
+            InputError: the images or the cache are not usable, or `--max-drop` cannot be met.
+        """
+        ranges, measured = self._measured
+        report = {**measured, "notes": self._notes, "method": None if precision == "fp16" else self._options.method}
+        if precision == "mixed":
+            assigned, found = self._search(ranges)
+            report |= found
         else:
-            recorder.run(pixels)
-        progress("running calibration images", done / len(files))
-    if recorder.images < MIN_IMAGES:
-        first = f"; first unreadable: {report['skipped'][0]}" if report["skipped"] else ""
-        raise InputError(f"calibration needs at least {MIN_IMAGES} images, {recorder.images} can be read{first}")
-    ranges = measure_ranges(bundle, recorder, progress)
-    save_ranges(cache, ranges, origin)
-    return ranges, report | {"images": ranges.images}
+            assigned = assign(self._runtime.architecture, ranges, precision)
+        with_dense = self._runtime.graphs.files.dense is not None
+        files = self._write(self._folder, precision, ranges, assigned, with_dense, self._progress)
+        report["sublayers"] = {
+            sublayer.name: {**vars(ranges.seen[sublayer.name]), "precision": found.precision}
+            for sublayer, found in assigned.items()
+        }
+        report["kept_higher"] = {
+            sublayer.name: {"precision": found.precision, "reason": found.reason}
+            for sublayer, found in assigned.items()
+            if found.reason
+        }
+        return files, report
 
+    def check(self, precision: str) -> dict[str, Any]:
+        """Runs a written precision, which `config.json` lists by now, beside fp32; see `check_converted`."""
+        return check_converted(self._runtime, precision, self._files, self._progress)
 
-def _model_hash(bundle: Bundle) -> str:
-    names = sorted(bundle.engines)
-    return hashlib.sha256("".join(bundle.engines[name].sha256 for name in names).encode()).hexdigest()
+    def _write(
+        self, folder: Path, precision: str, ranges: Ranges, assigned: Assigned, with_dense: bool, progress: Progress
+    ) -> GraphFiles:
+        """Writes sub-layers in the precisions assigned to them."""
+        graphs = self._runtime.graphs
+        weights = {name: graphs.tensors.array(name) for name in graphs.tensors.tensors}
+        tensors, units = converted(weights, assigned, ranges, self._options.method)
+        opset = graphs.files.opset
+        return write_graphs(folder, precision, graphs.architecture, tensors, opset, with_dense, progress, units)
+
+    def _search(self, ranges: Ranges) -> tuple[Assigned, dict[str, Any]]:
+        """The assignment of mixed precision, and its sensitivity table."""
+        runtime, arch = self._runtime, self._runtime.architecture
+        images, labels = read_images(self._files, runtime.preprocess, MOST_IMAGES)
+
+        def make(assigned: Assigned) -> Runtime:
+            with tempfile.TemporaryDirectory(dir=self._folder, prefix=".mixed") as folder:
+                files = self._write(Path(folder), "mixed", ranges, assigned, False, lambda *_: None)
+                bundle = replace(runtime.bundle, path=Path(folder), graphs={"mixed": files})
+                graphs = Graphs(bundle)
+                backend = create_backend("onnxruntime", graphs, runtime.options)
+                return Runtime(bundle, graphs, backend, runtime.options, specialise=False)
+
+        int8, fp16 = (assign(arch, ranges, precision) for precision in ("int8", "fp16"))
+        measure = Measure(make, runtime.run(images).logits, images, labels)
+        search = Search(measure, int8, fp16, self._options.max_drop, self._progress)
+        assigned = search.run()
+        return assigned, {**search.report(), "labels_by": labels_by(self._files)}
+
+    @cached_property
+    def _measured(self) -> tuple[Ranges, dict[str, Any]]:
+        """Ranges from the cache where they are of this model and these images, else measured, and cached."""
+        cache, options, files = self._cache, self._options, self._files
+        origin: Origin = {"model": self._model_hash(), "samples": options.samples, "seed": options.seed}
+        origin["images"] = _hash_files([file.path for file in files])
+        report: dict[str, Any] = {"cache": str(cache), "reused": False, "skipped": []}
+        if cache.exists() or not files:
+            ranges, of = load_ranges(cache)
+            if of.get("model") != origin["model"]:
+                raise InputError(
+                    f"{cache}: calibrated for another model, or other export options; delete it, or name another file "
+                    "with --calibration-cache"
+                )
+            if not files or of == origin:
+                return ranges, report | {"reused": True, "images": ranges.images}
+            log.warning("%s: of other images or settings; calibrating again", cache)
+        recorder, report["skipped"] = self._recorded()
+        ranges = measure_ranges(self._runtime.graphs, recorder, self._progress)
+        save_ranges(cache, ranges, origin)
+        return ranges, report | {"images": ranges.images}
+
+    def _recorded(self) -> tuple[Recorder, list[str]]:
+        """What the images show, and which of them cannot be read."""
+        recorder, skipped = Recorder(self._runtime, self._options.samples, self._options.seed), []
+        for done, file in enumerate(self._files, 1):
+            try:
+                pixels = self._runtime.preprocess(file.path)
+            except InputError as error:
+                skipped.append(str(error))
+            else:
+                recorder.run(pixels)
+            self._progress("running calibration images", done / len(self._files))
+        if recorder.images < MIN_IMAGES:
+            first = f"; first unreadable: {skipped[0]}" if skipped else ""
+            raise InputError(f"calibration needs at least {MIN_IMAGES} images, {recorder.images} can be read{first}")
+        return recorder, skipped
+
+    def _model_hash(self) -> str:
+        """Of the weights in fp32, of whether there is a dense twin, and of what images go through."""
+        files, texts = self._runtime.graphs.files, self._runtime.bundle.config["files"]
+        parts = files.weights.sha256, texts[PREPROCESSING]["sha256"], files.dense is not None
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _hash_files(paths: list[Path]) -> str:

@@ -1,10 +1,9 @@
-"""What a bundle in another precision changes: it runs beside the fp32 bundle that it was made from."""
+"""What another precision changes: it runs beside the fp32 graphs that it was made from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,21 +21,21 @@ MOST_IMAGES = 64
 RANDOM_IMAGES = 16
 """Where no images are given, because the ranges come from a cache."""
 MOST_FLIPPED = 0.1
-"""Share of decisions; a bundle that flips more decides differently."""
+"""Share of decisions; a precision that flips more decides differently."""
 FEWEST_AGREE = 0.9
-"""Share of images of the same class; a bundle that keeps fewer decides differently."""
+"""Share of images of the same class; a precision that keeps fewer decides differently."""
 
 Float = npt.NDArray[np.float32]
 
 
 def check_converted(
-    runtime: Runtime, folder: Path, files: Sequence[ImageFile], progress: Callable[[str, float], None]
+    runtime: Runtime, precision: str, files: Sequence[ImageFile], progress: Callable[[str, float], None]
 ) -> dict[str, Any]:
-    """Runs a converted bundle beside the fp32 one that it was made from, on some of the calibration images.
+    """Runs a precision of a bundle beside fp32, on some of the calibration images.
 
     Args:
-        runtime: the fp32 bundle.
-        folder: the converted bundle.
+        runtime: the bundle in fp32.
+        precision: another one of the same bundle.
         files: what was calibrated on; without any, random images are run.
         progress: told the stage and the share done.
 
@@ -49,18 +48,19 @@ def check_converted(
     """
     try:
         pixels, labels = read_images(files, runtime.preprocess, MOST_IMAGES) if files else _random(runtime)
-        converted = load(folder, "onnxruntime", runtime.options.threads)
+        threads = runtime.options.threads
+        converted = load(runtime.bundle.path, "onnxruntime", threads, precision=precision, specialise=False)
         first, parity = Watched(runtime), Parity(Watched(converted))
         for start in range(0, len(pixels), BATCH):
             some = pixels[start : start + BATCH]
             parity.add(some, labels[start : start + BATCH], first.run(some))
-            if "dense" in converted.bundle.engines:
+            if converted.graphs.files.dense is not None:
                 converted.run_dense(some)
             progress("checking the precision", min(1.0, (start + BATCH) / len(pixels)))
     except InputError:
         raise
     except AdaViTError as error:
-        raise VerificationError(f"the converted bundle does not run as it should: {error}") from None
+        raise VerificationError(f"the bundle does not run as it should in {precision}: {error}") from None
     report = parity.report()
     free = report["free"]
     differs = free["flipped"] > MOST_FLIPPED or free["top1_agreement"] < FEWEST_AGREE

@@ -1,89 +1,74 @@
-"""An fp32 bundle's engines in the precision that each is to have."""
+"""The precision of each sub-layer, and weights in it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import onnx
+import numpy.typing as npt
 
+from adavit.architecture import Architecture
 from adavit.calibration.fp16 import FP16_MAX, to_fp16
-from adavit.calibration.int8 import to_int8, weights_to_int8
-from adavit.calibration.linear import unit
-from adavit.calibration.ranges import Ranges
-from adavit.bundle.bundle import Bundle
+from adavit.calibration.int8 import input_scales, to_int8
+from adavit.calibration.linear import Sublayer, sublayers_of
+from adavit.calibration.ranges import DENSE, Ranges
+from adavit.export.graphs.precision import DENSE_SCALES, Precision, Units
 
-__all__ = ["Assignment", "assign", "converted", "engine_precision"]
+__all__ = ["Assigned", "Assignment", "assign", "converted"]
 
 MIN_SAMPLES = 4
 """Images that must reach a sub-layer for int8: ranges come from their tokens, about a hundred each."""
 
+Tensors = Mapping[str, npt.NDArray[Any]]
+
 
 @dataclass(frozen=True)
 class Assignment:
-    """The precision of a unit (a sub-layer, or "dense"), and why it is not the one asked for."""
+    """The precision of a sub-layer, and why it is not the one asked for."""
 
     precision: str
     reason: str | None = None
 
 
-def assign(bundle: Bundle, ranges: Ranges, precision: str) -> dict[str, Assignment]:
-    """Gives every unit the precision, or the next higher one that its calibration allows."""
-    units = [name for name in bundle.engines if name == "dense" or name.endswith((".attention", ".mlp"))]
+Assigned = Mapping[Sublayer, Assignment]
+
+
+def assign(arch: Architecture, ranges: Ranges, precision: str) -> dict[Sublayer, Assignment]:
+    """Gives every sub-layer the precision, or the next higher one that its calibration allows."""
     found = {}
-    for name in units:
-        samples = ranges.samples(name)
+    for sublayer in sublayers_of(arch):
+        samples, peak = ranges.seen[sublayer.name].samples, ranges.peaks.get(sublayer.name, 0.0)
         wanted, reason = precision, None
         if wanted == "int8" and samples < MIN_SAMPLES:
             wanted, reason = "fp16", f"only {samples} of the images reach it"
         if samples == 0:
             wanted, reason = "fp32", "no image reaches it"
-        elif wanted == "fp16" and ranges.peaks[name] > FP16_MAX:
-            wanted, reason = "fp32", f"its values reach {ranges.peaks[name]:.0f}, too near fp16's end"
-        found[name] = Assignment(wanted, reason)
+        elif wanted == "fp16" and peak > FP16_MAX:
+            wanted, reason = "fp32", f"its values reach {peak:.0f}, too near fp16's end"
+        found[sublayer] = Assignment(wanted, reason)
     return found
 
 
-def engine_precision(name: str, assigned: Mapping[str, Assignment], decisions: str) -> str:
-    """The precision of an engine. Stem, head and `empty` stay in fp32: every decision depends on the stem."""
-    if name.endswith(".decide"):
-        return decisions
-    precision = assigned[unit(name)].precision if unit(name) in assigned else "fp32"
-    # All weights of attention_gather are handed to it, see `weights_to_int8`.
-    return "fp32" if precision == "int8" and name.endswith(".attention_gather") else precision
-
-
 def converted(
-    bundle: Bundle,
-    ranges: Ranges,
-    assigned: Mapping[str, Assignment],
-    method: str,
-    precisions: Mapping[str, str],
-) -> Iterator[tuple[str, onnx.ModelProto]]:
-    """Yields (name, model) of every engine that has a precision, in it."""
-    for name, precision in precisions.items():
-        yield name, _engine(bundle, ranges, assigned, method, name, precision)
+    tensors: Tensors, assigned: Assigned, ranges: Ranges, method: str
+) -> tuple[dict[str, npt.NDArray[Any]], Units]:
+    """A model's weights in the precisions assigned to its sub-layers, and what its graphs are to compute in.
 
-
-def _engine(
-    bundle: Bundle, ranges: Ranges, assigned: Mapping[str, Assignment], method: str, name: str, precision: str
-) -> onnx.ModelProto:
-    model = onnx.load_from_string(bundle.read(name))
-    if precision == "fp32":
-        return model
-    if precision == "fp16":
-        return to_fp16(model)
-    if name.endswith("_weights"):
-        return weights_to_int8(model)
-    thresholds = {
-        site: found.threshold(method)
-        for site, found in ranges.histograms[unit(name)].items()
-        if assigned[_unit_of(site)].precision == "int8"
-    }
-    return to_int8(model, thresholds, bundle.architecture.head_width)
-
-
-def _unit_of(site: str) -> str:
-    """The sub-layer of a linear layer."""
-    block, role = site.rsplit(".", 1)
-    return f"{block}.{'attention' if role in ('qkv', 'proj') else 'mlp'}"
+    Args:
+        tensors: the weights in fp32, by name.
+        assigned: the precision of each sub-layer.
+        ranges: of what linear layers read.
+        method: how int8's scales are taken from them.
+    """
+    found, units = dict(tensors), Units()
+    for sublayer, assignment in assigned.items():
+        units[sublayer] = Precision(assignment.precision)
+        if assignment.precision == "fp16":
+            found |= to_fp16(tensors, sublayer)
+        elif assignment.precision == "int8":
+            found |= to_int8(tensors, sublayer)
+            found |= input_scales(ranges.histograms[sublayer.name], sublayer, method)
+            if DENSE in ranges.histograms:
+                found |= input_scales(ranges.histograms[DENSE], sublayer, method, DENSE_SCALES)
+    return found, units

@@ -1,75 +1,52 @@
-"""Engines in fp16, by Model Optimizer's AutoCast."""
+"""Sub-layers in fp16: their weights, and the intermediate values that fp16 has to hold.
+
+Layer normalisations, the softmax and the residual stream stay in fp32: they sum over many values, or every block adds
+a little to them. So do the stem, the decisions and the head.
+"""
 
 from __future__ import annotations
 
-import re
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-import onnx
-from onnx import TensorProto
+import numpy as np
+import numpy.typing as npt
 
-from adavit.calibration.modelopt import finished, model_optimizer
+from adavit.bundle.onnx_graph import OnnxGraph
+from adavit.calibration.linear import Sublayer
 
-__all__ = ["FP16_MAX", "halved_nodes", "to_fp16"]
+__all__ = ["FP16_MAX", "halved_values", "to_fp16"]
 
 FP16_MAX = 65504 / 2
 """Largest magnitude seen in calibration that fp16 is trusted with: half of what it can hold."""
-_HALVED = ("MatMul", "Add", "Mul", "Gelu", "Erf", "Div", "Reshape", "Transpose", "Split", "Gather")
-"""Operators that may run in fp16. Layer normalisation and softmax stay in fp32: they sum over many values."""
+
+Tensors = Mapping[str, npt.NDArray[Any]]
 
 
-def halved_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The nodes of an engine that run in fp16: the linear layers and what lies between them.
+def to_fp16(tensors: Tensors, sublayer: Sublayer) -> dict[str, npt.NDArray[Any]]:
+    """The weights and biases of a sub-layer's linear layers as float16, by name."""
+    names = sublayer.tensors("weight", "bias")
+    return {name: tensors[name].astype(np.float16) for name in names if name in tensors}
 
-    The residual stream stays in fp32, since every block adds a little to it, and so do the scale and bias of layer
-    normalisations. In the dense twin, so do its stem and its head.
+
+def halved_values(graph: OnnxGraph, first: Mapping[str, Sublayer]) -> dict[str, Sublayer]:
+    """The values of an fp32 graph that would be float16 in fp16, and whose they are.
+
+    They reach from what a sub-layer's first linear layer reads to the sum that adds the residual stream, which is
+    float32 again.
+
+    Args:
+        graph: a block's, or the dense twin.
+        first: by the value that its first linear layer reads, the sub-layer.
     """
-    graph = model.graph
-    weights = {value.name for value in graph.initializer}
-    handed = {value.name for value in graph.input} - {"x"}
-    inner = [i for i, node in enumerate(graph.node) if any(name.startswith("blocks.") for name in node.input)]
-    first, last = (inner[0], inner[-1]) if graph.name == "dense" else (0, len(graph.node))
-    found = []
-    for node in list(graph.node)[first : last + 1]:
-        constants = [name in weights for name in node.input]
-        residual = node.op_type == "Add" and not any(constants) and handed.isdisjoint(node.input)
-        normalisation = node.op_type == "Mul" and constants[0]
-        if node.op_type in _HALVED and not (residual or normalisation):
-            found.append(node)
+    given = ({value.name for value in graph.inputs} | set(graph.weights)) - {"x"}
+    found: dict[str, Sublayer] = {}
+    for node in graph.nodes:
+        name = node.outputs[0]
+        of = next((found[value] for value in node.inputs if value in found), None)
+        residual = node.op == "Add" and not all(value in found or value in given for value in node.inputs)
+        if name in first:
+            found[name] = first[name]
+        elif of is not None and not residual:
+            found[name] = of
     return found
-
-
-def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """An engine in fp16; tokens and logits stay float32 outside, gathered weights become float16."""
-    from modelopt.onnx.autocast import convert_to_mixed_precision
-
-    halved = {node.name for node in halved_nodes(model)}
-    others = [f"^{re.escape(node.name)}$" for node in model.graph.node if node.name not in halved]
-    gathers = model.graph.name.endswith("_weights")
-    with model_optimizer(), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "engine.onnx"  # A copy: Model Optimizer writes over what it reads.
-        onnx.save(model, path)
-        converted = convert_to_mixed_precision(
-            str(path),
-            low_precision_type="fp16",
-            nodes_to_exclude=others,
-            keep_io_types=not gathers,
-            data_max=float("inf"),  # Ranges are ours; see FP16_MAX.
-            providers=["cpu"],
-        )
-    if model.graph.name.endswith("_gather"):
-        _take_float16(converted)
-    return finished(converted, model)
-
-
-def _take_float16(model: onnx.ModelProto) -> None:
-    """Makes the gathered weights float16 at the input, where AutoCast has cast them inside."""
-    weights = ("qkv", "proj", "query_bias", "bias", "fc1")
-    handed = {value.name: value for value in model.graph.input if value.name in weights}
-    for node in list(model.graph.node):
-        if node.op_type == "Cast" and node.input[0] in handed:
-            handed[node.input[0]].type.tensor_type.elem_type = TensorProto.FLOAT16
-            for reader in model.graph.node:
-                reader.input[:] = [node.input[0] if name == node.output[0] else name for name in reader.input]
-            model.graph.node.remove(node)

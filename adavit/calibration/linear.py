@@ -1,56 +1,64 @@
-"""The linear layers of the engines: what is quantised, and whose inputs have ranges."""
+"""The linear layers of the sub-layers: what is converted, and whose inputs have ranges."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import onnx
+from adavit.architecture import Architecture
+from adavit.bundle.keys import ATTENTION
 
-__all__ = ["GATHERED", "Linear", "linear_layers", "unit"]
+__all__ = ["Linear", "Sublayer", "sublayers_of"]
 
-_WEIGHT = re.compile(r"(blocks\.\d+)\.(?:attn|mlp)\.(query|key|value|proj|fc1|fc2)\.weight")
-_ROLES = {"query": "qkv", "key": "qkv", "value": "qkv"}
-GATHERED = ("qkv", "proj", "fc1")
-"""Weights that the gathering engines hand over, by the name of that input."""
+_LAYERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "attention": {"qkv": ("attn.query", "attn.key", "attn.value"), "proj": ("attn.proj",)},
+    "mlp": {"fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)},
+}
+_READ = {"qkv": "qkv.input", "proj": ATTENTION[1], "fc1": "fc1.input", "fc2": "fc2.input"}
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A product with weights.
+class Linear(NamedTuple):
+    """A linear layer, or several that read the same.
 
     Attributes:
-        node: the MatMul.
-        tensor: what it reads.
-        weight: its weights, embedded or handed over.
-        site: the layer that it is in whatever engine, such as "blocks.3.fc1"; query, key and value are "qkv".
+        site: its name in the model, such as "blocks.3.fc1".
+        read: the value that it reads, in a graph of its block.
+        tensors: how the names of its tensors begin.
     """
 
-    node: onnx.NodeProto
-    tensor: str
-    weight: str
     site: str
+    read: str
+    tensors: tuple[str, ...]
 
 
-def unit(engine: str) -> str:
-    """The sub-layer of an engine, such as "blocks.3.mlp" of "blocks.3.mlp_gather"; other engines are their own."""
-    return re.sub(r"_(gather|weights)$", "", engine)
+class Sublayer(NamedTuple):
+    """A sub-layer of a block.
+
+    Attributes:
+        block: its position.
+        part: "attention" or "mlp".
+    """
+
+    block: int
+    part: str
+
+    @property
+    def name(self) -> str:
+        """As reports name it."""
+        return f"blocks.{self.block}.{self.part}"
+
+    def linears(self) -> list[Linear]:
+        """Its linear layers, in the order they run; query, key and value are one."""
+        block = f"blocks.{self.block}"
+        return [
+            Linear(f"{block}.{role}", _READ[role], tuple(f"{block}.{name}" for name in names))
+            for role, names in _LAYERS[self.part].items()
+        ]
+
+    def tensors(self, *kinds: str) -> list[str]:
+        """The names of its linear layers' tensors of some kinds: "weight", "bias"."""
+        return [f"{name}.{kind}" for linear in self.linears() for name in linear.tensors for kind in kinds]
 
 
-def linear_layers(model: onnx.ModelProto) -> list[Linear]:
-    """The linear layers of an engine's sub-layers, in the order they run; stem, head and decisions have none."""
-    handed = {value.name for value in model.graph.input} & set(GATHERED)
-    found = []
-    for node in model.graph.node:
-        if node.op_type != "MatMul":
-            continue
-        weight = next((name for name in node.input if name in handed or _WEIGHT.fullmatch(name)), "")
-        tensor = next(name for name in node.input if name != weight)
-        if match := _WEIGHT.fullmatch(weight):
-            site = f"{match[1]}.{_ROLES.get(match[2], match[2])}"
-        elif weight in handed:
-            site = f"{model.graph.name.rsplit('.', 1)[0]}.{weight}"
-        else:
-            continue
-        found.append(Linear(node, tensor, weight, site))
-    return found
+def sublayers_of(arch: Architecture) -> list[Sublayer]:
+    """All sub-layers, in the order they run."""
+    return [Sublayer(block, part) for block in range(arch.depth) for part in _LAYERS]

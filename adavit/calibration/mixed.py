@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from adavit.calibration.convert import Assignment, engine_precision
+from adavit.calibration.convert import Assigned, Assignment
+from adavit.calibration.linear import Sublayer
 from adavit.errors import InputError
-from adavit.runtime.backend import Backend, Engine, Options, create_backend
-from adavit.bundle.bundle import Bundle
 from adavit.runtime.finite import NotFiniteError
-from adavit.runtime.image_files import ImageFile
 from adavit.runtime.session import Runtime
 
-__all__ = ["Measure", "Search"]
+__all__ = ["MOST_IMAGES", "Measure", "Search"]
 
 SENSITIVITY_IMAGES = 64
 """Images that each sub-layer's sensitivity is measured on."""
@@ -29,7 +26,6 @@ Float = npt.NDArray[np.float32]
 OVERFLOW_ERROR = float(np.finfo(np.float32).max)
 """Stands for the error of logits that are not finite."""
 Progress = Callable[[str, float], None]
-Assigned = Mapping[str, Assignment]
 
 
 @dataclass(frozen=True)
@@ -47,59 +43,27 @@ class Loss:
     logit_error: float
 
 
-class _Chosen:
-    """A backend whose engines come from several bundles, each loaded once."""
-
-    def __init__(
-        self, backends: Mapping[str, Backend], loaded: dict[tuple[str, str], Engine], chosen: Mapping[str, str]
-    ) -> None:
-        self._backends, self._loaded, self._chosen = backends, loaded, chosen
-        self.name, self.fixed = backends["fp32"].name, None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backends["fp32"], name)
-
-    def load(self, name: str, alone: bool = False) -> Engine:
-        """See `Backend.load`."""
-        key = self._chosen[name], name
-        if key not in self._loaded:
-            self._loaded[key] = self._backends[key[0]].load(name, alone)
-        return self._loaded[key]
-
-
 class Measure:
     """Measures what assignments of precisions cost, on images.
 
     Args:
-        bundles: the bundle in fp32, fp16 and int8.
-        options: of the runtime.
-        decisions: the precision of the engines that decide.
+        make: a runtime whose sub-layers have the precisions assigned to them.
+        wanted: fp32's logits [B, C] on the images.
         images: [B, 3, S, S].
         labels: of the images, None where they have none.
     """
 
     def __init__(
-        self, bundles: Mapping[str, Bundle], options: Options, decisions: str, images: Float, labels: list[int | None]
+        self, make: Callable[[Assigned], Runtime], wanted: Float, images: Float, labels: Sequence[int | None]
     ) -> None:
-        self._bundles, self._options, self._decisions = bundles, options, decisions
-        self._backends = {name: create_backend("onnxruntime", bundle, options) for name, bundle in bundles.items()}
-        self._loaded: dict[tuple[str, str], Engine] = {}
-        self._images = images
+        self._make, self._wanted, self._images = make, wanted, images
         self._labels = np.array([-1 if label is None else label for label in labels])
-        self._wanted = self._runtime({}).run(images).logits
-
-    def _runtime(self, assigned: Assigned) -> Runtime:
-        decisions = self._decisions if assigned else "fp32"
-        chosen = {name: engine_precision(name, assigned, decisions) for name in self._bundles["fp32"].engines}
-        engines = {name: self._bundles[precision].engines[name] for name, precision in chosen.items()}
-        bundle = replace(self._bundles["fp32"], engines=engines)
-        return Runtime(bundle, _Chosen(self._backends, self._loaded, chosen), self._options)
 
     def loss(self, assigned: Assigned, most: int | None = None) -> Loss:
         """What an assignment costs, on the first `most` images."""
         wanted, labels = self._wanted[:most], self._labels[:most]
         try:
-            found = self._runtime(assigned).run(self._images[:most]).logits
+            found = self._make(assigned).run(self._images[:most]).logits
         except NotFiniteError:
             return Loss(100.0, 0.0, OVERFLOW_ERROR)
         agreement = float((found.argmax(1) == wanted.argmax(1)).mean())
@@ -115,7 +79,7 @@ class Search:
 
     Args:
         measure: what assignments cost.
-        assigned: every unit's precision in the int8 bundle.
+        int8, fp16: every sub-layer's precision where the model is asked for in these.
         max_drop: points that may be lost.
         progress: told the stage and the share done.
 
@@ -128,24 +92,24 @@ class Search:
         self._measure, self._int8, self._max_drop = measure, int8, max_drop
         back = "put back for accuracy"
         self._back = {
-            name: Assignment(found.precision, back if found.reason is None else f"{back}; {found.reason}")
-            for name, found in fp16.items()
+            sublayer: Assignment(found.precision, back if found.reason is None else f"{back}; {found.reason}")
+            for sublayer, found in fp16.items()
         }
         self._progress = progress
-        units = [name for name, found in int8.items() if found.precision == "int8" and name != "dense"]
+        sublayers = [sublayer for sublayer, found in int8.items() if found.precision == "int8"]
         losses = {}
-        for done, unit in enumerate(units, 1):
-            losses[unit] = measure.loss(self._with(other for other in units if other != unit), SENSITIVITY_IMAGES)
-            progress("measuring sensitivity", done / len(units))
-        order = sorted(losses, key=lambda unit: (max(0.0, losses[unit].drop), losses[unit].logit_error), reverse=True)
-        self.sensitivity = {unit: losses[unit] for unit in order}
+        for done, one in enumerate(sublayers, 1):
+            losses[one] = measure.loss(self._with(other for other in sublayers if other != one), SENSITIVITY_IMAGES)
+            progress("measuring sensitivity", done / len(sublayers))
+        order = sorted(losses, key=lambda one: (max(0.0, losses[one].drop), losses[one].logit_error), reverse=True)
+        self.sensitivity = {one: losses[one] for one in order}
         self.loss = Loss(0.0, 1.0, 0.0)
 
-    def _with(self, put_back: Iterable[str]) -> dict[str, Assignment]:
+    def _with(self, put_back: Iterable[Sublayer]) -> dict[Sublayer, Assignment]:
         """The int8 assignment with some sub-layers as in fp16's."""
-        return {**self._int8, **{unit: self._back[unit] for unit in put_back}}
+        return {**self._int8, **{sublayer: self._back[sublayer] for sublayer in put_back}}
 
-    def run(self) -> dict[str, Assignment]:
+    def run(self) -> dict[Sublayer, Assignment]:
         """Puts back the most sensitive sub-layers until the drop is within bounds, then takes back what can be.
 
         Raises:
@@ -164,8 +128,8 @@ class Search:
                 f"--max-drop {self._max_drop:g} cannot be met: the best was a drop of {best:.2f} points, "
                 f"with up to all of {len(order)} sub-layers in fp16; allow more, or export with --precision fp16"
             )
-        for unit in reversed(back[:-1]):
-            fewer = [other for other in back if other != unit]
+        for one in reversed(back[:-1]):
+            fewer = [other for other in back if other != one]
             loss = self._measure.loss(self._with(fewer))
             if loss.drop <= self._max_drop:
                 back, self.loss = fewer, loss
@@ -174,6 +138,6 @@ class Search:
     def report(self) -> dict[str, Any]:
         """The sensitivity table and what the assignment found costs, for reports."""
         return {
-            "sensitivity": {unit: asdict(loss) for unit, loss in self.sensitivity.items()},
+            "sensitivity": {sublayer.name: asdict(loss) for sublayer, loss in self.sensitivity.items()},
             "loss": asdict(self.loss),
         }

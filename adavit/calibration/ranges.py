@@ -1,25 +1,31 @@
-"""The ranges inside the engines: their recorded inputs are run through them in fp32, watched at every linear layer."""
+"""The ranges inside the sub-layers: what was recorded runs through the fp32 graphs, every linear layer watched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from adavit.calibration.fp16 import halved_nodes
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.keys import Sublayers
+from adavit.bundle.onnx_graph import OnnxGraph
+from adavit.calibration.fp16 import halved_values
 from adavit.calibration.histogram import Histogram
-from adavit.calibration.linear import linear_layers
+from adavit.calibration.linear import Linear, Sublayer, sublayers_of
 from adavit.calibration.recording import Recorder, Sample, Seen
 from adavit.runtime.backends.onnxruntime import import_onnxruntime
-from adavit.bundle.bundle import Bundle
 
-__all__ = ["Ranges", "measure_ranges"]
+__all__ = ["DENSE", "Ranges", "measure_ranges"]
 
+DENSE = "dense"
+"""The dense twin, among the histograms."""
+
+Arrays = Mapping[str, npt.NDArray[Any]]
 Progress = Callable[[str, float], None]
 
 
@@ -29,73 +35,141 @@ class Ranges:
 
     Attributes:
         images: that ran.
-        seen: how often each engine was dispatched, and with how many tokens.
-        histograms: of the inputs of every linear layer, by unit (a sub-layer, or "dense") and site.
-        peaks: the largest magnitude in each unit of what fp16 would have to hold.
-        statistics: what the policies kept, as `config.json` has it.
+        seen: how often each sub-layer was dispatched, and with how many tokens; by its name.
+        histograms: of what each linear layer reads, by sub-layer and site; of the dense twin under DENSE.
+        peaks: the largest magnitude in each sub-layer of what fp16 would have to hold, the dense twin's included.
     """
 
     images: int
     seen: dict[str, Seen]
     histograms: dict[str, dict[str, Histogram]] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
-    statistics: dict[str, Any] = field(default_factory=dict)
-
-    def samples(self, unit: str) -> int:
-        """How many samples reached a unit: both of a sub-layer's engines together."""
-        if unit == "dense":
-            return self.images
-        return sum(self.seen[name].samples for name in (unit, f"{unit}_gather") if name in self.seen)
 
 
-def measure_ranges(bundle: Bundle, recorder: Recorder, progress: Progress) -> Ranges:
-    """Runs what a recorder kept through the engines of its fp32 bundle."""
-    result = Ranges(recorder.images, dict(recorder.seen), statistics=recorder.statistics().to_dict())
-    ort = import_onnxruntime()
-    units = [name for name, reservoir in recorder.reservoirs.items() if reservoir.samples and name in bundle.engines]
-    for done, unit in enumerate(units, 1):
-        model = onnx.load_from_string(bundle.read(unit))
-        if unit.endswith(".attention"):
-            _add_norm(model, onnx.load_from_string(bundle.read(unit.replace("attention", "decide"))))
-        watched = _Watched(model, ort)
-        for sample in recorder.reservoirs[unit].samples:
-            watched.run(sample)
-        result.histograms[unit], result.peaks[unit] = watched.histograms, watched.peak
-        progress("measuring ranges", done / len(units))
-    return result
+def measure_ranges(graphs: Graphs, recorder: Recorder, progress: Progress) -> Ranges:
+    """Runs what a recorder kept through a bundle's fp32 graphs."""
+    found = Ranges(recorder.images, {sublayer.name: seen for sublayer, seen in recorder.seen.items()})
+    sessions: Sessions = {}
+    for done, (sublayer, reservoir) in enumerate(recorder.reservoirs.items()):
+        progress("measuring ranges", done / (len(recorder.reservoirs) + 1))
+        if reservoir.samples:
+            histograms = found.histograms[sublayer.name] = _histograms([sublayer])
+            found.peaks[sublayer.name] = _largest_weight(graphs, sublayer)
+            _measure_sublayer(graphs, sublayer, reservoir.samples, Watch(histograms, found.peaks, sessions))
+    if graphs.files.dense is not None:
+        histograms = found.histograms[DENSE] = _histograms(sublayers_of(graphs.architecture))
+        _measure_dense(graphs, recorder.whole.samples, Watch(histograms, found.peaks, {}))
+    progress("measuring ranges", 1.0)
+    return found
 
 
-def _add_norm(model: onnx.ModelProto, decide: onnx.ModelProto) -> None:
-    """Makes the attention engine compute norm1(x), as its block's `decide` does."""
-    norm = next(node for node in decide.graph.node if node.output[0] == "normed")
-    graph = model.graph
-    graph.initializer.extend(value for value in decide.graph.initializer if value.name in norm.input)
-    graph.node.insert(0, norm)
-    graph.input.remove(next(value for value in graph.input if value.name == norm.output[0]))
+def _histograms(sublayers: Sequence[Sublayer]) -> dict[str, Histogram]:
+    """New ones, for the linear layers of sub-layers."""
+    return {linear.site: Histogram() for sublayer in sublayers for linear in sublayer.linears()}
 
 
-class _Watched:
-    """An engine whose inner values are outputs too."""
+def _largest_weight(graphs: Graphs, sublayer: Sublayer) -> float:
+    """The largest magnitude of the weights and biases of a sub-layer's linear layers."""
+    tensors = graphs.tensors
+    names = [name for name in sublayer.tensors("weight", "bias") if name in tensors.tensors]
+    return max(float(np.abs(tensors.array(name)).max()) for name in names)
 
-    def __init__(self, model: onnx.ModelProto, ort: ModuleType) -> None:
-        self._sites = {layer.tensor: layer.site for layer in linear_layers(model)}
-        halved = {name for node in halved_nodes(model) for name in node.output}
-        self._names = sorted(halved | set(self._sites))
-        found = {value.name for value in model.graph.output}
-        model.graph.output.extend(
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in self._names if name not in found
-        )
+
+def _measure_sublayer(graphs: Graphs, sublayer: Sublayer, samples: Sequence[Sample], watch: Watch) -> None:
+    """Runs what a sub-layer was dispatched with through the graphs of its block."""
+    arch = graphs.architecture
+    values = {linear.read: (sublayer, linear) for linear in sublayer.linears()}
+    by_graph: dict[Sublayers, tuple[Watched, Arrays]] = {}
+    for key, rows in samples:
+        if key.sublayers not in by_graph:
+            graph = graphs.block(key.block, key.sublayers)
+            by_graph[key.sublayers] = Watched(graph, values, watch), graph.arrays(graphs.tensors)
+        watched, weights = by_graph[key.sublayers]
+        x = np.zeros((arch.tokens, arch.width), np.float32)
+        x[: len(rows)] = rows
+        kept = {"tokens": np.arange(len(rows))} if arch.token_policy else {}
+        watched.run({"x": x, **kept, **weights, **graphs.head_weights(key)})
+
+
+def _measure_dense(graphs: Graphs, images: Sequence[npt.NDArray[np.float32]], watch: Watch) -> None:
+    """Runs whole images [3, S, S] through the dense twin."""
+    values = {
+        f"blocks.{sublayer.block}.{linear.read}": (sublayer, linear)
+        for sublayer in sublayers_of(graphs.architecture)
+        for linear in sublayer.linears()
+    }
+    graph = graphs.dense()
+    watched, weights = Watched(graph, values, watch), graph.arrays(graphs.tensors)
+    for image in images:
+        watched.run({"images": image[None], **weights})
+
+
+Sessions = dict[tuple[bytes, tuple[str, ...]], Any]
+
+
+@dataclass
+class Watch:
+    """What is measured of runs.
+
+    Attributes:
+        histograms: of what linear layers read, by site.
+        peaks: the largest magnitude that fp16 would have to hold, by sub-layer's name.
+        sessions: by model and watched values: weights are inputs, so that blocks share them.
+    """
+
+    histograms: dict[str, Histogram]
+    peaks: dict[str, float]
+    sessions: Sessions
+
+
+class Watched:
+    """A graph whose intermediate values are outputs too.
+
+    Args:
+        graph: it.
+        values: what linear layers read, by the name of the value.
+        watch: is told what a run shows.
+    """
+
+    def __init__(self, graph: OnnxGraph, values: Mapping[str, tuple[Sublayer, Linear]], watch: Watch) -> None:
+        self._sites = {name: linear.site for name, (_, linear) in values.items()}
+        first = {name: sublayer for name, (sublayer, linear) in values.items() if linear == sublayer.linears()[0]}
+        self._halved = halved_values(graph, first)
+        self._names = tuple(sorted(self._halved))
+        self._watch = watch
+        key = graph.model({}), self._names
+        if key not in watch.sessions:
+            watch.sessions[key] = _session(*key)
+        self._session = watch.sessions[key]
+
+    def run(self, given: Arrays) -> None:
+        """Runs the graph on its inputs and weights."""
+        for name, value in zip(self._names, self._session.run(self._names, given), strict=True):
+            if name in self._sites:
+                self._watch.histograms[self._sites[name]].add(value)
+            sublayer = self._halved[name].name
+            peak = float(np.abs(value).max(initial=0))
+            self._watch.peaks[sublayer] = max(self._watch.peaks.get(sublayer, 0.0), peak)
+
+
+def _session(data: bytes, names: Sequence[str]) -> Any:
+    """A session whose outputs are some values of a model."""
+    ort: Any = import_onnxruntime()
+    model = onnx.load_from_string(data)
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    changed = model.SerializeToString()
+
+    def make(own_threads: bool) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.use_per_session_threads = False
-        self._session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
-        )
-        self.histograms: dict[str, Histogram] = {site: Histogram() for site in self._sites.values()}
-        self.peak = 0.0
+        options.use_per_session_threads = own_threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return ort.InferenceSession(changed, options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
-    def run(self, sample: Sample) -> None:
-        values: Mapping[str, Any] = dict(zip(self._names, self._session.run(self._names, sample), strict=True))
-        self.peak = max(self.peak, *(float(np.abs(value).max()) for value in values.values()))
-        for tensor, site in self._sites.items():
-            self.histograms[site].add(values[tensor])
+    try:
+        return make(own_threads=True)
+    except Exception as error:
+        if "global thread pool" not in str(error):
+            raise
+        return make(own_threads=False)  # the process has set ONNX Runtime's own

@@ -85,7 +85,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     if options.opset not in OPSETS:
         raise OptionError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     options.budgets.check()
-    options.calibration.check(options.opset)
+    options.calibration.check()
     _check_output(output, options.force)
     progress("loading the checkpoint", 0.0)
     model = load_checkpoint(source, options.heads)

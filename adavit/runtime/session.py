@@ -19,7 +19,7 @@ from adavit.architecture import Architecture
 from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
 from adavit.macs import dense_macs, image_macs
 from adavit.reading import path_of
-from adavit.runtime.backend import Backend, Options, Use, create_backend
+from adavit.runtime.backend import Backend, Options, Usage, Use, create_backend
 from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve, resolve_each
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.graphs import Graphs

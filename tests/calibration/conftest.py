@@ -21,18 +21,42 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def calibrated(
-    busy: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], tuple[Path, dict]]:
-    """The busy model's bundle in a precision, and the report of its export; each made once, of one calibration."""
+def calibrated(busy: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """The busy model's bundle in fp32, fp16 and int8, its ranges in calibration.npz beside it, and the report."""
     folder = tmp_path_factory.mktemp("calibrated")
-    made: dict[str, tuple[Path, dict]] = {}
+    calibration = CalibrationOptions(("fp32", "fp16", "int8"), (pictures,), folder / "calibration.npz")
+    options = ExportOptions(threads=1, calibration=calibration)
+    return folder / "bundle", export_bundle(busy, folder / "bundle", options, quiet)
 
-    def bundle(precision: str) -> tuple[Path, dict]:
-        if precision not in made:
-            calibration = CalibrationOptions(precision, (pictures,), folder / "calibration.npz")
-            options = ExportOptions(with_dense=True, threads=1, calibration=calibration)
-            made[precision] = folder / precision, export_bundle(busy, folder / precision, options, quiet)
-        return made[precision]
 
-    return bundle
+@pytest.fixture(scope="session")
+def cache(calibrated: tuple[Path, dict]) -> Path:
+    """The ranges of that bundle."""
+    return calibrated[0].with_name("calibration.npz")
+
+
+@pytest.fixture(scope="session")
+def bundle(calibrated: tuple[Path, dict]) -> Path:
+    """That bundle."""
+    return calibrated[0]
+
+
+Exported = Callable[..., tuple[Path, dict]]
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Exported:
+    """Exports a checkpoint in some precisions, and returns the bundle and its report."""
+
+    def export(source: Path, *precisions: str, opset: int = 20, **calibration: object) -> tuple[Path, dict]:
+        folder = tmp_path / "bundle"
+        options = ExportOptions(
+            verify=False,
+            force=True,
+            threads=1,
+            opset=opset,
+            calibration=CalibrationOptions(precisions, **calibration),  # type: ignore[arg-type]
+        )
+        return folder, export_bundle(source, folder, options, quiet)
+
+    return export

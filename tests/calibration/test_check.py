@@ -1,8 +1,7 @@
-"""What an export in another precision says of the bundle that it writes, beside its fp32 graphs."""
+"""What an export in other precisions says of them, beside fp32."""
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,19 +12,16 @@ import adavit
 from adavit.calibration import check
 from adavit.calibration.check import check_converted
 from adavit.cli import export
-from adavit.console_precision import checked_lines
 from adavit.errors import VerificationError
 from adavit.runtime import Runtime
 from adavit.runtime.image_files import ImageFile, find_images
 
-pytest.importorskip("modelopt", reason="pip install 'adavit[int8]' to convert engines")
 
-Calibrated = Callable[[str], tuple[Path, dict]]
-
-
-@pytest.fixture(scope="module")
-def fp32(calibrated: Calibrated) -> Runtime:
-    return adavit.load(calibrated("fp32")[0], threads=1)
+@pytest.fixture
+def runtime(bundle: Path, tmp_path: Path) -> Runtime:
+    """A copy of the bundle in fp32."""
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    return adavit.load(copy, threads=1, precision="fp32", specialise=False)
 
 
 @pytest.fixture(scope="module")
@@ -33,68 +29,59 @@ def files(pictures: Path) -> list[ImageFile]:
     return find_images([pictures], None)
 
 
-def test_the_report_of_an_export(calibrated: Calibrated) -> None:
-    assert calibrated("fp32")[1]["checked"] is None
-    report = calibrated("int8")[1]
+def test_the_report_of_an_export(calibrated: tuple[Path, dict]) -> None:
+    report = calibrated[1]
     assert report["verified"]["precision"] == "fp32"
-    checked = report["checked"]
-    assert (checked["input"], checked["images"], checked["accuracy"]) == ("calibration images", 32, None)
-    assert (checked["differs"], checked["free"]["flipped"] > 0) == (False, True)
-    assert checked["free"]["mean_logit_difference"] > 0
-    assert "calibration" in report and "checked" not in report["calibration"]
+    assert set(report["calibration"]) == {"fp16", "int8"}
+    for found in report["calibration"].values():
+        checked = found["checked"]
+        assert (checked["input"], checked["images"], checked["accuracy"]) == ("calibration images", 32, None)
+        assert checked["differs"] is False
+        assert checked["free"]["mean_logit_difference"] > 0
+    assert report["calibration"]["int8"]["checked"]["free"]["flipped"] > 0
 
 
 def test_the_lines_of_an_export(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     source = save(random_model(tiny(depth=2, head_policy=False), sublayers=2.0), tmp_path / "model.safetensors")
-    arguments = (source, "--precision", "fp16", "--threads", 1, "--force", "-o", tmp_path / "bundle")
+    arguments = (source, "--precision", "fp16,int8", "--threads", 1, "--force", "-o", tmp_path / "bundle")
     done = invoke(export, *arguments, "--calibration-images", pictures_in(tmp_path / "photos", 16))
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert not [line for line in lines if line.startswith("verified")]
     assert [line for line in lines if line.startswith("fp32 graphs 4 images: ") and "decisions identical" in line]
-    assert [line for line in lines if line.startswith("fp16        16 calibration images, against fp32: ")]
+    for name in ("fp16", "int8"):
+        assert [line for line in lines if line.startswith(f"{name}        16 calibration images, against fp32: ")]
     cache = ("--calibration-cache", tmp_path / "bundle.calibration.npz")
     done = invoke(export, *arguments, *cache, "--json", "-")
-    assert json.loads(done.stdout)["checked"]["input"] == "random images"
+    assert json.loads(done.stdout)["calibration"]["int8"]["checked"]["input"] == "random images"
     done = invoke(export, *arguments, *cache, "--no-verify", "--json", "-")
     report = json.loads(done.stdout)
-    assert report["verified"] is report["checked"] is None
+    assert report["verified"] is None
+    assert not [found for found in report["calibration"].values() if "checked" in found]
 
 
-def test_labelled_images_give_accuracy(calibrated: Calibrated, fp32: Runtime, files: list[ImageFile]) -> None:
+def test_labelled_images_give_accuracy(runtime: Runtime, files: list[ImageFile]) -> None:
     labelled = [replace(file, label=place % 5, by="name") for place, file in enumerate(files[:10])]
-    report = check_converted(fp32, calibrated("int8")[0], labelled, quiet)
-    assert report["labelled"] == 10
-    (line,) = checked_lines("int8", report)
-    assert "10 calibration images" in line and "accuracy" in line and "(fp32: " in line
+    report = check_converted(runtime, "int8", labelled, quiet)
+    assert report["labelled"] == report["images"] == 10
+    assert set(report["accuracy"]) == {"first", "second", "replayed"}
 
 
 def test_no_more_images_run_than_tell_enough(
-    calibrated: Calibrated, fp32: Runtime, files: list[ImageFile], monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, files: list[ImageFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check, "MOST_IMAGES", 5)
-    assert check_converted(fp32, calibrated("int8")[0], files, quiet)["images"] == 5
+    assert check_converted(runtime, "int8", files, quiet)["images"] == 5
 
 
-def test_a_bundle_that_decides_differently_is_warned_of(
-    calibrated: Calibrated, fp32: Runtime, files: list[ImageFile], tmp_path: Path
-) -> None:
-    bundle = shutil.copytree(calibrated("int8")[0], tmp_path / "bundle")
-    for block in range(fp32.architecture.depth):
-        with_weights(bundle, f"blocks.{block}.decide", 100.0)
-    report = check_converted(fp32, bundle, files[:8], quiet)
+def test_a_precision_that_decides_differently_is_told(runtime: Runtime, files: list[ImageFile]) -> None:
+    with_weights(runtime.bundle.path, "select.mlp_head.bias", 100.0, "int8")
+    report = check_converted(runtime, "int8", files[:8], quiet)
     assert report["differs"] and report["free"]["flipped"] > check.MOST_FLIPPED
-    line, warning = checked_lines("int8", report)
-    assert line.startswith("int8        8 calibration images")
-    assert warning.startswith("warning     the int8 bundle decides differently")
 
 
-@pytest.mark.parametrize("engine", ["head", "dense"])
-def test_what_is_not_finite_fails(
-    engine: str, calibrated: Calibrated, fp32: Runtime, files: list[ImageFile], tmp_path: Path
-) -> None:
-    bundle = shutil.copytree(calibrated("int8")[0], tmp_path / "bundle")
-    with_weights(bundle, engine, float("inf"), "head.bias")
-    with pytest.raises(VerificationError, match=r"converted bundle .*NaN, infinite"):
-        check_converted(fp32, bundle, files[:2], quiet)
+@pytest.mark.parametrize("weights", ["head.bias", "blocks.0.mlp.fc2.bias"])
+def test_what_is_not_finite_fails(weights: str, runtime: Runtime, files: list[ImageFile]) -> None:
+    with_weights(runtime.bundle.path, weights, float("inf"), "int8")
+    with pytest.raises(VerificationError, match=r"does not run as it should in int8: .*NaN, infinite"):
+        check_converted(runtime, "int8", files[:2], quiet)

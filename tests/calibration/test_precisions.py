@@ -1,218 +1,241 @@
-"""Bundles in fp16 and int8: what they hold, that every backend takes them, and that they compute nearly the same."""
+"""A bundle in fp16 and int8 beside fp32: what it holds, and that its graphs compute nearly the same."""
 
-import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from cases import WIDE, python, quiet, random_images, random_model, read_config, save, tiny
-from onnx import TensorProto, numpy_helper
+from cases import WIDE, python, random_images, random_model, read_config, save, stored_files, tiny
+from onnx import TensorProto
+from safetensors.numpy import load_file
 
 import adavit
-from adavit.calibration.cache import load_ranges
-from adavit.calibration.linear import unit
-from adavit.export import ExportOptions, export_bundle
-from adavit.precision_options import CalibrationOptions
+from adavit.architecture import Architecture
 from adavit.bundle.bundle import Bundle
-from adavit.tensorrt.build import add_engines
-from adavit.tensorrt.options import BuildOptions
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.keys import BOTH, BlockKey
+from adavit.bundle.onnx_graph import OnnxGraph
+from adavit.calibration.cache import load_ranges
+from adavit.errors import InputError
+from adavit.runtime import Runtime
+from adavit.runtime.backends.onnxruntime import HIDING_INT8
+from adavit.runtime.specialise import usage_of
 
-pytest.importorskip("modelopt", reason="pip install 'adavit[int8]' to convert engines")
-
-Calibrated = Callable[[str], tuple[Path, dict]]
-SIZES = {"K": 5, "h": 2, "c": 2 * WIDE.head_width, "B": 2}
-TYPES = {"float32": np.float32, "float16": np.float16}
+Exported = Callable[..., tuple[Path, dict]]
 
 precisions = pytest.mark.parametrize("precision", ["fp16", "int8"])
+LINEAR = ("attn.query", "attn.key", "attn.value", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
-def graphs(bundle: Path) -> dict[str, onnx.ModelProto]:
-    return {name: onnx.load(bundle / engine["file"]) for name, engine in read_config(bundle)["engines"].items()}
+def loaded(bundle: Path, precision: str | None = None) -> Runtime:
+    return adavit.load(bundle, threads=1, precision=precision, specialise=False)
 
 
-def inputs(engine: dict) -> dict[str, np.ndarray]:
-    """Any input an engine may be given."""
-    source = np.random.default_rng(0)
-    found = {}
-    for tensor in engine["inputs"]:
-        shape = [SIZES.get(size, size) for size in tensor["shape"]]
-        if tensor["dtype"] == "int64":
-            found[tensor["name"]] = np.array([1, 4])
-        else:
-            found[tensor["name"]] = (source.standard_normal(shape) * 0.3).astype(TYPES[tensor["dtype"]])
-    return found
+def weights_of(bundle: Path, precision: str) -> dict[str, np.ndarray]:
+    return load_file(bundle / stored_files(bundle, precision)["weights"])
+
+
+def test_a_bundle_holds_the_precisions_asked_for(calibrated: tuple[Path, dict]) -> None:
+    bundle, report = calibrated
+    config = read_config(bundle)
+    assert list(config["precisions"]) == list(report["precisions"]) == ["fp32", "fp16", "int8"]
+    assert set(report["calibration"]) == {"fp16", "int8"}
+    for precision in config["precisions"]:
+        folder = bundle / precision
+        files = stored_files(bundle, precision).values()
+        assert {path.relative_to(bundle).as_posix() for path in folder.iterdir()} == set(files)
+        assert [path.name for path in folder.iterdir() if path.suffix != ".onnx"] == ["model.safetensors"]
+        assert loaded(bundle, precision).graphs.precision == precision
+    assert loaded(bundle).graphs.precision == "fp32"
+    weights = [(bundle / stored_files(bundle, p)["weights"]).stat().st_size for p in ("fp32", "fp16", "int8")]
+    assert weights[1] < 0.65 * weights[0] and weights[2] < 0.5 * weights[0]
+    with pytest.raises(InputError, match=r"mixed'?; it has fp32, fp16, int8"):
+        loaded(bundle, "mixed")
+
+
+def test_fp32_goes_where_it_is_not_asked_for_and_the_first_is_the_default(
+    exported: Exported, busy: Path, cache: Path
+) -> None:
+    bundle, report = exported(busy, "int8", "fp16", calibration_cache=cache)
+    assert list(read_config(bundle)["precisions"]) == list(report["precisions"]) == ["int8", "fp16"]
+    assert {path.name for path in bundle.iterdir() if path.is_dir()} == {"int8", "fp16"}
+    assert loaded(bundle).graphs.precision == "int8"
 
 
 @precisions
-def test_decisions_and_classes_stay_close(calibrated: Calibrated, precision: str) -> None:
+def test_decisions_and_classes_stay_close(bundle: Path, precision: str) -> None:
     images = random_images(WIDE, 16, seed=9)
-    wanted = adavit.load(calibrated("fp32")[0], threads=1).run(images)
-    found = adavit.load(calibrated(precision)[0], threads=1).run(images, policy=wanted.policy)
+    wanted, runtime = loaded(bundle).run(images), loaded(bundle, precision)
+    found = runtime.run(images, policy=wanted.policy)
     allowed = {"fp16": 0.01, "int8": 0.35}[precision]
     assert np.abs(found.logits - wanted.logits).max() < allowed * np.abs(wanted.logits).max()
-    own = adavit.load(calibrated(precision)[0], threads=1).run(images).policy
+    own = runtime.run(images).policy
     same = np.mean([(getattr(own, kind) == getattr(wanted.policy, kind)).mean() for kind in ("tokens", "heads")])
     assert same > {"fp16": 0.999, "int8": 0.97}[precision]
 
 
 @precisions
-def test_other_precisions_run_without_engines_for_sets_of_heads(calibrated: Calibrated, precision: str) -> None:
-    runtime, images = adavit.load(calibrated(precision)[0], threads=1), random_images(WIDE, 2)
-    before = runtime.run(images)
-    assert runtime.specialise(before.policy) == 0
-    np.testing.assert_array_equal(runtime.run(images).logits, before.logits)
+def test_the_dense_twin_stays_close(bundle: Path, precision: str) -> None:
+    images = random_images(WIDE, 4, seed=9)
+    wanted, found = loaded(bundle).run_dense(images), loaded(bundle, precision).run_dense(images)
+    assert np.abs(found - wanted).max() < {"fp16": 0.01, "int8": 0.35}[precision] * np.abs(wanted).max()
 
 
 @precisions
-def test_the_bundle_is_smaller_and_says_what_it_is(calibrated: Calibrated, precision: str) -> None:
-    bundle, report = calibrated(precision)
-    config = read_config(bundle)
-    size, full = (sum(e["bytes"] for e in read_config(b)["engines"].values()) for b in (bundle, calibrated("fp32")[0]))
-    assert size < {"fp16": 0.65, "int8": 0.55}[precision] * full  # tiny engines are half descriptions
-    assert config["precision"] == report["precision"] == precision
-    assert sum(config["statistics"]["batch"].values()) == 32
-    kinds = {name: engine["precision"] for name, engine in config["engines"].items()}
-    assert all(kinds[name] == "fp32" for name in kinds if name in ("stem", "head", "empty") or "decide" in name)
-    converted = {name for name in kinds if name.startswith("blocks.") and "decide" not in name}
-    converted -= {name for name in converted if "attention_gather" in name and precision == "int8"}
-    assert {kinds[name] for name in converted} == {precision}
-    gathering = {kinds[name] for name in kinds if name.endswith("attention_gather")}
-    assert gathering == {"fp32" if precision == "int8" else "fp16"}  # whose weights are all handed to it
-    assert report["calibration"]["engines"]["blocks.0.attention"]["samples"] == 32
+def test_batches_and_prepared_blocks_compute_the_same(bundle: Path, precision: str) -> None:
+    images, runtime = random_images(WIDE, 6), loaded(bundle, precision)
+    together = runtime.run(images)
+    for image, logits in zip(images, together.logits, strict=True):
+        np.testing.assert_allclose(runtime.run(image[None]).logits[0], logits, atol=1e-4)
+    chosen = runtime.backend.choose(usage_of(together.policy, 1))
+    assert chosen
+    for one in chosen:
+        runtime.backend.prepare(one)
+    found = runtime.run(images, policy=together.policy).logits
+    different = np.abs(found - together.logits).max(1)
+    # A value may round to the next code, which changes an image's logits by far less than int8 does.
+    assert np.median(different) < 1e-3
+    assert different.max() < 0.05 * np.abs(together.logits).max()
 
 
-def test_sums_normalisations_and_softmax_stay_in_fp32(calibrated: Calibrated) -> None:
-    for name, model in graphs(calibrated("fp16")[0]).items():
-        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-        kinds = {
-            v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input, *inferred.output)
-        }
-        kinds |= {value.name: value.data_type for value in inferred.initializer}
-        makers = {value: node for node in inferred.node for value in node.output}
-        if name.endswith((".attention", ".mlp", ".attention_gather", ".mlp_gather")):
-            assert makers["y"].op_type == "Add", name  # and not a cast of a sum in fp16
-        if name.startswith("blocks.") and "decide" not in name and not name.endswith("_set"):
-            matrices = [value for value in inferred.initializer if len(value.dims) > 1]
-            assert {kinds[value.name] for value in matrices} <= {TensorProto.FLOAT16}, name
-        for node in inferred.node:
+def test_norms_softmax_and_sums_stay_float32_in_fp16(bundle: Path) -> None:
+    for name, file in stored_files(bundle, "fp16").items():
+        if name == "weights":
+            continue
+        graph = onnx.shape_inference.infer_shapes(onnx.load(bundle / file), strict_mode=True).graph
+        values = (*graph.value_info, *graph.input, *graph.output)
+        kinds = {value.name: value.type.tensor_type.elem_type for value in values}
+        kinds |= {value.name: value.data_type for value in graph.initializer}
+        makers = {value: node for node in graph.node for value in node.output}
+        residual = name.removeprefix("blocks.").partition(".")[2] in ("both", "attention", "mlp")
+        assert not residual or makers["y"].op_type in ("Add", "ScatterND"), name  # and not a cast of a sum in fp16
+        halved = 0
+        for node in graph.node:
+            read = {kinds[value] for value in node.input if kinds.get(value) != TensorProto.INT64}
             if node.op_type in ("LayerNormalization", "Softmax"):
-                assert {kinds[value] for value in (*node.input, *node.output)} == {TensorProto.FLOAT}, name
-            if node.op_type == "LayerNormalization":
-                assert "Cast" not in {makers[value].op_type for value in node.input if value in makers}, name
-            if node.op_type == "MatMul" and name.startswith("blocks.") and "decide" not in name:
-                assert {kinds[value] for value in node.input} == {TensorProto.FLOAT16}, name
-            if node.output[0] == "y" and node.op_type == "Add":
-                assert {kinds[value] for value in node.input} == {TensorProto.FLOAT}, name
+                assert read == {kinds[node.output[0]]} == {TensorProto.FLOAT}, (name, node.name)
+            elif node.op_type in ("Gemm", "MatMul", "Add", "Gelu"):
+                assert len(read) == 1, (name, node.name)
+                halved += read == {TensorProto.FLOAT16}
+        linear = {"both": 4, "attention": 2, "mlp": 2, "none": 0, "stem": 0, "dense": 6 * WIDE.depth}
+        assert halved >= linear[name.rpartition(".")[2]], name
 
 
-def test_tokens_may_be_larger_than_fp16_holds(pictures: Path, tmp_path: Path) -> None:
+def test_weights_of_linear_layers_alone_are_converted(bundle: Path) -> None:
+    wanted, halves, codes = (weights_of(bundle, precision) for precision in ("fp32", "fp16", "int8"))
+    linear = {f"blocks.{block}.{name}" for block in range(WIDE.depth) for name in LINEAR}
+    for name, value in wanted.items():
+        layer, _, kind = name.rpartition(".")
+        converted = layer in linear
+        assert halves[name].dtype == (np.float16 if converted else np.float32), name
+        assert codes[name].dtype == (np.int8 if converted and kind == "weight" else np.float32), name
+        if codes[name].dtype == np.int8:  # 7 bits, a scale for each output channel, the nearest codes
+            scale = codes[f"{name}.scale"]
+            assert (np.abs(codes[name].astype(int)).max(1) == 64).all()
+            assert not codes[f"{name}.zero"].any() and codes[f"{name}.zero"].shape == scale.shape == value.shape[:1]
+            assert np.abs(codes[name] * scale[:, None] - value).max() <= 0.5 * scale.max() * (1 + 1e-5)
+
+
+def test_the_largest_code_is_the_largest_value_of_calibration(bundle: Path, cache: Path) -> None:
+    (ranges, _), tensors = load_ranges(cache), weights_of(bundle, "int8")
+    found = {name for name in tensors if name.endswith(".input_scale")}
+    wanted = {
+        f"{'dense.' if unit == 'dense' else ''}{site}.input_scale": histogram.peak / 127
+        for unit, part in ranges.histograms.items()
+        for site, histogram in part.items()
+    }
+    assert found == set(wanted) and len(found) == 8 * WIDE.depth
+    assert {name: float(tensors[name]) for name in found} == pytest.approx(wanted)
+
+
+def session(model: bytes, optimised: Path | None = None) -> Any:
+    ort = pytest.importorskip("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if optimised:
+        options.optimized_model_filepath = str(optimised)
+    return ort.InferenceSession(model, options, ["CPUExecutionProvider"], disabled_optimizers=HIDING_INT8)
+
+
+def test_onnx_runtime_multiplies_codes_where_they_are_constants(bundle: Path, tmp_path: Path) -> None:
+    graphs = Graphs(Bundle.open(bundle), "int8")
+    block, dense = graphs.block(1, BOTH), graphs.dense()
+    handed = graphs.quantised_head_weights(BlockKey(1, BOTH, (0, 2, 3)))
+    for graph, constants, products in ((block, handed, 4), (dense, {}, 6 * WIDE.depth)):
+        session(graph.model(graph.arrays(graphs.tensors) | dict(constants)), tmp_path / "optimised.onnx")
+        nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+        assert Counter(node.op_type for node in nodes)["QGemm"] == products, graph.name
+        quantised = [node.input[0] for node in nodes if node.op_type == "QGemm"]
+        assert len(set(quantised)) == len(quantised)  # products that share one are slow
+
+
+def given(graph: OnnxGraph, arch: Architecture, constants: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Inputs for what is no constant of a graph."""
+    source, found = np.random.default_rng(0), {}
+    for value in graph.inputs:
+        if value.name == "tokens":
+            found["tokens"] = np.arange(0, arch.tokens, 2)
+        elif value.name not in constants:
+            shape = [2 if isinstance(size, str) else size for size in value.shape]
+            found[value.name] = source.standard_normal(shape).astype(np.float32)
+    return found
+
+
+@precisions
+def test_openvino_computes_the_same(bundle: Path, precision: str) -> None:
+    core = pytest.importorskip("openvino").Core()
+    graphs = Graphs(Bundle.open(bundle), precision)
+    keys = BlockKey(0, BOTH, tuple(range(WIDE.heads))), BlockKey(1, BOTH, (1, 4))
+    cases = [(graphs.block(key.block, BOTH), graphs.quantised_head_weights(key)) for key in keys]
+    for graph, handed in [(graphs.dense(), {}), *cases]:
+        constants = graph.arrays(graphs.tensors) | dict(handed)
+        data, inputs = graph.model(constants), given(graph, WIDE, constants)
+        wanted = session(data).run(None, inputs)
+        found = core.compile_model(core.read_model(data), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(inputs)
+        for position, value in enumerate(wanted):
+            scale = max(1.0, float(np.abs(value).max()))
+            difference = np.abs(found[position] - value).max()
+            assert difference < {"fp16": 0.01, "int8": 0.03}[precision] * scale, graph.name
+
+
+def test_older_opsets_do(exported: Exported, busy: Path, cache: Path, bundle: Path) -> None:
+    older, _ = exported(busy, "fp16", "int8", opset=17, calibration_cache=cache)
+    images = random_images(WIDE, 2)
+    for precision in ("fp16", "int8"):
+        wanted = loaded(bundle, precision).run(images)
+        found = loaded(older, precision).run(images, policy=wanted.policy)
+        np.testing.assert_allclose(found.logits, wanted.logits, atol=0.05)
+
+
+def test_tokens_may_be_larger_than_fp16_holds(exported: Exported, pictures: Path, tmp_path: Path) -> None:
     arch = tiny(depth=2, head_policy=False)
     model = random_model(arch, sublayers=2.0)
     with torch.no_grad():
         model.pos_embed[..., 0] += 7e4  # which no sub-layer takes away again
-    source, images = save(model, tmp_path / "model.safetensors"), random_images(arch, 4)
-    calibration = CalibrationOptions("fp16", (pictures,), tmp_path / "ranges.npz")
-    loaded = []
-    for precision in ("fp32", "fp16"):
-        options = ExportOptions(
-            with_dense=True, verify=False, threads=1, calibration=replace(calibration, precision=precision)
-        )
-        export_bundle(source, tmp_path / precision, options, quiet)
-        loaded.append(adavit.load(tmp_path / precision, threads=1))
-    wanted, found = (runtime.run(images) for runtime in loaded)
-    np.testing.assert_allclose(found.logits, wanted.logits, atol=0.01)
-    np.testing.assert_allclose(loaded[1].run_dense(images), loaded[0].run_dense(images), atol=0.01)
+    images = random_images(arch, 4)
+    bundle, _ = exported(save(model, tmp_path / "model.safetensors"), "fp32", "fp16", calibration_images=(pictures,))
+    wide, half = loaded(bundle), loaded(bundle, "fp16")
+    np.testing.assert_allclose(half.run(images).logits, wide.run(images).logits, atol=0.01)
+    np.testing.assert_allclose(half.run_dense(images), wide.run_dense(images), atol=0.01)
 
 
-def test_linear_layers_take_codes_of_seven_bits(calibrated: Calibrated) -> None:
-    for name, model in graphs(calibrated("int8")[0]).items():
-        makers = {node.output[0]: node.op_type for node in model.graph.node}
-        codes = [
-            numpy_helper.to_array(v) for v in model.graph.initializer if v.data_type == TensorProto.INT8 and v.dims
-        ]
-        largest = max((int(np.abs(code.astype(int)).max()) for code in codes), default=0)
-        assert largest in (0, 64), name
-        if not name.endswith("_weights"):  # one scale for each output channel
-            assert all((np.abs(code.astype(int)).max(0) == 64).all() for code in codes), name
-        weighted = [
-            n for n in model.graph.node if n.op_type == "MatMul" and makers.get(n.input[1]) == "DequantizeLinear"
-        ]
-        expected = {"attention": 4, "mlp": 2, "mlp_gather": 1, "dense": 6 * WIDE.depth}
-        assert len(weighted) == expected.get(name.rsplit(".", 1)[-1], 0), name
-        assert all(makers[node.input[0]] == "DequantizeLinear" for node in weighted), name
-        # ONNX Runtime fuses no product that shares what it reads with another, and is slow with zero points.
-        assert len({node.input[0] for node in weighted}) == len(weighted), name
-        weights = {node.input[1] for node in weighted}
-        assert all(len(node.input) == 2 for node in model.graph.node if node.output[0] in weights), name
-        assert {opset.domain for opset in model.opset_import} == {""}
-
-
-def test_gathered_weights_are_the_nearest_codes(calibrated: Calibrated) -> None:
-    runtimes = [adavit.load(calibrated(precision)[0], threads=1) for precision in ("fp32", "int8")]
-    heads = np.arange(WIDE.heads)
-    for kind in ("attention", "mlp"):
-        gathered = (getattr(runtime.dispatcher.head_weights, kind)(1, heads) for runtime in runtimes)
-        for wanted, found in zip(*([rows.numpy() for rows in one] for one in gathered), strict=True):
-            step = np.abs(wanted).max() / 64
-            assert np.abs(found - wanted).max() <= 0.5 * step * (1 + 1e-5)
-
-
-def test_the_largest_code_is_the_largest_input_of_calibration(calibrated: Calibrated) -> None:
-    bundle = calibrated("int8")[0]
-    ranges, _ = load_ranges(bundle.parent / "calibration.npz")
-    for name, model in graphs(bundle).items():
-        makers = {node.output[0]: node for node in model.graph.node}
-        constants = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
-        read = [makers.get(node.input[0]) for node in model.graph.node if node.op_type == "MatMul"]
-        steps = {float(constants[node.input[1]]) for node in read if node and node.op_type == "DequantizeLinear"}
-        largest = [found.peak / 127 for found in ranges.histograms.get(unit(name), {}).values()]
-        assert all(min(abs(step / one - 1) for one in largest) < 1e-5 for step in steps), name
-        assert len(steps) == {"attention": 2, "mlp": 2, "mlp_gather": 1, "dense": 12}.get(name.rsplit(".", 1)[-1], 0)
-
-
-@precisions
-def test_openvino_computes_the_same(calibrated: Calibrated, precision: str) -> None:
-    openvino = pytest.importorskip("openvino")
-    ort = pytest.importorskip("onnxruntime")
-    bundle, core = Bundle.open(calibrated(precision)[0]), openvino.Core()
-    options = ort.SessionOptions()
-    options.use_per_session_threads = False
-    adavit.load(bundle.path, threads=1)  # sets the pool that the sessions here use
-    for name, engine in read_config(bundle.path)["engines"].items():
-        if engine["precision"] == "fp32":
-            continue
-        data, given = bundle.read(name), inputs(engine)
-        wanted = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]).run(None, given)
-        model = core.compile_model(core.read_model(data), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        found = model(list(given.values()))
-        for position, value in enumerate(wanted):
-            scale = max(1.0, float(np.abs(value.astype(np.float32)).max()))
-            difference = np.abs(found[position].astype(np.float32) - value.astype(np.float32)).max()
-            assert difference < {"fp16": 0.01, "int8": 0.02}[precision] * scale, name
-
-
-@precisions
-def test_tensorrt_builds_every_engine(calibrated: Calibrated, precision: str, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    bundle = shutil.copytree(calibrated(precision)[0], tmp_path / "bundle")
-    built = add_engines(bundle, BuildOptions(target=("tensorrt-rtx",), compute_capability=(89,)), quiet)
-    (engines,) = built.values()
-    assert set(engines["engines"]) == set(read_config(bundle)["engines"])
-
-
-def test_the_same_seed_gives_the_same_bytes(calibrated: Calibrated, busy: Path, pictures: Path, tmp_path: Path) -> None:
-    code = "import sys\nfrom adavit.cli import export\nexport(sys.argv[1:], standalone_mode=False)"
-    done = python(
-        code, busy, "--output", tmp_path / "again", "--with-dense", "--no-verify", "--threads", 1,
-        "--precision", "int8", "--calibration-images", pictures,
-    )  # fmt: skip
+def test_the_same_seed_gives_the_same_bytes(bundle: Path, busy: Path, pictures: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from adavit.export import ExportOptions, export_bundle
+from adavit.precision_options import CalibrationOptions
+source, output, images = map(Path, sys.argv[1:])
+calibration = CalibrationOptions(("int8",), (images,))
+export_bundle(source, output, ExportOptions(verify=False, threads=1, calibration=calibration), lambda *_: None)
+"""
+    done = python(code, busy, tmp_path / "again", pictures)
     assert done.returncode == 0, done.stderr
-    again, before = (read_config(bundle)["engines"] for bundle in (tmp_path / "again", calibrated("int8")[0]))
-    assert {name: engine["sha256"] for name, engine in again.items()} == {
-        name: engine["sha256"] for name, engine in before.items()
-    }
+    again, before = (read_config(folder)["precisions"]["int8"] for folder in (tmp_path / "again", bundle))
+    assert again == before
     assert (tmp_path / "again.calibration.npz").is_file()

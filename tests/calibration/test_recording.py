@@ -7,17 +7,18 @@ import pytest
 from cases import WIDE, random_images
 
 import adavit
-from adavit.calibration.linear import unit
+from adavit.bundle.keys import Sublayers
+from adavit.bundle.operating_points import Offsets
+from adavit.calibration.linear import Sublayer, sublayers_of
 from adavit.calibration.recording import Recorder, Reservoir
 from adavit.runtime import Runtime
-from adavit.bundle.operating_points import Offsets
 
 IMAGES = random_images(WIDE, 16, seed=5)
 
 
 @pytest.fixture(scope="module")
 def runtime(wide: tuple[Path, Path]) -> Runtime:
-    return adavit.load(wide[0], threads=1)
+    return adavit.load(wide[0], threads=1, specialise=False)
 
 
 def recorded(runtime: Runtime, capacity: int = 100, seed: int = 0, naive: bool = False) -> Recorder:
@@ -29,72 +30,59 @@ def recorded(runtime: Runtime, capacity: int = 100, seed: int = 0, naive: bool =
 
 def test_each_sublayer_keeps_what_its_policy_dispatches(runtime: Runtime) -> None:
     recorder, policy = recorded(runtime), runtime.run(IMAGES).policy
-    for block in range(WIDE.depth):
-        for position, kind in enumerate(("attention", "mlp")):
-            reached = np.flatnonzero(policy.sublayers[:, block, position] & policy.heads[:, block].any(1))
-            samples = recorder.reservoirs[f"blocks.{block}.{kind}"].samples
-            assert [len(sample["x"]) for sample in samples] == policy.tokens[reached, block].sum(1).tolist()
-            if block >= WIDE.keep:
-                masks = [sample["channels"].reshape(WIDE.heads, WIDE.head_width).any(1) for sample in samples]
-                assert np.array_equal(masks, policy.heads[reached, block]) or not len(reached)
+    for sublayer, reservoir in recorder.reservoirs.items():
+        block, part = sublayer
+        position = Sublayers._fields.index(part)
+        reached = np.flatnonzero(policy.sublayers[:, block, position] & policy.heads[:, block].any(1))
+        assert [len(rows) for _, rows in reservoir.samples] == policy.tokens[reached, block].sum(1).tolist()
+        for image, (key, _) in zip(reached, reservoir.samples, strict=True):
+            assert key.block == block
+            assert key.sublayers == tuple(policy.sublayers[image, block])
+            assert key.heads == tuple(np.flatnonzero(policy.heads[image, block]))
 
 
 def test_the_first_input_is_the_stems_kept_tokens(runtime: Runtime) -> None:
     stem: list[np.ndarray] = []
-    runtime.run(IMAGES[:1], observe=lambda _, engine, x: stem.append(x.copy()) if engine == "stem" else None)
+    runtime.run(IMAGES[:1], observe=lambda step: stem.append(step.tokens.copy()))
     kept = runtime.run(IMAGES[:1]).policy.tokens[0, 0]
-    np.testing.assert_array_equal(recorded(runtime).reservoirs["blocks.0.attention"].samples[0]["x"], stem[0][kept])
+    first = recorded(runtime).reservoirs[Sublayer(0, "attention")].samples[0]
+    np.testing.assert_array_equal(first.rows, stem[0][kept])
 
 
-def test_engines_for_sets_of_heads_hide_nothing(runtime: Runtime, wide: tuple[Path, Path]) -> None:
-    specialised, plain = adavit.load(wide[0], threads=1), recorded(runtime)
-    assert specialised.specialise(runtime.run(IMAGES).policy) > 0
-    found = recorded(specialised)
-    assert found.seen == plain.seen
-    for name, reservoir in plain.reservoirs.items():
-        assert [sample.keys() for sample in found.reservoirs[name].samples] == [s.keys() for s in reservoir.samples]
+def test_a_sublayer_without_a_head_does_not_count(wide: tuple[Path, Path]) -> None:
+    recorder = recorded(adavit.load(wide[0], threads=1, budget=Offsets(heads=-1000.0), specialise=False))
+    for sublayer in sublayers_of(WIDE):  # the first block keeps every head
+        assert bool(recorder.seen[sublayer].samples) == bool(recorder.reservoirs[sublayer].offered)
+        assert bool(recorder.seen[sublayer].samples) == (sublayer.block == 0)
 
 
-def test_a_sublayer_without_a_head_runs_no_engine(wide: tuple[Path, Path]) -> None:
-    recorder = recorded(adavit.load(wide[0], threads=1, budget=Offsets(heads=-1000.0)))
-    assert {engine.split(".")[1] for engine in recorder.seen} == {"0"}  # which keeps every head
-    assert all(not recorder.reservoirs[f"blocks.1.{kind}"].offered for kind in ("attention", "mlp"))
-
-
-def test_counts_and_statistics_are_of_what_ran(runtime: Runtime) -> None:
+def test_counts_are_of_what_ran(runtime: Runtime) -> None:
     recorder, policy = recorded(runtime, capacity=2), runtime.run(IMAGES).policy
-    offered = {name: reservoir.offered for name, reservoir in recorder.reservoirs.items() if name != "dense"}
-    for name, count in offered.items():
-        assert sum(seen.samples for engine, seen in recorder.seen.items() if unit(engine) == name) == count
-        assert len(recorder.reservoirs[name].samples) == min(2, count)
-        block, part = int(name.split(".")[1]), int(name.endswith("mlp"))
-        reached = policy.sublayers[:, block, part] & policy.heads[:, block].any(1)
-        tokens = sum(seen.tokens for engine, seen in recorder.seen.items() if unit(engine) == name)
-        assert tokens == policy.tokens[reached, block].sum()
-    statistics = recorder.statistics().to_dict()
-    runs = policy.sublayers[:, 1].any(1)
-    for kind, masks in (("tokens", policy.tokens), ("heads", policy.heads)):
-        wanted = np.unique(masks[runs, 1].sum(1), return_counts=True)
-        assert statistics[kind][1] == {str(k): int(n) for k, n in zip(*wanted, strict=True)}
-    assert statistics["batch"] == {"1": len(IMAGES)}
+    assert recorder.images == len(IMAGES) and len(recorder.whole.samples) == 2
+    for sublayer, seen in recorder.seen.items():
+        reservoir, part = recorder.reservoirs[sublayer], Sublayers._fields.index(sublayer.part)
+        reached = policy.sublayers[:, sublayer.block, part] & policy.heads[:, sublayer.block].any(1)
+        assert seen.samples == reservoir.offered == reached.sum()
+        assert len(reservoir.samples) == min(2, seen.samples)
+        assert seen.tokens == policy.tokens[reached, sublayer.block].sum()
 
 
 def test_naive_calibration_gives_everything_to_everyone(runtime: Runtime) -> None:
     recorder = recorded(runtime, naive=True)
-    samples = [sample for name, kept in recorder.reservoirs.items() if name != "dense" for sample in kept.samples]
+    samples = [sample for kept in recorder.reservoirs.values() for sample in kept.samples]
     assert len(samples) == 2 * WIDE.depth * len(IMAGES)
-    assert {len(sample["x"]) for sample in samples} == {WIDE.tokens}
-    assert all(sample["channels"].all() for sample in samples if "channels" in sample)
+    assert {len(rows) for _, rows in samples} == {WIDE.tokens}
+    assert {key.heads for key, _ in samples} == {tuple(range(WIDE.heads))}
 
 
 def test_a_reservoir_is_seeded_bounded_and_fair() -> None:
     made: list[int] = []
 
     def chosen(seed: int, name: str = "a") -> list[int]:
-        reservoir = Reservoir(10, seed, name)
+        reservoir = Reservoir[int](10, seed, name)
         for value in range(200):
-            reservoir.offer(lambda value=value: made.append(value) or {"v": np.float32(value)})
-        return [int(sample["v"]) for sample in reservoir.samples]
+            reservoir.offer(lambda value=value: made.append(value) or value)
+        return reservoir.samples
 
     assert chosen(1) == chosen(1)
     assert chosen(1) != chosen(2)

@@ -11,6 +11,8 @@ for them. Behind the last block, the logits of the classes [1, C] come in their 
 all there is.
 
 The weights have the checkpoint's layouts, [out, in]; queries are scaled by them, see `adavit.bundle.head_weights`.
+
+What the linear layers read has names, which calibration finds it by: qkv.input, mixed, fc1.input and fc2.input.
 """
 
 from __future__ import annotations
@@ -79,7 +81,13 @@ def add_norm(graph: Builder, arch: Architecture, prefix: str, norm: str, x: str)
 
 
 def add_attention(
-    graph: Builder, arch: Architecture, block: int, x: str, weights: dict[str, str], precision: Precision, prefix: str = ""
+    graph: Builder,
+    arch: Architecture,
+    block: int,
+    x: str,
+    weights: dict[str, str],
+    precision: Precision,
+    prefix: str = "",
 ) -> str:
     """The attention sub-layer, residual included: [K, D] -> [K, D].
 
@@ -93,7 +101,7 @@ def add_attention(
         prefix: of the names of weights in this graph.
     """
     site, d = f"blocks.{block}", arch.head_width
-    normed = _own_norm(graph, arch, block, prefix, "norm1", x)
+    normed = _own_norm(graph, arch, block, prefix, "norm1", x, name=f"{prefix}qkv.input")
     read = precision.enter(graph, normed, f"{site}.qkv", prefix)
     qkv = graph.op("Gemm", read, weights["qkv"], transB=1, name=f"{prefix}{ATTENTION[0]}")
     if "qkv_bias" in weights:
@@ -134,12 +142,14 @@ def add_mlp(
         prefix: of the names of weights in this graph.
     """
     site = f"blocks.{block}"
-    normed = _own_norm(graph, arch, block, prefix, "norm2", x)
+    read = f"{prefix}fc1.input"
+    normed = _own_norm(graph, arch, block, prefix, "norm2", x, name=None if heads else read)
     if heads:
         by_head = graph.op("Reshape", normed, graph.ints(0, arch.heads, arch.head_width))
-        normed = graph.op("Reshape", graph.op("Gather", by_head, heads, axis=1), graph.ints(0, -1))
+        normed = graph.op("Reshape", graph.op("Gather", by_head, heads, axis=1), graph.ints(0, -1), name=read)
     hidden = graph.op("Gemm", precision.enter(graph, normed, f"{site}.fc1", prefix), weights["fc1"], transB=1)
-    hidden = graph.gelu(graph.op("Add", hidden, _own(graph, block, prefix, "mlp.fc1.bias")))
+    hidden = graph.op("Add", hidden, _own(graph, block, prefix, "mlp.fc1.bias"))
+    hidden = graph.gelu(hidden, f"{prefix}fc2.input", precision.dtype)
     update = graph.op("Gemm", _again(graph, hidden, precision, f"{site}.fc2", prefix), weights["fc2"], transB=1)
     return _residual(graph, block, prefix, "mlp.fc2", update, x, precision)
 
@@ -149,9 +159,9 @@ def _own(graph: Builder, block: int, prefix: str, name: str) -> str:
     return graph.weight(prefix + name, f"blocks.{block}.{name}")
 
 
-def _own_norm(graph: Builder, arch: Architecture, block: int, prefix: str, norm: str, x: str) -> str:
+def _own_norm(graph: Builder, arch: Architecture, block: int, prefix: str, norm: str, x: str, name: str | None) -> str:
     weight, bias = (_own(graph, block, prefix, f"{norm}.{kind}") for kind in ("weight", "bias"))
-    return graph.layer_norm(x, weight, bias, arch.norm_epsilon)
+    return graph.layer_norm(x, weight, bias, arch.norm_epsilon, name)
 
 
 def _again(graph: Builder, x: str, precision: Precision, site: str, prefix: str) -> str:

@@ -63,13 +63,10 @@ class Builder:
             self._weights[name] = proto
         return name
 
-    def has(self, tensor: str) -> bool:
-        """Whether the weights' file has a tensor."""
-        return tensor in self._tensors.tensors
-
-    def scalar(self, value: float) -> str:
-        """A float32 constant of no dimensions."""
-        return self.constant(f"scalar_{value!r}", np.float32(value))
+    def scalar(self, value: float, dtype: str = "float32") -> str:
+        """A constant of no dimensions."""
+        name = f"scalar_{value!r}" if dtype == "float32" else f"scalar_{value!r}_{dtype}"
+        return self.constant(name, np.asarray(value, dtype))
 
     def ints(self, *values: int) -> str:
         """An int64 vector, such as a shape or a list of axes."""
@@ -90,12 +87,13 @@ class Builder:
         """Layer normalisation over the last axis."""
         return self.op("LayerNormalization", x, weight, bias, name=name, axis=-1, epsilon=epsilon)
 
-    def gelu(self, x: str, name: str | None = None) -> str:
+    def gelu(self, x: str, name: str | None = None, dtype: str = "float32") -> str:
         """The exact GELU; before opset 20 as the operators that backends recognise and fuse."""
         if self.opset >= 20:
             return self.op("Gelu", x, name=name)
-        error = self.op("Erf", self.op("Div", x, self.scalar(math.sqrt(2))))
-        return self.op("Mul", self.op("Mul", x, self.op("Add", error, self.scalar(1.0))), self.scalar(0.5), name=name)
+        root, one, half = (self.scalar(value, dtype) for value in (math.sqrt(2), 1.0, 0.5))
+        error = self.op("Erf", self.op("Div", x, root))
+        return self.op("Mul", self.op("Mul", x, self.op("Add", error, one)), half, name=name)
 
     def output(self, name: str, value: str, shape: list[int | str], dtype: str = "float32") -> None:
         """Declares `value` as the output `name`."""
@@ -115,7 +113,5 @@ class Builder:
             self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._weights.values())
         )
         opsets = [helper.make_opsetid("", self.opset)]
-        model = helper.make_model(
-            graph, opset_imports=opsets, producer_name=PRODUCER.decode(), ir_version=IR_VERSION
-        )
+        model = helper.make_model(graph, opset_imports=opsets, producer_name=PRODUCER.decode(), ir_version=IR_VERSION)
         return bytes(model.SerializeToString())

@@ -10,20 +10,21 @@ import numpy as np
 from adavit.architecture import Architecture
 from adavit.export.graphs.block import add_head, add_mlp
 from adavit.export.graphs.builder import Builder
-from adavit.export.graphs.precision import Precision
+from adavit.export.graphs.precision import Precision, Units
 from adavit.export.graphs.stem import add_stem
 
 __all__ = ["make_dense"]
 
 
-def make_dense(graph: Builder, arch: Architecture, precision: Precision) -> None:
-    """Makes a graph the dense twin; `precision` is of its blocks."""
+def make_dense(graph: Builder, arch: Architecture, units: Units) -> None:
+    """Makes a graph the dense twin, whose sub-layers have the same precisions as those of the blocks."""
     images = graph.input("images", ["B", 3, arch.image_size, arch.image_size])
     rows = graph.op("Reshape", add_stem(graph, arch, images), graph.ints(-1, arch.width))
     for block in range(arch.depth):
-        rows = _attention(graph, arch, block, rows, precision)
-        weights = {name: _matrix(graph, precision, f"blocks.{block}.mlp.{name}.weight") for name in ("fc1", "fc2")}
-        rows = add_mlp(graph, arch, block, rows, weights, precision, prefix=f"blocks.{block}.")
+        attention, mlp = units.of_dense(block)
+        rows = _attention(graph, arch, block, rows, attention)
+        weights = {name: _matrix(graph, mlp, f"blocks.{block}.mlp.{name}.weight") for name in ("fc1", "fc2")}
+        rows = add_mlp(graph, arch, block, rows, weights, mlp, prefix=f"blocks.{block}.")
     tokens = graph.op("Reshape", rows, graph.ints(-1, arch.tokens, arch.width))
     graph.op("Gather", tokens, graph.constant("first", np.int64(0)), axis=1, name="classes")
     add_head(graph, arch, "classes")
@@ -32,7 +33,7 @@ def make_dense(graph: Builder, arch: Architecture, precision: Precision) -> None
 def _matrix(graph: Builder, precision: Precision, tensor: str) -> str:
     """The weights of a linear layer, dequantised where they are int8."""
     weight = graph.weight(tensor, tensor)
-    if precision.name != "int8" or not graph.has(f"{tensor}.scale"):
+    if precision.name != "int8":
         return weight
     scale, zero = (graph.weight(f"{tensor}.{part}", f"{tensor}.{part}") for part in ("scale", "zero"))
     return graph.op("DequantizeLinear", weight, scale, zero, axis=0)
@@ -42,13 +43,14 @@ def _attention(graph: Builder, arch: Architecture, block: int, x: str, precision
     """Attention with every head, on rows of all images: [B * N, D] -> [B * N, D]."""
     site = f"blocks.{block}"
     weight, bias = (graph.weight(f"{site}.norm1.{kind}", f"{site}.norm1.{kind}") for kind in ("weight", "bias"))
-    normed = graph.layer_norm(x, weight, bias, arch.norm_epsilon)
-    normed = precision.enter(graph, normed, f"{site}.qkv", f"{site}.")
+    normed = graph.layer_norm(x, weight, bias, arch.norm_epsilon, f"{site}.qkv.input")
     shape = graph.ints(-1, arch.tokens, arch.heads, arch.head_width)
-    query, key, value = (
-        graph.op("Transpose", graph.op("Reshape", _projected(graph, arch, site, name, normed, precision), shape), perm=perm)
-        for name, perm in (("query", [0, 2, 1, 3]), ("key", [0, 2, 3, 1]), ("value", [0, 2, 1, 3]))
-    )
+
+    def by_head(name: str, perm: list[int]) -> str:
+        rows = _projected(graph, arch, site, name, normed, precision)
+        return graph.op("Transpose", graph.op("Reshape", rows, shape), perm=perm)
+
+    query, key, value = by_head("query", [0, 2, 1, 3]), by_head("key", [0, 2, 3, 1]), by_head("value", [0, 2, 1, 3])
     scores = precision.leave(graph, graph.op("MatMul", query, key))
     shares = precision.enter(graph, graph.op("Softmax", scores, axis=-1))
     mixed = graph.op("Transpose", graph.op("MatMul", shares, value), perm=[0, 2, 1, 3])
@@ -60,12 +62,17 @@ def _attention(graph: Builder, arch: Architecture, block: int, x: str, precision
 
 
 def _projected(graph: Builder, arch: Architecture, site: str, name: str, normed: str, precision: Precision) -> str:
-    """Queries, keys or values as rows; queries scaled. A key's bias adds the same to all scores of a query."""
+    """Queries, keys or values of normed rows; queries scaled. A key's bias adds the same to all scores of a query."""
     tensor = f"{site}.attn.{name}"
-    found = graph.op("Gemm", normed, _matrix(graph, precision, f"{tensor}.weight"), transB=1)
+    # Each in int8 of its own: ONNX Runtime multiplies slowly what several products read.
+    read = precision.enter(graph, normed, f"{site}.qkv", f"{site}.")
+    found = graph.op("Gemm", read, _matrix(graph, precision, f"{tensor}.weight"), transB=1)
     if arch.qkv_bias and name != "key":
         found = graph.op("Add", found, graph.weight(f"{tensor}.bias", f"{tensor}.bias"))
+    elif precision.name == "int8":
+        # OpenVINO 2026.4 refuses to split the rows of an int8 product that nothing was added to; this changes nothing.
+        found = graph.op("Add", found, graph.scalar(1e-30))
     if name == "query":
         scale = np.asarray(arch.head_width**-0.5, precision.dtype)
-        found = graph.op("Mul", found, graph.constant("attention_scale", scale))
+        found = graph.op("Mul", found, graph.constant(f"attention_scale_{precision.dtype}", scale))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,27 +12,19 @@ from safetensors.numpy import save
 
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import DENSE, STEM, WEIGHTS, GraphFiles, StoredFile
-from adavit.bundle.keys import Sublayers, combinations
+from adavit.bundle.keys import combinations
 from adavit.bundle.tensors import TensorFile
 from adavit.export.graphs.block import add_block
 from adavit.export.graphs.builder import Builder
 from adavit.export.graphs.dense import make_dense
-from adavit.export.graphs.precision import FP32, Precision
+from adavit.export.graphs.precision import Units
 from adavit.export.graphs.stem import make_stem
 from adavit.model.checkpoint import sort_header
 
-__all__ = ["Units", "write_graphs"]
+__all__ = ["write_graphs"]
 
-Tensors = Mapping[str, npt.NDArray[np.generic]]
+Tensors = Mapping[str, npt.NDArray[Any]]
 Progress = Callable[[str, float], None]
-
-
-class Units(dict[str, Precision]):
-    """The precision of each sub-layer, "blocks.3.mlp", and of "dense"; what is not named is in fp32."""
-
-    def of(self, block: int, sublayers: Sublayers) -> dict[str, Precision]:
-        """Of a block's sub-layers that run."""
-        return {part: self.get(f"blocks.{block}.{part}", FP32) for part, runs in sublayers._asdict().items() if runs}
 
 
 def write_graphs(
@@ -91,7 +84,7 @@ def write_graphs(
             )
     dense = None
     if with_dense or not arch.adapts:
-        dense = write(DENSE, "dense", lambda builder: make_dense(builder, arch, units.get("dense", FP32)))
+        dense = write(DENSE, "dense", lambda builder: make_dense(builder, arch, units))
     return GraphFiles(precision, opset, weights, stem, tuple(blocks), dense)
 
 

@@ -6,27 +6,31 @@ block adds a little to them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import TensorProto
 
+from adavit.bundle.keys import Sublayers
 from adavit.export.graphs.builder import Builder
 
-__all__ = ["FP16", "FP32", "Precision", "input_scale"]
+__all__ = ["DENSE_SCALES", "FP32", "Precision", "Units", "input_scale"]
+
+DENSE_SCALES = "dense."
+"""How the names of scales begin that the dense twin alone has: it sees every token, with every head."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Of a sub-layer or the dense twin.
+    """Of a sub-layer.
 
     Attributes:
         name: "fp32", "fp16" or "int8".
-        sites: the linear layers that run in int8, such as "blocks.3.fc1"; others stay in fp32.
+        scales: how the names begin of the tensors that hold scales of activations, in int8.
     """
 
     name: str
-    sites: frozenset[str] = frozenset()
+    scales: str = ""
 
     @property
     def dtype(self) -> str:
@@ -44,10 +48,10 @@ class Precision:
         """
         if self.name == "fp16":
             return graph.op("Cast", x, to=TensorProto.FLOAT16)
-        if site not in self.sites:
+        if self.name != "int8" or site is None:
             return x
         role = site.rsplit(".", 1)[1]
-        scale = graph.weight(f"{prefix}{role}.input_scale", input_scale(site))
+        scale = graph.weight(f"{prefix}{role}.input_scale", self.scales + input_scale(site))
         zero = graph.constant("zero", np.int8(0))
         codes = graph.op("QuantizeLinear", x, scale, zero)
         return graph.op("DequantizeLinear", codes, scale, zero)
@@ -57,7 +61,20 @@ class Precision:
         return graph.op("Cast", y, to=TensorProto.FLOAT) if self.name == "fp16" else y
 
 
-FP32, FP16 = Precision("fp32"), Precision("fp16")
+FP32 = Precision("fp32")
+
+
+class Units(dict[tuple[int, str], Precision]):
+    """The precision of each sub-layer, by its block and "attention" or "mlp"; what is not named is in fp32."""
+
+    def of(self, block: int, sublayers: Sublayers) -> dict[str, Precision]:
+        """Of a block's sub-layers that run."""
+        return {part: self.get((block, part), FP32) for part, runs in sublayers._asdict().items() if runs}
+
+    def of_dense(self, block: int) -> tuple[Precision, Precision]:
+        """Of attention and MLP in the dense twin."""
+        attention, mlp = (self.get((block, part), FP32) for part in Sublayers._fields)
+        return replace(attention, scales=DENSE_SCALES), replace(mlp, scales=DENSE_SCALES)
 
 
 def input_scale(site: str) -> str:
