@@ -13,10 +13,12 @@ import numpy.typing as npt
 
 from adavit.errors import BundleError, shown
 
-__all__ = ["DTYPES", "Tensor", "TensorFile"]
+__all__ = ["DERIVED", "DTYPES", "Tensor", "TensorFile", "sort_header"]
 
 LENGTH = 8
 """Bytes at the start: the length of the header, little-endian."""
+DERIVED = "adavit.stem."
+"""How the names of tensors begin that are made of the checkpoint's."""
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
@@ -72,6 +74,14 @@ class TensorFile:
         return np.frombuffer(self.data, np.dtype(found.dtype).newbyteorder("<"), count, found.offset).reshape(
             found.shape
         )
+
+
+def sort_header(data: bytes) -> bytes:
+    """A safetensors file with its header sorted by key, since the library puts notes in an order of chance."""
+    end = LENGTH + int.from_bytes(data[:LENGTH], "little")
+    header = json.dumps(json.loads(data[LENGTH:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % LENGTH)  # tensors stay aligned
+    return len(header).to_bytes(LENGTH, "little") + header + data[end:]
 
 
 def _read_header(data: bytes) -> dict[str, Tensor]:

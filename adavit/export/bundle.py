@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from adavit.model import AdaViT, load_checkpoint, resize
 from adavit.model.checkpoint import read_classes, read_crop
 from adavit.precision_options import CalibrationOptions
 from adavit.reading import read_labels
-from adavit.bundle.bundle import Bundle, WEIGHTS, GraphFiles, is_bundle
+from adavit.bundle.bundle import PRECISIONS, WEIGHTS, Bundle, GraphFiles, is_bundle
 from adavit.bundle.demo import DEMO_NAME, demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
 from adavit.runtime.session import load
@@ -101,7 +102,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     precisions = options.calibration.precisions
     calibrated: dict[str, Any] = {}
     with folder_beside(output) as folder:
-        graphs = {"fp32": _write_fp32(folder, model, options, progress)}
+        graphs = {"fp32": _write_fp32(folder, model, _notes(model, labels, prepare), options, progress)}
 
         def describe(names: Sequence[str]) -> dict[str, Any]:
             files = [graphs[name] for name in names]
@@ -153,11 +154,22 @@ def _engine_sets(folder: Path, options: BuildOptions, progress: Progress) -> dic
     return add_engines(folder, options, progress)
 
 
-def _write_fp32(folder: Path, model: AdaViT, options: ExportOptions, progress: Progress) -> GraphFiles:
+def _notes(model: AdaViT, labels: Sequence[str], prepare: Preprocessor) -> dict[str, str]:
+    """What the weights' file notes, for exports of that file."""
+    return {
+        "format": "pt",
+        "num_heads": str(model.arch.heads),
+        "classes": json.dumps(labels),
+        "crop_ratio": str(prepare.crop_ratio),
+    }
+
+
+def _write_fp32(
+    folder: Path, model: AdaViT, notes: Mapping[str, str], options: ExportOptions, progress: Progress
+) -> GraphFiles:
     """The weights as they are, and the graphs on them."""
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
     tensors = weights | stem_tensors(model.arch, weights)
-    notes = {"format": "pt", "num_heads": str(model.arch.heads)}
     return write_graphs(folder, "fp32", model.arch, tensors, options.opset, options.with_dense, progress, metadata=notes)
 
 
@@ -228,8 +240,10 @@ def _is_demo(source: Path) -> bool:
 
 def _model_name(source: Path) -> str:
     """The model's name: the file's, or its folder's where files of every model are named so."""
-    folder = source.absolute().parent.name
-    return folder if source.name.split(".")[0] in GENERIC and folder else source.stem
+    folder = source.absolute().parent
+    if folder.name in PRECISIONS:  # the weights of a bundle
+        folder = folder.parent
+    return folder.name if source.name.split(".")[0] in GENERIC and folder.name else source.stem
 
 
 def _check_output(output: Path, force: bool) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adavit.bundle.tensors import DERIVED, LENGTH, sort_header
 from adavit.errors import CheckpointError, one_line, shown
 from adavit.files import write_beside
 from adavit.model.adavit import AdaViT
@@ -30,8 +31,6 @@ State = dict[str, Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights; those of fewer bits mean nothing without their scales."""
 SHOWN = 8
-LENGTH = 8
-"""Bytes at the start of a safetensors file: the length of the header that follows, little-endian."""
 WANTED = "give the path of a trained AdaViT (.pth or .safetensors)"
 MAX_HEADER = 100_000_000
 """Bytes of a header that the safetensors library reads at most."""
@@ -54,7 +53,8 @@ class Weights(NamedTuple):
 def load_checkpoint(path: str | Path, heads: int | None = None) -> AdaViT:
     """Loads a trained AdaViT, its architecture inferred from the shapes.
 
-    Reads training checkpoints, bare state dicts and safetensors, told apart by their content; EMA weights first.
+    Reads training checkpoints, bare state dicts and safetensors, told apart by their content; EMA weights first. The
+    fp32 weights of a bundle are such a file too; the tensors that its stem adds are passed over.
     What DataParallel, torch.compile and FSDP put into names, and a prefix that all names share, is taken off. Never
     unpickles anything but tensors, plain containers and `argparse.Namespace`.
 
@@ -104,7 +104,8 @@ def read_weights(path: Path) -> Weights:
     content: Any
     if is_safetensors(path):
         with _opened(path) as file:
-            content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            names = [name for name in file.keys() if not name.startswith(DERIVED)]  # noqa: SIM118 - not a dict
+            content = {name: file.get_tensor(name) for name in names}
             noted = (file.metadata() or {}).get("num_heads", "")
         noted = int(noted) if noted.isdecimal() and len(noted) < 6 else None
     else:
@@ -291,12 +292,4 @@ def save_safetensors(model: AdaViT, path: str | Path, metadata: dict[str, Any] |
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     data = save(state, {"format": "pt", "num_heads": str(model.arch.heads), **notes})
     with write_beside(Path(path)) as file:
-        file.write(_sort_header(data))
-
-
-def _sort_header(data: bytes) -> bytes:
-    """A safetensors file with its header sorted by key, since the library puts notes in an order of chance."""
-    end = LENGTH + int.from_bytes(data[:LENGTH], "little")
-    header = json.dumps(json.loads(data[LENGTH:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % LENGTH)  # tensors stay aligned
-    return len(header).to_bytes(LENGTH, "little") + header + data[end:]
+        file.write(sort_header(data))
