@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ import numpy as np
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from safetensors.numpy import load_file
-from safetensors.numpy import save as save_tensors
 
 from adavit.architecture import TOKEN_THRESHOLD, Architecture
+from adavit.bundle.tensors import TensorFile
 from adavit.export import ExportOptions, export_bundle
 from adavit.files import sha256
 from adavit.model import AdaViT, save_safetensors
@@ -196,14 +196,27 @@ def rewrite_stored(bundle: Path, file: str, data: bytes) -> None:
 
 def with_weights(bundle: Path, tensor: str, value: float, precision: str = "fp32") -> None:
     """Puts a value into a bundle's weights, as the first of each tensor with this in its name."""
+
+    def put(array: np.ndarray) -> np.ndarray:
+        return np.concatenate([[np.asarray(value, array.dtype)], array.reshape(-1)[1:]])
+
+    edit_weights(bundle, lambda name: tensor in name, put, precision)
+
+
+def edit_weights(
+    bundle: Path, which: Callable[[str], bool], change: Callable[[np.ndarray], np.ndarray], precision: str = "fp32"
+) -> None:
+    """Changes the values of chosen tensors of floats, in place, described as if exported so."""
     file = stored_files(bundle, precision)["weights"]
-    tensors, found = load_file(bundle / file), 0
-    for name, array in tensors.items():
-        if tensor in name and array.dtype.kind == "f":
-            array.reshape(-1)[0] = value
+    data = bytearray((bundle / file).read_bytes())
+    parsed, found = TensorFile.parse(bytes(data), file), 0
+    for name, place in parsed.tensors.items():
+        if which(name) and place.dtype.startswith("float"):
+            changed = change(parsed.array(name)).astype(place.dtype)
+            data[place.offset : place.offset + place.bytes] = changed.tobytes()
             found += 1
     assert found
-    rewrite_stored(bundle, file, save_tensors(tensors))
+    rewrite_stored(bundle, file, bytes(data))
 
 
 def rewrite_text(bundle: Path, name: str, data: bytes) -> None:
