@@ -106,6 +106,8 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
+            if value >> 64:
+                raise ValueError("it holds a number of more than 64 bits")
             return value, at
         shift += 7
 

@@ -15,7 +15,6 @@ from typing import Any
 from adavit.budget_options import BudgetOptions
 from adavit.calibration.budgets import add_budgets
 from adavit.errors import BundleError, InputError, OptionError, VerificationError
-from adavit.export.graphs.builder import OPSETS
 from adavit.export.graphs.files import write_graphs
 from adavit.export.graphs.stem import stem_tensors
 from adavit.export.verify import verify
@@ -25,7 +24,7 @@ from adavit.model import AdaViT, load_checkpoint, resize
 from adavit.model.checkpoint import read_classes, read_crop
 from adavit.precision_options import CalibrationOptions
 from adavit.reading import read_labels
-from adavit.bundle.bundle import PRECISIONS, WEIGHTS, Bundle, GraphFiles, is_bundle
+from adavit.bundle.bundle import OPSETS, PRECISIONS, WEIGHTS, Bundle, GraphFiles, is_bundle
 from adavit.bundle.demo import DEMO_NAME, demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
 from adavit.runtime.session import load
