@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 
@@ -12,7 +12,7 @@ from adavit.architecture import Architecture
 from adavit.bundle.bundle import Bundle, GraphFiles, StoredFile
 from adavit.bundle.head_weights import Arrays, Quantised, head_weights, quantised_head_weights
 from adavit.bundle.keys import BlockKey, Sublayers
-from adavit.bundle.onnx_graph import OnnxGraph, Value
+from adavit.bundle.onnx_graph import GraphReader, OnnxGraph, Value
 from adavit.bundle.shapes import Limits
 from adavit.bundle.tensors import TensorFile
 from adavit.errors import BundleError
@@ -45,6 +45,7 @@ class Graphs:
         self.files: GraphFiles = bundle.files_of(precision)
         self.path = bundle.path
         self._bundle = bundle
+        self._checked: set[Hashable] = set()
 
     @property
     def precision(self) -> str:
@@ -139,19 +140,28 @@ class Graphs:
 
     def _read(self, stored: StoredFile, inputs: Sequence[Value], outputs: Sequence[Value]) -> OnnxGraph:
         path = f"{self.path}/{stored.file}"
-        weights = PurePosixPath(self.files.weights.file)
-        data = self._bundle.read_stored(stored)
-        found = OnnxGraph.parse(data, self.tensors, weights.name, self.files.opset, path)
+        found = self._reader.read(self._bundle.read_stored(stored), path)
         if found.outputs != tuple(outputs) or sorted(found.inputs, key=str) != sorted(inputs, key=str):
             raise BundleError(f"{path}: takes or makes other values than its architecture says; export again")
-        arch = self.architecture
-        rows = {"tokens": arch.tokens, "heads": arch.heads}
-        limits = Limits(arch.memory // 2 + SMALL_VALUE, 8 * dense_macs(arch) + SMALL_COST)
         try:
-            for tokens, heads, batch in ((arch.tokens, arch.heads, 1), (1, 1, 2)):
-                channels = heads * arch.head_width
-                sizes = {"K": tokens, "h": heads, "c": channels, "3c": 3 * channels, "B": batch}
-                found.check(sizes, rows, limits)
+            self._check(found)
         except ValueError as error:
             raise BundleError(f"{path}: is not a graph of its architecture: {error}; do not use this bundle") from None
         return found
+
+    @cached_property
+    def _reader(self) -> GraphReader:
+        return GraphReader(self.tensors, PurePosixPath(self.files.weights.file).name, self.files.opset)
+
+    def _check(self, graph: OnnxGraph) -> None:
+        """Checks a graph's shapes with all tokens and heads, and with one of each; ValueError where they do not fit."""
+        if (form := graph.form) in self._checked:
+            return
+        arch = self.architecture
+        rows = {"tokens": arch.tokens, "heads": arch.heads}
+        limits = Limits(arch.memory // 2 + SMALL_VALUE, 8 * dense_macs(arch) + SMALL_COST)
+        for tokens, heads, batch in ((arch.tokens, arch.heads, 1), (1, 1, 2)):
+            channels = heads * arch.head_width
+            sizes = {"K": tokens, "h": heads, "c": channels, "3c": 3 * channels, "B": batch}
+            graph.check(sizes, rows, limits)
+        self._checked.add(form)

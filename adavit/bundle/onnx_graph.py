@@ -9,9 +9,9 @@ is given is written anew from what was read here.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,10 @@ from adavit.bundle.shapes import RULES, Known, Limits, infer
 from adavit.bundle.tensors import TensorFile
 from adavit.errors import BundleError, shown
 
-__all__ = ["OPERATORS", "Node", "OnnxGraph", "Value", "Weight", "new_node", "values_of"]
+__all__ = ["OPERATORS", "GraphReader", "Node", "OnnxGraph", "Value", "Weight", "new_node", "values_of"]
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 _ATTRIBUTES = {
     "Cast": "to",
@@ -137,25 +138,6 @@ class OnnxGraph:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
 
-    @classmethod
-    def parse(cls, data: bytes, tensors: TensorFile, weights_file: str, opset: int, path: str) -> OnnxGraph:
-        """Reads a graph.
-
-        Args:
-            data: the file's bytes.
-            tensors: the weights that it may refer to.
-            weights_file: the name of the weights' file, the only one it may name.
-            opset: the version of the standard operators that it has to have.
-            path: of the graph, for messages.
-
-        Raises:
-            BundleError: it is damaged, or holds what no export writes, or refers to anything but a tensor.
-        """
-        try:
-            return _Reader(tensors, weights_file, opset).graph(data)
-        except (ValueError, LookupError) as error:  # ValueError also for what is no UTF-8
-            raise BundleError(f"{path}: is not a graph that adavit exports: {error}; do not use this bundle") from None
-
     def check(self, sizes: Mapping[str, int], rows: Mapping[str, int], limits: Limits) -> None:
         """Checks that every operator fits its inputs, and that the outputs are of the shapes that are declared.
 
@@ -178,6 +160,12 @@ class OnnxGraph:
         for value in self.outputs:
             if made[value.name][:2] != known(value)[:2]:
                 raise ValueError(f"its output {shown(value.name)} is {shown(made[value.name].shape)}")
+
+    @property
+    def form(self) -> Hashable:
+        """What `check` looks at: graphs of one form all pass it, or none does."""
+        weights = ((name, *weight[:2], weight.tensor is None, weight.data) for name, weight in self.weights.items())
+        return tuple(node.data for node in self.nodes), tuple(weights), self.inputs, self.outputs
 
     def arrays(self, tensors: TensorFile) -> dict[str, Array]:
         """The weights that lie in the weights' file, by their names in the graph."""
@@ -264,14 +252,37 @@ def codes_of(name: str) -> list[str]:
     return [f"{name}.{part}" for part in ("codes", "scale", "zero")]
 
 
-class _Reader:
-    """Reads a graph whose references are into one file of weights."""
+class GraphReader:
+    """Reads graphs whose references are into one file of weights.
+
+    Args:
+        tensors: the weights that they may refer to.
+        weights_file: the name of the weights' file, the only one that they may name.
+        opset: the version of the standard operators that they have to have.
+    """
 
     def __init__(self, tensors: TensorFile, weights_file: str, opset: int) -> None:
         self._tensors, self._file, self._opset = tensors, weights_file, opset
-        self._at = {tensor.offset: name for name, tensor in tensors.tensors.items() if tensor.bytes}
+        self._at = {tensor.offset: name for name, tensor in tensors.tensors.items()}
+        self._nodes: dict[bytes, Node] = {}
+        self._values: dict[bytes, Value] = {}
 
-    def graph(self, data: bytes) -> OnnxGraph:
+    def read(self, data: bytes, path: str) -> OnnxGraph:
+        """Reads a graph.
+
+        Args:
+            data: the file's bytes.
+            path: of the file, for messages.
+
+        Raises:
+            BundleError: it is damaged, or holds what no export writes, or refers to anything but a tensor.
+        """
+        try:
+            return self._graph(data)
+        except (ValueError, LookupError) as error:  # ValueError also for what is no UTF-8
+            raise BundleError(f"{path}: is not a graph that adavit exports: {error}; do not use this bundle") from None
+
+    def _graph(self, data: bytes) -> OnnxGraph:
         model = read(data, MODEL)
         opsets = [read(content, OPSET) for content in model.get(8, [])]
         if len(opsets) != 1 or opsets[0].text(1) or opsets[0].value(2) != self._opset or 7 not in model:
@@ -282,8 +293,10 @@ class _Reader:
             raise ValueError("two constants have one name")
         if len(graph.get(1, [])) > MOST_NODES:
             raise ValueError("it has too many operators")
-        nodes = tuple(_node(content) for content in graph.get(1, []))
-        inputs, outputs = (tuple(_read_value(content) for content in graph.get(number, [])) for number in (11, 12))
+        nodes = tuple(_once(self._nodes, content, _node) for content in graph.get(1, []))
+        inputs, outputs = (
+            tuple(_once(self._values, content, _read_value) for content in graph.get(number, [])) for number in (11, 12)
+        )
         _check_names(nodes, weights, inputs, outputs)
         return OnnxGraph(graph.text(2), opsets[0].value(2), nodes, weights, inputs, outputs)
 
@@ -311,6 +324,14 @@ class _Reader:
         if place["length"] != str(known.bytes) or place["offset"] != str(known.offset):
             raise ValueError(f"the weight {shown(name)} has another size than the tensor {shown(found)}")
         return name, Weight(dtype, shape, found)
+
+
+def _once(done: dict[bytes, T], data: bytes, read_it: Callable[[bytes], T]) -> T:
+    """What is read of bytes, which the graphs of all blocks share."""
+    found = done.get(data)
+    if found is None:
+        found = done[data] = read_it(data)
+    return found
 
 
 def _node(data: bytes) -> Node:
