@@ -14,7 +14,7 @@ import numpy.typing as npt
 from adavit.errors import BundleError, shown
 from adavit.reading import parse_json
 
-__all__ = ["DERIVED", "DTYPES", "Tensor", "TensorFile", "sort_header"]
+__all__ = ["DERIVED", "DTYPES", "Tensor", "TensorFile"]
 
 LENGTH = 8
 """Bytes at the start: the length of the header, little-endian."""
@@ -75,14 +75,6 @@ class TensorFile:
         return np.frombuffer(self.data, np.dtype(found.dtype).newbyteorder("<"), count, found.offset).reshape(
             found.shape
         )
-
-
-def sort_header(data: bytes) -> bytes:
-    """A safetensors file with its header sorted by key, since the library puts notes in an order of chance."""
-    end = LENGTH + int.from_bytes(data[:LENGTH], "little")
-    header = json.dumps(json.loads(data[LENGTH:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % LENGTH)  # tensors stay aligned
-    return len(header).to_bytes(LENGTH, "little") + header + data[end:]
 
 
 def _read_header(data: bytes) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adavit.bundle.tensors import DERIVED, LENGTH, sort_header
+from adavit.bundle.tensors import DERIVED
 from adavit.errors import CheckpointError, one_line, shown
 from adavit.files import write_beside
 from adavit.model.adavit import AdaViT
@@ -31,6 +31,8 @@ State = dict[str, Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights; those of fewer bits mean nothing without their scales."""
 SHOWN = 8
+LENGTH = 8
+"""Bytes at the start of a safetensors file: the length of the header that follows, little-endian."""
 WANTED = "give the path of a trained AdaViT (.pth or .safetensors)"
 MAX_HEADER = 100_000_000
 """Bytes of a header that the safetensors library reads at most."""
@@ -292,4 +294,12 @@ def save_safetensors(model: AdaViT, path: str | Path, metadata: dict[str, Any] |
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     data = save(state, {"format": "pt", "num_heads": str(model.arch.heads), **notes})
     with write_beside(Path(path)) as file:
-        file.write(sort_header(data))
+        file.write(_sort_header(data))
+
+
+def _sort_header(data: bytes) -> bytes:
+    """A safetensors file with its header sorted by key, since the library puts notes in an order of chance."""
+    end = LENGTH + int.from_bytes(data[:LENGTH], "little")
+    header = json.dumps(json.loads(data[LENGTH:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % LENGTH)  # tensors stay aligned
+    return len(header).to_bytes(LENGTH, "little") + header + data[end:]

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import DENSE, STEM, WEIGHTS, GraphFiles, StoredFile
 from adavit.bundle.keys import Sublayers, combinations
-from adavit.bundle.tensors import TensorFile, sort_header
+from adavit.bundle.tensors import TensorFile
 from adavit.export.graphs.block import add_block
 from adavit.export.graphs.builder import Builder
 from adavit.export.graphs.dense import make_dense
@@ -58,8 +58,7 @@ def write_graphs(
         metadata: of the weights' file.
     """
     (folder / precision).mkdir()
-    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    data = sort_header(save(arrays, dict(metadata or {})))
+    data = save({name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}, dict(metadata or {}))
     weights = _write(folder, f"{precision}/{WEIGHTS}", data)
     parsed = TensorFile.parse(data, weights.file)
     units = units or Units()
