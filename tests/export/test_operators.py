@@ -9,8 +9,8 @@ from cases import DENSE, quiet, random_model, tiny
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import OPSETS, GraphFiles
 from adavit.bundle.onnx_graph import OPERATORS
-from adavit.export.graphs.files import Units, write_graphs
-from adavit.export.graphs.precision import FP16, Precision
+from adavit.export.graphs.files import write_graphs
+from adavit.export.graphs.precision import DENSE_SCALES, Precision, Units, input_scale
 from adavit.export.graphs.stem import stem_tensors
 
 MODELS = [tiny(), tiny(stem="t2t", patch_size=16, qkv_bias=False), DENSE]
@@ -22,7 +22,7 @@ def written(arch: Architecture, name: str, opset: int, folder: Path) -> GraphFil
     """The graphs of a model in a precision."""
     tensors = {key: value.detach().numpy() for key, value in random_model(arch).state_dict().items()}
     tensors |= stem_tensors(arch, tensors)
-    sites = frozenset(f"blocks.{block}.{site}" for block in range(arch.depth) for site in LAYERS.values())
+    sites = [f"blocks.{block}.{site}" for block in range(arch.depth) for site in set(LAYERS.values())]
     for block in range(arch.depth):
         for layer in LAYERS:
             key = f"blocks.{block}.{layer}.weight"
@@ -34,10 +34,11 @@ def written(arch: Architecture, name: str, opset: int, folder: Path) -> GraphFil
                 tensors[f"{key}.scale"] = np.ones(len(tensors[key]), np.float32)
                 tensors[f"{key}.zero"] = np.zeros(len(tensors[key]), np.int8)
                 tensors[key] = tensors[key].astype(np.int8)
-    tensors |= {f"{site}.input_scale": np.float32(1) for site in sites} if name == "int8" else {}
-    of = {"fp16": FP16, "int8": Precision("int8", sites)}.get(name)
-    parts = ["dense", *(f"blocks.{block}.{part}" for block in range(arch.depth) for part in ("attention", "mlp"))]
-    units = Units({part: of for part in parts} if of else {})
+    if name == "int8":
+        scales = (input_scale(site) for site in sites)
+        tensors |= {f"{prefix}{scale}": np.ones((), np.float32) for scale in scales for prefix in ("", DENSE_SCALES)}
+    parts = [(block, part) for block in range(arch.depth) for part in ("attention", "mlp")]
+    units = Units({part: Precision(name) for part in parts})
     return write_graphs(folder, name, arch, tensors, opset, True, quiet, units)
 
 
