@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import stat
 import zipfile
@@ -16,7 +18,7 @@ import numpy.typing as npt
 
 from adavit.errors import InputError, shown
 
-__all__ = ["open_regular", "path_of", "read_arrays", "read_labels", "read_regular"]
+__all__ = ["open_regular", "parse_json", "path_of", "read_arrays", "read_labels", "read_regular"]
 
 MOST_LABELS = 16 << 20
 """Bytes of a file of labels."""
@@ -78,6 +80,33 @@ def read_regular(path: str | Path, most: int) -> bytes:
         if os.fstat(file.fileno()).st_size > most or len(data := file.read(most + 1)) > most:
             raise OSError(errno.EFBIG, f"larger than {most} bytes", str(path))
     return data
+
+
+def parse_json(text: str) -> Any:
+    """The value that JSON text holds; stricter than Python, which takes what other readers read otherwise.
+
+    Raises:
+        ValueError: it is no JSON, names a key twice in an object, has a number that is not finite, or is nested too
+            deep.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it has a key twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("it has a number that is not finite")
+    return value
 
 
 def read_arrays(source: Path | BytesIO, names: Iterable[str], most: int) -> list[npt.NDArray[Any]]:

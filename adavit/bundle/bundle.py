@@ -21,12 +21,13 @@ from adavit.bundle.preprocessing import Preprocessor
 from adavit.errors import BundleError, InputError, shown
 from adavit.files import find_folder, sha256, write_beside
 from adavit.macs import dense_macs, outside_macs
-from adavit.reading import open_regular, path_of, read_regular
+from adavit.reading import open_regular, parse_json, path_of, read_regular
 
 __all__ = [
     "DENSE",
     "LABELS",
     "MODEL_TYPE",
+    "OPSETS",
     "PRECISIONS",
     "PREPROCESSING",
     "SCHEMA_VERSION",
@@ -48,8 +49,11 @@ STATISTICS = "statistics.npz"
 WEIGHTS, STEM, DENSE = "model.safetensors", "stem.onnx", "dense.onnx"
 """In the folder of a precision: its weights, and the graphs beside those of the blocks."""
 PRECISIONS = ("fp32", "fp16", "int8", "mixed")
+OPSETS = range(17, 24)
+"""Versions of the standard operators: LayerNormalization came with 17; 23 is the newest that every backend reads."""
 MAX_TEXT = 16 << 20
-MAX_GRAPH = 64 << 20
+MAX_GRAPH = 4 << 20
+"""Bytes of a graph, which holds no weights: a dense twin takes 6 KB a block."""
 MAX_STATISTICS = 256 << 20
 MAX_WEIGHTS = 64 << 30
 
@@ -324,8 +328,8 @@ def is_bundle(folder: Path) -> bool:
 def _object(path: Path, text: str) -> dict[str, Any]:
     """The JSON object that a file holds."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):  # ValueError also for numbers of thousands of digits
+        value = parse_json(text)
+    except ValueError:  # also for numbers of thousands of digits
         raise BundleError(f"{path}: not JSON; export again") from None
     if not isinstance(value, dict):
         raise BundleError(f"{path}: not a JSON object; export again")
@@ -337,7 +341,7 @@ def _text_file(name: str, spec: dict[str, Any]) -> StoredFile:
 
 
 def _graph_files(precision: str, values: dict[str, Any], arch: Architecture) -> GraphFiles:
-    if precision not in PRECISIONS or type(values["opset"]) is not int:
+    if precision not in PRECISIONS or type(values["opset"]) is not int or values["opset"] not in OPSETS:
         raise ValueError(f"it has a precision {shown(precision)}, or an unknown opset")
     weights = _stored("weights", values["weights"], MAX_WEIGHTS)
     stem = _stored("stem", values["stem"], MAX_GRAPH) if "stem" in values else None
@@ -351,11 +355,16 @@ def _graph_files(precision: str, values: dict[str, Any], arch: Architecture) -> 
         if set(block) != set(wanted):
             raise ValueError(f"block {number} has graphs for {shown(sorted(block))}")
         found.append({key: _stored(name, block[name], MAX_GRAPH) for name, key in wanted.items()})
-    return GraphFiles(precision, values["opset"], weights, stem, tuple(found), dense)
+    files = GraphFiles(precision, values["opset"], weights, stem, tuple(found), dense)
+    paths = {PurePosixPath(file.file) for file in files.files()}
+    if len(paths) != len(files.files()) or {path.parent for path in paths} != {PurePosixPath(precision)}:
+        raise ValueError(f"its graphs and weights of {precision} are not each a file in that folder")
+    return files
 
 
 def _stored(name: str, values: dict[str, Any], most: int) -> StoredFile:
     file, size, digest = values["file"], values["bytes"], values["sha256"]
-    if type(size) is not int or not 0 < size <= most or not isinstance(file, str) or not isinstance(digest, str):
+    texts = isinstance(file, str) and isinstance(digest, str)
+    if type(size) is not int or not 0 < size <= most or not texts:
         raise ValueError(f"{name} has no file, no hash, or a size of {shown(size)}")
     return StoredFile(file, size, digest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 
@@ -12,14 +12,18 @@ from adavit.architecture import Architecture
 from adavit.bundle.bundle import Bundle, GraphFiles, StoredFile
 from adavit.bundle.head_weights import Arrays, Quantised, head_weights, quantised_head_weights
 from adavit.bundle.keys import BlockKey, Sublayers
-from adavit.bundle.onnx_graph import OnnxGraph, Value
+from adavit.bundle.onnx_graph import GraphReader, OnnxGraph, Value
+from adavit.bundle.shapes import Limits
 from adavit.bundle.tensors import TensorFile
 from adavit.errors import BundleError
+from adavit.macs import dense_macs
 
 __all__ = ["Graphs"]
 
 DECIDING = ("norm1", "select")
 """Parts of the names of weights that decisions are made with."""
+SMALL_VALUE, SMALL_COST = 1 << 20, 1 << 30
+"""Elements of a value, and multiply-accumulates of a graph, that are never too many."""
 MOST_DECIDING = 1e15
 """The largest of these: tokens are below 1e17, and their products far from what float32 holds."""
 
@@ -41,6 +45,7 @@ class Graphs:
         self.files: GraphFiles = bundle.files_of(precision)
         self.path = bundle.path
         self._bundle = bundle
+        self._checked: set[Hashable] = set()
 
     @property
     def precision(self) -> str:
@@ -64,33 +69,28 @@ class Graphs:
     def block(self, block: int, sublayers: Sublayers) -> OnnxGraph:
         """A block that runs these sub-layers; see `adavit.export.graphs.block` for what it takes and makes."""
         arch = self.architecture
-        found = self._read(self.files.blocks[block][sublayers], None, self._behind(block, any(sublayers)))
-        wanted: dict[str, tuple[str, tuple[int, ...]]] = {"x": ("float32", (arch.tokens, arch.width))}
+        inputs = [Value("x", "float32", (arch.tokens, arch.width))]
         if any(sublayers) and arch.token_policy:
-            wanted["tokens"] = ("int64", (arch.tokens,))
-        self._check_inputs(found, wanted | self._handed(block, sublayers))
-        return found
+            inputs.append(Value("tokens", "int64", ("K",)))
+        inputs += self._handed(block, sublayers)
+        return self._read(self.files.blocks[block][sublayers], inputs, self._behind(block, any(sublayers)))
 
-    def _handed(self, block: int, sublayers: Sublayers) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Types and shapes of what a block's graph is handed for all heads."""
-        arch, found = self.architecture, {}
-        width, hidden = arch.width, arch.hidden
-
-        def dtype(name: str) -> str:
-            stored = self.tensors.tensors.get(f"blocks.{block}.{name}.weight")
-            return "float16" if stored and stored.dtype == "float16" else "float32"
-
-        if sublayers.attention:
-            found["qkv"] = dtype("attn.query"), (3 * width, width)
-            if arch.qkv_bias:
-                found["qkv_bias"] = dtype("attn.query"), (3 * width,)
-            found["proj"] = dtype("attn.proj"), (width, width)
-        if sublayers.mlp:
-            if arch.adapts_heads(block):
-                found["heads"] = "int64", (arch.heads,)
-            found["fc1"] = dtype("mlp.fc1"), (hidden, width)
-            found["fc2"] = dtype("mlp.fc2"), (width, hidden)
-        return found
+    def _handed(self, block: int, sublayers: Sublayers) -> list[Value]:
+        """The weights that a block's graph is handed, of the types that they have in the file."""
+        arch = self.architecture
+        shapes: dict[str, tuple[int | str, ...]] = {
+            "qkv": ("3c", arch.width),
+            "qkv_bias": ("3c",),
+            "proj": (arch.width, "c"),
+            "heads": ("h",),
+            "fc1": (arch.hidden, "c" if arch.adapts_heads(block) else arch.width),
+            "fc2": (arch.width, arch.hidden),
+        }
+        stored = self.quantised_head_weights(BlockKey(block, sublayers, ()))
+        return [
+            Value(name, "float32" if isinstance(value, Quantised) else value.dtype.name, shapes[name])
+            for name, value in stored.items()
+        ]
 
     def dense(self) -> OnnxGraph:
         """The dense twin: images [B, 3, S, S] -> logits [B, C]."""
@@ -138,27 +138,30 @@ class Graphs:
             found.append(Value("decisions", "float32", (1, count)))
         return tuple(found)
 
-    def _read(
-        self, stored: StoredFile, inputs: tuple[Value, ...] | None, outputs: tuple[Value, ...]
-    ) -> OnnxGraph:
+    def _read(self, stored: StoredFile, inputs: Sequence[Value], outputs: Sequence[Value]) -> OnnxGraph:
         path = f"{self.path}/{stored.file}"
-        weights = PurePosixPath(self.files.weights.file)
-        data = self._bundle.read_stored(stored)
-        if PurePosixPath(stored.file).parent != weights.parent:
-            raise BundleError(f"{path}: does not lie beside its weights; export again")
-        found = OnnxGraph.parse(data, self.tensors, weights.name, path)
-        if found.outputs != outputs or inputs not in (None, found.inputs):
+        found = self._reader.read(self._bundle.read_stored(stored), path)
+        if found.outputs != tuple(outputs) or sorted(found.inputs, key=str) != sorted(inputs, key=str):
             raise BundleError(f"{path}: takes or makes other values than its architecture says; export again")
+        try:
+            self._check(found)
+        except ValueError as error:
+            raise BundleError(f"{path}: is not a graph of its architecture: {error}; do not use this bundle") from None
         return found
 
-    def _check_inputs(self, graph: OnnxGraph, wanted: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Raises BundleError unless a graph takes such values; a dimension that varies takes any."""
-        found = {value.name: value for value in graph.inputs}
-        fits = set(found) == set(wanted) and len(found) == len(graph.inputs)
-        for name, (dtype, shape) in wanted.items() if fits else ():
-            value = found[name]
-            sizes = zip(value.shape, shape, strict=False)
-            same = len(value.shape) == len(shape) and all(isinstance(a, str) or a == b for a, b in sizes)
-            fits = fits and same and value.dtype == dtype
-        if not fits:
-            raise BundleError(f"{self.path}: graph {graph.name} takes other values than its architecture says; export again")
+    @cached_property
+    def _reader(self) -> GraphReader:
+        return GraphReader(self.tensors, PurePosixPath(self.files.weights.file).name, self.files.opset)
+
+    def _check(self, graph: OnnxGraph) -> None:
+        """Checks a graph's shapes with all tokens and heads, and with one of each; ValueError where they do not fit."""
+        if (form := graph.form) in self._checked:
+            return
+        arch = self.architecture
+        rows = {"tokens": arch.tokens, "heads": arch.heads}
+        limits = Limits(arch.memory // 2 + SMALL_VALUE, 8 * dense_macs(arch) + SMALL_COST)
+        for tokens, heads, batch in ((arch.tokens, arch.heads, 1), (1, 1, 2)):
+            channels = heads * arch.head_width
+            sizes = {"K": tokens, "h": heads, "c": channels, "3c": 3 * channels, "B": batch}
+            graph.check(sizes, rows, limits)
+        self._checked.add(form)

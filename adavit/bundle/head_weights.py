@@ -61,16 +61,22 @@ def quantised_head_weights(arch: Architecture, tensors: TensorFile, key: BlockKe
     width, hidden, block = arch.width, arch.hidden, f"blocks.{key.block}"
 
     def linear(name: str, shape: tuple[int, int]) -> Array | Quantised:
-        weight = _tensor(tensors, f"{block}.{name}.weight", shape)
+        weight = _tensor(tensors, f"{block}.{name}.weight", shape, "float32", "float16", "int8")
         if weight.dtype != np.int8:
             return weight
-        return Quantised(weight, _tensor(tensors, f"{block}.{name}.weight.scale", shape[:1]))
+        return Quantised(weight, _tensor(tensors, f"{block}.{name}.weight.scale", shape[:1], "float32"))
 
     if key.sublayers.attention:
+        parts = [linear(f"attn.{part}", (width, width)) for part in PROJECTIONS]
+        if len({_matrix(part).dtype for part in parts}) > 1:
+            raise BundleError(f"the weights of queries, keys and values of {block} have different types; export again")
         scale = arch.head_width**-0.5
-        found["qkv"] = _joined_rows([linear(f"attn.{part}", (width, width)) for part in PROJECTIONS], channels, scale)
+        found["qkv"] = _joined_rows(parts, channels, scale)
         if arch.qkv_bias:
-            query, value = (_tensor(tensors, f"{block}.attn.{part}.bias", (width,)) for part in ("query", "value"))
+            dtype = "float16" if _matrix(parts[0]).dtype == np.float16 else "float32"
+            query, value = (
+                _tensor(tensors, f"{block}.attn.{part}.bias", (width,), dtype) for part in ("query", "value")
+            )
             own = query[channels]
             found["qkv_bias"] = np.concatenate([own * own.dtype.type(scale), np.zeros_like(own), value[channels]])
         found["proj"] = _columns(linear("attn.proj", (width, width)), channels, every)
@@ -82,11 +88,18 @@ def quantised_head_weights(arch: Architecture, tensors: TensorFile, key: BlockKe
     return found
 
 
-def _tensor(tensors: TensorFile, name: str, shape: tuple[int, ...]) -> Array:
+def _tensor(tensors: TensorFile, name: str, shape: tuple[int, ...], *dtypes: str) -> Array:
     value = tensors.array(name)
-    if value.shape != shape:
-        raise BundleError(f"the weights {name} are {list(value.shape)}, not {list(shape)}; export again")
+    if value.shape != shape or value.dtype.name not in dtypes:
+        raise BundleError(
+            f"the weights {name} are {value.dtype.name} {list(value.shape)}, not {' or '.join(dtypes)} {list(shape)}; "
+            "export again"
+        )
     return value
+
+
+def _matrix(weight: Array | Quantised) -> Array:
+    return weight.codes if isinstance(weight, Quantised) else weight
 
 
 def _joined_rows(parts: Sequence[Array | Quantised], channels: Array, scale: float) -> Array | Quantised:

@@ -9,31 +9,45 @@ is given is written anew from what was read here.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from adavit.bundle.head_weights import Quantised
 from adavit.bundle.protobuf import BYTES, FIXED32, VARINT, Field, Fields, bytes_field, number_field, numbers, read
+from adavit.bundle.shapes import RULES, Known, Limits, infer
 from adavit.bundle.tensors import TensorFile
 from adavit.errors import BundleError, shown
 
-__all__ = ["OPERATORS", "Node", "OnnxGraph", "Value", "Weight", "new_node", "values_of"]
+__all__ = ["OPERATORS", "GraphReader", "Node", "OnnxGraph", "Value", "Weight", "new_node", "values_of"]
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
-OPERATORS = frozenset(
-    """Add Cast Concat Conv DequantizeLinear Div Erf Exp Expand Gather Gelu Gemm LayerNormalization MatMul Mul
-    QuantizeLinear ReduceSum Reshape ScatterND Shape Slice Softmax Split Sqrt Squeeze Sub Transpose Unsqueeze""".split()
-)
-"""The standard operators that exports write."""
+_ATTRIBUTES = {
+    "Cast": "to",
+    "Concat": "axis",
+    "Conv": "kernel_shape strides pads",
+    "DequantizeLinear": "axis",
+    "Gather": "axis",
+    "Gemm": "transB",
+    "LayerNormalization": "axis epsilon",
+    "ReduceSum": "keepdims",
+    "Shape": "start end",
+    "Softmax": "axis",
+    "Split": "axis",
+    "Transpose": "perm",
+}
+OPERATORS = {op: frozenset(_ATTRIBUTES.get(op, "").split()) for op in sorted(RULES)}
+"""The standard operators that exports write, and their attributes."""
 
 MOST_INLINE = 4096
 """Bytes of a constant inside a graph, such as a shape; larger ones are weights."""
 MOST_DIMENSIONS = 8
+MOST_NODES = 100_000
 
 TYPES = {"float32": 1, "int8": 3, "int64": 7, "bool": 9, "float16": 10}
 """ONNX's numbers of element types."""
@@ -52,8 +66,12 @@ SHAPE, DIMENSION = {1: _MANY}, {1: _NUMBER, 2: _TEXT}
 """Numbers of the fields that exports write, from onnx.proto."""
 EXTERNAL = 1
 """ONNX's number for data in another file."""
-ATTRIBUTE_TYPES = {1: 2, 2: 3, 7: 8}
-"""The field that holds a float, an integer or integers, by ONNX's number of the attribute's type."""
+FLOAT, INTEGER, INTEGERS = 2, 3, 8
+"""The fields of an attribute that holds a float, a whole number, or several."""
+ATTRIBUTE_TYPES = {1: FLOAT, 2: INTEGER, 7: INTEGERS}
+"""These, by ONNX's number of the attribute's type."""
+VECTORS = ("kernel_shape", "strides", "pads", "perm")
+"""Attributes that hold several numbers; all others but epsilon hold one."""
 IR_VERSION = 10
 PRODUCER = b"adavit"
 
@@ -90,6 +108,7 @@ class Node(NamedTuple):
         name: its own.
         inputs, outputs: names of values.
         data: the encoded node.
+        attributes: a float, a whole number or a tuple of these, by name.
     """
 
     op: str
@@ -97,6 +116,7 @@ class Node(NamedTuple):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     data: bytes
+    attributes: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -118,27 +138,43 @@ class OnnxGraph:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
 
-    @classmethod
-    def parse(cls, data: bytes, tensors: TensorFile, weights_file: str, path: str) -> OnnxGraph:
-        """Reads a graph.
+    def check(self, sizes: Mapping[str, int], rows: Mapping[str, int], limits: Limits) -> None:
+        """Checks that every operator fits its inputs, and that the outputs are of the shapes that are declared.
 
         Args:
-            data: the file's bytes.
-            tensors: the weights that it may refer to.
-            weights_file: the name of the weights' file, the only one it may name.
-            path: of the graph, for messages.
+            sizes: of the dimensions that vary, by name.
+            rows: below what the numbers are that an input holds, by the input's name.
+            limits: what the graph may take.
 
         Raises:
-            BundleError: it is damaged, or holds what no export writes, or refers to anything but a tensor.
+            ValueError: it is not so.
         """
-        try:
-            return _Reader(tensors, weights_file).graph(data)
-        except (ValueError, OverflowError, IndexError) as error:  # ValueError also for what is no UTF-8
-            raise BundleError(f"{path}: is not a graph that adavit exports: {error}; do not use this bundle") from None
+
+        def known(value: Value) -> Known:
+            shape = tuple(sizes[size] if isinstance(size, str) else size for size in value.shape)
+            return Known(value.dtype, shape, None, rows.get(value.name))
+
+        made = {value.name: known(value) for value in self.inputs}
+        made |= {name: _constant_value(weight) for name, weight in self.weights.items()}
+        made = infer(self.nodes, made, limits)
+        for value in self.outputs:
+            if made[value.name][:2] != known(value)[:2]:
+                raise ValueError(f"its output {shown(value.name)} is {shown(made[value.name].shape)}")
+
+    @property
+    def form(self) -> Hashable:
+        """What `check` looks at: graphs of one form all pass it, or none does."""
+        weights = ((name, *weight[:2], weight.tensor is None, weight.data) for name, weight in self.weights.items())
+        return tuple(node.data for node in self.nodes), tuple(weights), self.inputs, self.outputs
 
     def arrays(self, tensors: TensorFile) -> dict[str, Array]:
         """The weights that lie in the weights' file, by their names in the graph."""
         return {name: tensors.array(weight.tensor) for name, weight in self.weights.items() if weight.tensor}
+
+    def _names(self) -> set[str]:
+        """Of all values."""
+        made = {name for node in self.nodes for name in node.outputs}
+        return made | set(self.weights) | {value.name for value in self.inputs}
 
     def model(
         self,
@@ -170,6 +206,8 @@ class OnnxGraph:
             if weight.tensor and name not in constants
         ]
         quantised = [name for name, value in constants.items() if isinstance(value, Quantised)]
+        if not {part for name in quantised for part in codes_of(name)}.isdisjoint(self._names()):
+            raise BundleError(f"graph {self.name} uses names of int8 weights; export again")
         first = [new_node("DequantizeLinear", name, codes_of(name), [name], axis=0) for name in quantised]
         inside = ((name, weight) for name, weight in self.weights.items() if weight.tensor is None)
         graph = [bytes_field(1, node.data) for node in (*first, *(self.nodes if nodes is None else nodes))]
@@ -191,6 +229,15 @@ class OnnxGraph:
         )
 
 
+def _constant_value(weight: Weight) -> Known:
+    """What is known of a constant; of whole numbers inside the graph, all."""
+    if weight.dtype != "int64" or weight.tensor:
+        return Known(weight.dtype, weight.shape)
+    values = tuple(np.frombuffer(weight.data, "<i8").tolist())
+    below = max(values) + 1 if values and min(values) >= 0 else None
+    return Known("int64", weight.shape, values, below)
+
+
 def values_of(constants: Mapping[str, Array | Quantised]) -> dict[str, Array]:
     """The constants of a model by name: int8 weights are codes, scales and zero points."""
     found: dict[str, Array] = {}
@@ -208,31 +255,58 @@ def codes_of(name: str) -> list[str]:
     return [f"{name}.{part}" for part in ("codes", "scale", "zero")]
 
 
-class _Reader:
-    """Reads a graph whose references are into one file of weights."""
+class GraphReader:
+    """Reads graphs whose references are into one file of weights.
 
-    def __init__(self, tensors: TensorFile, weights_file: str) -> None:
-        self._tensors, self._file = tensors, weights_file
-        self._at = {tensor.offset: name for name, tensor in tensors.tensors.items() if tensor.bytes}
+    Args:
+        tensors: the weights that they may refer to.
+        weights_file: the name of the weights' file, the only one that they may name.
+        opset: the version of the standard operators that they have to have.
+    """
 
-    def graph(self, data: bytes) -> OnnxGraph:
+    def __init__(self, tensors: TensorFile, weights_file: str, opset: int) -> None:
+        self._tensors, self._file, self._opset = tensors, weights_file, opset
+        self._at = {tensor.offset: name for name, tensor in tensors.tensors.items()}
+        self._nodes: dict[bytes, Node] = {}
+        self._values: dict[bytes, Value] = {}
+
+    def read(self, data: bytes, path: str) -> OnnxGraph:
+        """Reads a graph.
+
+        Args:
+            data: the file's bytes.
+            path: of the file, for messages.
+
+        Raises:
+            BundleError: it is damaged, or holds what no export writes, or refers to anything but a tensor.
+        """
+        try:
+            return self._graph(data)
+        except (ValueError, LookupError) as error:  # ValueError also for what is no UTF-8
+            raise BundleError(f"{path}: is not a graph that adavit exports: {error}; do not use this bundle") from None
+
+    def _graph(self, data: bytes) -> OnnxGraph:
         model = read(data, MODEL)
         opsets = [read(content, OPSET) for content in model.get(8, [])]
-        if len(opsets) != 1 or opsets[0].text(1) or 7 not in model:
-            raise ValueError("it has other operator sets than the standard one, or no graph")
+        if len(opsets) != 1 or opsets[0].text(1) or opsets[0].value(2) != self._opset or 7 not in model:
+            raise ValueError(f"it has other operator sets than version {self._opset} of the standard one, or no graph")
         graph = read(model[7][0], GRAPH)
         weights = dict(self._weight(read(content, TENSOR)) for content in graph.get(5, []))
         if len(weights) != len(graph.get(5, [])):
             raise ValueError("two constants have one name")
-        nodes = tuple(_node(content) for content in graph.get(1, []))
-        inputs, outputs = (tuple(_read_value(content) for content in graph.get(number, [])) for number in (11, 12))
+        if len(graph.get(1, [])) > MOST_NODES:
+            raise ValueError("it has too many operators")
+        nodes = tuple(_once(self._nodes, content, _node) for content in graph.get(1, []))
+        inputs, outputs = (
+            tuple(_once(self._values, content, _read_value) for content in graph.get(number, [])) for number in (11, 12)
+        )
         _check_names(nodes, weights, inputs, outputs)
         return OnnxGraph(graph.text(2), opsets[0].value(2), nodes, weights, inputs, outputs)
 
     def _weight(self, tensor: Fields) -> tuple[str, Weight]:
         name, shape = tensor.text(8), tuple(numbers(tensor.get(1, [])))
         dtype = _TYPE_NAMES.get(tensor.value(2))
-        if dtype is None or len(shape) > MOST_DIMENSIONS or max(shape, default=0) >= 1 << 31:
+        if dtype is None or len(shape) > MOST_DIMENSIONS or not all(0 < size < 1 << 31 for size in shape):
             raise ValueError(f"the constant {shown(name)} has an unknown type or the shape {shown(shape)}")
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if tensor.value(14) != EXTERNAL:
@@ -255,18 +329,46 @@ class _Reader:
         return name, Weight(dtype, shape, found)
 
 
+def _once(done: dict[bytes, T], data: bytes, read_it: Callable[[bytes], T]) -> T:
+    """What is read of bytes, which the graphs of all blocks share."""
+    found = done.get(data)
+    if found is None:
+        found = done[data] = read_it(data)
+    return found
+
+
 def _node(data: bytes) -> Node:
     fields = read(data, NODE)
     op = fields.text(4)
     if op not in OPERATORS:
         raise ValueError(f"it has an operator {shown(op)}")
-    for content in fields.get(5, []):
-        attribute = read(content, ATTRIBUTE)
-        holds = ATTRIBUTE_TYPES.get(attribute.value(20))
-        if holds is None or not set(attribute) <= {1, 20, holds}:
-            raise ValueError(f"its operator {op} has an attribute {shown(attribute.text(1))} of another type")
+    attributes = dict(_read_attribute(content, op) for content in fields.get(5, []))
+    if len(attributes) != len(fields.get(5, [])):
+        raise ValueError(f"its operator {op} has an attribute twice")
     inputs, outputs = (tuple(content.decode() for content in fields.get(number, [])) for number in (1, 2))
-    return Node(op, fields.text(3), inputs, outputs, data)
+    return Node(op, fields.text(3), inputs, outputs, data, attributes)
+
+
+def _read_attribute(data: bytes, op: str) -> tuple[str, Any]:
+    """An attribute's name, and its float, whole number or tuple of these."""
+    attribute = read(data, ATTRIBUTE)
+    name, holds = attribute.text(1), ATTRIBUTE_TYPES.get(attribute.value(20))
+    if name not in OPERATORS[op] or holds is None or not set(attribute) <= {1, 20, holds}:
+        raise ValueError(f"its operator {op} has an attribute {shown(name)}, or one of another type")
+    if (holds == FLOAT) != (name == "epsilon") or (holds == INTEGERS) != (name in VECTORS):
+        raise ValueError(f"its operator {op} has an attribute {shown(name)} of another type")
+    content = attribute.get(holds, [])
+    if holds == FLOAT:
+        return name, float(np.frombuffer(content[0], "<f4")[0]) if content else 0.0
+    values = tuple(_signed(value) for value in numbers(content))
+    if holds == INTEGERS:
+        return name, values
+    return name, values[0] if values else 0
+
+
+def _signed(value: int) -> int:
+    """A number of 64 bits that may be negative."""
+    return value - (1 << 64) if value >> 63 else value
 
 
 def _check_names(
@@ -276,11 +378,13 @@ def _check_names(
     there = set(weights)
     made = [((), tuple(value.name for value in inputs)), *((node.inputs, node.outputs) for node in nodes)]
     for reads, makes in made:
-        if not there.issuperset(filter(None, reads)):
+        if not there.issuperset(reads):
             raise ValueError(f"it reads {shown(sorted(set(reads) - there))}, which nothing makes before")
-        if len(set(makes)) != len(makes) or not there.isdisjoint(makes):
-            raise ValueError(f"it makes one of {shown(list(makes))} twice")
+        if len(set(makes)) != len(makes) or not there.isdisjoint(makes) or "" in makes:
+            raise ValueError(f"it makes one of {shown(list(makes))} twice, or without a name")
         there.update(makes)
+    if len({value.name for value in outputs}) != len(outputs):
+        raise ValueError("two outputs have one name")
     if missing := {value.name for value in outputs} - there:
         raise ValueError(f"nothing makes its output {shown(min(missing))}")
 
@@ -303,7 +407,7 @@ def new_node(op: str, name: str, inputs: Collection[str], outputs: Collection[st
     data += [bytes_field(5, _attribute(key, value)) for key, value in ints.items()]
     if domain:
         data.append(bytes_field(7, domain.encode()))
-    return Node(op, name, tuple(inputs), tuple(outputs), b"".join(data))
+    return Node(op, name, tuple(inputs), tuple(outputs), b"".join(data), ints)
 
 
 def _attribute(name: str, value: float | list[int]) -> bytes:

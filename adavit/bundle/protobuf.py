@@ -6,7 +6,7 @@ that are not asked for, of another wire type, or twice where one counts, are err
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 __all__ = ["BYTES", "FIXED32", "VARINT", "Field", "Fields", "bytes_field", "number_field", "numbers", "read"]
@@ -16,7 +16,7 @@ VARINT, BYTES, FIXED32 = 0, 2, 5
 
 
 class Field(NamedTuple):
-    """What a field may be: its wire type, and whether it may come several times.
+    """What a field may be: its wire type, one of the three, and whether it may come several times.
 
     A repeated number may also come packed, as bytes.
     """
@@ -44,14 +44,27 @@ def read(message: bytes, known: Mapping[int, Field]) -> Fields:
         ValueError: it is damaged, or has other fields than those known.
     """
     found = Fields()
-    for number, wire, content in _walk(message):
+    at, end = 0, len(message)
+    while at < end:
+        tag, at = _varint(message, at)
+        number, wire = tag >> 3, tag & 7
         field = known.get(number)
-        packed = field is not None and field == (VARINT, True) and wire == BYTES
+        packed = wire == BYTES and field == (VARINT, True)
         if field is None or (wire != field.wire and not packed):
             raise ValueError(f"it has a field {number} of the wire type {wire}, which no export writes")
         if number in found and not field.repeated:
             raise ValueError(f"it has the field {number} twice")
-        found.setdefault(number, []).append(content)
+        start = at
+        if wire == VARINT:
+            _, at = _varint(message, at)
+        elif wire == BYTES:
+            length, start = _varint(message, at)
+            at = start + length
+        else:
+            at += 4
+        if at > end:
+            raise ValueError("it ends in the middle of a field")
+        found.setdefault(number, []).append(message[start:at])
     return found
 
 
@@ -76,28 +89,10 @@ def number_field(number: int, value: int) -> bytes:
     return _encoded(number << 3 | VARINT) + _encoded(value)
 
 
-def _walk(message: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Number, wire type and content of every field."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        wire, start = tag & 7, at
-        if wire == VARINT:
-            _, at = _varint(message, at)
-        elif wire == BYTES:
-            length, start = _varint(message, at)
-            at = start + length
-        elif wire == FIXED32:
-            at += 4
-        else:
-            raise ValueError(f"it has a field of the wire type {wire}, which no export writes")
-        if at > len(message):
-            raise ValueError("it ends in the middle of a field")
-        yield tag >> 3, wire, message[start:at]
-
-
 def _varint(message: bytes, at: int) -> tuple[int, int]:
     """The number that begins at a position, seven bits a byte, and the position behind it."""
+    if at < len(message) and message[at] < 128:
+        return message[at], at + 1
     value = shift = 0
     while True:
         if at >= len(message) or shift > 63:
@@ -106,6 +101,8 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
+            if value >> 64:
+                raise ValueError("it holds a number of more than 64 bits")
             return value, at
         shift += 7
 

@@ -13,11 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.errors import BundleError, shown
+from adavit.reading import parse_json
 
-__all__ = ["DTYPES", "Tensor", "TensorFile", "encoded"]
+__all__ = ["DERIVED", "DTYPES", "Tensor", "TensorFile"]
 
 LENGTH = 8
 """Bytes at the start: the length of the header, little-endian."""
+DERIVED = "adavit.stem."
+"""How the names of tensors begin that are made of the checkpoint's."""
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
@@ -62,7 +65,7 @@ class TensorFile:
         """
         try:
             return cls(data, _read_header(data))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise BundleError(f"{path}: the weights' header is damaged ({error}); export again") from None
 
     def array(self, name: str) -> npt.NDArray[Any]:
@@ -85,7 +88,7 @@ def _read_header(data: bytes | mmap.mmap) -> dict[str, Tensor]:
     length = int.from_bytes(data[:LENGTH], "little")
     if len(data) < LENGTH or not 2 <= length <= min(MAX_HEADER, len(data) - LENGTH):
         raise ValueError(f"its length is {length} of {len(data)} bytes")
-    header = json.loads(data[LENGTH : LENGTH + length].decode())
+    header = parse_json(data[LENGTH : LENGTH + length].decode())
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
         raise ValueError("it is no object, or names too many tensors")
     start = LENGTH + length
@@ -104,12 +107,15 @@ def _tensor(name: str, entry: Any, start: int) -> Tensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{shown(name)} has other fields than dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    numbers = [*shape, *offsets]
-    if len(offsets) != 2 or len(shape) > MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in numbers):
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n for n in (*shape, *offsets)):
         raise ValueError(f"{shown(name)} has the shape {shown(shape)} at {shown(offsets)}")
     if dtype not in DTYPES:
         raise ValueError(f"{shown(name)} has the type {shown(dtype)}")
-    size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
-    if offsets[1] - offsets[0] != size:
-        raise ValueError(f"{shown(name)} of {shape} takes {size} bytes, not {offsets[1] - offsets[0]}")
+    itemsize = np.dtype(DTYPES[dtype]).itemsize
+    size = math.prod(shape) * itemsize
+    if not size or offsets[1] - offsets[0] != size:
+        raise ValueError(f"{shown(name)} of {shown(shape)} takes {shown(size)} bytes, or none, at {shown(offsets)}")
+    if (start + offsets[0]) % itemsize:
+        raise ValueError(f"{shown(name)} lies across its memory's words")
     return Tensor(DTYPES[dtype], tuple(shape), start + offsets[0], size)

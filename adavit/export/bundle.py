@@ -16,17 +16,16 @@ from adavit.budget_options import BudgetOptions
 from adavit.calibration.budgets import add_budgets
 from adavit.calibration.statistics import IMAGES, add_statistics
 from adavit.errors import BundleError, InputError, OptionError, VerificationError
-from adavit.export.graphs.builder import OPSETS
 from adavit.export.graphs.files import write_graphs
 from adavit.export.graphs.stem import stem_tensors
 from adavit.export.verify import verify
 from adavit.export.write import describe_bundle
 from adavit.files import find_folder, folder_beside, sha256
 from adavit.model import AdaViT, load_checkpoint, resize
-from adavit.model.checkpoint import read_classes, read_crop, read_metadata
+from adavit.model.checkpoint import read_classes, read_crop
 from adavit.precision_options import CalibrationOptions
 from adavit.reading import read_labels
-from adavit.bundle.bundle import Bundle, WEIGHTS, GraphFiles, is_bundle
+from adavit.bundle.bundle import OPSETS, PRECISIONS, WEIGHTS, Bundle, GraphFiles, is_bundle
 from adavit.bundle.demo import DEMO_NAME, demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
 from adavit.runtime.image_files import find_calibration_images, read_images
@@ -104,8 +103,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     precisions = options.calibration.precisions
     calibrated: dict[str, Any] = {}
     with folder_beside(output) as folder:
-        notes = {"classes": json.dumps(labels), "crop_ratio": str(prepare.crop_ratio)}
-        graphs = {"fp32": _write_fp32(folder, model, options, read_metadata(source) | notes, progress)}
+        graphs = {"fp32": _write_fp32(folder, model, _notes(model, labels, prepare), options, progress)}
 
         def describe(names: Sequence[str]) -> dict[str, Any]:
             files = [graphs[name] for name in names]
@@ -167,15 +165,23 @@ def _engine_sets(folder: Path, options: BuildOptions, progress: Progress) -> dic
     return add_engines(folder, options, progress)
 
 
+def _notes(model: AdaViT, labels: Sequence[str], prepare: Preprocessor) -> dict[str, str]:
+    """What the weights' file notes, for exports of that file."""
+    return {
+        "format": "pt",
+        "num_heads": str(model.arch.heads),
+        "classes": json.dumps(labels),
+        "crop_ratio": str(prepare.crop_ratio),
+    }
+
+
 def _write_fp32(
-    folder: Path, model: AdaViT, options: ExportOptions, notes: Mapping[str, str], progress: Progress
+    folder: Path, model: AdaViT, notes: Mapping[str, str], options: ExportOptions, progress: Progress
 ) -> GraphFiles:
-    """The weights as they are, with what the checkpoint notes of them, and the graphs on them."""
+    """The weights as they are, and the graphs on them."""
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
     tensors = weights | stem_tensors(model.arch, weights)
-    metadata = {**notes, "format": "pt", "num_heads": str(model.arch.heads)}
-    given = "fp32", model.arch, tensors, options.opset, options.with_dense
-    return write_graphs(folder, *given, progress, metadata=metadata)
+    return write_graphs(folder, "fp32", model.arch, tensors, options.opset, options.with_dense, progress, metadata=notes)
 
 
 def _verified(model: AdaViT, bundle: Path, threads: int | None, progress: Progress) -> dict[str, Any]:
@@ -246,8 +252,10 @@ def _is_demo(source: Path) -> bool:
 
 def _model_name(source: Path) -> str:
     """The model's name: the file's, or its folder's where files of every model are named so."""
-    folder = source.absolute().parent.name
-    return folder if source.name.split(".")[0] in GENERIC and folder else source.stem
+    folder = source.absolute().parent
+    if folder.name in PRECISIONS:  # the weights of a bundle
+        folder = folder.parent
+    return folder.name if source.name.split(".")[0] in GENERIC and folder.name else source.stem
 
 
 def _check_output(output: Path, force: bool) -> None:

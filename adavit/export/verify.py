@@ -17,8 +17,9 @@ from adavit.errors import BackendError, VerificationError
 from adavit.model import AdaViT, Output
 from adavit.model.adavit import Block, BlockLogits
 from adavit.model.policy import BlockPolicy, decide
-from adavit.runtime.compare import KINDS
+from adavit.runtime.compare import KINDS, margins_of
 from adavit.runtime.dispatcher import Step
+from adavit.runtime.finite import NotFiniteError
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
 from adavit.runtime.specialise import usage_of
@@ -35,7 +36,6 @@ TOLERANCE = 1e-3
 """Largest difference of tokens and logits, relative to their largest magnitude where that is above 1."""
 
 Float = npt.NDArray[np.float32]
-Bool = npt.NDArray[np.bool_]
 
 
 @dataclass
@@ -47,16 +47,15 @@ class Reference:
         tokens: what each block is given, and the last one makes, [L + 1, N, D].
         logits: [C].
         policy: what it keeps.
-        decided: which tokens, heads and sub-layers each block would keep, bool [L, N + H + 2].
-        clear: whether rounding cannot tip these, bool of the same shape.
+        decisions: the logits of each block's decisions on tokens, heads and sub-layers, less their thresholds,
+            [L, N + H + 2]; infinite where nothing is decided.
     """
 
     image: Float
     tokens: Float
     logits: Float
     policy: Policy
-    decided: Bool
-    clear: Bool
+    decisions: Float
 
 
 @torch.no_grad()
@@ -75,11 +74,10 @@ def reference(model: AdaViT, image: Float, replay: Policy | None = None) -> Refe
         tokens.append(x[0].numpy())
         output_policies.append(policy)
         logits.append(found)
-        decided.append(_decided(model.arch, found))
+        decided.append(_margins(model.arch, found))
     output = Output(model.classify(x), logits, output_policies, [])
     masks = (mask.numpy() for mask in output.stacked(model.arch))
-    kept, clear = (np.stack(rows) for rows in zip(*decided, strict=True))
-    return Reference(image, np.stack(tokens), output.logits[0].numpy(), Policy(*masks), kept, clear)
+    return Reference(image, np.stack(tokens), output.logits[0].numpy(), Policy(*masks), np.stack(decided))
 
 
 def _masks(policy: Policy, block: int) -> BlockPolicy:
@@ -88,14 +86,14 @@ def _masks(policy: Policy, block: int) -> BlockPolicy:
     return BlockPolicy(*(torch.from_numpy(row.astype(np.float32)) for row in rows))
 
 
-def _decided(arch: Architecture, logits: BlockLogits) -> tuple[Bool, Bool]:
-    """Of an image's logits of a block: what they keep, and which of them are clear of their threshold, [N + H + 2]."""
-    distances = [np.array([np.inf])]  # of the class token
+def _margins(arch: Architecture, logits: BlockLogits) -> Float:
+    """A row of `Reference.decisions`: an image's logits of a block."""
+    distances = [np.full(1, np.inf, np.float32)]  # of the class token
     kinds = (logits.tokens, arch.patches, TOKEN_LOGIT), (logits.heads, arch.heads, 0.0), (logits.sublayers, 2, 0.0)
     for values, count, threshold in kinds:
-        distances.append(np.full(count, np.inf) if values is None else values[0].numpy() - threshold)
-    joined = np.concatenate(distances)
-    return joined > 0, np.abs(joined) > MARGIN
+        found = np.full(count, np.inf) if values is None else values[0].numpy() - np.float32(threshold)
+        distances.append(found.astype(np.float32))
+    return np.concatenate(distances)
 
 
 def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], None]) -> dict[str, Any]:
@@ -163,7 +161,7 @@ def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Refe
     chosen: list[Reference] = []
     for draw, image in enumerate(itertools.islice(random_images(model.arch.image_size), DRAWS)):
         found = reference(model, image)
-        if found.clear.all():
+        if (np.abs(found.decisions) > MARGIN).all():
             chosen.append(found)
         progress("running the checkpoint", max(len(chosen) / IMAGES, draw / DRAWS))
         if len(chosen) == IMAGES:
@@ -177,16 +175,17 @@ def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Refe
 
 
 def _replayed_policies(arch: Architecture) -> list[Policy]:
-    """One image's policies of everything, no head, one head (another in every block), and that in one sub-layer."""
-    policies = [Policy.dense(arch, 1) for _ in range(1 + 2 * arch.head_policy + 2 * arch.sublayer_policy)]
+    """One image's policies of everything, no head, one head (another in every block), and that in one sub-layer or none.
+    """
+    policies = [Policy.dense(arch, 1) for _ in range(1 + 2 * arch.head_policy + 3 * arch.sublayer_policy)]
     for number, policy in enumerate(policies[1:]):
         for block in range(arch.depth):
             if arch.adapts_heads(block):
                 policy.heads[0, block] = False
                 policy.heads[0, block, block % arch.heads] = number > 0
     if arch.sublayer_policy:
-        for part, policy in enumerate(policies[-2:]):
-            policy.sublayers[0, arch.keep :, part] = False
+        for dropped, policy in zip(([0], [1], [0, 1]), policies[-3:], strict=True):
+            policy.sublayers[0, arch.keep :, dropped] = False
     return policies
 
 
@@ -214,6 +213,9 @@ def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> floa
         _difference(made_by, step.tokens, wanted.tokens[step.block])
         if step.block < arch.depth:
             _same_decisions(made_by, arch, step, wanted)
+    if isinstance(failure, NotFiniteError):
+        ran = min(seen[-1].block, arch.depth - 1) if seen else -1
+        raise VerificationError(f"{_made_by(wanted.policy, ran)}: makes values that are not finite")
     if failure:
         raise failure
     return _difference(_made_by(wanted.policy, arch.depth - 1), result.logits[0], wanted.logits)
@@ -244,18 +246,18 @@ def _made_by(policy: Policy, block: int) -> str:
 
 
 def _same_decisions(graph: str, arch: Architecture, step: Step, wanted: Reference) -> None:
-    """Compares a block's decisions, where rounding cannot tip them."""
-    block, kept = step.block, step.kept
-    tokens, heads, sublayers = np.split(wanted.decided[block], [arch.tokens, arch.tokens + arch.heads])
-    clear = dict(zip(KINDS, np.split(wanted.clear[block], [arch.tokens, arch.tokens + arch.heads]), strict=True))
-    decides = arch.token_policy, arch.adapts_heads(block), arch.adapts_sublayers(block)
-    at = 0
-    for kind, values, there in zip(KINDS, (tokens, heads, sublayers), decides, strict=True):
-        if there and kept is not None:
-            differing = (kept[at : at + len(values)] != values) & clear[kind]
-            at += len(values)
-            if count := int(differing.sum()):
-                raise VerificationError(f"{graph}: {count} of block {block}'s decisions on {kind} differ")
+    """Compares a block's decisions, where rounding cannot tip them, and their logits."""
+    if step.decisions is None:
+        return
+    found = margins_of(arch, step.block, step.decisions)
+    splits = np.split(wanted.decisions[step.block], [1, arch.tokens, arch.tokens + arch.heads])
+    for kind, values in zip(KINDS, splits[1:], strict=True):
+        if kind not in found:
+            continue
+        differing = ((found[kind] > 0) != (values > 0)) & (np.abs(values) > MARGIN)
+        if count := int(differing.sum()):
+            raise VerificationError(f"{graph}: {count} of block {step.block}'s decisions on {kind} differ")
+        _difference(f"{graph}: block {step.block}'s decisions on {kind}", found[kind], values)
 
 
 def _difference(graph: str, found: Float, wanted: Float) -> float:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adavit.bundle.tensors import DERIVED
 from adavit.errors import CheckpointError, one_line, shown
 from adavit.files import write_beside
 from adavit.model.adavit import AdaViT
@@ -54,7 +55,8 @@ class Weights(NamedTuple):
 def load_checkpoint(path: str | Path, heads: int | None = None) -> AdaViT:
     """Loads a trained AdaViT, its architecture inferred from the shapes.
 
-    Reads training checkpoints, bare state dicts and safetensors, told apart by their content; EMA weights first.
+    Reads training checkpoints, bare state dicts and safetensors, told apart by their content; EMA weights first. The
+    fp32 weights of a bundle are such a file too; the tensors that its stem adds are passed over.
     What DataParallel, torch.compile and FSDP put into names, and a prefix that all names share, is taken off. Never
     unpickles anything but tensors, plain containers and `argparse.Namespace`.
 
@@ -104,7 +106,8 @@ def read_weights(path: Path) -> Weights:
     content: Any
     if is_safetensors(path):
         with _opened(path) as file:
-            content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            names = [name for name in file.keys() if not name.startswith(DERIVED)]  # noqa: SIM118 - not a dict
+            content = {name: file.get_tensor(name) for name in names}
             noted = (file.metadata() or {}).get("num_heads", "")
         noted = int(noted) if noted.isdecimal() and len(noted) < 6 else None
     else:

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from cases import export, forced, oracle, random_images, random_model, random_policy, read_config, tiny
+from cases import export, forced, oracle, random_images, random_model, random_policy, read_config, stored_files, tiny
 
 import adavit
 from adavit.errors import AdaViTError, BundleError, CheckpointError, InputError, VerificationError
@@ -30,7 +29,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_a_bundle_describes_itself(tiny_bundle: Path, checkpoint: Path) -> None:
     config = read_config(tiny_bundle)
-    assert config["schema_version"] == 2
+    assert (config["schema_version"], config["model_type"]) == (3, "adavit")
     assert config["architecture"] == tiny().to_dict()
     assert config["macs"] == {"dense": dense_macs(tiny()), "outside_blocks": outside_macs(tiny())}
     assert config["checkpoint"] == {"file": "tiny.safetensors", "sha256": sha256(checkpoint.read_bytes())}
@@ -39,31 +38,23 @@ def test_a_bundle_describes_itself(tiny_bundle: Path, checkpoint: Path) -> None:
     card = (tiny_bundle / "README.md").read_text()
     assert card.startswith("---\n")
     assert config["checkpoint"]["sha256"] in card
-    described = {engine["file"] for engine in config["engines"].values()}
+    described = set(stored_files(tiny_bundle).values())
     found = {str(path.relative_to(tiny_bundle)) for path in tiny_bundle.rglob("*") if path.is_file()}
     assert found == described | {"config.json", "preprocessor_config.json", "labels.txt", "README.md"}
 
 
-def test_engines_are_as_described(tiny_bundle: Path) -> None:
-    config = read_config(tiny_bundle)
-    for name, engine in config["engines"].items():
-        data = (tiny_bundle / engine["file"]).read_bytes()
-        assert (len(data), sha256(data)) == (engine["bytes"], engine["sha256"])
-        model = onnx.load_from_string(data)
-        onnx.checker.check_model(model, full_check=True)
-        contrib = [("com.microsoft", 1)] if name.endswith(("attention_set", "both_set")) else []
-        assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", config["opset"]), *contrib]
-        assert not any(weight.external_data for weight in model.graph.initializer)
-        for key, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
-            assert [tensor["name"] for tensor in engine[key]] == [value.name for value in values]
-            shapes = [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in values]
-            assert [tensor["shape"] for tensor in engine[key]] == shapes
+def test_files_are_as_described(tiny_bundle: Path) -> None:
+    described = adavit.load(tiny_bundle, threads=1).bundle.files_of().files()
+    assert len(described) == 2 + 1 + 4 + 4 + 1
+    for stored in described:
+        data = (tiny_bundle / stored.file).read_bytes()
+        assert (len(data), sha256(data)) == (stored.bytes, stored.sha256)
 
 
-@pytest.mark.parametrize("opset", [17, 20, 23])
+@pytest.mark.parametrize("opset", list(range(17, 24)))
 def test_the_operator_set_can_be_chosen(opset: int, checkpoint: Path, tmp_path: Path, runtime: adavit.Runtime) -> None:
     bundle = export(checkpoint, tmp_path, opset=opset, with_dense=True)
-    assert read_config(bundle)["opset"] == opset
+    assert read_config(bundle)["precisions"]["fp32"]["opset"] == opset
     images = random_images(tiny(), 2)
     other = adavit.load(bundle, threads=1)
     np.testing.assert_allclose(other.run(images).logits, runtime.run(images).logits, atol=1e-5)
@@ -71,8 +62,8 @@ def test_the_operator_set_can_be_chosen(opset: int, checkpoint: Path, tmp_path: 
 
 
 def test_the_dense_twin_is_there_unless_it_is_left_out(checkpoint: Path, tmp_path: Path) -> None:
-    assert "dense" in read_config(export(checkpoint, tmp_path))["engines"]
-    assert "dense" not in read_config(export(checkpoint, tmp_path, with_dense=False, force=True))["engines"]
+    assert "dense" in stored_files(export(checkpoint, tmp_path))
+    assert "dense" not in stored_files(export(checkpoint, tmp_path, with_dense=False, force=True))
 
 
 def test_labels_are_numbers_unless_given(checkpoint: Path, tmp_path: Path) -> None:
@@ -154,7 +145,7 @@ def test_a_bundle_is_replaced_only_by_force(checkpoint: Path, tmp_path: Path) ->
     assert "already there; add --force" in fault(BundleError, checkpoint, tmp_path)
     assert files(tmp_path) == before
     export(checkpoint, tmp_path, opset=20, force=True)
-    assert read_config(bundle)["opset"] == 20
+    assert read_config(bundle)["precisions"]["fp32"]["opset"] == 20
     assert not (bundle / "note").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
@@ -190,10 +181,10 @@ def test_a_failed_export_leaves_the_old_bundle(
     before = files(tmp_path)
 
     def differs(*_: Any) -> None:
-        raise VerificationError("block 1, engine blocks.1.mlp: differs")
+        raise VerificationError("block 1, graph mlp: differs")
 
     monkeypatch.setattr(exporting, "verify", differs)
-    assert "blocks.1.mlp" in fault(VerificationError, checkpoint, tmp_path, force=True)
+    assert "graph mlp" in fault(VerificationError, checkpoint, tmp_path, force=True)
     assert files(tmp_path) == before
 
 
@@ -218,8 +209,9 @@ def test_the_report(checkpoint: Path, tmp_path: Path) -> None:
     stages: list[tuple[str, float]] = []
     options = exporting.ExportOptions(threads=1, with_dense=True)
     report = exporting.export_bundle(checkpoint, tmp_path / "a", options, lambda *stage: stages.append(stage))
-    assert report["engines"] == len(read_config(tmp_path / "a")["engines"])
-    assert report["bytes"] == sum(path.stat().st_size for path in (tmp_path / "a").rglob("*.onnx"))
+    size = sum(path.stat().st_size for path in (tmp_path / "a" / "fp32").iterdir())
+    assert report["precisions"] == {"fp32": {"graphs": 11, "bytes": size}}
+    assert (report["bytes"], report["opset"]) == (size, 20)
     assert report["verified"]["decisions"] == report["verified"]["images"] * (3 * 16 + 2 * 3 + 2 * 2)
     assert 0 <= report["verified"]["max_logit_difference"] < 1e-4
     assert 0 <= report["verified"]["max_dense_logit_difference"] < 1e-4

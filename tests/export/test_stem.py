@@ -29,9 +29,9 @@ PICTURES = {
 def test_hard_pictures(name: str, backend: str, golden_bundles: Callable[[str], Path]) -> None:
     provider = "fp32" if backend == "openvino" else None
     runtime = adavit.load(golden_bundles("t2t_small"), backend, threads=1, provider=provider)
-    arch, exact = runtime.architecture, load_checkpoint(GOLDEN / "t2t_small.safetensors").double()
-    tokens = runtime.backend.buffer((1, arch.tokens, arch.width))
-    runtime.dispatcher.engines.stem.run([PICTURES[name]], [tokens.rows(1)])
+    exact = load_checkpoint(GOLDEN / "t2t_small.safetensors").double()
+    slot = runtime.backend.slot(1)
+    slot.stem(PICTURES[name])
     with torch.inference_mode():
-        wanted = exact.tokens_to_token(torch.from_numpy(PICTURES[name]).double()) + exact.pos_embed[:, 1:]
-    np.testing.assert_allclose(runtime.backend.fetch(tokens)[0][:, 1:], wanted.numpy(), atol=3e-5)
+        wanted = (exact.tokens_to_token(torch.from_numpy(PICTURES[name]).double()) + exact.pos_embed[:, 1:])[0]
+    np.testing.assert_allclose(slot.tokens()[1:], wanted.numpy(), atol=3e-5)

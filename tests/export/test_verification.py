@@ -7,24 +7,29 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cases import WIDE, export, quiet, random_model, read_config, rewrite_engine, save, tiny
-from onnx import numpy_helper
+from cases import WIDE, edit_weights, export, quiet, random_model, rewrite_stored, save, stored_files, tiny
+from safetensors.numpy import load_file
 
 from adavit.errors import VerificationError
 from adavit.export import check_bundle
 from adavit.export import verify as verifying
 
 
-def alter(bundle: Path, name: str, factor: float = -1.5) -> None:
-    """Scales an engine's largest weight, or without any, subtracts where it adds; described as if exported so."""
-    engine = onnx.load(bundle / read_config(bundle)["engines"][name]["file"])
-    weights = [weight for weight in engine.graph.initializer if weight.data_type == onnx.TensorProto.FLOAT]
-    if weights:
-        largest = max(weights, key=lambda weight: np.prod(weight.dims))
-        largest.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(largest) * np.float32(factor), largest.name))
+def alter(bundle: Path, file: str) -> None:
+    """Subtracts where a graph adds at last, or normalises otherwise; described as if exported so."""
+    model = onnx.load(bundle / file, load_external_data=False)
+    adds = [node for node in model.graph.node if node.op_type == "Add"]
+    if adds:
+        adds[-1].op_type = "Sub"
     else:
-        next(node for node in reversed(engine.graph.node) if node.op_type == "Add").op_type = "Sub"
-    rewrite_engine(bundle, name, engine.SerializeToString())
+        node = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+        next(entry for entry in node.attribute if entry.name == "epsilon").f = 10.0
+    rewrite_stored(bundle, file, model.SerializeToString())
+
+
+def scale(bundle: Path, tensor: str, factor: float) -> None:
+    """Scales a tensor; described as if exported so."""
+    edit_weights(bundle, lambda name: name == tensor, lambda array: array * np.float32(factor))
 
 
 def check(bundle: Path, checkpoint: Path) -> dict[str, Any]:
@@ -62,45 +67,79 @@ def test_the_largest_difference_of_all_runs_is_reported(
     assert check(tiny_bundle, checkpoint)["verified"]["max_logit_difference"] == 0.25
 
 
-def test_every_altered_engine_is_named(wide: tuple[Path, Path], tmp_path: Path) -> None:
-    bundle, checkpoint = wide
-    for name in read_config(bundle)["engines"]:
-        if name.startswith("rows."):  # has no weights, and in host memory rows are moved without it
+def test_every_altered_graph_is_named(tiny_bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
+    for name, file in stored_files(tiny_bundle).items():
+        if name == "weights":
             continue
-        altered = shutil.copytree(bundle, tmp_path / name)
-        alter(altered, name)
-        message = fault(altered, checkpoint)
-        shutil.rmtree(altered)
-        named = message.split("engine ")[1].split(":")[0]
-        if name == "empty":  # it serves every block that keeps no head
-            assert named.startswith("blocks.")
-            continue
-        # Altered weights show where they are used.
-        assert name.replace("_weights", "_gather") == named, f"{name} was altered, but: {message}"
-        if name.startswith("blocks."):
-            assert message.startswith(f"block {name.split('.')[1]}, engine ")
+        altered = shutil.copytree(tiny_bundle, tmp_path / name)
+        alter(altered, file)
+        _, *block = name.split(".")
+        wanted = f"block {block[0]}, graph {block[1]}: " if block else {"dense": "the dense twin: "}.get(name, "the stem: ")
+        assert fault(altered, checkpoint).startswith(wanted), name
+
+
+def makers(tensor: str, depth: int) -> tuple[str, ...]:
+    """How the message may begin where a tensor is altered: whoever uses it first."""
+    if tensor.startswith(("norm.", "head.")):
+        return (f"block {depth - 1}, ",)
+    if not tensor.startswith("blocks."):
+        return ("the stem: ",)
+    block = int(tensor.split(".")[1])
+    decides = "_select" in tensor or (".norm1." in tensor)
+    before = "the stem: " if block == 0 else f"block {block - 1}, graph "
+    return (f"block {block}, graph ", *[before] * decides)
+
+
+def test_every_altered_tensor_is_named(tmp_path: Path) -> None:
+    """But for the bias of keys, which adds the same to all scores of a query."""
+    arch = tiny(depth=2)
+    source = save(random_model(arch), tmp_path / "model.safetensors")
+    altered = export(source, tmp_path, with_dense=False, verify=False)
+    weights = altered / stored_files(altered)["weights"]
+    intact = weights.read_bytes()
+    for tensor in load_file(weights):
+        if not tensor.endswith("attn.key.bias"):
+            scale(altered, tensor, -1.5)
+            assert fault(altered, source).startswith(makers(tensor, arch.depth)), tensor
+            rewrite_stored(altered, str(weights.relative_to(altered)), intact)
+
+
+@pytest.mark.parametrize("name", ["attention1.mlp.0.weight", "attention2.kqv.weight"])
+def test_altered_tensors_of_the_stem_are_found(name: str, t2t: tuple[Path, Path], tmp_path: Path) -> None:
+    altered = shutil.copytree(t2t[0], tmp_path / "altered")
+    scale(altered, f"adavit.stem.{name}", 1.5)
+    assert fault(altered, t2t[1]).startswith("the stem: ")
+
+
+@pytest.fixture(scope="module")
+def t2t(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The bundle of a small model with a T2T stem, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("t2t")
+    source = save(random_model(tiny(stem="t2t", patch_size=16, qkv_bias=False)), folder / "t2t.safetensors")
+    return export(source, folder), source
 
 
 def test_decisions_that_differ_are_named(wide: tuple[Path, Path], tmp_path: Path) -> None:
     bundle, _ = wide
     model = random_model(WIDE, heads=100.0)
     message = fault(bundle, save(model, tmp_path / "other.safetensors"))
-    assert message.startswith("block 1, engine blocks.1.decide: ")
-    assert message.endswith("decisions on heads differ")
+    assert message == "block 0, graph both: 2 of block 1's decisions on heads differ"
 
 
 def test_a_small_difference_is_found(wide: tuple[Path, Path], tmp_path: Path) -> None:
     bundle, checkpoint = wide
     altered = shutil.copytree(bundle, tmp_path / "bundle")
-    alter(altered, "head", 1.01)
-    assert "engine head: differs from the checkpoint by up to" in fault(altered, checkpoint)
+    scale(altered, "head.weight", 1.01)
+    assert "block 2, graph" in (message := fault(altered, checkpoint))
+    assert ": differs from the checkpoint by up to" in message
 
 
-@pytest.mark.parametrize("name", ["head", "blocks.1.mlp"])
-def test_what_is_no_number_is_found(name: str, wide: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tensor", "named"), [("head.bias", "block 2, graph"), ("blocks.1.mlp.fc1.bias", "block 1, ")])
+def test_what_is_no_number_is_found(tensor: str, named: str, wide: tuple[Path, Path], tmp_path: Path) -> None:
     altered = shutil.copytree(wide[0], tmp_path / "bundle")
-    alter(altered, name, float("nan"))
-    assert f"engine {name}: differs from the checkpoint by up to nan" in fault(altered, wide[1])
+    scale(altered, tensor, float("nan"))
+    assert (message := fault(altered, wide[1])).startswith(named)
+    assert message.endswith(": makes values that are not finite")
 
 
 def test_another_architecture_is_named(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -13,10 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from adavit.bundle.onnx_graph import IR_VERSION, PRODUCER, TYPES
 from adavit.bundle.tensors import TensorFile
 
-__all__ = ["OPSETS", "Builder"]
-
-OPSETS = range(17, 24)
-"""Opsets that can be asked for: LayerNormalization came with 17; 23 is the newest every backend here reads."""
+__all__ = ["Builder"]
 
 
 class Builder:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import Architecture
+from adavit.bundle.tensors import DERIVED
 from adavit.export.graphs.block import add_decisions
 from adavit.export.graphs.builder import Builder
 from adavit.macs import PERFORMER_FEATURES, PERFORMER_WIDTH
@@ -30,8 +31,6 @@ Weights = Mapping[str, npt.NDArray[np.float32]]
 
 UNFOLDED = 3 * 7 * 7
 """Values that the first unfold sees at a place."""
-DERIVED = "adavit.stem."
-"""How the names of tensors begin that are made of the checkpoint's."""
 
 
 def make_stem(graph: Builder, arch: Architecture) -> None:
