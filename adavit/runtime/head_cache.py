@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
+import numpy.typing as npt
+
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.head_weights import Arrays
 from adavit.bundle.keys import BlockKey
 from adavit.runtime.forks import renew_in_fork
 
-__all__ = ["HeadCache"]
+__all__ = ["HeadCache", "in_file"]
 
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ class HeadCache(Generic[T]):
         found = self._kept.get(key)
         if found is None:
             arrays = self._graphs.head_weights(key)
-            found = self._make(arrays), sum(_own_bytes(array) for array in arrays.values())
+            found = self._make(arrays), sum(array.nbytes for array in arrays.values() if not in_file(array))
             self._keep(key, found)
         return found[0]
 
@@ -62,6 +64,6 @@ class HeadCache(Generic[T]):
             self._bytes += size
 
 
-def _own_bytes(array: Any) -> int:
-    """Of an array that is not in the weights' own memory."""
-    return 0 if array.base is not None and not array.flags.writeable else int(array.nbytes)
+def in_file(array: npt.NDArray[Any]) -> bool:
+    """Whether an array is in the weights' own memory, which all sets of heads share."""
+    return array.base is not None and not array.flags.writeable
