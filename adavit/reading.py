@@ -7,6 +7,7 @@ import os
 import stat
 import zipfile
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,11 +80,11 @@ def read_regular(path: str | Path, most: int) -> bytes:
     return data
 
 
-def read_arrays(path: Path, names: Iterable[str], most: int) -> list[npt.NDArray[Any]]:
+def read_arrays(source: Path | BytesIO, names: Iterable[str], most: int) -> list[npt.NDArray[Any]]:
     """Arrays of an .npz file, which may be hostile.
 
     Args:
-        path: of the file.
+        source: its path, or its bytes.
         names: of the arrays.
         most: bytes that all of it may take, unpacked.
 
@@ -91,7 +92,7 @@ def read_arrays(path: Path, names: Iterable[str], most: int) -> list[npt.NDArray
         ValueError: it is no such file, lacks one of them, or is larger.
     """
     try:
-        with open_regular(path) as file:
+        with source if isinstance(source, BytesIO) else open_regular(source) as file:
             with zipfile.ZipFile(file) as packed:
                 size = sum(member.file_size for member in packed.infolist())
             if size > most:

@@ -28,6 +28,7 @@ __all__ = [
     "PRECISIONS",
     "PREPROCESSING",
     "SCHEMA_VERSION",
+    "STATISTICS",
     "WEIGHTS",
     "Bundle",
     "GraphFiles",
@@ -40,11 +41,14 @@ SCHEMA_VERSION = 3
 MODEL_TYPE = "adavit"
 CONFIG, LABELS, PREPROCESSING = "config.json", "labels.txt", "preprocessor_config.json"
 """The text files that the runtime reads of a bundle: what describes it, class names, and what images go through."""
+STATISTICS = "statistics.npz"
+"""What the policies kept on calibration images."""
 WEIGHTS, STEM, DENSE = "model.safetensors", "stem.onnx", "dense.onnx"
 """In the folder of a precision: its weights, and the graphs beside those of the blocks."""
 PRECISIONS = ("fp32", "fp16", "int8", "mixed")
 MAX_TEXT = 16 << 20
 MAX_GRAPH = 64 << 20
+MAX_STATISTICS = 256 << 20
 MAX_WEIGHTS = 64 << 30
 
 
@@ -112,6 +116,7 @@ class Bundle:
         labels: one per class.
         preprocessor: what the model's images go through.
         budgets: its operating points, or None.
+        statistics: the file of what the policies kept on calibration images, or None.
         config: all of `config.json`.
     """
 
@@ -121,6 +126,7 @@ class Bundle:
     labels: tuple[str, ...]
     preprocessor: Preprocessor
     budgets: Budgets | None
+    statistics: StoredFile | None
     config: Mapping[str, Any]
 
     @classmethod
@@ -146,6 +152,7 @@ class Bundle:
                 raise ValueError("it has no graphs, or another model_type")
             texts = {name: _text_file(name, config["files"][name]) for name in (LABELS, PREPROCESSING)}
             budgets = Budgets.from_dict(config["budgets"], arch.depth) if "budgets" in config else None
+            statistics = _stored(STATISTICS, config["statistics"], MAX_STATISTICS) if "statistics" in config else None
             if config["macs"] != {"dense": dense_macs(arch), "outside_blocks": outside_macs(arch)}:
                 raise ValueError(f"its MACs, {shown(config['macs'])}, are not those of its architecture")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -155,10 +162,10 @@ class Bundle:
             raise BundleError(f"{folder}/{LABELS} has {len(labels)} lines for {arch.classes} classes; export again")
         preprocessing = _decoded(folder / PREPROCESSING, read_stored(folder, texts[PREPROCESSING]))
         preprocessor = Preprocessor.from_dict(_object(folder / PREPROCESSING, preprocessing), arch.image_size)
-        for files in graphs.values():
-            for file in files.files():
+        for file in [statistics, *(file for files in graphs.values() for file in files.files())]:
+            if file:
                 _check_file(folder, file)
-        return cls(folder, arch, graphs, labels, preprocessor, budgets, config)
+        return cls(folder, arch, graphs, labels, preprocessor, budgets, statistics, config)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from adavit.budget_options import DEFAULT_IMAGES, BudgetOptions
 from adavit.calibration.choose import best_stops, expected
 from adavit.calibration.meet import CLOSE, Stop
+from adavit.calibration.statistics import add_statistics
 from adavit.calibration.trial import Trial
 from adavit.calibration.walk import COMPARED
 from adavit.calibration.work import Work
@@ -57,7 +58,7 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
     if not options.budgets:
         return None
     progress("loading the bundle", 0.0)
-    runtime = load(bundle, threads=threads, parallel="samples")
+    runtime = load(bundle, threads=threads, parallel="samples", specialise=False)
     notes: list[str] = []
     if not runtime.architecture.adapts:
         raise InputError(f"{bundle}: {NO_POLICIES}")
@@ -66,10 +67,12 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
     trial, skipped = Trial.of_files(runtime, *images)
     budgets = calibrate(trial, options.budgets, partial(progress, STAGE))
     Budgets.from_dict(budgets.to_dict(), runtime.architecture.depth)  # what no reader would take is not written
-    config = Bundle.open(bundle).config  # others may have written to it meanwhile
-    if config["engines"] != runtime.bundle.config["engines"]:
+    config = dict(Bundle.open(bundle).config)  # others may have written to it meanwhile
+    if config["precisions"] != runtime.bundle.config["precisions"]:
         raise BundleError(f"{bundle}: was exported anew meanwhile; calibrate it again")
+    config.pop("statistics", None)  # of other points
     write_config(bundle, {**config, "budgets": budgets.to_dict()})
+    add_statistics(bundle, runtime, trial.images, progress)
     return {**budgets.to_dict(), "skipped": skipped, **({"notes": notes} if notes else {})}
 
 

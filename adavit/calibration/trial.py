@@ -83,6 +83,7 @@ class Trial:
         labels: their classes [n], or None.
 
     Attributes:
+        images: as given.
         work: counts the images that run.
     """
 
@@ -95,7 +96,7 @@ class Trial:
         self.runtime = runtime
         self.labels = labels
         self.work = Work(lambda _: None)
-        self._images = images
+        self.images = images
         self._runs: dict[Offsets, Runs] = {}
         self._recorded: Decisions | None = None
 
@@ -138,7 +139,7 @@ class Trial:
         return cls(runtime, np.stack(pixels), known), skipped
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images)
 
     @cached_property
     def trained(self) -> Outcome:
@@ -151,7 +152,7 @@ class Trial:
         if self._recorded is None or (self._recorded.offsets, len(self._recorded)) != (offsets, count):
             runs, margins = [], []
             for start in range(0, count, RECORDED):
-                result, found = self._watched.run(self._images[start : min(start + RECORDED, count)], budget=offsets)
+                result, found = self._watched.run(self.images[start : min(start + RECORDED, count)], budget=offsets)
                 runs.append(_runs_of(result))
                 margins += found
                 self.work.ran(len(found))
@@ -206,7 +207,7 @@ class Trial:
         runs = []
         for start in range(0, len(chosen), BATCH):
             rows = chosen[start : start + BATCH]
-            runs.append(_runs_of(self.runtime.run(self._images[rows], budget=offsets)))
+            runs.append(_runs_of(self.runtime.run(self.images[rows], budget=offsets)))
             self.work.ran(len(rows))
         return _joined(runs)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from adavit.budget_options import BudgetOptions
 from adavit.calibration.budgets import add_budgets
+from adavit.calibration.mixed import read_images
+from adavit.calibration.statistics import IMAGES, add_statistics
 from adavit.errors import BundleError, InputError, OptionError, VerificationError
 from adavit.export.graphs.builder import OPSETS
 from adavit.export.graphs.files import write_graphs
@@ -27,6 +29,7 @@ from adavit.reading import read_labels
 from adavit.bundle.bundle import Bundle, WEIGHTS, GraphFiles, is_bundle
 from adavit.bundle.demo import DEMO_NAME, demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
+from adavit.runtime.image_files import find_calibration_images
 from adavit.runtime.session import load
 from adavit.tensorrt.options import BuildOptions
 
@@ -125,6 +128,8 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
                 shutil.rmtree(folder / "fp32")
             config = describe(precisions)
         budgets = add_budgets(folder, options.budgets, options.threads, progress)
+        if model.arch.adapts and options.budgets.calibration_images and not options.budgets.budgets:
+            _record_policies(folder, options, progress)
         engine_sets = _engine_sets(folder, options.build, progress)
     files = {name: graphs[name] for name in precisions}
     return {
@@ -142,6 +147,14 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "notes": [] if model.arch.adapts else [_without_policies(source)],
         "seconds": time.perf_counter() - start,
     }
+
+
+def _record_policies(folder: Path, options: ExportOptions, progress: Progress) -> None:
+    """Runs some of the calibration images, for the bundle's statistics."""
+    runtime = load(folder, threads=options.threads, specialise=False)
+    files = find_calibration_images(options.budgets.calibration_images, runtime.labels, options.budgets.labels_by_order)
+    pixels, _ = read_images(files, runtime.preprocess, IMAGES)
+    add_statistics(folder, runtime, pixels, progress)
 
 
 def _engine_sets(folder: Path, options: BuildOptions, progress: Progress) -> dict[str, Any]:

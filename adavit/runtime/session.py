@@ -35,6 +35,7 @@ from adavit.runtime.given import pictures_of, whole
 from adavit.bundle.preprocessing import ImageLike, Preprocessor
 from adavit.runtime.policy import Policy
 from adavit.runtime.replaced import again_if_replaced
+from adavit.runtime.statistics import policy_at
 from adavit.runtime.specialise import Specialiser, usage_from, usage_of, usage_to
 
 __all__ = ["Prediction", "Result", "Runtime", "load"]
@@ -273,7 +274,8 @@ class Runtime:
         self._in_background = specialise
         self._known = facts(bundle, options) | {"backend": backend.name, "precision": graphs.precision}
         self._specialiser = Specialiser(backend, specialise and bundle.architecture.adapts, self._remember)
-        self._specialiser.start(self._recalled() if specialise and bundle.architecture.adapts else {})
+        if specialise and bundle.architecture.adapts:
+            self._specialiser.start(self._recalled() or self._usual())
         self._forked = False
         renew_in_fork(self)
 
@@ -292,6 +294,11 @@ class Runtime:
         except ValueError as error:
             log.warning("%s is of no use (%s)", kept_at(USAGE, self._known), one_line(error))
             return {}
+
+    def _usual(self) -> Usage:
+        """What calibration images used, where the bundle tells."""
+        policy = policy_at(self.bundle, self.offsets)
+        return {} if policy is None else usage_of(policy, self.options.threads_of(1))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process, the bundle is loaded again, and run as here."""
