@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adavit.calibration.mixed import read_images
 from adavit.errors import AdaViTError, InputError, VerificationError
 from adavit.export.verify import random_images
 from adavit.runtime.compare import BATCH, Parity, Watched
-from adavit.runtime.image_files import ImageFile
+from adavit.runtime.image_files import ImageFile, read_images
 from adavit.runtime.session import Runtime, load
 
 __all__ = ["FEWEST_AGREE", "MOST_FLIPPED", "check_converted"]

@@ -18,7 +18,7 @@ from adavit.runtime.finite import NotFiniteError
 from adavit.bundle.preprocessing import ImageFile
 from adavit.runtime.session import Runtime
 
-__all__ = ["Measure", "Search", "read_images"]
+__all__ = ["Measure", "Search"]
 
 SENSITIVITY_IMAGES = 64
 """Images that each sub-layer's sensitivity is measured on."""
@@ -45,26 +45,6 @@ class Loss:
     drop: float
     agreement: float
     logit_error: float
-
-
-def read_images(
-    files: Sequence[ImageFile], preprocess: Callable[[Path], Float], most: int = MOST_IMAGES
-) -> tuple[Float, list[int | None]]:
-    """At most so many of the files, evenly spaced, those of them that can be read: [B, 3, S, S], and their labels.
-
-    Raises:
-        InputError: none of them can be read.
-    """
-    pixels, labels = [], []
-    for at in np.linspace(0, len(files) - 1, min(len(files), most)).round().astype(int):
-        try:
-            pixels.append(preprocess(files[at].path))
-            labels.append(files[at].label)
-        except InputError:  # reported where the images are first run
-            continue
-    if not pixels:
-        raise InputError(f"none of {min(len(files), most)} of the calibration images can be read; remove broken files")
-    return np.stack(pixels), labels
 
 
 class _Chosen:

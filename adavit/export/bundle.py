@@ -13,7 +13,6 @@ from typing import Any
 
 from adavit.budget_options import BudgetOptions
 from adavit.calibration.budgets import add_budgets
-from adavit.calibration.mixed import read_images
 from adavit.calibration.statistics import IMAGES, add_statistics
 from adavit.errors import BundleError, InputError, OptionError, VerificationError
 from adavit.export.graphs.builder import OPSETS
@@ -29,7 +28,7 @@ from adavit.reading import read_labels
 from adavit.bundle.bundle import Bundle, WEIGHTS, GraphFiles, is_bundle
 from adavit.bundle.demo import DEMO_NAME, demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
-from adavit.runtime.image_files import find_calibration_images
+from adavit.runtime.image_files import find_calibration_images, read_images
 from adavit.runtime.session import load
 from adavit.tensorrt.options import BuildOptions
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from adavit.errors import InputError, bounded, shown
 from adavit.reading import path_of
 from adavit.runtime.class_folders import Classes, ClassFolderError, Kind, match_folders, misfit
 from adavit.runtime.folder_listing import ImageFolder, Listing, Note, list_images
 
-__all__ = ["ImageFile", "find_calibration_images", "find_images", "labels_by"]
+__all__ = ["ImageFile", "find_calibration_images", "find_images", "labels_by", "read_images"]
+
+Float = npt.NDArray[np.float32]
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +86,26 @@ def find_calibration_images(
     for line in notes:
         (note or log.warning)(line)
     return found
+
+
+def read_images(
+    files: Sequence[ImageFile], preprocess: Callable[[Path], Float], most: int
+) -> tuple[Float, list[int | None]]:
+    """At most so many of the files, evenly spaced, those of them that can be read: [B, 3, S, S], and their labels.
+
+    Raises:
+        InputError: none of them can be read.
+    """
+    pixels, labels = [], []
+    for at in np.linspace(0, len(files) - 1, min(len(files), most)).round().astype(int):
+        try:
+            pixels.append(preprocess(files[at].path))
+            labels.append(files[at].label)
+        except InputError:  # reported where the images are first run
+            continue
+    if not pixels:
+        raise InputError(f"none of {min(len(files), most)} of the calibration images can be read; remove broken files")
+    return np.stack(pixels), labels
 
 
 def labels_by(files: Iterable[ImageFile]) -> Kind | None:
