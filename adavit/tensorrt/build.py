@@ -22,6 +22,8 @@ from adavit.bundle.graphs import Graphs
 from adavit.errors import BackendError, BundleError
 from adavit.files import folder_beside
 from adavit.runtime.engine_sets import engine_sets, read_engine_set, this_platform
+from adavit.runtime.policy import Policy
+from adavit.runtime.statistics import operating_offsets, policy_at
 from adavit.runtime.trust import remember_built
 from adavit.statistics import Statistics
 from adavit.tensorrt import worker
@@ -161,16 +163,22 @@ def _build_all(
 
 
 def _jobs(graphs: Graphs, options: BuildOptions, output: Path) -> list[worker.Job]:
-    arch, given = graphs.architecture, graphs.bundle.config.get("statistics")
-    try:
-        statistics = None if given is None else Statistics.from_dict(given, arch.depth)
-        found = []
-        for key in graph_keys(graphs.files):
-            profiles = profiles_of(read_graph(graphs, key).inputs, key.block, arch, statistics, options.max_batch)
-            found.append(worker.Job(key, profiles, output / f"{key.name}.engine"))
-    except ValueError as error:
-        raise BundleError(f"{graphs.path}: {error}; export again") from None
+    statistics, found = _statistics(graphs.bundle), []
+    for key in graph_keys(graphs.files):
+        inputs = read_graph(graphs, key).inputs
+        try:
+            profiles = profiles_of(inputs, key.block, graphs.architecture, statistics, options.max_batch)
+        except ValueError as error:
+            raise BundleError(f"{graphs.path}: {key.name}: {error}; export again") from None
+        found.append(worker.Job(key, profiles, output / f"{key.name}.engine"))
     return found
+
+
+def _statistics(bundle: Bundle) -> Statistics | None:
+    """What calibration images kept, at all operating points together; None where a bundle has no statistics."""
+    policies = [policy_at(bundle, offsets) for offsets in operating_offsets(bundle)]
+    known = [policy for policy in policies if policy is not None]
+    return Statistics.of(Policy.concatenate(known)) if known else None
 
 
 def _free_place(bundle: Bundle, key: str) -> Path:

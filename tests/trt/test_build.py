@@ -41,6 +41,8 @@ from adavit.export import ExportOptions, export_bundle
 from adavit.files import _host, sha256
 from adavit.precision_options import CalibrationOptions
 from adavit.runtime.engine_sets import engine_sets, source_of
+from adavit.runtime.policy import Policy
+from adavit.runtime.statistics import write_statistics
 from adavit.runtime.trust import built_here
 from adavit.tensorrt import build, worker
 from adavit.tensorrt.build import add_engines
@@ -207,21 +209,17 @@ def test_a_hostile_set_that_is_replaced_takes_nothing_along(file: str, bundle: P
 
 
 def test_profiles_follow_the_statistics(bundle: Path) -> None:
-    config = read_config(bundle)
-    depth, tokens = config["architecture"]["depth"], 17
-    config["statistics"] = {
-        "tokens": [{"2": 40, str(tokens): 60}] * depth,
-        "heads": [{"1": 9, "3": 1}] * depth,
-        "batch": {"4": 25},
-    }
-    write_config(bundle, config)
+    found = Bundle.open(bundle)
+    policy = Policy.dense(found.architecture, 100)
+    policy.tokens[:40, :, 2:] = False
+    stored = write_statistics(bundle, [policy])
+    write_config(bundle, read_config(bundle) | {"statistics": vars(stored)})
     (report,) = add_engines(bundle, RTX, quiet).values()
+    tokens = found.architecture.tokens
     shapes = [profile["tokens"] for profile in report["engines"]["blocks.1.mlp"]["profiles"]]
     assert [[least[0], tuned[0], most[0]] for least, tuned, most in shapes] == [[1, 2, 2], [3, tokens, tokens]]
-    assert report["engines"]["dense"]["profiles"][0]["images"][1][0] == 4
-    config["statistics"]["tokens"].pop()
-    write_config(bundle, config)
-    with pytest.raises(BundleError, match="statistics are of"):
+    (bundle / "statistics.npz").write_bytes(b"0" * stored.bytes)
+    with pytest.raises(BundleError, match="altered"):
         add_engines(bundle, RTX, quiet)
 
 
