@@ -242,7 +242,7 @@ def test_a_refused_graph_is_reported_with_operator_node_and_engine(bundle: Path)
 
 def test_what_the_builder_refuses_is_reported_likewise(bundle: Path) -> None:
     message = refusal(invoke(export_command, bundle, "--target", "tensorrt-rtx", "--compute-capability", "75"))
-    assert "TensorRT refuses operator MATRIX_MULTIPLY, node 'matmul_" in message
+    assert "TensorRT refuses operator MATRIX_MULTIPLY, node 'gemm_" in message
     assert "Turing" in message
     assert not engine_sets(Bundle.open(bundle))
 
