@@ -40,18 +40,23 @@ class Graphs:
         self.architecture: Architecture = bundle.architecture
         self.files: GraphFiles = bundle.files_of(precision)
         self.path = bundle.path
-        self.bundle = bundle
+        self._bundle = bundle
 
     @property
     def precision(self) -> str:
         """Of these graphs."""
         return self.files.precision
 
+    @property
+    def bundle(self) -> Bundle:
+        """Where they are."""
+        return self._bundle
+
     @cached_property
     def tensors(self) -> TensorFile:
         """The weights, in memory as long as this object."""
         stored = self.files.weights
-        return TensorFile.parse(self.bundle.read_stored(stored), f"{self.path}/{stored.file}")
+        return TensorFile.parse(self._bundle.read_stored(stored), f"{self.path}/{stored.file}")
 
     def stem(self) -> OnnxGraph:
         """images [1, 3, S, S] -> y [N, D] and, where the first block decides, decisions [1, M]."""
@@ -143,7 +148,7 @@ class Graphs:
     ) -> OnnxGraph:
         path = f"{self.path}/{stored.file}"
         weights = PurePosixPath(self.files.weights.file)
-        data = self.bundle.read_stored(stored)
+        data = self._bundle.read_stored(stored)
         if PurePosixPath(stored.file).parent != weights.parent:
             raise BundleError(f"{path}: does not lie beside its weights; export again")
         found = OnnxGraph.parse(data, self.tensors, weights.name, path)

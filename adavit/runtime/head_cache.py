@@ -48,7 +48,7 @@ class HeadCache(Generic[T]):
         found = self._kept.get(key)
         if found is None:
             arrays = self._graphs.head_weights(key)
-            found = self._make(arrays), sum(array.nbytes for array in arrays.values() if not in_file(array))
+            found = self._make(arrays), sum(_own_bytes(array) for array in arrays.values())
             self._keep(key, found)
         return found[0]
 
@@ -67,3 +67,8 @@ class HeadCache(Generic[T]):
 def in_file(array: npt.NDArray[Any]) -> bool:
     """Whether an array is in the weights' own memory, which all sets of heads share."""
     return array.base is not None and not array.flags.writeable
+
+
+def _own_bytes(array: Any) -> int:
+    """Of an array that is not in the weights' own memory."""
+    return 0 if in_file(array) else int(array.nbytes)
