@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,11 @@ def _reloaded(
     return Runtime(bundle, graphs, create_backend(backend, graphs, options), options, *how)
 
 
+def _remember(known: Mapping[str, Any], usage: Usage) -> None:
+    """Keeps a usage. This is no method: a runtime that refers to itself would hold a GPU's memory for longer."""
+    remember(USAGE, known, {"usage": usage_to(usage)})
+
+
 def _policy(value: object) -> Policy:
     """A policy that a caller gave."""
     if not isinstance(value, Policy):
@@ -273,7 +278,8 @@ class Runtime:
         )
         self._in_background = specialise
         self._known = facts(bundle, options) | {"backend": backend.name, "precision": graphs.precision}
-        self._specialiser = Specialiser(backend, specialise and bundle.architecture.adapts, self._remember)
+        remembered = partial(_remember, self._known)
+        self._specialiser = Specialiser(backend, specialise and bundle.architecture.adapts, remembered)
         if specialise and bundle.architecture.adapts:
             self._specialiser.start(self._recalled() or self._usual())
         self._forked = False
@@ -282,9 +288,6 @@ class Runtime:
     def after_fork(self) -> None:
         """Notes that this is a forked child; its own threads and engines run on what was loaded before."""
         self._forked = True
-
-    def _remember(self, usage: Usage) -> None:
-        remember(USAGE, self._known, {"usage": usage_to(usage)})
 
     def _recalled(self) -> Usage:
         """What images used on this machine before."""
