@@ -254,6 +254,19 @@ def test_everything_is_freed_once_in_the_right_order(built: Path, runtime: Runti
     assert last["graph freed"] < last["engine freed"] < last["stream freed"] == len(order) - 1
 
 
+def test_memory_is_freed_with_the_runtime(built: Path, runtime: Runtime, gpu: Gpu) -> None:
+    """At once, not when Python next looks for cycles."""
+    on_gpu = adavit.load(built, **TENSORRT, specialise=False)
+    on_gpu.run(random_images(runtime.architecture, 1))
+    gc.collect()
+    gc.disable()
+    try:
+        del on_gpu
+        assert not gpu.memory and not gpu.alive["engine"] and not gpu.alive["stream"]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("refused", ["engine", "context", "shape", "run"])
 def test_what_tensorrt_refuses_is_an_error(built: Path, runtime: Runtime, gpu: Gpu, refused: str) -> None:
     gpu.refuse.add(refused)
