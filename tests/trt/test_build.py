@@ -53,7 +53,7 @@ pytest.importorskip("polygraphy", reason="pip install 'adavit[tensorrt-rtx]' to 
 
 RTX = BuildOptions(target=("tensorrt-rtx",), jobs=2)
 DEIT_SMALL = Architecture(
-    stem="patch", image_size=224, patch_size=16, width=384, depth=12, heads=6, hidden=1536, classes=1000, keep=1,
+    stem="patch", image_size=224, patch_size=16, width=384, depth=3, heads=6, hidden=1536, classes=1000, keep=1,
     qkv_bias=True, token_policy=True, head_policy=True, sublayer_policy=True,
 )  # fmt: skip
 
@@ -105,7 +105,7 @@ def computing(engines: dict[str, Any]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Bundles of the demo and of a full-size DeiT in any precision."""
+    """Bundles of the demo and of a few blocks of a full-size DeiT in any precision."""
     folder = tmp_path_factory.mktemp("exported")
     pictures = pictures_in(tmp_path_factory.mktemp("pictures"), 18)
     checkpoint = save(random_model(DEIT_SMALL, sublayers=9.0), folder / "deit.safetensors")
