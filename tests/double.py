@@ -19,10 +19,11 @@ import numpy as np
 import onnxruntime
 from cases import read_config, write_config
 
-from adavit.files import sha256
-from adavit.runtime.backends.onnxruntime import share_pool
 from adavit.bundle.bundle import Bundle
-from adavit.runtime.engine_sets import this_platform
+from adavit.bundle.graph_keys import graph_keys, read_graph
+from adavit.bundle.graphs import Graphs
+from adavit.files import sha256
+from adavit.runtime.engine_sets import source_of, this_platform
 from adavit.tensorrt.profiles import profiles_of
 
 VERSION, CAPABILITY, STREAM = "10.3.0", 87, 5
@@ -30,37 +31,36 @@ DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int6
 
 
 def add_double_engines(bundle: Path, flavour: str = "tensorrt", max_batch: int = 8, **changes: Any) -> Path:
-    """Adds a set of engines that the double reads: their profiles, then the ONNX file."""
-    opened = Bundle.open(bundle)
+    """Adds a set of engines that the double reads: their profiles, then the complete ONNX model."""
+    graphs = Graphs(Bundle.open(bundle))
     folder = bundle / "tensorrt" / "double"
     folder.mkdir(parents=True, exist_ok=True)
-    described = {}
-    for number, (name, spec) in enumerate(opened.engines.items()):
-        if spec.wants_constants:  # of which none are built
-            continue
-        header = {
-            "name": name,
-            "profiles": profiles_of(spec, opened.architecture, None, max_batch),
-            "scratch": 1000 * number,
-        }
-        if name.endswith(".mlp"):  # cut in two, to see profiles change
-            whole = header["profiles"][0]
-            first = {key: [least, tuned, [min(5, most[0]), *most[1:]]] for key, (least, tuned, most) in whole.items()}
-            if len(spec.inputs) > 1:
-                first["channels"] = whole["channels"]
-            header["profiles"] = [first, whole]
-        data = json.dumps(header).encode() + b"\n" + opened.read(name)
-        (folder / f"{name}.engine").write_bytes(data)
-        described[name] = {
-            "file": f"tensorrt/double/{name}.engine", "bytes": len(data), "sha256": sha256(data), "source": spec.sha256,
-        }  # fmt: skip
+    described = []
+    for number, key in enumerate(graph_keys(graphs.files)):
+        graph = read_graph(graphs, key)
+        profiles = profiles_of(graph.inputs, key.block, graphs.architecture, None, max_batch)
+        if key.name.endswith(".mlp"):  # cut in two, to see profiles change
+            (whole,) = profiles
+            profiles = [{**whole, "tokens": ((1,), (5,), (5,))}, whole]
+        header = {"name": key.name, "profiles": profiles, "scratch": 1000 * number}
+        data = json.dumps(header).encode() + b"\n" + graph.model(graph.arrays(graphs.tensors))
+        (folder / f"{key.name}.engine").write_bytes(data)
+        stored = {"file": f"tensorrt/double/{key.name}.engine", "bytes": len(data), "sha256": sha256(data)}
+        described.append({**key.to_dict(), **stored, "source": source_of(graphs.files, key)})
     config = read_config(bundle)
     config.setdefault("engine_sets", {})["double"] = {
         "flavour": flavour, "version": VERSION, "platform": this_platform(), "compute_capabilities": [CAPABILITY],
-        "hardware_compatible": False, "version_compatible": False, "stripped": False, "engines": described, **changes,
+        "hardware_compatible": False, "version_compatible": False, "stripped": False, "precision": graphs.precision,
+        "engines": described, **changes,
     }  # fmt: skip
     write_config(bundle, config)
     return bundle
+
+
+def described_engine(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """What `config.json` says of one of the double's engines, by the name of its file."""
+    engines = config["engine_sets"]["double"]["engines"]
+    return next(engine for engine in engines if Path(engine["file"]).name == f"{name}.engine")
 
 
 class Gpu:
@@ -179,7 +179,8 @@ def cuda_double(gpu: Gpu) -> Any:
             return ok, STREAM
 
         def cudaStreamDestroy(self, stream):
-            assert not gpu.queue and gpu.alive["event"] == 0, "the stream goes last"
+            assert not gpu.queue, "the stream goes last"
+            assert gpu.alive["stream"] > 1 or gpu.alive["event"] == 0, "the stream goes last"
             gpu.alive["stream"] -= 1
             gpu.note("stream freed")
             return (ok,)
@@ -249,7 +250,6 @@ def cuda_double(gpu: Gpu) -> Any:
 
 def trt_double(gpu: Gpu) -> Any:
     """The part of TensorRT's bindings that is used, of the same names and arguments."""
-    share_pool(onnxruntime, 1)
     user_managed, device_location = "user managed", "on the device"
 
     class ILogger:
@@ -273,7 +273,7 @@ def trt_double(gpu: Gpu) -> Any:
             header, _, model = data.partition(b"\n")
             self.about = about = SimpleNamespace(**json.loads(header))
             options = onnxruntime.SessionOptions()
-            options.use_per_session_threads = False
+            options.intra_op_num_threads = 1
             options.log_severity_level = 3
             about.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             about.inputs = {tensor.name: DTYPES[tensor.type] for tensor in about.session.get_inputs()}

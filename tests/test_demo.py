@@ -8,9 +8,9 @@ from cases import invoke, refusal
 from click.testing import CliRunner
 
 import adavit
-from adavit.cli import export, run
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import demo_bundle
+from adavit.cli import export, run
 from adavit.training.command import main
 
 DEMO = Path(adavit.__file__).parent / "demo"

@@ -52,6 +52,11 @@ class Graphs:
         """Of these graphs."""
         return self.files.precision
 
+    @property
+    def bundle(self) -> Bundle:
+        """Where they are."""
+        return self._bundle
+
     @cached_property
     def tensors(self) -> TensorFile:
         """The weights, in memory as long as this object."""

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from adavit.budget_options import DEFAULT_IMAGES, BudgetOptions
+from adavit.bundle.bundle import Bundle, write_config
+from adavit.bundle.operating_points import MAX_OFFSET, NO_POLICIES, TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.calibration.choose import best_stops, expected
 from adavit.calibration.meet import CLOSE, Stop
 from adavit.calibration.statistics import add_statistics
@@ -18,8 +20,6 @@ from adavit.calibration.trial import Trial
 from adavit.calibration.walk import COMPARED
 from adavit.calibration.work import Work
 from adavit.errors import BundleError, InputError
-from adavit.bundle.operating_points import MAX_OFFSET, NO_POLICIES, TRAINED, Budgets, Offsets, OperatingPoint
-from adavit.bundle.bundle import Bundle, write_config
 from adavit.runtime.session import load
 
 __all__ = ["add_budgets"]

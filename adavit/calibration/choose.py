@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
+from adavit.bundle.operating_points import TRAINED, Offsets
 from adavit.calibration.decisions import units_of
 from adavit.calibration.meet import Line, Stop, even, meet
 from adavit.calibration.trial import Trial
 from adavit.calibration.walk import COMPARED, Walk
 from adavit.calibration.work import Work
-from adavit.bundle.operating_points import TRAINED, Offsets
 
 __all__ = ["best_stops", "expected"]
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import Architecture
-from adavit.macs import block_macs, dense_macs, outside_macs
 from adavit.bundle.operating_points import MAX_OFFSET, Offsets
+from adavit.macs import block_macs, dense_macs, outside_macs
 from adavit.runtime.compare import KINDS
 
 __all__ = ["Decisions", "Unit", "shifted", "units_of"]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from adavit.bundle.operating_points import MAX_OFFSET, TRAINED, Offsets
 from adavit.calibration.decisions import shifted, units_of
 from adavit.calibration.trial import Outcome, Trial
-from adavit.bundle.operating_points import MAX_OFFSET, TRAINED, Offsets
 
 __all__ = ["CLOSE", "Line", "Stop", "cross", "even", "meet"]
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from math import inf
 
+from adavit.bundle.operating_points import Offsets
 from adavit.calibration.decisions import Decisions, Unit, shifted, units_of
 from adavit.calibration.meet import Stop, cross
 from adavit.calibration.trial import Outcome, Trial
-from adavit.bundle.operating_points import Offsets
 
 __all__ = ["COMPARED", "Walk"]
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import TOKEN_LOGIT, Architecture
-from adavit.errors import InputError
 from adavit.bundle.operating_points import Offsets
+from adavit.errors import InputError
 from adavit.runtime.dispatcher import Step
 from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result, Runtime

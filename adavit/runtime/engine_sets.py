@@ -1,6 +1,7 @@
-"""TensorRT engines in a bundle: sets by flavour, version, platform and compute capability, side by side.
+"""TensorRT engines in a bundle: sets by flavour, version, platform, compute capability and precision, side by side.
 
-A set is for the machine it was built for. What does not fit is found out here, before TensorRT sees a byte.
+A set is for the machine it was built for, and has an engine for every graph of one precision. What does not fit is
+found out here, before TensorRT sees a byte.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adavit.bundle.bundle import PRECISIONS, Bundle, GraphFiles, StoredFile
+from adavit.bundle.graph_keys import GraphKey, stored_graph
 from adavit.errors import BackendError, BundleError, shown
 from adavit.files import sha256
-from adavit.bundle.bundle import Bundle
 from adavit.runtime.trust import built_here
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "find_engine_set",
     "numeric_version",
     "read_engine_set",
+    "source_of",
     "this_platform",
 ]
 
@@ -49,19 +52,13 @@ PATTERNS = {
 
 
 @dataclass(frozen=True)
-class StoredEngine:
+class StoredEngine(StoredFile):
     """A built engine.
 
     Attributes:
-        file: path inside the bundle.
-        bytes: the file's size.
-        sha256: the file's hash.
-        source: the hash of the ONNX file it was built from.
+        source: tells what it was built from, see `source_of`.
     """
 
-    file: str
-    bytes: int
-    sha256: str
     source: str
 
 
@@ -90,8 +87,9 @@ class EngineSet:
         compute_capabilities: of the GPUs it is for; 86 is 8.6.
         hardware_compatible: runs on newer GPUs too.
         version_compatible: runs in newer versions of the same major version too.
-        stripped: the weights are left out, to be put in from the ONNX files.
-        engines: by name.
+        stripped: the weights are left out, to be put in from the bundle's.
+        precision: of the graphs.
+        engines: by the graph.
     """
 
     key: str
@@ -102,13 +100,15 @@ class EngineSet:
     hardware_compatible: bool
     version_compatible: bool
     stripped: bool
-    engines: Mapping[str, StoredEngine]
+    precision: str
+    engines: Mapping[GraphKey, StoredEngine]
 
     @property
     def fingerprint(self) -> str:
-        """The hash of what would run: flavour, version, platform and every engine's own hash."""
-        engines = {name: stored.sha256 for name, stored in self.engines.items()}
-        content = {"flavour": self.flavour, "version": self.version, "platform": self.platform, "engines": engines}
+        """The hash of what would run: flavour, version, platform, precision and every engine's own hash."""
+        engines = {key.name: stored.sha256 for key, stored in self.engines.items()}
+        kind = {name: getattr(self, name) for name in ("flavour", "version", "platform", "precision")}
+        content = kind | {"engines": engines}
         return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
     def fits(self, machine: Machine) -> bool:
@@ -128,7 +128,8 @@ class EngineSet:
     def __str__(self) -> str:
         capabilities = ", ".join(map(str, self.compute_capabilities))
         newer = " or newer" if self.hardware_compatible else ""
-        return f"{self.flavour} {self.version} on {self.platform} with compute capability {capabilities}{newer}"
+        machine = f"{self.flavour} {self.version} on {self.platform} with compute capability {capabilities}{newer}"
+        return f"{machine} in {self.precision}"
 
 
 def this_platform() -> str:
@@ -144,12 +145,18 @@ def numeric_version(text: str) -> str:
     return found[0]
 
 
-def find_engine_set(bundle: Bundle, machine: Machine, trust_engines: bool = False) -> EngineSet:
+def source_of(files: GraphFiles, key: GraphKey) -> str:
+    """Tells what an engine is built from: a hash of the graph's hash and that of the weights."""
+    return sha256(f"{stored_graph(files, key).sha256} {files.weights.sha256}".encode())
+
+
+def find_engine_set(bundle: Bundle, machine: Machine, precision: str, trust_engines: bool = False) -> EngineSet:
     """The bundle's set for a machine; one made for exactly its compute capability first.
 
     Args:
         bundle: where the sets are.
         machine: what is to run one.
+        precision: of the graphs that are to run.
         trust_engines: take one that this user did not build on this machine, too.
 
     Raises:
@@ -157,7 +164,7 @@ def find_engine_set(bundle: Bundle, machine: Machine, trust_engines: bool = Fals
         BackendError: there is none, or none to trust; the message names both sides and the command that builds one.
     """
     sets = engine_sets(bundle)
-    found = [engines for engines in sets if engines.fits(machine)]
+    found = [engines for engines in sets if engines.precision == precision and engines.fits(machine)]
     trusted = [engines for engines in found if trust_engines or built_here(engines.fingerprint)]
     if trusted:
         return min(trusted, key=lambda engines: engines.hardware_compatible)
@@ -172,8 +179,8 @@ def find_engine_set(bundle: Bundle, machine: Machine, trust_engines: bool = Fals
         )
     there = "; ".join(str(engines) for engines in sets if engines.flavour == machine.flavour)
     raise BackendError(
-        f"{bundle.path}: its engines are for {there or 'no ' + machine.flavour}, this machine is {machine}; "
-        f"run: {command}"
+        f"{bundle.path}: its engines are for {there or 'no ' + machine.flavour}, this machine is {machine} and runs "
+        f"{precision}; run: {command}"
     )
 
 
@@ -202,8 +209,24 @@ def read_engine_set(key: str, values: Mapping[str, Any]) -> EngineSet:
         values["hardware_compatible"] is True,
         values["version_compatible"] is True,
         values["stripped"] is True,
-        {name: _stored(engine) for name, engine in values["engines"].items()},
+        _precision(values["precision"]),
+        _engines(values["engines"]),
     )
+
+
+def _precision(value: Any) -> str:
+    if value not in PRECISIONS:
+        raise ValueError(f"precision is {shown(value)}")
+    return str(value)
+
+
+def _engines(values: Any) -> dict[GraphKey, StoredEngine]:
+    if not isinstance(values, list):
+        raise ValueError("engines is no list")
+    found = {GraphKey.from_dict(engine): _stored(engine) for engine in values}
+    if len(found) != len(values):
+        raise ValueError("two engines are of one graph")
+    return found
 
 
 def _stored(values: Mapping[str, Any]) -> StoredEngine:

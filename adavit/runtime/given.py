@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from adavit.errors import InputError, shown
 from adavit.bundle.preprocessing import ImageLike
+from adavit.errors import InputError, shown
 
 __all__ = ["pictures_of", "whole"]
 

@@ -7,13 +7,15 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
+import numpy.typing as npt
+
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.head_weights import Arrays
 from adavit.bundle.keys import BlockKey
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.memory import trim_heap
 
-__all__ = ["HeadCache"]
+__all__ = ["HeadCache", "in_file"]
 
 T = TypeVar("T")
 
@@ -72,6 +74,11 @@ class HeadCache(Generic[T]):
             self._bytes += size
 
 
+def in_file(array: npt.NDArray[Any]) -> bool:
+    """Whether an array is in the weights' own memory, which all sets of heads share."""
+    return array.base is not None and not array.flags.writeable
+
+
 def _own_bytes(array: Any) -> int:
     """Of an array that is not in the weights' own memory."""
-    return 0 if array.base is not None and not array.flags.writeable else int(array.nbytes)
+    return 0 if in_file(array) else int(array.nbytes)

@@ -16,22 +16,22 @@ import numpy.typing as npt
 from PIL import Image
 
 from adavit.architecture import Architecture
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.demo import find_bundle
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve, resolve_each
+from adavit.bundle.preprocessing import ImageLike, Preprocessor
 from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
 from adavit.macs import dense_macs, image_macs
 from adavit.reading import path_of
 from adavit.runtime.backend import Backend, Options, Usage, Use, create_backend
-from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve, resolve_each
-from adavit.bundle.bundle import Bundle
-from adavit.bundle.graphs import Graphs
 from adavit.runtime.choose import Choice, choose
 from adavit.runtime.cpus import usable_cpus
-from adavit.bundle.demo import find_bundle
 from adavit.runtime.dense import DenseDispatcher, no_policies
 from adavit.runtime.dispatcher import SIDE_BY_SIDE, Dispatcher, Observer
 from adavit.runtime.finite import check_logits
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.given import pictures_of, whole
-from adavit.bundle.preprocessing import ImageLike, Preprocessor
 from adavit.runtime.policy import Policy
 from adavit.runtime.replaced import again_if_replaced
 from adavit.runtime.specialise import KeptUsage, Specialiser, usage_of
@@ -279,6 +279,11 @@ class Runtime:
     def after_fork(self) -> None:
         """Notes that this is a forked child; its own threads and engines run on what was loaded before."""
         self._forked = True
+
+    def _usual(self) -> Usage:
+        """What calibration images used, where the bundle tells."""
+        policy = policy_at(self.bundle, self.offsets)
+        return {} if policy is None else usage_of(policy, self.options.threads_of(1))
 
     def _usual(self) -> Usage:
         """What calibration images used, where the bundle tells."""

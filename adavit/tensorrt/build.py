@@ -16,10 +16,14 @@ from multiprocessing import resource_tracker
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from adavit.bundle.bundle import Bundle, write_config
+from adavit.bundle.graph_keys import GraphKey, graph_keys, read_graph
+from adavit.bundle.graphs import Graphs
 from adavit.errors import BackendError, BundleError
 from adavit.files import folder_beside
-from adavit.bundle.bundle import Bundle, write_config
 from adavit.runtime.engine_sets import engine_sets, read_engine_set, this_platform
+from adavit.runtime.policy import Policy
+from adavit.runtime.statistics import operating_offsets, policy_at
 from adavit.runtime.trust import remember_built
 from adavit.statistics import Statistics
 from adavit.tensorrt import worker
@@ -35,7 +39,7 @@ FOLDER = "tensorrt"
 
 
 def add_engines(folder: Path, options: BuildOptions, progress: Progress) -> dict[str, Any]:
-    """Builds every engine of the bundle `folder` for each target, and adds them to it.
+    """Builds an engine of every graph of the bundle `folder`, for each target and precision, and adds them to it.
 
     A set appears in `config.json` when all its engines are there; until then nothing in the bundle changes. It is
     remembered that this user built it here, so that it may run here.
@@ -49,22 +53,27 @@ def add_engines(folder: Path, options: BuildOptions, progress: Progress) -> dict
         BackendError: TensorRT is not installed, or refuses an engine.
     """
     options.check()
-    return dict(_add_set(folder, flavour, options, progress) for flavour in options.target)
+    precisions = tuple(Bundle.open(folder).graphs)
+    sets = [(flavour, precision) for flavour in options.target for precision in precisions]
+    return dict(_add_set(folder, *one, options, progress) for one in sets)
 
 
-def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progress) -> tuple[str, dict[str, Any]]:
+def _add_set(
+    folder: Path, flavour: str, precision: str, options: BuildOptions, progress: Progress
+) -> tuple[str, dict[str, Any]]:
     began = time.perf_counter()
     bundle, stage = Bundle.open(folder), f"building {flavour}"
     progress(stage, 0.0)
-    with _workers(flavour, bundle, options) as (pool, builder):
+    with _workers(flavour, bundle, precision, options) as (pool, builder):
         capabilities = (f"sm{value}" for value in builder.compute_capabilities)
-        key = "-".join((flavour, builder.version, this_platform(), *capabilities))
+        key = "-".join((flavour, precision, builder.version, this_platform(), *capabilities))
         place = _free_place(bundle, key)
         place.parent.mkdir(exist_ok=True)
         try:
             with folder_beside(place) as output:
-                engines = _build_all(pool, bundle, options, output, stage, progress)
-                report = {"seconds": time.perf_counter() - began, "engines": engines}
+                made = _build_all(pool, Graphs(bundle, precision), options, output, stage, progress)
+                engines = {engine.name: about for engine, about in made.items()}
+                report = {"seconds": time.perf_counter() - began, "precision": precision, "engines": engines}
                 (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         finally:
             with suppress(OSError):  # where there is a set
@@ -78,13 +87,15 @@ def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progre
         "version_compatible": options.version_compatible,
         "stripped": options.strip_weights,
         "max_batch": options.max_batch,
-        "engines": {
-            name: {
-                "file": f"{FOLDER}/{place.name}/{name}.engine",
-                **{key: made[key] for key in ("bytes", "sha256", "source")},
+        "precision": precision,
+        "engines": [
+            {
+                **engine.to_dict(),
+                "file": f"{FOLDER}/{place.name}/{engine.name}.engine",
+                **{name: about[name] for name in ("bytes", "sha256", "source")},
             }
-            for name, made in engines.items()
-        },
+            for engine, about in made.items()
+        ],
     }
     _describe(folder, key, entry)
     remember_built(read_engine_set(key, entry).fingerprint, key)
@@ -92,10 +103,12 @@ def _add_set(folder: Path, flavour: str, options: BuildOptions, progress: Progre
 
 
 @contextmanager
-def _workers(flavour: str, bundle: Bundle, options: BuildOptions) -> Iterator[tuple[ProcessPoolExecutor, Builder]]:
+def _workers(
+    flavour: str, bundle: Bundle, precision: str, options: BuildOptions
+) -> Iterator[tuple[ProcessPoolExecutor, Builder]]:
     """Worker processes, and what they build with. Ctrl-C does not reach them: it ends this block, which ends them."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(options.jobs, context, worker.start, (flavour, bundle.path, options))
+    pool = ProcessPoolExecutor(options.jobs, context, worker.start, (flavour, bundle.path, precision, options))
     try:
         with _interrupts_later():
             described = pool.submit(worker.describe)
@@ -130,24 +143,14 @@ def _interrupts_later() -> Iterator[None]:
 
 
 def _build_all(
-    pool: ProcessPoolExecutor, bundle: Bundle, options: BuildOptions, output: Path, stage: str, progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """Builds all engines into a folder; returns their reports by name, in the bundle's order."""
-    try:
-        given = bundle.config.get("statistics")
-        arch, most = bundle.architecture, options.max_batch
-        statistics = None if given is None else Statistics.from_dict(given, arch.depth)
-        jobs = [
-            worker.Job(name, profiles_of(spec, arch, statistics, most), output / f"{name}.engine")
-            for name, spec in bundle.engines.items()
-            if not spec.wants_constants
-        ]
-    except ValueError as error:
-        raise BundleError(f"{bundle.path}: {error}; export again") from None
-    # The large ones first, so that no worker is left with one at the end.
-    large_first = sorted(jobs, key=lambda job: -bundle.engines[job.name].bytes)
+    pool: ProcessPoolExecutor, graphs: Graphs, options: BuildOptions, output: Path, stage: str, progress: Progress
+) -> dict[GraphKey, dict[str, Any]]:
+    """Builds all engines into a folder; returns their reports, in the order of the graphs."""
+    jobs = _jobs(graphs, options, output)
+    # The dense twin first, so that no worker is left with it at the end.
+    large_first = sorted(jobs, key=lambda job: job.key.role == "block")
     with _interrupts_later():
-        running = {pool.submit(worker.build, job): job.name for job in large_first}
+        running = {pool.submit(worker.build, job): job.key for job in large_first}
     made = {}
     try:
         for done, future in enumerate(as_completed(running), 1):
@@ -156,7 +159,26 @@ def _build_all(
     finally:
         for future in running:
             future.cancel()
-    return {job.name: made[job.name] for job in jobs}
+    return {job.key: made[job.key] for job in jobs}
+
+
+def _jobs(graphs: Graphs, options: BuildOptions, output: Path) -> list[worker.Job]:
+    statistics, found = _statistics(graphs.bundle), []
+    for key in graph_keys(graphs.files):
+        inputs = read_graph(graphs, key).inputs
+        try:
+            profiles = profiles_of(inputs, key.block, graphs.architecture, statistics, options.max_batch)
+        except ValueError as error:
+            raise BundleError(f"{graphs.path}: {key.name}: {error}; export again") from None
+        found.append(worker.Job(key, profiles, output / f"{key.name}.engine"))
+    return found
+
+
+def _statistics(bundle: Bundle) -> Statistics | None:
+    """What calibration images kept, at all operating points together; None where a bundle has no statistics."""
+    policies = [policy_at(bundle, offsets) for offsets in operating_offsets(bundle)]
+    known = [policy for policy in policies if policy is not None]
+    return Statistics.of(Policy.concatenate(known)) if known else None
 
 
 def _free_place(bundle: Bundle, key: str) -> Path:
@@ -172,6 +194,6 @@ def _describe(folder: Path, key: str, entry: dict[str, Any]) -> None:
     config["engine_sets"][key] = entry
     write_config(folder, config)
     if replaced:
-        for old in {PurePosixPath(engine["file"]).parts for engine in replaced["engines"].values()}:
+        for old in {PurePosixPath(engine["file"]).parts for engine in replaced["engines"]}:
             if len(old) == 3 and old[0] == FOLDER and ".." not in old:  # the description may be hostile
                 shutil.rmtree(folder / FOLDER / old[1], ignore_errors=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adavit.architecture import Architecture
-from adavit.bundle.bundle import EngineSpec
-from adavit.statistics import Histogram, Statistics, merged
+from adavit.bundle.onnx_graph import Value
+from adavit.statistics import Histogram, Statistics
 
 __all__ = ["Profile", "Range", "profiles_of", "split"]
 
@@ -16,6 +16,9 @@ MOST = 3
 """Profiles of an engine."""
 PAYS = 0.25
 """What one more profile must bring its sizes closer to the one tuned for, in octaves, on average."""
+
+COUNTED = {"B": "B", "K": "K", "h": "h", "c": "h", "3c": "h"}
+"""Names of dimensions in graphs, and what they grow with: images, kept tokens or kept heads."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,17 @@ Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """For each input, the least shape, the one to tune for, and the largest."""
 
 
-def profiles_of(engine: EngineSpec, arch: Architecture, statistics: Statistics | None, max_batch: int) -> list[Profile]:
+def profiles_of(
+    inputs: Sequence[Value], block: int | None, arch: Architecture, statistics: Statistics | None, max_batch: int
+) -> list[Profile]:
     """The profiles of an engine: one, or where the sizes that statistics tell are far apart, several.
 
     Without statistics, engines are tuned for one image, every token and half of the heads.
 
     Args:
-        engine: whose inputs have dimensions called B (images), K (kept tokens), h (kept heads) or c (their
-            channels).
+        inputs: of the graph. Dimensions are called B (images), K (kept tokens), h (kept heads), c (their channels) or
+            3c (those of queries, keys and values).
+        block: whose graph it is; None for others.
         arch: the model's shapes.
         statistics: what images kept.
         max_batch: images of a run at most.
@@ -50,18 +56,21 @@ def profiles_of(engine: EngineSpec, arch: Architecture, statistics: Statistics |
     Raises:
         ValueError: a dimension has another name.
     """
-    names = [size for tensor in engine.inputs for size in tensor.shape if isinstance(size, str)]
-    if unknown := set(names) - set("BKhc"):
-        raise ValueError(f"engine {engine.name} has a dimension {min(unknown)!r}, for which there is no profile")
+    names = [size for value in inputs for size in value.shape if isinstance(size, str)]
+    if unknown := set(names) - set(COUNTED):
+        raise ValueError(f"a graph has a dimension {min(unknown)!r}, for which there is no profile")
+    counted = list(dict.fromkeys(COUNTED[name] for name in names))
     ranges = {
-        name: split(*_sizes(name, engine.name, arch, statistics, max_batch), MOST if name == names[0] else 1)
-        for name in dict.fromkeys("h" if name == "c" else name for name in names)
+        name: split(*_sizes(name, block, arch, statistics, max_batch), MOST if name == counted[0] else 1)
+        for name in counted
     }
+    if "h" in ranges and block is not None and not arch.adapts_heads(block):
+        ranges["h"] = [Range(arch.heads, arch.heads, arch.heads)]
     several = max((len(found) for found in ranges.values()), default=1)
     return [
         {
-            tensor.name: _shapes(tensor.shape, {name: r[min(i, len(r) - 1)] for name, r in ranges.items()}, arch)
-            for tensor in engine.inputs
+            value.name: _shapes(value.shape, {name: r[min(i, len(r) - 1)] for name, r in ranges.items()}, arch)
+            for value in inputs
         }
         for i in range(several)
     ]
@@ -70,17 +79,19 @@ def profiles_of(engine: EngineSpec, arch: Architecture, statistics: Statistics |
 def _shapes(
     shape: tuple[int | str, ...], ranges: Mapping[str, Range], arch: Architecture
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    channels = {"c": arch.head_width, "3c": 3 * arch.head_width}
+
     def range_of(size: int | str) -> Range:
         if isinstance(size, int):
             return Range(size, size, size)
-        return ranges["h"].times(arch.head_width) if size == "c" else ranges[size]
+        return ranges[COUNTED[size]].times(channels.get(size, 1))
 
     found = [range_of(size) for size in shape]
     return tuple(r.least for r in found), tuple(r.tuned for r in found), tuple(r.most for r in found)
 
 
 def _sizes(
-    dimension: str, engine: str, arch: Architecture, statistics: Statistics | None, max_batch: int
+    dimension: str, block: int | None, arch: Architecture, statistics: Statistics | None, max_batch: int
 ) -> tuple[Histogram, int]:
     """How often a dimension of an engine has which size, and its largest size."""
     most, tuned = {"B": (max_batch, 1), "K": (arch.tokens, arch.tokens), "h": (arch.heads, math.ceil(arch.heads / 2))}[
@@ -88,12 +99,10 @@ def _sizes(
     ]
     if statistics is None:
         return {tuned: 1}, most
-    if dimension == "B":
+    if dimension == "B" or block is None:
         found = statistics.batch
     else:
-        blocks = statistics.tokens if dimension == "K" else statistics.heads
-        part = engine.split(".")
-        found = blocks[int(part[1])] if part[0] == "blocks" else merged(blocks)
+        found = (statistics.tokens if dimension == "K" else statistics.heads)[block]
     found = {size: count for size, count in found.items() if 1 <= size <= most and count}
     return found or {tuned: 1}, most
 

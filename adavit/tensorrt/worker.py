@@ -17,11 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.graph_keys import GraphKey, read_graph
+from adavit.bundle.graphs import Graphs
 from adavit.errors import BackendError, install_hint
 from adavit.files import sha256
 from adavit.runtime.backends.cuda import Cuda
-from adavit.bundle.bundle import Bundle, EngineSpec
-from adavit.runtime.engine_sets import numeric_version
+from adavit.runtime.engine_sets import numeric_version, source_of
 from adavit.tensorrt.options import BuildOptions
 from adavit.tensorrt.profiles import Profile
 
@@ -44,12 +46,12 @@ class Job:
     """An engine to build.
 
     Attributes:
-        name: of the engine in the bundle.
+        key: the graph that it is built from.
         profiles: its optimisation profiles.
         output: where to write it.
     """
 
-    name: str
+    key: GraphKey
     profiles: list[Profile]
     output: Path
 
@@ -70,7 +72,7 @@ class Builder:
 class _Worker:
     """The state of a worker process."""
 
-    def __init__(self, flavour: str, bundle: Path, options: BuildOptions) -> None:
+    def __init__(self, flavour: str, bundle: Path, precision: str, options: BuildOptions) -> None:
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(flavour == "tensorrt-rtx"))
         self.flavour = flavour
         self.options = options
@@ -79,7 +81,7 @@ class _Worker:
             os.dup2(self.log.fileno(), stream)
         self.trt, self.loaders, self.refused = _import(flavour)
         self.timing_cache = str(options.timing_cache) if options.timing_cache else None
-        self.bundle = Bundle.open(bundle)
+        self.graphs = Graphs(Bundle.open(bundle), precision)
 
     def logged(self) -> str:
         """What was printed since the last call."""
@@ -111,7 +113,7 @@ class _Worker:
                 config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{value}"), index)
 
 
-_task: tuple[str, Path, BuildOptions]
+_task: tuple[str, Path, str, BuildOptions]
 
 
 def start(*task: Any) -> None:
@@ -148,26 +150,25 @@ def build(job: Job) -> dict[str, Any]:
     """
     began = time.perf_counter()
     worker = _worker()
-    spec, trt, loaders = worker.bundle.engines[job.name], worker.trt, worker.loaders
-    data = worker.bundle.read(job.name)
+    trt, loaders, graph = worker.trt, worker.loaders, read_graph(worker.graphs, job.key)
+    data = graph.model(graph.arrays(worker.graphs.tensors))
     worker.logged()
     typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") or None  # 11 knows no other networks
     try:
         parts = loaders.NetworkFromOnnxBytes(data, strongly_typed=typed)()
     except worker.refused as error:
-        raise _refusal(job.name, _parser_error(trt, data, typed) or f"it ({error})") from None
-    _check_tensors(spec, parts[1])
+        raise _refusal(job.key.name, _parser_error(trt, data, typed) or f"it ({error})") from None
     layers = [{"name": layer.name, "type": layer.type.name, "precision": _precision(layer)} for layer in parts[1]]
     config = _config(worker, job.profiles)
     try:
         blob = bytes(loaders.EngineBytesFromNetwork(parts, config, worker.timing_cache)())
     except worker.refused as error:
-        raise _refusal(job.name, _build_error(layers, worker.logged()) or f"it ({error})") from None
+        raise _refusal(job.key.name, _build_error(layers, worker.logged()) or f"it ({error})") from None
     job.output.write_bytes(blob)
     return {
         "bytes": len(blob),
         "sha256": sha256(blob),
-        "source": spec.sha256,
+        "source": source_of(worker.graphs.files, job.key),
         "seconds": time.perf_counter() - began,
         "precisions": dict(Counter(layer["precision"] for layer in layers)),
         "profiles": job.profiles,
@@ -218,17 +219,6 @@ def _config(worker: _Worker, profiles: list[Profile]) -> Any:
         load_timing_cache=worker.timing_cache,
     )
     return loaders.PostprocessConfig(config, worker.set_capabilities)
-
-
-def _check_tensors(spec: EngineSpec, network: Any) -> None:
-    """Compares the network's inputs and outputs with the bundle's description; a size that varies is -1."""
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    outputs = [network.get_output(i) for i in range(network.num_outputs)]
-    for wanted, found in ((spec.inputs, inputs), (spec.outputs, outputs)):
-        ours = {t.name: (t.dtype, [-1 if isinstance(size, str) else size for size in t.shape]) for t in wanted}
-        theirs = {t.name: (DTYPES.get(t.dtype.name, t.dtype.name), list(t.shape)) for t in found}
-        if ours != theirs:
-            raise BackendError(f"engine {spec.name}: TensorRT reads {theirs}, config.json says {ours}; export again")
 
 
 def _precision(layer: Any) -> str:

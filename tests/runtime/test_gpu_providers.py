@@ -4,22 +4,33 @@ import gc
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
-from cases import assert_same_policy, invoke, random_images, refusal, rewrite_engine
+from cases import (
+    DENSE,
+    assert_same_policy,
+    forced,
+    invoke,
+    python,
+    random_images,
+    random_policy,
+    refusal,
+)
 from double import Gpu, cuda_double
-from onnx import helper
 
 import adavit
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.graphs import Graphs
 from adavit.cli import run as run_command
 from adavit.errors import BackendError
+from adavit.model import AdaViT
 from adavit.runtime import Runtime
 from adavit.runtime.backend import Options
 from adavit.runtime.backends import cuda, onnxruntime_gpu
 from adavit.runtime.backends.onnxruntime_gpu import PLUGIN, OnnxRuntimeGpuBackend
-from adavit.bundle.bundle import Bundle
 
 
 @pytest.fixture
@@ -30,24 +41,86 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return device
 
 
-def test_what_is_bound_on_the_device_is_what_is_computed(tiny_bundle: Path, runtime: Runtime, gpu: Gpu) -> None:
-    bundle, options = Bundle.open(tiny_bundle), Options(1, "CPUExecutionProvider")
-    on_gpu = Runtime(bundle, OnnxRuntimeGpuBackend(bundle, options), options)
+def on_cpu(bundle: Path, **changes: Any) -> Runtime:
+    """The GPU's backend, with the CPU's provider in the place of one for a GPU."""
+    opened, options = Bundle.open(bundle), Options(2, "CPUExecutionProvider", **changes)
+    graphs = Graphs(opened)
+    return Runtime(opened, graphs, OnnxRuntimeGpuBackend(graphs, options), options)
+
+
+@pytest.mark.parametrize("parallel", ["operators", "samples"])
+def test_what_is_bound_on_the_device_is_what_is_computed(
+    tiny_bundle: Path, runtime: Runtime, gpu: Gpu, parallel: str
+) -> None:
+    on_gpu = on_cpu(tiny_bundle, parallel=parallel)
     for seed in range(4):
         images = random_images(runtime.architecture, 3, seed)
         found, wanted = on_gpu.run(images), runtime.run(images)
         assert_same_policy(found.policy, wanted.policy)
         np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-4)
         np.testing.assert_allclose(on_gpu.run_dense(images), runtime.run_dense(images), atol=1e-4)
-    copies = [kind for call, kind in gpu.calls if call == "copy"]
+    copies = [detail for call, detail in gpu.calls if call == "copy"]
+    arch = runtime.architecture
+    block = sum(4 * on_gpu.graphs.decisions(number) for number in range(arch.depth))
     del on_gpu
     gc.collect()
     assert not gpu.memory
     assert set(gpu.alive.values()) == {0}
-    arch = runtime.architecture
-    assert sum(size for kind, size in copies if kind == 2) <= 4 * 4 * 3 * (
-        arch.depth * (arch.tokens + arch.heads + 2) + 2 * arch.classes
-    ), "only decisions and logits come back"
+    fetched = sum(size for kind, size in copies if kind == 2)
+    assert fetched == 4 * 3 * (block + 2 * 4 * arch.classes), "only decisions and logits come back"
+
+
+def test_any_policy_is_replayed(tiny_bundle: Path, model: AdaViT, gpu: Gpu) -> None:
+    on_gpu = on_cpu(tiny_bundle)
+    for seed in range(6):  # also without any head
+        images, policy = random_images(model.arch, 3, seed), random_policy(model.arch, 3, seed)
+        np.testing.assert_allclose(on_gpu.run(images, policy).logits, forced(model, images, policy), atol=1e-4)
+
+
+def test_a_model_without_policies(plain: tuple[Path, Path], gpu: Gpu) -> None:
+    images = random_images(DENSE, 40)
+    np.testing.assert_allclose(
+        on_cpu(plain[0]).run(images).logits, adavit.load(plain[0], threads=1).run(images).logits, atol=1e-4
+    )
+
+
+SHARED = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import numpy as np
+import onnxruntime
+from double import Gpu, cuda_double
+import adavit
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.graphs import Graphs
+from adavit.runtime.backend import Options
+from adavit.runtime.backends import cuda, onnxruntime_gpu
+cuda.import_runtime = lambda: cuda_double(Gpu())
+onnxruntime_gpu.DEVICE = "cpu"
+opened = Bundle.open(sys.argv[1])
+shared, before = sys.argv[3] == "shared", sys.argv[3] == "before"
+if before:
+    onnxruntime.set_global_thread_pool_sizes(2, 1)
+options = Options(2, "CPUExecutionProvider", shared_pool=shared)
+backend = onnxruntime_gpu.OnnxRuntimeGpuBackend(Graphs(opened), options)
+side = opened.architecture.image_size
+assert np.isfinite(backend.dense(np.zeros((1, 3, side, side), np.float32))).all()
+from onnxruntime import InferenceSession
+graphs = Graphs(opened)
+graph = graphs.stem()
+InferenceSession(graph.model(graph.arrays(graphs.tensors)))
+print("made")
+"""
+
+
+@pytest.mark.parametrize(("pool", "others"), [("own", True), ("shared", False), ("before", False)])
+def test_the_process_keeps_its_thread_pools_unless_they_are_asked_for(
+    tiny_bundle: Path, pool: str, others: bool
+) -> None:
+    """Where somebody has set the process's pool, that is used."""
+    done = python(SHARED, tiny_bundle, Path(__file__).parent.parent, pool)
+    assert (done.stdout == "made\n") == others, done.stderr
+    assert others or "global thread pool" in done.stderr
 
 
 @pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
@@ -73,21 +146,8 @@ def test_a_plugin_that_is_not_there_or_does_not_load(tiny_bundle: Path, monkeypa
 
 def test_a_provider_that_gives_way_to_another(tiny_bundle: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     provider = "CUDAExecutionProvider"
-    bundle, options = Bundle.open(tiny_bundle), Options(1, provider)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [provider, "CPUExecutionProvider"])
     session = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
-    with pytest.raises(BackendError, match="engine stem would run on CPUExecutionProvider, not on CUDA"):
-        OnnxRuntimeGpuBackend(bundle, options).load("stem")
-
-
-def test_what_a_provider_compiled_is_not_run(bundle: Path, gpu: Gpu) -> None:
-    """Native code in the shape of a graph: in a node of the graph, or of a graph inside."""
-    node = helper.make_node("EPContext", ["a"], ["b"], domain="com.microsoft", embed_mode=1, ep_cache_context=b"code")
-    inner = helper.make_node("If", ["c"], ["b"], then_branch=helper.make_graph([node], "inner", [], []))
-    options = Options(1, "CPUExecutionProvider")
-    for nodes in ([node], [inner]):
-        model = helper.make_model(helper.make_graph(nodes, "graph", [], []))
-        rewrite_engine(bundle, "stem", model.SerializeToString())
-        with pytest.raises(BackendError, match=r"engine stem holds compiled code for a provider \(EPContext\)"):
-            OnnxRuntimeGpuBackend(Bundle.open(bundle), options).load("stem")
+    with pytest.raises(BackendError, match="graph stem would run on CPUExecutionProvider, not on CUDA"):
+        adavit.load(tiny_bundle, provider=provider)

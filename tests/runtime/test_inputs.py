@@ -4,7 +4,6 @@ import gc
 import os
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,12 +18,12 @@ from cases import WIDE, assert_same_policy, picture, random_images, random_polic
 from PIL import Image
 
 import adavit
-from adavit.errors import BackendError, InputError
 from adavit.bundle.keys import BlockKey
+from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, OperatingPoint
+from adavit.errors import BackendError, InputError
 from adavit.runtime import Policy, Prediction, Result, Runtime, dispatcher
 from adavit.runtime.backends import onnxruntime as ort
 from adavit.runtime.dispatcher import Step
-from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, OperatingPoint
 
 IMAGES = random_images(tiny(), 3)
 

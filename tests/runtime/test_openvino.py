@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from adavit.runtime.heads import HeadWeights
+from adavit.runtime.state import Scratch, Thresholds
 from cases import (
     WIDE,
     assert_same_policy,
@@ -31,6 +33,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adavit
+from adavit.bundle.bundle import Bundle
 from adavit.cli import run
 from adavit.errors import BackendError, BundleError, OptionError
 from adavit.runtime import Policy, Runtime, session
@@ -39,9 +42,6 @@ from adavit.runtime.backends.openvino import OpenVinoBackend
 from adavit.runtime.backends.openvino_buffers import rounded, to_bfloat16
 from adavit.runtime.backends.openvino_engine import Requests
 from adavit.runtime.backends.openvino_stem import compute_in_bf16, unfold
-from adavit.bundle.bundle import Bundle
-from adavit.runtime.heads import HeadWeights
-from adavit.runtime.state import Scratch, Thresholds
 
 
 def computes_bf16() -> bool:

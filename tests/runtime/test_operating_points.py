@@ -25,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adavit
+from adavit.bundle.operating_points import TRAINED, Budgets, Offsets
 from adavit.errors import BundleError, InputError
 from adavit.runtime import Runtime
-from adavit.bundle.operating_points import TRAINED, Budgets, Offsets
 
 IMAGES = random_images(tiny(), 6)
 POINTS: dict[str, Any] = {

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import adavit
-from adavit.errors import LONGEST_MESSAGE, AdaViTError, InputError, OptionError, shown
-from adavit.runtime import Policy, Result, Runtime
 from adavit.bundle.operating_points import Offsets, OperatingPoint
 from adavit.bundle.preprocessing import Preprocessor
+from adavit.errors import LONGEST_MESSAGE, AdaViTError, InputError, OptionError, shown
+from adavit.runtime import Policy, Result, Runtime
 
 IMAGES = random_images(tiny(), 2)
 

@@ -22,22 +22,27 @@ from cases import (
     random_model,
     read_config,
     refusal,
-    rewrite_engine,
+    rewrite_stored,
     save,
+    stored_files,
     tiny,
     write_config,
 )
 from onnx import helper
 
 from adavit.architecture import Architecture
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.demo import demo_bundle
+from adavit.bundle.graph_keys import graph_keys, read_graph
+from adavit.bundle.graphs import Graphs
 from adavit.cli import export as export_command
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.export import ExportOptions, export_bundle
 from adavit.files import _host, sha256
 from adavit.precision_options import CalibrationOptions
-from adavit.bundle.bundle import Bundle
-from adavit.bundle.demo import demo_bundle
-from adavit.runtime.engine_sets import engine_sets
+from adavit.runtime.engine_sets import engine_sets, source_of
+from adavit.runtime.policy import Policy
+from adavit.runtime.statistics import write_statistics
 from adavit.runtime.trust import built_here
 from adavit.tensorrt import build, worker
 from adavit.tensorrt.build import add_engines
@@ -47,9 +52,8 @@ pytest.importorskip("tensorrt_rtx", reason="pip install 'adavit[tensorrt-rtx]' t
 pytest.importorskip("polygraphy", reason="pip install 'adavit[tensorrt-rtx]' to build engines")
 
 RTX = BuildOptions(target=("tensorrt-rtx",), jobs=2)
-DIGITS = ("fp32", "fp16", "int8")
 DEIT_SMALL = Architecture(
-    stem="patch", image_size=224, patch_size=16, width=384, depth=12, heads=6, hidden=1536, classes=1000, keep=1,
+    stem="patch", image_size=224, patch_size=16, width=384, depth=3, heads=6, hidden=1536, classes=1000, keep=1,
     qkv_bias=True, token_policy=True, head_policy=True, sublayer_policy=True,
 )  # fmt: skip
 
@@ -67,22 +71,24 @@ def bundle(few: Path, tmp_path: Path) -> Path:
 
 
 def assert_complete(bundle: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """A set of every engine it can use, of the reported and described sizes and hashes, shapes within profiles."""
+    """A set of every graph, of the reported and described sizes and hashes, shapes within profiles."""
     (built,) = engine_sets(Bundle.open(bundle))
     (made,) = report.values()
-    engines = {name: spec for name, spec in read_config(bundle)["engines"].items() if not name.endswith("_set")}
-    assert set(built.engines) == set(made["engines"]) == set(engines)
-    for name, stored in built.engines.items():
+    graphs = Graphs(Bundle.open(bundle), built.precision)
+    assert made["precision"] == built.precision
+    assert list(built.engines) == graph_keys(graphs.files)
+    assert list(made["engines"]) == [key.name for key in built.engines]
+    for key, stored in built.engines.items():
         data = (bundle / stored.file).read_bytes()
-        found = made["engines"][name]
+        found = made["engines"][key.name]
         assert (stored.bytes, stored.sha256) == (len(data), sha256(data)) == (found["bytes"], found["sha256"])
-        assert stored.source == engines[name]["sha256"]
+        assert stored.source == source_of(graphs.files, key)
         assert found["layers"] and found["seconds"] > 0
         assert sum(found["precisions"].values()) == len(found["layers"])
         for profile in found["profiles"]:
-            assert set(profile) == {tensor["name"] for tensor in engines[name]["inputs"]}
+            assert set(profile) == {value.name for value in read_graph(graphs, key).inputs}
             for least, tuned, most in profile.values():
-                assert all(a <= b <= c for a, b, c in zip(least, tuned, most, strict=True))
+                assert all(1 <= a <= b <= c for a, b, c in zip(least, tuned, most, strict=True))
     assert built_here(built.fingerprint)
     assert (
         json.loads((bundle / next(iter(built.engines.values())).file).with_name("report.json").read_text()).keys()
@@ -99,7 +105,7 @@ def computing(engines: dict[str, Any]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Bundles of the demo and of a full-size DeiT in any precision."""
+    """Bundles of the demo and of a few blocks of a full-size DeiT in any precision."""
     folder = tmp_path_factory.mktemp("exported")
     pictures = pictures_in(tmp_path_factory.mktemp("pictures"), 18)
     checkpoint = save(random_model(DEIT_SMALL, sublayers=9.0), folder / "deit.safetensors")
@@ -112,17 +118,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
         source, images = sources[model]
         calibration = CalibrationOptions()
         if precision != "fp32":
-            pytest.importorskip("modelopt", reason="needs the extra int8")
             cache = folder / f"{model}.npz"
-            calibration = CalibrationOptions(precision, (images,), cache, samples=16, method="max")
-        options = ExportOptions(with_dense=True, verify=False, threads=2, calibration=calibration)
+            calibration = CalibrationOptions((precision,), (images,), cache, samples=16, method="max")
+        options = ExportOptions(verify=False, threads=2, calibration=calibration)
         export_bundle(source, folder / f"{model}-{precision}", options, quiet)
         return folder / f"{model}-{precision}"
 
     return bundle
 
 
-@pytest.mark.parametrize("precision", DIGITS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("model", ["demo", "full_size"])
 def test_every_engine_is_built(exported: Callable[[str, str], Path], model: str, precision: str) -> None:
     bundle = exported(model, precision)
@@ -130,19 +135,33 @@ def test_every_engine_is_built(exported: Callable[[str, str], Path], model: str,
     assert {engine.file for engine in engine_sets(Bundle.open(bundle))[0].engines.values()} == {
         str(path.relative_to(bundle)) for path in bundle.glob("tensorrt/*/*.engine")
     }
-    described = {name: spec for name, spec in read_config(bundle)["engines"].items() if name in engines}
-    found = {kind: {name for name, spec in described.items() if spec["precision"] == kind} for kind in DIGITS}
-    assert "dense" in engines
-    assert found[precision] >= {"blocks.1.attention", "blocks.1.mlp"}
-    for name in found["fp32"]:
-        assert computing({name: engines[name]}) <= {"float32"}
-    for name in found["fp16"] - {"dense"}:  # sums, normalisation and softmax stay in float32, nothing that multiplies
-        layers = {layer["type"]: layer["precision"] for layer in engines[name]["layers"] if "MUL" in layer["type"]}
-        assert computing({name: engines[name]}) <= {"float16", "float32"}
-        assert set(layers.values()) <= {"float16"}, name
-    for name in found["int8"]:
-        assert computing({name: engines[name]}) <= {"int8", "float16", "float32"}
-        assert name.endswith("_weights") or engines[name]["precisions"]["int8"] >= 1, name
+    assert {"stem", "blocks.0.both", "blocks.1.both", "blocks.1.none", "dense"} <= set(engines)
+    for name, engine in engines.items():
+        types = computing({name: engine})
+        if precision == "fp32" or name == "stem" or name.endswith(".none"):
+            assert types == {"float32"}, name
+        elif precision == "fp16":  # sums, normalisation, softmax and decisions stay in float32
+            assert types == {"float16", "float32"}, name
+        else:
+            assert types <= {"int8", "float32"}, name
+    if precision == "int8":
+        assert "int8" in computing({name: engines[name] for name in ("blocks.1.both", "blocks.1.mlp")})
+
+
+def test_each_precision_of_a_bundle_gets_a_set(bundle: Path) -> None:
+    """Of graphs that are the same here, which nothing but their place tells apart."""
+    shutil.copytree(bundle / "fp32", bundle / "fp16")
+    config = read_config(bundle)
+    text = json.dumps(config["precisions"]["fp32"]).replace('"fp32/', '"fp16/')
+    config["precisions"]["fp16"] = json.loads(text)
+    write_config(bundle, config)
+    reports = add_engines(bundle, RTX, quiet)
+    assert [report["precision"] for report in reports.values()] == ["fp32", "fp16"]
+    found = engine_sets(Bundle.open(bundle))
+    assert [built.precision for built in found] == ["fp32", "fp16"]
+    assert found[0].fingerprint != found[1].fingerprint
+    files = [{engine.file for engine in built.engines.values()} for built in found]
+    assert files[0].isdisjoint(files[1])
 
 
 def test_every_engine_of_a_t2t_model(golden_bundles: Callable[[str], Path], tmp_path: Path) -> None:
@@ -154,8 +173,8 @@ def test_engines_are_built_with_the_export(checkpoint: Path, tmp_path: Path) -> 
     bundle = tmp_path / "bundle"
     done = invoke(export_command, checkpoint, "--output", bundle, "--no-verify", "--target", "tensorrt-rtx")
     assert done.exit_code == 0, done.output
-    exported = {name for name in read_config(bundle)["engines"] if not name.endswith("_set")}
-    assert set(engine_sets(Bundle.open(bundle))[0].engines) == exported
+    found = Bundle.open(bundle)
+    assert list(engine_sets(found)[0].engines) == graph_keys(found.files_of())
     assert "built       tensorrt-rtx-" in done.stdout
 
 
@@ -179,71 +198,53 @@ def test_sets_lie_side_by_side_and_one_of_the_same_key_is_replaced(bundle: Path)
 @pytest.mark.parametrize("file", ["tensorrt/../b.engine", "a/../b.engine", "b.engine", "tensorrt/b.engine", "/x/y/z"])
 def test_a_hostile_set_that_is_replaced_takes_nothing_along(file: str, bundle: Path) -> None:
     config = read_config(bundle)
-    write_config(bundle, config | {"engine_sets": {"old": {"engines": {"stem": {"file": file}}}}})
+    write_config(bundle, config | {"engine_sets": {"old": {"engines": [{"file": file}]}}})
     kept = bundle / "tensorrt" / "kept" / "stem.engine"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"1")
     before = sorted(bundle.rglob("*"))
-    build._describe(bundle, "old", {"engines": {}})
+    build._describe(bundle, "old", {"engines": []})
     assert sorted(bundle.rglob("*")) == before
-    assert read_config(bundle)["engine_sets"] == {"old": {"engines": {}}}
+    assert read_config(bundle)["engine_sets"] == {"old": {"engines": []}}
 
 
 def test_profiles_follow_the_statistics(bundle: Path) -> None:
-    config = read_config(bundle)
-    depth, tokens = config["architecture"]["depth"], 17
-    config["statistics"] = {
-        "tokens": [{"2": 40, str(tokens): 60}] * depth,
-        "heads": [{"1": 9, "3": 1}] * depth,
-        "batch": {"4": 25},
-    }
-    write_config(bundle, config)
+    found = Bundle.open(bundle)
+    policy = Policy.dense(found.architecture, 100)
+    policy.tokens[:40, :, 2:] = False
+    stored = write_statistics(bundle, [policy])
+    write_config(bundle, read_config(bundle) | {"statistics": vars(stored)})
     (report,) = add_engines(bundle, RTX, quiet).values()
-    shapes = [profile["x"] for profile in report["engines"]["blocks.1.mlp"]["profiles"]]
+    tokens = found.architecture.tokens
+    shapes = [profile["tokens"] for profile in report["engines"]["blocks.1.mlp"]["profiles"]]
     assert [[least[0], tuned[0], most[0]] for least, tuned, most in shapes] == [[1, 2, 2], [3, tokens, tokens]]
-    assert report["engines"]["stem"]["profiles"][0]["images"][1][0] == 4
-    config["statistics"]["tokens"].pop()
-    write_config(bundle, config)
-    with pytest.raises(BundleError, match="statistics are of"):
+    (bundle / "statistics.npz").write_bytes(b"0" * stored.bytes)
+    with pytest.raises(BundleError, match="altered"):
         add_engines(bundle, RTX, quiet)
 
 
-def odd(kind: str) -> Callable[[bytes], bytes]:
-    """An engine whose output goes through an operator of this kind first."""
-
-    def change(data: bytes) -> bytes:
-        model = onnx.load_from_string(data)
-        last = next(node for node in model.graph.node if "y" in node.output)
-        last.output[:] = ["before"]
-        model.graph.node.append(helper.make_node(kind, ["before"], ["y"], name="the_odd_one"))
-        return model.SerializeToString()
-
-    return change
-
-
 def test_a_refused_graph_is_reported_with_operator_node_and_engine(bundle: Path) -> None:
-    name = "blocks.1.mlp"
-    rewrite_engine(bundle, name, odd("Det")((bundle / f"onnx/{name}.onnx").read_bytes()))
+    file = stored_files(bundle)["blocks.1.mlp"]
+    model = onnx.load_from_string((bundle / file).read_bytes())
+    last = next(node for node in model.graph.node if "y" in node.output)
+    last.output[:] = ["before"]
+    model.graph.node.insert(
+        list(model.graph.node).index(last) + 1,
+        helper.make_node("Transpose", ["before"], ["y"], name="the_odd_one", perm=[0, 7]),
+    )
+    rewrite_stored(bundle, file, model.SerializeToString())
     before = sorted(bundle.rglob("*"))
     message = refusal(invoke(export_command, bundle, "--target", "tensorrt-rtx"))
-    assert "engine blocks.1.mlp: TensorRT refuses operator Det, node 'the_odd_one'" in message
+    assert "engine blocks.1.mlp: TensorRT refuses operator Transpose, node 'the_odd_one'" in message
     assert [path for path in sorted(bundle.rglob("*")) if path.name != "tensorrt"] == before
     assert not engine_sets(Bundle.open(bundle))
 
 
 def test_what_the_builder_refuses_is_reported_likewise(bundle: Path) -> None:
     message = refusal(invoke(export_command, bundle, "--target", "tensorrt-rtx", "--compute-capability", "75"))
-    assert "TensorRT refuses operator MATRIX_MULTIPLY, node 'matmul_" in message
+    assert "TensorRT refuses operator MATRIX_MULTIPLY, node 'gemm_" in message
     assert "Turing" in message
     assert not engine_sets(Bundle.open(bundle))
-
-
-def test_an_engine_that_is_not_what_the_bundle_says(bundle: Path) -> None:
-    config = read_config(bundle)
-    config["engines"]["head"]["inputs"][0]["dtype"] = "float16"
-    write_config(bundle, config)
-    with pytest.raises(BackendError, match=r"engine head: TensorRT reads .*float32.* config.json says .*float16"):
-        add_engines(bundle, RTX, quiet)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,7 @@ def test_the_builder_takes_its_options(bundle: Path) -> None:
     ((key, report),) = json.loads(done.stdout)["engine_sets"].items()
     assert key.endswith("-sm86-sm89")
     assert read_config(bundle)["engine_sets"][key]["max_batch"] == 4
-    assert report["engines"]["stem"]["profiles"][0]["images"][2][0] == 4
+    assert report["engines"]["dense"]["profiles"][0]["images"][2][0] == 4
 
 
 def test_every_option_reaches_the_builder(tmp_path: Path) -> None:
@@ -340,8 +341,9 @@ def test_a_builder_that_dies_is_one_line(bundle: Path, monkeypatch: pytest.Monke
     assert sorted(bundle.rglob("*")) == before
 
 
-def test_an_altered_graph_is_not_built(bundle: Path) -> None:
-    path = bundle / "onnx/head.onnx"
+@pytest.mark.parametrize("name", ["stem", "weights"])
+def test_an_altered_file_is_not_built(bundle: Path, name: str) -> None:
+    path = bundle / stored_files(bundle)[name]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -10,12 +10,12 @@ import pytest
 from cases import GOLDEN, GOLDEN_FILES, assert_same_policy, export, golden, quiet, random_images, random_policy
 
 import adavit
+from adavit.bundle.demo import demo_bundle
 from adavit.errors import BackendError
 from adavit.precision_options import CalibrationOptions
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.benchmark import Plan, latency, measure
-from adavit.bundle.demo import demo_bundle
 from adavit.runtime.engine_sets import FLAVOURS
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
@@ -48,8 +48,7 @@ def build(flavour: str, golden_bundles: Callable[[str], Path], tmp_path_factory:
                 source = demo_bundle() if name == "demo" else golden_bundles(name)
                 shutil.copytree(source, folder / "bundle")
             else:
-                pytest.importorskip("modelopt", reason="needs the extra int8")
-                calibration = CalibrationOptions(precision, (demo_bundle().with_name("images"),))
+                calibration = CalibrationOptions((precision,), (demo_bundle().with_name("images"),))
                 export(GOLDEN / GOLDEN_FILES[name], folder, verify=False, calibration=calibration)
             add_engines(folder / "bundle", BuildOptions(target=(flavour,), jobs=4), quiet)
             made[name, precision] = folder / "bundle"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from cases import invoke, picture, random_images, read_config, refusal, write_config
-from double import Gpu, add_double_engines
+from double import Gpu, add_double_engines, described_engine
 
 import adavit
+from adavit.bundle.bundle import Bundle
 from adavit.cli import run as run_command
 from adavit.errors import BackendError, OptionError
 from adavit.runtime import Runtime
-from adavit.bundle.bundle import Bundle
 from adavit.runtime.engine_sets import engine_sets
 from adavit.runtime.trust import built_here, remember_built
 
@@ -72,29 +72,32 @@ def test_engines_that_were_built_here(built: Path, gpu: Gpu, tmp_path: Path) -> 
     assert adavit.load(moved, "tensorrt", threads=1).backend.name == "tensorrt"
 
 
-@pytest.mark.parametrize("change", ["sha256", "name", "version", "flavour", "platform"])
+@pytest.mark.parametrize("change", ["sha256", "role", "version", "flavour", "platform", "precision"])
 def test_other_engines_than_were_built_here(built: Path, gpu: Gpu, change: str) -> None:
     before = fingerprint(built)
     remember_built(before, "double")
     config = read_config(built)
     described = config["engine_sets"]["double"]
     if change == "sha256":
-        described["engines"]["stem"]["sha256"] = "0" * 64
-    elif change == "name":
-        described["engines"]["stem2"] = described["engines"].pop("stem")
+        described_engine(config, "stem")["sha256"] = "0" * 64
+    elif change == "role":
+        first, second = described_engine(config, "blocks.1.both"), described_engine(config, "blocks.2.both")
+        first["block"], second["block"] = 2, 1
     else:
-        described[change] = {"version": "10.0.1", "flavour": "tensorrt-rtx", "platform": "win32_amd64"}[change]
+        other = {"version": "10.0.1", "flavour": "tensorrt-rtx", "platform": "win32_amd64", "precision": "fp16"}
+        described[change] = other[change]
     write_config(built, config)
     assert fingerprint(built) != before
     assert not built_here(fingerprint(built))
-    if change in ("sha256", "name"):
+    if change in ("sha256", "role"):
         assert_refused(built, gpu)
 
 
 def test_a_set_that_was_built_here_is_taken_beside_one_that_came_along(built: Path, gpu: Gpu) -> None:
     config = read_config(built)
     theirs = config["engine_sets"]["double"]
-    engines = {**theirs["engines"], "other": {**theirs["engines"]["stem"], "sha256": "1" * 64}}
+    more = {**described_engine(config, "stem"), "role": "block", "block": 9, "attention": True, "mlp": True}
+    engines = [*theirs["engines"], {**more, "sha256": "1" * 64}]
     config["engine_sets"] = {
         "theirs": {**theirs, "engines": engines},
         "double": {**theirs, "hardware_compatible": True},

@@ -1,4 +1,4 @@
-"""A GPU's memory and its one stream, as the TensorRT backend uses them.
+"""A GPU's memory and its one stream, as backends on a device use them.
 
 Everything is enqueued on one stream, so that what is enqueued later sees what was computed before, and memory that is
 no longer used may be used again at once. Host memory is another matter: what is copied from or to it is pinned, and
@@ -20,22 +20,20 @@ import numpy.typing as npt
 
 from adavit.runtime.backends.cuda import Cuda
 
-__all__ = ["ALIGNMENT", "Block", "Device", "size_of"]
+__all__ = ["ALIGNMENT", "Allocation", "Device", "size_of"]
 
 ALIGNMENT = 256
 """Bytes that TensorRT wants addresses to be a multiple of."""
 UPLOADS = 64
 """Host arrays on their way to the device at most."""
 
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
-
 
 def size_of(shape: tuple[int, ...], dtype: str) -> int:
     """Bytes of a tensor."""
-    return math.prod(shape) * SIZES[dtype]
+    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
-class Block:
+class Allocation:
     """Memory of a pool, given back when nothing refers to it any more.
 
     Attributes:
@@ -52,17 +50,17 @@ class Block:
         self._pool.give_back(self.address, self.size)
 
     def as_array(self, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-        """Host memory as an array that keeps the block."""
+        """Host memory as an array that keeps the allocation."""
         return np.asarray(_View(self, shape, dtype))
 
 
 class _View:
-    """What numpy makes an array of; the array refers to it, and it to the block."""
+    """What numpy makes an array of; the array refers to it, and it to the allocation."""
 
-    def __init__(self, block: Block, shape: tuple[int, ...], dtype: str) -> None:
-        self._block = block
-        kind = np.dtype("uint16" if dtype == "bfloat16" else dtype).str
-        self.__array_interface__ = {"version": 3, "shape": shape, "typestr": kind, "data": (block.address, False)}
+    def __init__(self, allocation: Allocation, shape: tuple[int, ...], dtype: str) -> None:
+        self._allocation = allocation
+        kind = np.dtype(dtype).str
+        self.__array_interface__ = {"version": 3, "shape": shape, "typestr": kind, "data": (allocation.address, False)}
 
 
 class Pool:
@@ -72,16 +70,16 @@ class Pool:
         self._cuda = cuda
         self._allocate, self._free = allocate, free
         self._spare: dict[int, list[int]] = {}
-        self._lock = threading.RLock()  # a block may be given back while one is taken, by the garbage collector
+        self._lock = threading.RLock()  # an allocation may be given back while one is taken, by the garbage collector
         self._closed = False
 
-    def take(self, size: int) -> Block:
-        """A block of at least `size` bytes."""
+    def take(self, size: int) -> Allocation:
+        """An allocation of at least `size` bytes."""
         size = max(1, -(-size // ALIGNMENT)) * ALIGNMENT
         with self._lock:
             spare = self._spare.get(size)
             address = spare.pop() if spare else int(self._cuda.call(self._allocate, size))
-        return Block(self, address, size)
+        return Allocation(self, address, size)
 
     def give_back(self, address: int, size: int) -> None:
         """Keeps memory for the next one who asks."""
@@ -116,10 +114,10 @@ class Device:
         self.stream = cuda.call("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking)
         self.memory = Pool(cuda, "cudaMalloc", "cudaFree")
         self.pinned = Pool(cuda, "cudaMallocHost", "cudaFreeHost")
-        self._scratch: Block | None = None
+        self._scratch: Allocation | None = None
         self._scratch_size = ALIGNMENT
         self._events: list[Any] = []
-        self._uploads: deque[tuple[Any, Block]] = deque()
+        self._uploads: deque[tuple[Any, Allocation]] = deque()
         self._first: Any = None
         self._times = {"enqueue_ms": 0.0, "gpu_ms": 0.0, "sync_ms": 0.0}
 
@@ -128,7 +126,7 @@ class Device:
         self._scratch_size = max(size, self._scratch_size)
 
     @property
-    def scratch(self) -> Block:
+    def scratch(self) -> Allocation:
         """What execution contexts share, since one stream runs one engine at a time."""
         with self.lock:
             if self._scratch is None or self._scratch.size < self._scratch_size:
@@ -143,6 +141,7 @@ class Device:
     def upload(self, array: npt.NDArray[Any], address: int) -> None:
         """Enqueues a copy of a host array to the device; the array may change as soon as this returns."""
         with self.lock:
+            self.begin()
             while self._uploads and (len(self._uploads) >= UPLOADS or self.cuda.ready(self._uploads[0][0])):
                 event, _ = self._uploads.popleft()
                 self.cuda.call("cudaEventSynchronize", event)
@@ -152,13 +151,13 @@ class Device:
             self.copy(address, staged.address, array.nbytes, "HostToDevice")
             self._uploads.append((self._recorded(), staged))
 
-    def fetch(self, sources: list[tuple[int, int]]) -> list[Block]:
+    def fetch(self, sources: list[tuple[int, int]]) -> list[Allocation]:
         """Copies (address, size) pairs to pinned memory and waits until they are there."""
         with self.lock:
             self.begin()
             fetched = [self.pinned.take(size) for _, size in sources]
-            for block, (address, size) in zip(fetched, sources, strict=True):
-                self.copy(block.address, address, size, "DeviceToHost")
+            for allocation, (address, size) in zip(fetched, sources, strict=True):
+                self.copy(allocation.address, address, size, "DeviceToHost")
             first, last = self._first, self._recorded()
             self._first = None
         try:
@@ -180,7 +179,7 @@ class Device:
 
     @contextmanager
     def enqueuing(self) -> Iterator[None]:
-        """Counts the time of a block as enqueuing."""
+        """Counts the time of what is done inside as enqueuing."""
         self.begin()
         start = time.perf_counter()
         yield

@@ -2,55 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from adavit.bundle.graph_keys import GraphKey, read_graph
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError, install_hint, one_line
-from adavit.runtime.backend import Backend, Options
+from adavit.runtime.backend import Options
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.backends.device import Device
-from adavit.runtime.backends.device_moves import DeviceMoves, Uploads
+from adavit.runtime.backends.device_backend import DeviceArray, DeviceBackend, check_arrays
 from adavit.runtime.backends.onnxruntime import (
-    OnnxRuntimeBackend,
+    GPU_PROVIDERS,
     asked_for,
     import_onnxruntime,
     require_provider,
     share_pool,
 )
-from adavit.bundle.bundle import Bundle, EngineSpec
 
-__all__ = ["PROVIDERS", "OnnxRuntimeGpuBackend", "create"]
+__all__ = ["PLUGIN", "OnnxRuntimeGpuBackend"]
 
-PLUGIN = "NvTensorRTRTXExecutionProvider"
+PLUGIN = GPU_PROVIDERS[-1]
 """TensorRT-RTX, from a package of its own that is registered with ONNX Runtime."""
-ON_STREAM = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+ON_STREAM = GPU_PROVIDERS[:-1]
 """Providers that enqueue on a stream they are given; the plugin has its own, and is waited for."""
-PROVIDERS = (*ON_STREAM, PLUGIN)
-NATIVE = b"EPContext"
-"""The operator whose node holds what a provider compiled, native code; no bundle of ours has one."""
 DEVICE = "cuda"
 """ONNX Runtime's name of the memory."""
 
 
-def create(bundle: Bundle, options: Options) -> Backend:
-    """ONNX Runtime on what the provider is for: a GPU or the CPU."""
-    kind: Callable[[Bundle, Options], Any] = (
-        OnnxRuntimeGpuBackend if options.provider in PROVIDERS else OnnxRuntimeBackend
-    )
-    made: Backend = kind(bundle, options)
-    return made
-
-
-class OnnxRuntimeGpuBackend(DeviceMoves):
+class OnnxRuntimeGpuBackend(DeviceBackend):
     """Runs a bundle's graphs in ONNX Runtime on a GPU.
 
     Args:
-        bundle: where the graphs are.
-        options: the provider, one of PROVIDERS, and threads for what a provider leaves to the CPU.
+        graphs: what to run.
+        options: the provider, one of GPU_PROVIDERS, and whether to share ONNX Runtime's pool of the process. Without,
+            what a provider leaves to the CPU runs on the caller's thread.
 
     Raises:
         BackendError: ONNX Runtime lacks the provider, or there is no GPU.
@@ -58,8 +49,7 @@ class OnnxRuntimeGpuBackend(DeviceMoves):
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, options: Options) -> None:
-        self._bundle = bundle
+    def __init__(self, graphs: Graphs, options: Options) -> None:
         self._ort = import_onnxruntime()
         self._provider = str(options.provider)
         self._plugins = _plugin_devices(self._ort) if self._provider == PLUGIN else []
@@ -69,49 +59,71 @@ class OnnxRuntimeGpuBackend(DeviceMoves):
                 f"for a GPU run: pip uninstall -y onnxruntime && {install_hint('gpu')}; "
                 f"then give {asked_for(self._provider)}"
             )
-        super().__init__(Device(Cuda()))
-        share_pool(self._ort, options.threads)
+        super().__init__(graphs, Device(Cuda()))
+        self._shares_pool = options.shared_pool
+        if self._shares_pool:
+            share_pool(self._ort, options.threads)
+        self.open_engines()
 
-    def load(self, name: str, alone: bool = False) -> OnnxRuntimeGpuEngine:
-        """Creates a session; see `Backend.load`."""
-        data, spec = self._bundle.read(name), self._bundle.engine(name)
-        if NATIVE in data:
-            raise BackendError(
-                f"engine {name} holds compiled code for a provider ({NATIVE.decode()}), which is not run; export again"
-            )
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 3
-        options.use_per_session_threads = False
-        on_stream = self._provider in ON_STREAM
+    def _open(self, key: GraphKey) -> OnnxRuntimeGpuEngine:
+        """See `DeviceBackend._open`: a session whose weights, but those of heads, are constants."""
+        graph = read_graph(self.graphs, key)
+        model = graph.model(graph.arrays(self.graphs.tensors))
         try:
-            if self._plugins:
-                options.add_provider_for_devices(self._plugins, {})
-                session = self._ort.InferenceSession(data, options)
-            else:
-                settings = {"user_compute_stream": str(int(self._device.stream))} if on_stream else {}
-                providers = [(self._provider, settings)]
-                session = self._ort.InferenceSession(data, options, providers=providers, enable_fallback=0)
+            session = self._session(model)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime refuses engine {spec.name}: {one_line(error)}") from None
-        require_provider(session, spec, self._provider)
-        engine = OnnxRuntimeGpuEngine(self._ort, self._device, session, spec, on_stream)
-        self._engines.append(engine)
-        return engine
+            raise BackendError(f"ONNX Runtime refuses graph {key.name}: {one_line(error)}") from None
+        require_provider(session, key.name, self._provider)
+        return OnnxRuntimeGpuEngine(self._ort, self.device, session, key.name, graph, self._provider in ON_STREAM)
 
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version and the provider in use."""
         return {"onnxruntime": self._ort.__version__, "provider": self._provider}
 
+    def _session(self, model: bytes) -> Any:
+        """A session of one thread, or on the process's pool where that is set."""
+        try:
+            return self._session_on(model)
+        except Exception as error:
+            if self._shares_pool or "global thread pool" not in str(error):
+                raise
+            self._shares_pool = True
+            return self._session_on(model)
+
+    def _session_on(self, model: bytes) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        if self._shares_pool:
+            options.use_per_session_threads = False
+        else:
+            options.intra_op_num_threads = 1
+        if self._plugins:
+            options.add_provider_for_devices(self._plugins, {})
+            return self._ort.InferenceSession(model, options)
+        on_stream = self._provider in ON_STREAM
+        settings = {"user_compute_stream": str(int(self.device.stream))} if on_stream else {}
+        return self._ort.InferenceSession(model, options, providers=[(self._provider, settings)], enable_fallback=0)
+
 
 class OnnxRuntimeGpuEngine:
-    """One session, bound to memory on the device."""
+    """A session, bound to memory on the device.
 
-    def __init__(self, ort: ModuleType, device: Device, session: Any, spec: EngineSpec, on_stream: bool) -> None:
-        self._device = device
-        self._session = session
-        self.spec = spec
-        self._on_stream = on_stream
-        self._uploads = Uploads(device)
+    Args:
+        ort: the bindings.
+        device: where the memory is.
+        session: of the graph.
+        name: for messages.
+        graph: what is computed.
+        on_stream: whether the session runs on the device's stream; else all that was enqueued is waited for.
+    """
+
+    most_images = 32
+
+    def __init__(
+        self, ort: ModuleType, device: Device, session: Any, name: str, graph: OnnxGraph, on_stream: bool
+    ) -> None:
+        self.graph = graph
+        self._device, self._session, self._name, self._on_stream = device, session, name, on_stream
         self._options = ort.RunOptions()
         if on_stream:
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -120,20 +132,22 @@ class OnnxRuntimeGpuEngine:
         """Frees the session."""
         self._session = None
 
-    def run(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """See `Engine.run`."""
+    def run(self, arrays: Mapping[str, DeviceArray]) -> None:
+        """See `DeviceEngine.run`."""
+        check_arrays(self._name, (*self.graph.inputs, *self.graph.outputs), arrays)
         with self._device.lock, self._device.enqueuing():
-            tensors = self._uploads.tensors(self.spec, inputs, outputs)
             binding = self._session.io_binding()
-            for position, (tensor, rows) in enumerate(tensors):
-                bind = binding.bind_input if position < len(inputs) else binding.bind_output
-                bind(tensor.name, DEVICE, 0, np.dtype(tensor.dtype), list(rows.shape), rows.address)
+            binds = [(binding.bind_input, value.name) for value in self.graph.inputs]
+            binds += [(binding.bind_output, value.name) for value in self.graph.outputs]
+            for bind, name in binds:
+                array = arrays[name]
+                bind(name, DEVICE, 0, np.dtype(array.dtype), list(array.shape), array.address)
             if not self._on_stream:
                 self._device.synchronise()
             try:
                 self._session.run_with_iobinding(binding, self._options)
             except Exception as error:
-                raise BackendError(f"engine {self.spec.name} failed: {one_line(error)}") from error
+                raise BackendError(f"graph {self._name} failed: {one_line(error)}") from error
 
 
 def _plugin_devices(ort: ModuleType) -> list[Any]:

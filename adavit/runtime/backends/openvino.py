@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from adavit.bundle.bundle import Bundle
 from adavit.errors import BackendError, OptionError, install_hint, one_line, raise_interrupt
 from adavit.runtime.backend import Engine, Options, Sizes
 from adavit.runtime.backends.host import HostMoves
-from adavit.bundle.bundle import Bundle
 from adavit.runtime.forks import keep_in_fork, renew_in_fork
 
 try:

@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
+from adavit.bundle.bundle import Bundle, EngineSpec, TensorSpec
 from adavit.runtime.backend import Constants, Engine, Options, Sizes
 from adavit.runtime.backends.openvino_block_engine import BlockModels, OpenVinoBlockEngine
 from adavit.runtime.backends.openvino_buffers import as_rows, from_bfloat16, rounded, to_bfloat16
 from adavit.runtime.backends.openvino_engine import OpenVinoEngine
 from adavit.runtime.backends.openvino_models import block_model, decide_model, names_of
-from adavit.bundle.bundle import Bundle, EngineSpec, TensorSpec
 from adavit.runtime.plan import sublayers_of
 from adavit.runtime.weights import attention_weights, block_weights, check_deciding, engine_weights, mlp_weights
 

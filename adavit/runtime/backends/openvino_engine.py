@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy.typing as npt
 
+from adavit.bundle.bundle import EngineSpec
 from adavit.errors import BackendError, one_line
 from adavit.runtime.backends.openvino_buffers import as_rows
 from adavit.runtime.backends.openvino_models import mask_of
-from adavit.bundle.bundle import EngineSpec
 from adavit.runtime.forks import keep_in_fork
 from adavit.runtime.worker import WORKER
 

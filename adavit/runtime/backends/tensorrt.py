@@ -1,6 +1,7 @@
 """TensorRT and TensorRT-RTX on NVIDIA GPUs: activations stay on the device, decisions alone come back.
 
-All engines run on one stream and share one scratch memory. Rows are moved by the bundle's engines `rows.*`.
+All engines run on one stream and share one scratch memory. Each was built from one graph of the bundle, and takes the
+weights of the kept heads as inputs.
 """
 
 from __future__ import annotations
@@ -10,25 +11,34 @@ from collections import deque
 from importlib import import_module
 from typing import Any
 
+from adavit.bundle.graph_keys import GraphKey, read_graph
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError, BundleError, OptionError, install_hint
 from adavit.runtime.backend import Options
 from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.backends.device import Device
-from adavit.runtime.backends.device_moves import DeviceMoves
+from adavit.runtime.backends.device_backend import DeviceBackend
 from adavit.runtime.backends.tensorrt_engine import TensorRtEngine
-from adavit.bundle.bundle import Bundle, EngineSpec
-from adavit.runtime.engine_sets import FLAVOURS, Machine, find_engine_set, numeric_version, this_platform
+from adavit.runtime.engine_sets import (
+    FLAVOURS,
+    Machine,
+    find_engine_set,
+    numeric_version,
+    source_of,
+    this_platform,
+)
 
 __all__ = ["TensorRtBackend", "TensorRtRtxBackend"]
 
 log = logging.getLogger(__name__)
 
 
-class TensorRtBackend(DeviceMoves):
+class TensorRtBackend(DeviceBackend):
     """Runs a set of a bundle's TensorRT engines.
 
     Args:
-        bundle: where the engines are.
+        graphs: what the engines were built from.
         options: whether to use CUDA graphs, and engines that were built elsewhere; threads only matter to who calls.
 
     Raises:
@@ -38,37 +48,35 @@ class TensorRtBackend(DeviceMoves):
 
     name = "tensorrt"
 
-    def __init__(self, bundle: Bundle, options: Options) -> None:
+    def __init__(self, graphs: Graphs, options: Options) -> None:
         if options.provider is not None:
             raise OptionError(f"{self.name} has no providers; leave out provider {options.provider!r}")
-        self._bundle = bundle
         self._trt = trt = import_tensorrt(self.name)
         cuda = Cuda()
         version = numeric_version(str(trt.__version__))
         self._machine = Machine(self.name, version, this_platform(), cuda.compute_capability())
-        self._set = find_engine_set(bundle, self._machine, options.trust_engines)
-        self._graphs = options.cuda_graphs
+        self._bundle = graphs.bundle
+        self._set = find_engine_set(self._bundle, self._machine, graphs.precision, options.trust_engines)
+        self._makes_graphs = options.cuda_graphs
         self._messages = Messages()
         self._logger = _logger(trt, self._messages)
         self._runtime = self._make_runtime()
-        super().__init__(Device(cuda))
+        super().__init__(graphs, Device(cuda))
+        self.open_engines()
 
-    def load(self, name: str, alone: bool = False) -> TensorRtEngine:
-        """See `Backend.load`: the bytes that are hashed are the bytes that are deserialised."""
-        stored = self._set.engines.get(name)
-        if stored is None or name not in self._bundle.engines:
-            raise BundleError(f"{self._bundle.path}: {self._set.key} has no engine {name!r}; {self._rebuild()}")
-        spec = self._bundle.engines[name]
-        if stored.source != spec.sha256:
-            raise BackendError(f"engine {name} was built from another graph than the bundle's; {self._rebuild()}")
+    def _open(self, key: GraphKey) -> TensorRtEngine:
+        """See `DeviceBackend._open`: the bytes that are hashed are the bytes that are deserialised."""
+        graph, stored = read_graph(self.graphs, key), self._set.engines.get(key)
+        if stored is None:
+            raise BundleError(f"{self._bundle.path}: {self._set.key} has no engine {key.name}; {self._rebuild()}")
+        if stored.source != source_of(self.graphs.files, key):
+            raise BackendError(f"engine {key.name} was built from another graph than the bundle's; {self._rebuild()}")
         engine = self._runtime.deserialize_cuda_engine(self._bundle.read_stored(stored))
         if engine is None:
-            raise BackendError(f"TensorRT does not read engine {name}{self._messages.taken()}; {self._rebuild()}")
+            raise BackendError(f"TensorRT does not read engine {key.name}{self._messages.taken()}; {self._rebuild()}")
         if self._set.stripped:
-            self._refit(engine, spec)
-        loaded = TensorRtEngine(self._device, self._trt, engine, spec, self._graphs, self._messages.taken)
-        self._engines.append(loaded)
-        return loaded
+            self._refit(engine, key, graph)
+        return TensorRtEngine(self.device, self._trt, engine, key.name, graph, self._makes_graphs, self._messages.taken)
 
     def versions(self) -> dict[str, str]:
         """TensorRT's version, the GPU's compute capability, and the set of engines in use."""
@@ -91,12 +99,13 @@ class TensorRtBackend(DeviceMoves):
             )
         return runtime
 
-    def _refit(self, engine: Any, spec: EngineSpec) -> None:
-        """Puts the weights of the ONNX file into an engine that was built without them."""
+    def _refit(self, engine: Any, key: GraphKey, graph: OnnxGraph) -> None:
+        """Puts the bundle's weights into an engine that was built without them."""
         refitter = self._trt.Refitter(engine, self._logger)
         parser = self._trt.OnnxParserRefitter(refitter, self._logger)
-        if not parser.refit_from_bytes(self._bundle.read(spec.name)) or not refitter.refit_cuda_engine():
-            raise BackendError(f"engine {spec.name} takes no weights{self._messages.taken()}; {self._rebuild()}")
+        model = graph.model(graph.arrays(self.graphs.tensors))
+        if not parser.refit_from_bytes(model) or not refitter.refit_cuda_engine():
+            raise BackendError(f"engine {key.name} takes no weights{self._messages.taken()}; {self._rebuild()}")
 
     def _rebuild(self) -> str:
         return f"run: adavit-export {self._bundle.path} --target {self.name}"
