@@ -11,7 +11,9 @@ time, and which attention takes once, by a mask.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from adavit.bundle.keys import BlockKey, Sublayers
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError, OptionError, install_hint, one_line, raise_interrupt
 from adavit.runtime.backend import Float, Index, Options, Usage
+from adavit.runtime.backends.onnxruntime import Prepared, matrix_bytes
 from adavit.runtime.forks import keep_in_fork, renew_in_fork
 from adavit.runtime.head_cache import HeadCache
 
@@ -33,6 +36,7 @@ try:
     from adavit.runtime.backends.openvino_models import (
         HANDED,
         MASK,
+        bf16_tensor_of,
         compute_in_bf16,
         mask_of,
         mask_scores,
@@ -50,6 +54,12 @@ PREPARED_KEPT = 512
 """Of the operators that a model prepares. With half as many, varied policies took 4 % longer, with more no less."""
 HEADS = 64 << 20
 """Bytes of the weights of heads that are kept."""
+OFTEN = 1 / 16
+"""How often an image has to run a block with some heads for a model of their own."""
+MOST_BYTES = 96 << 20
+"""Of the weights in such models; each takes two to three times as much, and 100 ms to compile."""
+MOST_WITH_THREADS = 16
+"""Of such models that run on several threads: each holds two threads, which OpenVINO gives to the next when it goes."""
 MOST_BINDINGS = 1024
 """Of a slot: one for each set of heads in each block."""
 OUTSIDE = -1
@@ -97,8 +107,10 @@ class OpenVinoBackend:
         keep_in_fork(self._core)
         self._bf16 = self._computes_in_bf16(options.provider)
         self._models: dict[tuple[bytes, int], Compiled] = {}
-        self._blocks: dict[tuple[int, Sublayers], tuple[OnnxGraph, bytes]] = {}
-        self._tensors: dict[tuple[int, str], Any] = {}
+        self._blocks: dict[tuple[int, Sublayers], OnnxGraph] = {}
+        self._shared: dict[tuple[int, Sublayers], bytes] = {}
+        self._rounded: dict[int, Any] = {}
+        self.constant: Mapping[Prepared, Compiled] = {}  # replaced as a whole
         self.heads = HeadCache(graphs, self._as_tensors, HEADS)
         self.after_fork()
         renew_in_fork(self)
@@ -122,8 +134,8 @@ class OpenVinoBackend:
         self.stem(threads)
         for block, files in enumerate(self.graphs.files.blocks):
             for sublayers in files:
-                graph = self.graphs.block(block, sublayers)
-                self._blocks[block, sublayers] = graph, graph.model({})
+                graph = self._blocks[block, sublayers] = self.graphs.block(block, sublayers)
+                self._shared[block, sublayers] = graph.model({})
                 self.shared(block, sublayers, threads)
 
     def after_fork(self) -> None:
@@ -139,41 +151,66 @@ class OpenVinoBackend:
         compiled = self._models.get((b"dense", self._options.threads))
         if compiled is None:
             graph = self.graphs.dense()
-            compiled = self._kept(b"dense", graph, self._complete(graph), self._options.threads)
+            compiled = self._kept(b"dense", graph, partial(self._complete, graph), self._options.threads)
         logits = np.empty((len(images), self.graphs.architecture.classes), np.float32)
-        given = {"images": np.ascontiguousarray(images), "logits": logits}
-        compiled.run(OUTSIDE, [openvino.Tensor(given[name], shared_memory=True) for name in compiled.names])
+        given = {"images": np.ascontiguousarray(images), "logits": logits}  # tensors do not keep their memory
+        compiled.run(OUTSIDE, [tensor_of(given[name]) for name in compiled.names])
         return logits
 
     def stem(self, threads: int) -> Compiled:
         """The model of the stem."""
         found = self._models.get((b"stem", threads))
-        return found or self._kept(b"stem", self._stem, self._complete(self._stem), threads)
+        return found or self._kept(b"stem", self._stem, partial(self._complete, self._stem), threads)
 
     def shared(self, block: int, sublayers: Sublayers, threads: int) -> Compiled:
         """The model of a block, which takes all weights as inputs, and which other blocks share."""
-        graph, model = self._blocks[block, sublayers]
-        return self._models.get((model, threads)) or self._kept(model, graph, model, threads)
+        model = self._shared[block, sublayers]
+        found = self._models.get((model, threads))
+        return found or self._kept(model, self._blocks[block, sublayers], lambda: model, threads)
 
     def weights(self, block: int, sublayers: Sublayers) -> dict[str, Any]:
         """The values of a block's own weights, by the names of its graph's inputs."""
-        graph, _ = self._blocks[block, sublayers]
-        named = {name: weight.tensor for name, weight in graph.weights.items() if weight.tensor}
-        return {name: self._tensor(name, self.graphs.tensors.array(tensor)) for name, tensor in named.items()}
+        return self._as_tensors(self._blocks[block, sublayers].arrays(self.graphs.tensors))
 
-    def choose(self, usage: Usage) -> Sequence[Hashable]:
-        """See `Backend.choose`."""
-        return []
+    def choose(self, usage: Usage) -> Sequence[Prepared]:
+        """See `Backend.choose`: what comes most often; by its bytes, every block gains as much."""
+        often = Counter[Prepared]()
+        for use, share in usage.items():
+            if use.key.heads and any(use.key.sublayers):
+                often[Prepared(use.threads, use.key)] += share  # type: ignore[assignment]
+        arch, chosen = self.graphs.architecture, list[Prepared]()
+        free, with_threads = MOST_BYTES, 0
+        for prepared, share in often.most_common():
+            size = matrix_bytes(arch, prepared.key) * self._workers(prepared.threads)
+            if share < OFTEN or size > free or (prepared.threads > 1 and with_threads == MOST_WITH_THREADS):
+                continue
+            chosen.append(prepared)
+            free -= size
+            with_threads += prepared.threads > 1
+        return chosen
 
-    def prepare(self, wanted: Hashable) -> None:
+    def prepare(self, wanted: Prepared) -> None:
         """See `Backend.prepare`."""
+        block, sublayers, _ = wanted.key
+        graph = self._blocks[block, sublayers]
 
-    def keep(self, wanted: Sequence[Hashable]) -> None:
+        def complete() -> bytes:
+            own = graph.arrays(self.graphs.tensors)
+            return graph.model(own | dict(self.graphs.quantised_head_weights(wanted.key)))
+
+        compiled = self._compiled(graph, complete, wanted.threads)
+        compiled.compile_all()
+        with self._lock:
+            self.constant = {**self.constant, wanted: compiled}
+
+    def keep(self, wanted: Sequence[Prepared]) -> None:
         """See `Backend.keep`."""
+        with self._lock:
+            self.constant = {prepared: self.constant[prepared] for prepared in wanted if prepared in self.constant}
 
-    def prepared(self) -> Sequence[Hashable]:
+    def prepared(self) -> Sequence[Prepared]:
         """See `Backend.prepared`."""
-        return []
+        return list(self.constant)
 
     def rounded(self, tokens: int) -> int:
         """See `Backend.rounded`."""
@@ -187,33 +224,39 @@ class OpenVinoBackend:
         """OpenVINO's version and the precision in use."""
         return {"openvino": openvino.__version__, "precision": "bf16" if self._bf16 else "fp32"}
 
-    def _as_tensors(self, arrays: Arrays) -> Mapping[str, Any]:
-        return {name: self._tensor(name, array) for name, array in arrays.items()}
+    def _as_tensors(self, arrays: Arrays) -> dict[str, Any]:
+        """Weights as inputs of these names; of those that lie in the weights' file, there is one copy."""
+        return {name: self._as_tensor(array, self._bf16 and name in HANDED) for name, array in arrays.items()}
 
-    def _tensor(self, name: str, array: npt.NDArray[Any]) -> Any:
-        """An array as an input of this name; what lies in the weights' file is copied once."""
-        dtype = openvino.Type.bf16 if self._bf16 and name in HANDED else None
-        if array.flags.writeable:
-            return tensor_of(array, dtype)
-        key = array.ctypes.data, name
-        found = self._tensors.get(key)
-        if found is None:
-            found = self._tensors.setdefault(key, tensor_of(array, dtype))
-        return found
+    def _as_tensor(self, array: npt.NDArray[Any], to_bf16: bool) -> Any:
+        in_file = not array.flags.writeable
+        if not to_bf16:
+            return tensor_of(array) if in_file else openvino.Tensor(array)
+        if not in_file:
+            return bf16_tensor_of(array)
+        at = array.ctypes.data
+        if at not in self._rounded:
+            self._rounded[at] = bf16_tensor_of(array)
+        return self._rounded[at]
 
     def _complete(self, graph: OnnxGraph) -> bytes:
         """A graph with its weights: OpenVINO follows no references of models that it is given as bytes."""
         return graph.model(graph.arrays(self.graphs.tensors))
 
-    def _kept(self, name: bytes, graph: OnnxGraph, model: bytes, threads: int) -> Compiled:
+    def _workers(self, threads: int) -> int:
+        """How many run images at once, on so many threads each."""
+        return self._options.threads if threads == 1 else 1
+
+    def _kept(self, name: bytes, graph: OnnxGraph, model: Callable[[], bytes], threads: int) -> Compiled:
         """A model that is compiled once."""
         with self._lock:
             found = self._models.get((name, threads))
             if found is None:
-                workers = self._options.threads if threads == 1 else 1
-                found = Compiled(graph.name, workers, lambda: self._compile(graph, model, threads))
-                self._models[name, threads] = found
+                found = self._models[name, threads] = self._compiled(graph, model, threads)
         return found
+
+    def _compiled(self, graph: OnnxGraph, model: Callable[[], bytes], threads: int) -> Compiled:
+        return Compiled(graph.name, self._workers(threads), lambda: self._compile(graph, model(), threads))
 
     def _compile(self, graph: OnnxGraph, model: bytes, threads: int) -> Any:
         """Compiles a model to run on so many threads.
@@ -263,23 +306,22 @@ class OpenVinoSlot:
         self._logits = np.empty((1, arch.classes), np.float32)
         self._decisions = np.empty((1, arch.tokens + arch.heads + 2), np.float32)
         self._kept = np.zeros(arch.tokens, np.int64)
-        tokens = _shared(self._tokens)
-        self._memory = {"x": tokens, "y": tokens, "logits": _shared(self._logits)}
+        tokens = tensor_of(self._tokens)
+        self._memory = {"x": tokens, "y": tokens, "logits": tensor_of(self._logits)}
         self._counted: dict[int, Any] = {}
         self._rows: dict[int, Any] = {}
-        self._bound: dict[BlockKey, tuple[Compiled, list[Any]]] = {}
+        self._bound: dict[tuple[BlockKey, bool], list[Any]] = {}
 
     def stem(self, image: Float) -> None:
         """See `Slot.stem`."""
-        compiled = self._backend.stem(self._threads)
-        compiled.run(OUTSIDE, self._tensors(compiled, 0, {"images": _shared(np.ascontiguousarray(image))}))
+        compiled, image = self._backend.stem(self._threads), np.ascontiguousarray(image)
+        compiled.run(OUTSIDE, self._tensors(compiled, 0, {"images": tensor_of(image)}))
 
     def block(self, key: BlockKey, tokens: Index) -> None:
         """See `Slot.block`."""
-        found = self._bound.get(key)
-        if found is None:
-            found = self._bind(key)
-        compiled, tensors = found[0], found[1].copy()
+        constant = self._backend.constant.get(Prepared(self._threads, key))
+        compiled = constant or self._backend.shared(key.block, key.sublayers, self._threads)
+        tensors = (self._bound.get((key, constant is None)) or self._bind(key, compiled, constant is None)).copy()
         count = len(tokens)
         rows = self._backend.rounded(count)
         for position, name in enumerate(compiled.names):
@@ -293,31 +335,33 @@ class OpenVinoSlot:
 
     def decisions(self) -> Float:
         """See `Slot.decisions`."""
-        return self._decisions[0]
+        found: Float = self._decisions[0]
+        return found
 
     def logits(self) -> Float:
         """See `Slot.logits`."""
-        return self._logits[0]
+        found: Float = self._logits[0]
+        return found
 
     def tokens(self) -> Float:
         """See `Slot.tokens`."""
         return self._tokens
 
-    def _bind(self, key: BlockKey) -> tuple[Compiled, list[Any]]:
-        """The model of a block, and the tensors that it runs on but for the kept tokens."""
-        block, sublayers, _ = key
-        compiled = self._backend.shared(block, sublayers, self._threads)
-        given = self._backend.weights(block, sublayers) | dict(self._backend.heads.of(key))
+    def _bind(self, key: BlockKey, compiled: Compiled, takes_weights: bool) -> list[Any]:
+        """The tensors that a block's model runs on, but for the kept tokens."""
+        given: dict[str, Any] = {}
+        if takes_weights:
+            given = self._backend.weights(key.block, key.sublayers) | dict(self._backend.heads.of(key))
         if len(self._bound) >= MOST_BINDINGS:
             self._bound.clear()
-        self._bound[key] = compiled, self._tensors(compiled, block + 1, given)
-        return self._bound[key]
+        found = self._bound[key, takes_weights] = self._tensors(compiled, key.block + 1, given)
+        return found
 
     def _tensors(self, compiled: Compiled, deciding: int, given: Mapping[str, Any]) -> list[Any]:
         """What a model runs on that decides for a block; None where it is not known yet."""
         count = self._backend.graphs.decisions(deciding)
         if count and count not in self._counted:
-            self._counted[count] = _shared(self._decisions[:, :count])
+            self._counted[count] = tensor_of(self._decisions[:, :count])
         memory = {**self._memory, **given, "decisions": self._counted.get(count)}
         return [memory.get(name) for name in compiled.names]
 
@@ -325,10 +369,5 @@ class OpenVinoSlot:
         """The first kept tokens."""
         found = self._rows.get(rows)
         if found is None:
-            found = self._rows[rows] = _shared(self._kept[:rows])
+            found = self._rows[rows] = tensor_of(self._kept[:rows])
         return found
-
-
-def _shared(array: npt.NDArray[Any]) -> Any:
-    """A tensor of contiguous memory, which it does not keep."""
-    return openvino.Tensor(array, shared_memory=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -11,7 +12,18 @@ import numpy.typing as npt
 import openvino
 import openvino.opset13 as opset
 
-__all__ = ["HANDED", "MASK", "compute_in_bf16", "mask_of", "mask_scores", "names_of", "rounded", "tensor_of", "unfold"]
+__all__ = [
+    "HANDED",
+    "MASK",
+    "bf16_tensor_of",
+    "compute_in_bf16",
+    "mask_of",
+    "mask_scores",
+    "names_of",
+    "rounded",
+    "tensor_of",
+    "unfold",
+]
 
 STEP = 16
 """Numbers of tokens are rounded up to all tokens less a multiple of this."""
@@ -68,7 +80,7 @@ def unfold(model: Any) -> None:
 
 
 def compute_in_bf16(model: Any) -> None:
-    """Makes the large linear layers compute in bf16, and nothing else; those of their weights that are inputs become so.
+    """Makes the large linear layers, and nothing else, compute in bf16 and take weights in it.
 
     With bf16 as the precision of the whole model, decisions would be made in it, and the stem's many small operators
     would lose more by conversions than they gain.
@@ -90,14 +102,23 @@ def compute_in_bf16(model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def tensor_of(array: Array, dtype: Any) -> Any:
-    """A tensor with a copy of an array; float32 becomes bfloat16 where that is asked for: the nearest, ties to even."""
-    if dtype == openvino.Type.bf16 and array.dtype == np.float32:
-        bits = np.ascontiguousarray(array).view(np.uint32)
-        found = openvino.Tensor(dtype, openvino.Shape(array.shape))
-        found.data.view(np.uint16)[...] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return found
-    return openvino.Tensor(np.ascontiguousarray(array), shared_memory=False)
+def tensor_of(array: Array) -> Any:
+    """A tensor of an array's own memory, which has to live as long; OpenVINO does not write to inputs.
+
+    It takes writable memory alone. That of a bundle's weights is not, but holds them once.
+    """
+    if not array.flags.writeable:
+        memory = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
+        array = np.frombuffer(memory, array.dtype).reshape(array.shape)
+    return openvino.Tensor(array, shared_memory=True)
+
+
+def bf16_tensor_of(array: npt.NDArray[np.float32]) -> Any:
+    """A tensor of the nearest bfloat16 of finite numbers; ties go to the even one."""
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    found = openvino.Tensor(openvino.Type.bf16, openvino.Shape(array.shape))
+    found.data.view(np.uint16)[...] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return found
 
 
 def names_of(ports: Sequence[Any]) -> list[str]:
