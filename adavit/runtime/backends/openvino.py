@@ -273,7 +273,9 @@ class OpenVinoBackend:
             "ENABLE_CPU_PINNING": False,
             "CPU_RUNTIME_CACHE_CAPACITY": PREPARED_KEPT,
         }
-        if "images" not in {value.name for value in graph.inputs}:
+        if "images" in {value.name for value in graph.inputs}:
+            properties["LP_TRANSFORMS_MODE"] = False  # it fails on heads of int8 channels, and int8 is then slower
+        else:
             properties["SNIPPETS_MODE"] = "DISABLE"  # fused attention may be wrong from the second number of tokens on
         try:
             return self._core.compile_model(self._read(graph, model), "CPU", properties)
