@@ -1,30 +1,49 @@
-"""OpenVINO on the CPU, on memory that engines share with numpy.
+"""OpenVINO on the CPU.
 
-OpenVINO prepares its operators anew for every number of tokens that it has not seen: 0.5 to 3 ms of an engine that
-takes 0.3. So numbers of tokens are rounded up to a few, and attention masks the rows behind the kept ones: its softmax
-makes exact zeros of them. Rows of the other parts do not depend on each other.
+A block's graph is compiled with its weights as inputs, so that one model serves all blocks of a kind. A model for every
+block would have kernels and memory of its own, which are no longer in the cache when its block's turn comes.
+
+OpenVINO prepares its operators anew for every number of tokens that it has not seen: 0.5 to 3 ms of a block that takes
+0.3. So numbers of tokens are rounded up to a few. The further rows are the class token's, which come out the same every
+time, and which attention takes once, by a mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from adavit.bundle.bundle import Bundle
+import numpy as np
+import numpy.typing as npt
+
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.head_weights import Arrays
+from adavit.bundle.keys import BlockKey, Sublayers
+from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError, OptionError, install_hint, one_line, raise_interrupt
-from adavit.runtime.backend import Engine, Options, Sizes
-from adavit.runtime.backends.host import HostMoves
+from adavit.runtime.backend import Float, Index, Options, Usage
+from adavit.runtime.backends.onnxruntime import Prepared, matrix_bytes
 from adavit.runtime.forks import keep_in_fork, renew_in_fork
+from adavit.runtime.head_cache import HeadCache
 
 try:
     import openvino
 
-    from adavit.runtime.backends.openvino_blocks import Blocks
-    from adavit.runtime.backends.openvino_buffers import OpenVinoBuffer, rounded
-    from adavit.runtime.backends.openvino_engine import Compiled, OpenVinoEngine
-    from adavit.runtime.backends.openvino_models import mask_scores
-    from adavit.runtime.backends.openvino_stem import restructure
+    from adavit.runtime.backends.openvino_compiled import Compiled
+    from adavit.runtime.backends.openvino_models import (
+        HANDED,
+        MASK,
+        bf16_tensor_of,
+        compute_in_bf16,
+        mask_of,
+        mask_scores,
+        rounded,
+        tensor_of,
+        unfold,
+    )
 except ImportError as error:
     raise_interrupt(error)
     raise BackendError(f"OpenVINO does not import ({error}); run: {install_hint('openvino')}") from None
@@ -33,13 +52,18 @@ __all__ = ["OpenVinoBackend"]
 
 PREPARED_KEPT = 512
 """Of the operators that a model prepares. With half as many, varied policies took 4 % longer, with more no less."""
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
-BY_IMAGE = {"stem", "head"}
-"""Engines that run for one image at a time: of a fixed shape, they take a tenth to a fifth less time."""
-WITH_STEM = {"stem", "dense"}
-"""Engines that a stem is part of."""
-DECISIONS = {"tokens", "choices"}
-"""Outputs that are compared with thresholds; engines that have them stay in float32."""
+HEADS = 64 << 20
+"""Bytes of the weights of heads that are kept."""
+OFTEN = 1 / 16
+"""How often an image has to run a block with some heads for a model of their own."""
+MOST_BYTES = 96 << 20
+"""Of the weights in such models; each takes two to three times as much, and 100 ms to compile."""
+MOST_WITH_THREADS = 16
+"""Of such models that run on several threads: each holds two threads, which OpenVINO gives to the next when it goes."""
+MOST_BINDINGS = 1024
+"""Of a slot: one for each set of heads in each block."""
+OUTSIDE = -1
+"""The number of requests that are of no block."""
 
 
 class Executors:
@@ -59,115 +83,293 @@ EXECUTORS = Executors()
 renew_in_fork(EXECUTORS)
 
 
-class OpenVinoBackend(HostMoves):
-    """Runs engines in OpenVINO on the CPU.
+class OpenVinoBackend:
+    """Runs graphs in OpenVINO on the CPU.
 
     Args:
-        bundle: where the engines are.
-        options: threads, what they share, and as the provider "fp32" or "bf16": by default bf16 where the CPU
-            computes in it (AMX, AVX512-BF16), else fp32. Decisions are fp32 in either.
+        graphs: what to run.
+        options: threads, what they share, and as the provider "fp32" or "bf16": of fp32 graphs by default bf16 where
+            the CPU computes in it (AMX, AVX512-BF16), else fp32. Decisions are fp32 in either.
 
     Raises:
-        BackendError: OpenVINO is not installed, or the CPU does not compute in the precision asked for.
+        BackendError: OpenVINO is not installed, or the CPU does not compute in the precision asked for, or it refuses
+            a graph.
+        OptionError: there is no such precision.
     """
 
     name = "openvino"
+    on_host = True
 
-    def __init__(self, bundle: Bundle, options: Options) -> None:
-        self._bundle = bundle
+    def __init__(self, graphs: Graphs, options: Options) -> None:
+        self.graphs = graphs
         self._options = options
         self._core = openvino.Core()
-        keep_in_fork(self)
+        keep_in_fork(self._core)
+        self._bf16 = self._computes_in_bf16(options.provider)
+        self._models: dict[tuple[bytes, int], Compiled] = {}
+        self._blocks: dict[tuple[int, Sublayers], OnnxGraph] = {}
+        self._shared: dict[tuple[int, Sublayers], bytes] = {}
+        self._rounded: dict[int, Any] = {}
+        self.constant: Mapping[Prepared, Compiled] = {}  # replaced as a whole
+        self.heads = HeadCache(graphs, self._as_tensors, HEADS)
+        self.after_fork()
+        renew_in_fork(self)
+        if graphs.architecture.adapts:
+            self._load_blocks(options.threads_of(1))
+
+    def _computes_in_bf16(self, provider: str | None) -> bool:
         able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self._precision = options.provider or ("bf16" if able else "fp32")
-        if self._precision not in PRECISIONS:
-            raise OptionError(f"OpenVINO has no precision {self._precision!r}; choose fp32 or bf16")
-        if self._precision == "bf16" and not able:
+        if provider not in (None, "fp32", "bf16"):
+            raise OptionError(f"OpenVINO has no precision {provider!r}; choose fp32 or bf16")
+        if provider == "bf16" and self.graphs.precision != "fp32":
+            raise OptionError(f"OpenVINO computes {self.graphs.precision} graphs as they are; bf16 is for fp32 ones")
+        if provider == "bf16" and not able:
             raise BackendError("this CPU does not compute in bf16 (AMX, AVX512-BF16); choose fp32")
-        self._blocks: Blocks | None = None
-        self._making: dict[str, Future[OpenVinoEngine]] = {}
-        if bundle.config.get("precision") == "fp32" and bundle.architecture.adapts:
-            self._blocks = Blocks(bundle, self._compile, self._precision == "bf16", options)
-        else:
-            pool = ThreadPoolExecutor(options.threads, "adavit-compile")
-            names = [name for name in bundle.engines if name.startswith("blocks.")]
-            self._making = {name: pool.submit(self._make, name) for name in names}
-            pool.shutdown(wait=False)
-        self.always_gathers = self._blocks is not None
-        self.fixed = self._blocks.whole if self._blocks else None
+        return provider == "bf16" or (provider is None and able and self.graphs.precision == "fp32")
 
-    def load(self, name: str, alone: bool = False) -> Engine:
-        """An engine; those of converted blocks are made in parallel from the start. See `Backend.load`."""
-        if self._blocks and name.startswith("blocks."):
-            return self._blocks.load(name)
-        try:
-            if making := self._making.get(name):
-                return making.result()
-            return self._make(name, 1 if alone else None)
-        except BaseException:
-            for making in self._making.values():
-                making.cancel()
-            raise
+    def _load_blocks(self, threads: int) -> None:
+        """Reads every graph, and compiles what runs them on so many threads."""
+        self.graphs.check_deciding()
+        self._stem = self.graphs.stem()
+        self.stem(threads)
+        for block, files in enumerate(self.graphs.files.blocks):
+            for sublayers in files:
+                graph = self._blocks[block, sublayers] = self.graphs.block(block, sublayers)
+                self._shared[block, sublayers] = graph.model({})
+                self.shared(block, sublayers, threads)
 
-    def _make(self, name: str, copies: int | None = None) -> OpenVinoEngine:
-        """The engine of a file."""
-        model, spec = self._read(name), self._bundle.engine(name)
-        found = [[port.any_name for port in ports] for ports in (model.inputs, model.outputs)]
-        if found != [[tensor.name for tensor in tensors] for tensors in (spec.inputs, spec.outputs)]:
-            raise BackendError(f"engine {spec.name} has other inputs or outputs than config.json says; export again")
-        if name in BY_IMAGE:
-            model.reshape({port: [1, *port.partial_shape[1:]] for port in model.inputs})
-        t2t = self._bundle.architecture.stem == "t2t"
-        if t2t and name in WITH_STEM:
-            try:
-                restructure(model, bf16=name == "stem" and self._precision == "bf16")
-            except Exception as error:  # of a graph that no export makes
-                raise BackendError(f"OpenVINO refuses engine {name}: {one_line(error)}") from None
-        masks = any("K" in tensor.shape for tensor in spec.inputs) and mask_scores(model)
-        exact = any(tensor.name in DECISIONS for tensor in spec.outputs) or (t2t and name == "stem")
-        return OpenVinoEngine(spec, self._compile(model, exact, copies), masks=masks)
+    def after_fork(self) -> None:
+        """Makes the lock, in a forked child anew."""
+        self._lock = threading.RLock()
 
-    def _read(self, name: str) -> Any:
-        """The model of an engine's file."""
-        data = self._bundle.read(name)
-        try:
-            return self._core.read_model(data)
-        except RuntimeError as error:
-            raise BackendError(f"OpenVINO refuses engine {name}: {one_line(error)}") from None
+    def slot(self, threads: int) -> OpenVinoSlot:
+        """See `Backend.slot`."""
+        return OpenVinoSlot(self, threads)
 
-    def _compile(self, model: Any, exact: bool, copies: int | None = None) -> Compiled:
-        """Compiles a model, to compute in float32 if it has to be exact: so many copies, by default one a worker."""
-        copies = copies or self._options.workers
-        properties = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": self._options.threads // copies,
-            "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "f32" if exact else PRECISIONS[self._precision],
-            "ENABLE_CPU_PINNING": False,
-            "CPU_RUNTIME_CACHE_CAPACITY": PREPARED_KEPT,
-            "EXCLUSIVE_ASYNC_REQUESTS": EXECUTORS.lost,  # then it compiles in the thread that asks
-        }
-        EXECUTORS.used = True
-        rows = [port.partial_shape for port in model.inputs if len(port.partial_shape) < 4]  # all but images
-        if any(shape.is_dynamic for shape in rows):
-            properties["SNIPPETS_MODE"] = "DISABLE"  # fused attention may be wrong from the second number of tokens on
-        try:
-            return Compiled([self._core.compile_model(model, "CPU", properties) for _ in range(copies)])
-        except RuntimeError as error:
-            raise BackendError(f"OpenVINO refuses {model.get_friendly_name()}: {one_line(error)}") from None
+    def dense(self, images: Float) -> Float:
+        """See `Backend.dense`."""
+        compiled = self._models.get((b"dense", self._options.threads))
+        if compiled is None:
+            graph = self.graphs.dense()
+            compiled = self._kept(b"dense", graph, partial(self._complete, graph), self._options.threads)
+        logits = np.empty((len(images), self.graphs.architecture.classes), np.float32)
+        given = {"images": np.ascontiguousarray(images), "logits": logits}  # tensors do not keep their memory
+        compiled.run(OUTSIDE, [tensor_of(given[name]) for name in compiled.names])
+        return logits
 
-    def prepare(self, used: Mapping[Sizes, float]) -> Mapping[Sizes, float]:
+    def stem(self, threads: int) -> Compiled:
+        """The model of the stem."""
+        found = self._models.get((b"stem", threads))
+        return found or self._kept(b"stem", self._stem, partial(self._complete, self._stem), threads)
+
+    def shared(self, block: int, sublayers: Sublayers, threads: int) -> Compiled:
+        """The model of a block, which takes all weights as inputs, and which other blocks share."""
+        model = self._shared[block, sublayers]
+        found = self._models.get((model, threads))
+        return found or self._kept(model, self._blocks[block, sublayers], lambda: model, threads)
+
+    def weights(self, block: int, sublayers: Sublayers) -> dict[str, Any]:
+        """The values of a block's own weights, by the names of its graph's inputs."""
+        return self._as_tensors(self._blocks[block, sublayers].arrays(self.graphs.tensors))
+
+    def choose(self, usage: Usage) -> Sequence[Prepared]:
+        """See `Backend.choose`: what comes most often; by its bytes, every block gains as much."""
+        often = Counter[Prepared]()
+        for use, share in usage.items():
+            if use.key.heads and any(use.key.sublayers):
+                often[Prepared(use.threads, use.key)] += share  # type: ignore[assignment]
+        arch, chosen = self.graphs.architecture, list[Prepared]()
+        free, with_threads = MOST_BYTES, 0
+        for prepared, share in often.most_common():
+            size = matrix_bytes(arch, prepared.key) * self._workers(prepared.threads)
+            if share < OFTEN or size > free or (prepared.threads > 1 and with_threads == MOST_WITH_THREADS):
+                continue
+            chosen.append(prepared)
+            free -= size
+            with_threads += prepared.threads > 1
+        return chosen
+
+    def prepare(self, wanted: Prepared) -> None:
         """See `Backend.prepare`."""
-        return self._blocks.prepare(used) if self._blocks else {}
+        block, sublayers, _ = wanted.key
+        graph = self._blocks[block, sublayers]
 
-    def buffer(self, shape: tuple[int, ...], dtype: str = "float32") -> OpenVinoBuffer:
-        """See `Backend.buffer`."""
-        return OpenVinoBuffer.empty(shape, dtype)
+        def complete() -> bytes:
+            own = graph.arrays(self.graphs.tensors)
+            return graph.model(own | dict(self.graphs.quantised_head_weights(wanted.key)))
+
+        compiled = self._compiled(graph, complete, wanted.threads)
+        compiled.compile_all()
+        with self._lock:
+            self.constant = {**self.constant, wanted: compiled}
+
+    def keep(self, wanted: Sequence[Prepared]) -> None:
+        """See `Backend.keep`."""
+        with self._lock:
+            self.constant = {prepared: self.constant[prepared] for prepared in wanted if prepared in self.constant}
+
+    def prepared(self) -> Sequence[Prepared]:
+        """See `Backend.prepared`."""
+        return list(self.constant)
 
     def rounded(self, tokens: int) -> int:
         """See `Backend.rounded`."""
-        return rounded(tokens, self._bundle.architecture.tokens)
+        return rounded(tokens, self.graphs.architecture.tokens)
+
+    def timings(self) -> dict[str, float]:
+        """See `Backend.timings`: there is nothing to tell."""
+        return {}
 
     def versions(self) -> dict[str, str]:
         """OpenVINO's version and the precision in use."""
-        return {"openvino": openvino.__version__, "precision": self._precision}
+        return {"openvino": openvino.__version__, "precision": "bf16" if self._bf16 else "fp32"}
+
+    def _as_tensors(self, arrays: Arrays) -> dict[str, Any]:
+        """Weights as inputs of these names; of those that lie in the weights' file, there is one copy."""
+        return {name: self._as_tensor(array, self._bf16 and name in HANDED) for name, array in arrays.items()}
+
+    def _as_tensor(self, array: npt.NDArray[Any], to_bf16: bool) -> Any:
+        in_file = not array.flags.writeable
+        if not to_bf16:
+            return tensor_of(array) if in_file else openvino.Tensor(array)
+        if not in_file:
+            return bf16_tensor_of(array)
+        at = array.ctypes.data
+        if at not in self._rounded:
+            self._rounded[at] = bf16_tensor_of(array)
+        return self._rounded[at]
+
+    def _complete(self, graph: OnnxGraph) -> bytes:
+        """A graph with its weights: OpenVINO follows no references of models that it is given as bytes."""
+        return graph.model(graph.arrays(self.graphs.tensors))
+
+    def _workers(self, threads: int) -> int:
+        """How many run images at once, on so many threads each."""
+        return self._options.threads if threads == 1 else 1
+
+    def _kept(self, name: bytes, graph: OnnxGraph, model: Callable[[], bytes], threads: int) -> Compiled:
+        """A model that is compiled once."""
+        with self._lock:
+            found = self._models.get((name, threads))
+            if found is None:
+                found = self._models[name, threads] = self._compiled(graph, model, threads)
+        return found
+
+    def _compiled(self, graph: OnnxGraph, model: Callable[[], bytes], threads: int) -> Compiled:
+        return Compiled(graph.name, self._workers(threads), lambda: self._compile(graph, model(), threads))
+
+    def _compile(self, graph: OnnxGraph, model: bytes, threads: int) -> Any:
+        """Compiles a model to run on so many threads.
+
+        With no stream, it runs in the thread that asks, and has no threads of its own; with one, it has two.
+        """
+        alone = threads == 1 or EXECUTORS.lost
+        EXECUTORS.used = EXECUTORS.used or not alone
+        properties = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 0 if alone else 1,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "ENABLE_CPU_PINNING": False,
+            "CPU_RUNTIME_CACHE_CAPACITY": PREPARED_KEPT,
+        }
+        if "images" in {value.name for value in graph.inputs}:
+            properties["LP_TRANSFORMS_MODE"] = False  # it fails on heads of int8 channels, and int8 is then slower
+        else:
+            properties["SNIPPETS_MODE"] = "DISABLE"  # fused attention may be wrong from the second number of tokens on
+        try:
+            return self._core.compile_model(self._read(graph, model), "CPU", properties)
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO refuses graph {graph.name}: {one_line(error)}") from None
+
+    def _read(self, graph: OnnxGraph, model: bytes) -> Any:
+        """A model as OpenVINO's own, changed to run faster."""
+        found = self._core.read_model(model)
+        unfold(found)
+        if "tokens" in {value.name for value in graph.inputs}:
+            mask_scores(found)
+        if self._bf16:
+            compute_in_bf16(found)
+        return found
+
+
+class OpenVinoSlot:
+    """An image's tokens, decisions and logits, and what runs its blocks on them; see `Slot`.
+
+    Args:
+        backend: compiles the models.
+        threads: that run the image.
+    """
+
+    def __init__(self, backend: OpenVinoBackend, threads: int) -> None:
+        arch = backend.graphs.architecture
+        self._backend, self._threads = backend, threads
+        self._tokens = np.empty((arch.tokens, arch.width), np.float32)
+        self._logits = np.empty((1, arch.classes), np.float32)
+        self._decisions = np.empty((1, arch.tokens + arch.heads + 2), np.float32)
+        self._kept = np.zeros(arch.tokens, np.int64)
+        tokens = tensor_of(self._tokens)
+        self._memory = {"x": tokens, "y": tokens, "logits": tensor_of(self._logits)}
+        self._counted: dict[int, Any] = {}
+        self._rows: dict[int, Any] = {}
+        self._bound: dict[tuple[BlockKey, bool], list[Any]] = {}
+
+    def stem(self, image: Float) -> None:
+        """See `Slot.stem`."""
+        compiled, image = self._backend.stem(self._threads), np.ascontiguousarray(image)
+        compiled.run(OUTSIDE, self._tensors(compiled, 0, {"images": tensor_of(image)}))
+
+    def block(self, key: BlockKey, tokens: Index) -> None:
+        """See `Slot.block`."""
+        constant = self._backend.constant.get(Prepared(self._threads, key))
+        compiled = constant or self._backend.shared(key.block, key.sublayers, self._threads)
+        tensors = (self._bound.get((key, constant is None)) or self._bind(key, compiled, constant is None)).copy()
+        count = len(tokens)
+        rows = self._backend.rounded(count)
+        for position, name in enumerate(compiled.names):
+            if name == "tokens":
+                self._kept[:count] = tokens
+                self._kept[count:rows] = 0
+                tensors[position] = self._indices(rows)
+            elif name == MASK:
+                tensors[position] = mask_of(count, rows)
+        compiled.run(key.block, tensors)
+
+    def decisions(self) -> Float:
+        """See `Slot.decisions`."""
+        found: Float = self._decisions[0]
+        return found
+
+    def logits(self) -> Float:
+        """See `Slot.logits`."""
+        found: Float = self._logits[0]
+        return found
+
+    def tokens(self) -> Float:
+        """See `Slot.tokens`."""
+        return self._tokens
+
+    def _bind(self, key: BlockKey, compiled: Compiled, takes_weights: bool) -> list[Any]:
+        """The tensors that a block's model runs on, but for the kept tokens."""
+        given: dict[str, Any] = {}
+        if takes_weights:
+            given = self._backend.weights(key.block, key.sublayers) | dict(self._backend.heads.of(key))
+        if len(self._bound) >= MOST_BINDINGS:
+            self._bound.clear()
+        found = self._bound[key, takes_weights] = self._tensors(compiled, key.block + 1, given)
+        return found
+
+    def _tensors(self, compiled: Compiled, deciding: int, given: Mapping[str, Any]) -> list[Any]:
+        """What a model runs on that decides for a block; None where it is not known yet."""
+        count = self._backend.graphs.decisions(deciding)
+        if count and count not in self._counted:
+            self._counted[count] = tensor_of(self._decisions[:, :count])
+        memory = {**self._memory, **given, "decisions": self._counted.get(count)}
+        return [memory.get(name) for name in compiled.names]
+
+    def _indices(self, rows: int) -> Any:
+        """The first kept tokens."""
+        found = self._rows.get(rows)
+        if found is None:
+            found = self._rows[rows] = tensor_of(self._kept[:rows])
+        return found

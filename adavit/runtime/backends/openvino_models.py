@@ -1,35 +1,48 @@
-"""Blocks and their decisions as OpenVINO models that take their weights as inputs; the mask for rows not there.
-
-Weights are the factors that OpenVINO rearranges fastest where they are no constants: qkv left ones, the others right
-ones, of which fc2 is transposed. Those of h kept heads with c = h * d channels are qkv [h, 3d, D], qkv_bias [h, 3d, 1]
-where the model has one, and proj [c, D]; fc1 [c + 2, hidden] and heads [h], the heads' numbers. The others have their
-names in a checkpoint's block.
-"""
+"""What is changed in a bundle's graphs for OpenVINO: a mask of rows, the unfold of pixels, and layers in bf16."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import openvino
 import openvino.opset13 as opset
 
-from adavit.architecture import Architecture
-
 __all__ = [
-    "block_model",
-    "decide_model",
+    "HANDED",
+    "MASK",
+    "bf16_tensor_of",
+    "compute_in_bf16",
     "mask_of",
     "mask_scores",
     "names_of",
+    "rounded",
+    "tensor_of",
+    "unfold",
 ]
 
-ANY = -1
-"""A size that varies."""
+STEP = 16
+"""Numbers of tokens are rounded up to all tokens less a multiple of this."""
+MASK = "mask"
 MASKED = -1e30
 """Added to the scores of rows that are not there: the softmax makes exact zeros of them."""
+UNFOLD = "unfold"
+"""The weights of the convolution that copies what an unfold sees."""
+HANDED = ("qkv", "proj", "fc1", "fc2")
+"""The weights of the large layers of a block."""
+LARGE = (*HANDED, "attention1.kqv.weight", "attention2.kqv.weight", "project.weight")
+"""With those of the layers that do three quarters of the T2T stem's multiply-accumulates."""
+
+Array = npt.NDArray[Any]
+
+
+def rounded(tokens: int, all_tokens: int) -> int:
+    """The number of rows that are computed for so many tokens."""
+    return all_tokens - (all_tokens - tokens) // STEP * STEP
 
 
 @lru_cache(1024)
@@ -40,185 +53,83 @@ def mask_of(count: int, rows: int) -> Any:
     return openvino.Tensor(mask)
 
 
-def mask_scores(model: Any) -> bool:
-    """Gives a model with attention a last input, `mask_of`, which is added to every row of the scores.
-
-    Returns:
-        Whether it has attention.
-    """
-    masks = False
+def mask_scores(model: Any) -> None:
+    """Gives a model with attention a last input, `mask_of`, which is added to every row of the scores."""
     for node in model.get_ops():
         if node.get_type_name() == "Softmax":
-            scores = node.input_value(0)
-            mask = opset.parameter(openvino.PartialShape([ANY]), np.float32)
-            added = opset.add(scores, opset.convert(mask, scores.get_element_type().to_string()))
+            mask = opset.parameter(openvino.PartialShape([-1]), np.float32, name=MASK)
+            mask.output(0).set_names({MASK})
+            added = opset.add(node.input_value(0), mask)
             node.input(0).replace_source_output(added.output(0))
             model.add_parameters([mask])
-            masks = True
-    return masks
 
 
-def decide_model(arch: Architecture, choices: int) -> Any:
-    """`blocks.i.decide`, for so many `choices` of heads and sub-layers."""
-    take = Inputs()
-    x = take("x", arch.tokens, arch.width)
-    outputs = {"normed": _normed(arch, take, "norm1", x)}
-    if arch.token_policy:
-        outputs["tokens"] = opset.reshape(_token_logits(arch, take, x), _ints(-1, 1), False)
-    if choices:
-        outputs["choices"] = _choice_logits(arch, take, x, choices)
-    return _model("decide", take, outputs)
+def unfold(model: Any) -> None:
+    """Makes the unfold of pixels an operator of its own: exactly the same, in a third of the convolution's time."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Convolution" or UNFOLD not in _inputs_of(node):
+            continue
+        made = node.get_attributes()
+        begin, end = (opset.constant([0, 0, *made[key]]) for key in ("pads_begin", "pads_end"))
+        padded = opset.pad(node.input_value(0), begin, end, "constant")
+        # Of pictures of one channel, patches come in the order of the unfold: by channel, then by place.
+        single = opset.reshape(padded, opset.constant([-1, 1, *_sizes(padded)[1:]]), False)
+        kernel = list(node.input_value(1).get_shape()[2:])
+        patches = opset.extract_image_patches(single, kernel, made["strides"], made["dilations"], "valid")
+        node.output(0).replace(opset.reshape(patches, opset.constant([-1, *_sizes(node)]), False).output(0))
 
 
-def block_model(arch: Architecture, kind: str, dtype: Any, choices: int | None) -> Any:
-    """`blocks.i.attention_set`, `mlp_set` or `both_set`, by its kind, or `decide_set`.
+def compute_in_bf16(model: Any) -> None:
+    """Makes the large linear layers, and nothing else, compute in bf16 and take weights in it.
 
-    Where tokens are decided on, `kept` [K] are the numbers of the kept ones, and behind them the first of them again,
-    whose row comes out the same every time; attention takes it once by the `mask` [K].
-
-    Args:
-        arch: the model's shapes.
-        kind: "attention", "mlp", "both" or "decide".
-        dtype: of the weights of heads.
-        choices: how many heads and sub-layers are decided on; None where the head comes behind.
+    With bf16 as the precision of the whole model, decisions would be made in it, and the stem's many small operators
+    would lose more by conversions than they gain.
     """
-    take = Inputs()
-    x = take("x", arch.tokens, arch.width)
-    outputs = {}
-    if kind != "decide":
-        x = outputs["y"] = _sublayers(arch, take, dtype, kind, x)
-    if choices is None:
-        outputs["logits"] = _head(arch, take, dtype, x)
-    else:
-        if arch.token_policy:
-            thresholds = take("token_thresholds", arch.tokens)
-            outputs["next_kept"] = opset.greater(_token_logits(arch, take, x), thresholds)
-        if choices:
-            thresholds = take("choice_thresholds", choices)
-            outputs["next_choices"] = opset.greater(_choice_logits(arch, take, x, choices), thresholds)
-    return _model(f"{kind}_set", take, outputs)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() not in ("MatMul", "Convolution") or not set(LARGE).intersection(_inputs_of(node)):
+            continue
+        users = node.output(0).get_target_inputs()
+        for port in node.inputs():
+            source = port.get_source_output()
+            if source.get_node().get_type_name() == "Parameter":
+                source.get_node().set_element_type(openvino.Type.bf16)
+            else:
+                port.replace_source_output(opset.convert(source, "bf16").output(0))
+        node.validate_and_infer_types()
+        result = opset.convert(node, "f32").output(0)
+        for user in users:
+            user.replace_source_output(result)
+    model.validate_nodes_and_infer_types()
 
 
-class Inputs:
-    """Makes a model's inputs, by the names that they get.
+def tensor_of(array: Array) -> Any:
+    """A tensor of an array's own memory, which has to live as long; OpenVINO does not write to inputs.
 
-    Attributes:
-        made: all of them.
+    It takes writable memory alone. That of a bundle's weights is not, but holds them once.
     """
+    if not array.flags.writeable:
+        memory = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
+        array = np.frombuffer(memory, array.dtype).reshape(array.shape)
+    return openvino.Tensor(array, shared_memory=True)
 
-    def __init__(self) -> None:
-        self.made: list[Any] = []
 
-    def __call__(self, name: str, *shape: int, dtype: Any = np.float32) -> Any:
-        """A further input."""
-        self.made.append(opset.parameter(openvino.PartialShape(list(shape)), dtype, name=name))
-        return self.made[-1]
+def bf16_tensor_of(array: npt.NDArray[np.float32]) -> Any:
+    """A tensor of the nearest bfloat16 of finite numbers; ties go to the even one."""
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    found = openvino.Tensor(openvino.Type.bf16, openvino.Shape(array.shape))
+    found.data.view(np.uint16)[...] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return found
 
 
 def names_of(ports: Sequence[Any]) -> list[str]:
-    """The names of a compiled model's inputs, or its outputs, as they are given here."""
-    return [port.get_node().get_friendly_name() for port in ports]
+    """The names of a compiled model's inputs or outputs."""
+    return [port.any_name for port in ports]
 
 
-def _model(name: str, take: Inputs, outputs: Mapping[str, Any]) -> Any:
-    results = [opset.result(output, name=key) for key, output in outputs.items()]
-    return openvino.Model(results, take.made, name)
+def _inputs_of(node: Any) -> list[str]:
+    return [value.get_node().get_friendly_name() for value in node.input_values()]
 
 
-def _sublayers(arch: Architecture, take: Inputs, dtype: Any, kind: str, x: Any) -> Any:
-    """The kept sub-layers on the kept tokens of x [N, D], put back where they were: [N, D]."""
-    kept = take("kept", ANY, dtype=np.int32) if arch.token_policy else None
-    by_row = opset.constant(np.int64(0))
-    rows = x if kept is None else opset.gather(x, kept, by_row)
-    if kind != "mlp":
-        rows = _attention(arch, take, dtype, rows)
-    if kind != "attention":
-        rows = _mlp(arch, take, dtype, rows)
-    return rows if kept is None else opset.scatter_update(x, kept, rows, by_row)
-
-
-def _attention(arch: Architecture, take: Inputs, dtype: Any, x: Any) -> Any:
-    """The attention sub-layer, residual included: [K, D] -> [K, D]."""
-    d, width = arch.head_width, arch.width
-    normed = _normed(arch, take, "norm1", x)
-    product = opset.matmul(_float(take("qkv", ANY, 3 * d, width, dtype=dtype)), normed, False, True)  # [h, 3d, K]
-    if arch.qkv_bias:
-        product = opset.add(product, take("qkv_bias", ANY, 3 * d, 1))
-    projection = _float(take("proj", ANY, width, dtype=dtype))
-    query, key, value = opset.split(product, opset.constant(np.int64(1)), 3).outputs()
-    scores = opset.matmul(opset.transpose(query, _ints(0, 2, 1)), key, False, False)
-    if arch.token_policy:
-        scores = opset.add(scores, take("mask", ANY))
-    mixed = opset.matmul(opset.softmax(scores, -1), opset.transpose(value, _ints(0, 2, 1)), False, False)
-    joined = opset.reshape(opset.transpose(mixed, _ints(1, 0, 2)), _ints(0, -1), True)
-    update = opset.add(opset.matmul(joined, projection, False, False), take("attn.proj.bias", width))
-    return opset.add(update, x)
-
-
-def _mlp(arch: Architecture, take: Inputs, dtype: Any, x: Any) -> Any:
-    """The MLP sub-layer, residual included: [K, D] -> [K, D].
-
-    The first layer's bias is two rows of its weights, for inputs of one: an addition of its own would keep the GELU
-    from being computed with the product. Two, since one is rounded to bfloat16, the other is the rest.
-    """
-    width, hidden = arch.width, arch.hidden
-    heads = take("heads", ANY, dtype=np.int64)
-    first = _float(take("fc1", ANY, hidden, dtype=dtype))
-    by_head = opset.reshape(_normed(arch, take, "norm2", x), _ints(0, arch.heads, arch.head_width), True)
-    joined = opset.reshape(opset.gather(by_head, heads, opset.constant(np.int64(1))), _ints(0, -1), True)
-    ones = opset.broadcast(opset.constant(np.float32(1)), opset.concat([_rows_of(x), _ints(2)], 0))
-    inner = opset.gelu(opset.matmul(opset.concat([joined, ones], 1), first, False, False), "erf")
-    second = _float(take("mlp.fc2.weight", width, hidden, dtype=dtype))
-    update = opset.add(opset.matmul(inner, second, False, True), take("mlp.fc2.bias", width))
-    return opset.add(update, x)
-
-
-def _token_logits(arch: Architecture, take: Inputs, x: Any) -> Any:
-    """The logits of tokens [1, N] of x [N, D]; `token_select` has the scale and the bias of norm1 in it.
-
-    Products are sums of products by element, here and of choices: OpenVINO would take bfloat16 for a MatMul, but keeps
-    to float32 what comes behind the last one.
-    """
-    vector, offset = take("token_select.weight", 1, arch.width), take("token_select.bias", 1)
-    logits = opset.add(opset.reduce_sum(opset.multiply(_centred(arch, x), vector), _ints(-1), False), offset)
-    return opset.reshape(logits, _ints(1, -1), False)
-
-
-def _choice_logits(arch: Architecture, take: Inputs, x: Any, choices: int) -> Any:
-    """The logits of heads and sub-layers [1, C] of x [N, D]."""
-    weights, offsets = take("choices.weight", choices, arch.width), take("choices.bias", choices)
-    first = opset.slice(x, _ints(0), _ints(1), _ints(1), _ints(0))
-    logits = opset.add(opset.reduce_sum(opset.multiply(first, weights), _ints(-1), False), offsets)
-    return opset.reshape(logits, _ints(1, -1), False)
-
-
-def _head(arch: Architecture, take: Inputs, dtype: Any, x: Any) -> Any:
-    """The logits [1, C] of x [N, D]."""
-    first = opset.slice(x, _ints(0), _ints(1), _ints(1), _ints(0))
-    weights = _float(take("head.weight", arch.classes, arch.width, dtype=dtype))
-    product = opset.matmul(_normed(arch, take, "norm", first), weights, False, True)
-    return opset.add(product, take("head.bias", arch.classes))
-
-
-def _normed(arch: Architecture, take: Inputs, name: str, x: Any) -> Any:
-    scale, bias = take(f"{name}.weight", arch.width), take(f"{name}.bias", arch.width)
-    return opset.add(opset.multiply(_centred(arch, x), scale), bias)
-
-
-def _centred(arch: Architecture, x: Any) -> Any:
-    """Rows of mean 0 and variance 1."""
-    return opset.mvn(x, _ints(-1), True, arch.norm_epsilon, "inside_sqrt")
-
-
-def _rows_of(x: Any) -> Any:
-    """The number of rows, [1]."""
-    return opset.gather(opset.shape_of(x, "i64"), _ints(0), opset.constant(np.int64(0)))
-
-
-def _float(weights: Any) -> Any:
-    """Weights as float32 in the model's terms; a plugin that computes in bf16 takes such ones as they are."""
-    return weights if weights.get_element_type() == openvino.Type.f32 else opset.convert(weights, "f32")
-
-
-def _ints(*values: int) -> Any:
-    return opset.constant(np.array(values, np.int64))
+def _sizes(node: Any) -> list[int]:
+    """The sizes of [B, ...] behind the batch."""
+    return [size.get_length() for size in list(node.get_output_partial_shape(0))[1:]]
