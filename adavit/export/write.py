@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from adavit.architecture import Architecture
-from adavit.files import sha256
-from adavit.macs import dense_macs, outside_macs
 from adavit.bundle.bundle import LABELS, MODEL_TYPE, PREPROCESSING, SCHEMA_VERSION, GraphFiles, write_config
 from adavit.bundle.preprocessing import Preprocessor
+from adavit.files import sha256
+from adavit.macs import dense_macs, outside_macs
 from adavit.version import __version__
 
 __all__ = ["describe_bundle"]
