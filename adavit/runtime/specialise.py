@@ -11,7 +11,7 @@ import atexit
 import logging
 import threading
 import weakref
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 
 FIRST, MOST_WAIT = 16, 256
 """Images after which usage is looked at first, and at most how many more each time; the number doubles until then."""
-MOST_KEPT = 1024
-"""Keys that are kept for the next start: more than a backend prepares, in a small file."""
 HELD = 1024
 """Images that wait to be counted at most, and after how many all that was counted before counts half."""
 
@@ -47,17 +45,10 @@ def usage_of(policy: Policy, threads: int) -> Usage:
 
 
 def usage_to(usage: Usage) -> list[list[Any]]:
-    """As plain JSON values: the keys that are most frequent, each with its mean number of tokens."""
-    often: defaultdict[tuple[int, BlockKey], float] = defaultdict(float)
-    tokens: defaultdict[tuple[int, BlockKey], float] = defaultdict(float)
-    for use, share in usage.items():
-        often[use.threads, use.key] += share
-        tokens[use.threads, use.key] += share * use.tokens
-    first = sorted(often, key=lambda one: often[one], reverse=True)[:MOST_KEPT]
+    """As plain JSON values."""
     return [
-        [threads, key.block, *map(int, key.sublayers), list(key.heads), round(tokens[one] / share), min(1.0, share)]
-        for one in first
-        for (threads, key), share in [(one, often[one])]
+        [use.threads, use.key.block, *map(int, use.key.sublayers), list(use.key.heads), use.tokens, often]
+        for use, often in usage.items()
     ]
 
 
