@@ -21,14 +21,14 @@ __all__ = ["describe_bundle"]
 _PACKAGES = ("torch", "onnx", "numpy")
 _ADAPTIVE = (
     "image-classification, vision-transformer, adaptive-computation, onnx",
-    "An adaptive vision transformer ([AdaViT](https://arxiv.org/abs/2111.15668)) as graphs that are dispatched per\n"
-    "image: what its policies drop is not computed.",
-    "measures it against its dense twin",
+    "An adaptive vision transformer ([AdaViT](https://arxiv.org/abs/2111.15668)). For each image, its policies choose\n"
+    "tokens, attention heads and sub-layers. What they drop is not computed.",
+    "measures its speed, also against the dense twin, which computes everything.",
 )
 _DENSE = (
     "image-classification, vision-transformer, onnx",
     "A vision transformer as one ONNX graph. It has no policies, and computes everything for every image.",
-    "measures it",
+    "measures its speed.",
 )
 """Tags of the model card, what it says the model is, and what the command does."""
 
@@ -82,7 +82,7 @@ def describe_bundle(
 
 def _card(config: dict[str, Any], graphs: Sequence[GraphFiles], labels: Sequence[str]) -> str:
     arch = config["architecture"]
-    sizes = ", ".join(f"{files.precision} {files.bytes / 1e6:.1f} MB" for files in graphs)
+    sizes = ", ".join(f"{files.precision} ({files.bytes / 1e6:.1f} MB)" for files in graphs)
     policies = [kind for kind in ("token", "head", "sublayer") if arch[f"{kind}_policy"]]
     tags, model, measures = _ADAPTIVE if policies else _DENSE
     return f"""---
@@ -92,8 +92,11 @@ tags: [{tags}]
 ---
 # {config["name"]}
 
-{model} Exported by adavit {config["made_by"]["adavit"]} from
-`{config["checkpoint"]["file"]}` (SHA-256 `{config["checkpoint"]["sha256"]}`).
+{model}
+
+This folder is a bundle: ONNX graphs and one safetensors file of weights for each precision. adavit
+{config["made_by"]["adavit"]} exported it from `{config["checkpoint"]["file"]}`
+(SHA-256 `{config["checkpoint"]["sha256"]}`).
 
 | | |
 | --- | --- |
@@ -102,14 +105,15 @@ tags: [{tags}]
 | policies | {", ".join(policies) or "none"} |
 | classes | {len(labels)} |
 | dense cost | {config["macs"]["dense"] / 1e9:.3f} GMACs |
-| graphs | {sizes}, opset {graphs[0].opset} |
+| precisions | {sizes} |
 
 ```python
 import adavit
 
 runtime = adavit.load("this/folder")
-print(runtime.predict(["image.jpg"], top=5))
+for prediction in runtime.predict(["image.jpg"], top=5):
+    print(prediction.top)
 ```
 
-`adavit-run this/folder --images photos/` {measures}.
+`adavit-run this/folder --images photos/` {measures}
 """
