@@ -55,7 +55,12 @@ MAX_TEXT = 16 << 20
 MAX_GRAPH = 4 << 20
 """Bytes of a graph, which holds no weights: a dense twin takes 6 KB a block."""
 MAX_STATISTICS = 256 << 20
+PART = 1 << 20
+"""Bytes that are hashed at once."""
 MAX_WEIGHTS = 64 << 30
+
+
+Buffer = bytes
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class StoredFile:
     sha256: str
 
     @classmethod
-    def of(cls, file: str, data: bytes) -> StoredFile:
+    def of(cls, file: str, data: Buffer) -> StoredFile:
         """What describes a file with such content."""
         return cls(file, len(data), sha256(data))
 
@@ -228,7 +233,10 @@ def map_stored(folder: Path, stored: StoredFile) -> bytes | mmap.mmap:
 
 def _hash_of(file: BinaryIO) -> str:
     """The SHA-256 of a file's content, read in parts."""
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    while part := file.read(PART):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _altered(folder: Path, stored: StoredFile) -> BundleError:

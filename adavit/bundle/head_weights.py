@@ -104,11 +104,10 @@ def _matrix(weight: Array | Quantised) -> Array:
 
 def _joined_rows(parts: Sequence[Array | Quantised], channels: Array, scale: float) -> Array | Quantised:
     """The rows of output channels of queries, keys and values, below one another; the queries' scaled."""
-    if isinstance(parts[0], Quantised):
-        scales = np.concatenate([part.scale[channels] for part in parts])
-        scales[: len(channels)] *= np.float32(scale)
-        return Quantised(_taken([part.codes for part in parts], channels), scales)
-    rows = _taken(parts, channels)
+    rows = _taken([_matrix(part) for part in parts], channels)
+    scales = [part.scale[channels] for part in parts if isinstance(part, Quantised)]
+    if scales:
+        return Quantised(rows, np.concatenate([scales[0] * np.float32(scale), *scales[1:]]))
     rows[: len(channels)] *= rows.dtype.type(scale)
     return rows
 
@@ -126,11 +125,10 @@ def _columns(weight: Array | Quantised, channels: Array, every: bool) -> Array |
     """The columns of input channels."""
     if every:
         return weight
-    if isinstance(weight, Quantised):
-        return Quantised(_columns(weight.codes, channels, False), weight.scale)
-    columns = _empty((len(weight), len(channels)), weight.dtype)
-    weight.take(channels, 1, out=columns, mode="clip")
-    return columns
+    matrix = _matrix(weight)
+    columns = _empty((len(matrix), len(channels)), matrix.dtype)
+    matrix.take(channels, 1, out=columns, mode="clip")
+    return Quantised(columns, weight.scale) if isinstance(weight, Quantised) else columns
 
 
 def _empty(shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:

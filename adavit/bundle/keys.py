@@ -18,7 +18,7 @@ class Sublayers(NamedTuple):
     @property
     def name(self) -> str:
         """As files and reports name the combination."""
-        return {(True, True): "both", (True, False): "attention", (False, True): "mlp"}.get(tuple(self), "none")
+        return {(True, True): "both", (True, False): "attention", (False, True): "mlp"}.get((self.attention, self.mlp), "none")
 
 
 ATTENTION = ("projected", "mixed")

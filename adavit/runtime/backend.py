@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -121,19 +121,22 @@ class Backend(Protocol):
         """
         ...
 
-    def choose(self, usage: Usage) -> Sequence[Hashable]:
-        """What to prepare for what images use most, as far as memory allows, the best first; none where it is no faster."""
+    def choose(self, usage: Usage) -> Sequence[Any]:
+        """What to prepare for what images use most, as far as memory allows, the best first: hashable values.
+
+        None where it is no faster.
+        """
         ...
 
-    def prepare(self, wanted: Hashable) -> None:
+    def prepare(self, wanted: Any) -> None:
         """Prepares one of what `choose` returned; slots use it from the next block on."""
         ...
 
-    def keep(self, wanted: Sequence[Hashable]) -> None:
+    def keep(self, wanted: Sequence[Any]) -> None:
         """Lets go of what is prepared but for these."""
         ...
 
-    def prepared(self) -> Sequence[Hashable]:
+    def prepared(self) -> Sequence[Any]:
         """What is prepared."""
         ...
 

@@ -285,11 +285,6 @@ class Runtime:
         policy = policy_at(self.bundle, self.offsets)
         return {} if policy is None else usage_of(policy, self.options.threads_of(1))
 
-    def _usual(self) -> Usage:
-        """What calibration images used, where the bundle tells."""
-        policy = policy_at(self.bundle, self.offsets)
-        return {} if policy is None else usage_of(policy, self.options.threads_of(1))
-
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process, the bundle is loaded again, and run as here."""
         what = str(self.bundle.path), self.bundle.fingerprint, self.graphs.precision

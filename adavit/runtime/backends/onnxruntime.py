@@ -281,7 +281,7 @@ class OnnxRuntimeBackend:
         graph, weights = self._blocks[block, sublayers], self.graphs.quantised_head_weights(wanted.key)
         fused = None
         if sublayers.attention and self.graphs.precision == "fp32":
-            fused = fuse_attention(graph, weights, len(heads))
+            fused = fuse_attention(graph, self.graphs.head_weights(wanted.key), len(heads))
             weights = fused.weights
         constants = graph.arrays(self.graphs.tensors) | dict(weights)
         session = self._session(graph, constants, wanted.threads, fused)
@@ -366,8 +366,10 @@ class OnnxRuntimeBackend:
         values = values_of(constants)
         if values:
             options.add_external_initializers(list(values), list(self._as_values(values).values()))
-        further = {"nodes": fused.nodes, "added": fused.added, "domains": DOMAINS} if fused else {}
-        model = graph.model(constants, external=True, **further)
+        if fused is None:
+            model = graph.model(constants, external=True)
+        else:
+            model = graph.model(constants, True, fused.nodes, fused.added, DOMAINS)
         unwanted = HIDING_INT8 if self.graphs.precision in ("int8", "mixed") else UNWANTED
         try:
             session = self.ort.InferenceSession(
@@ -399,7 +401,7 @@ def matrix_bytes(arch: Architecture, key: BlockKey) -> int:
 
 def saved_macs(arch: Architecture, use: Use) -> float:
     """The time, in MACs, that a block gains of having its weights as constants."""
-    (_, sublayers, heads), count = use.key, len(use.key.heads)
+    sublayers, count = use.key.sublayers, len(use.key.heads)
     macs = sublayers.attention * attention_macs(arch, use.tokens, count)
     macs += sublayers.mlp * mlp_macs(arch, use.tokens, count)
     copied = 0 if count == arch.heads else matrix_bytes(arch, use.key) / 4
@@ -443,7 +445,6 @@ class OnnxRuntimeSlot:
         self._blank = self._as_value(np.zeros(1, np.float32))
         self._bound: dict[tuple[int, Sublayers], Bound] = {}
         self._prepared: dict[BlockKey, Bound] = {}
-        self._known: Mapping[Prepared, Any] = {}
         self._stem = self._bind(backend.stem(threads), {}, backend.graphs.decisions(0))
 
     def stem(self, image: Float) -> None:
@@ -457,10 +458,7 @@ class OnnxRuntimeSlot:
 
     def block(self, key: BlockKey, tokens: Index) -> None:
         """See `Slot.block`."""
-        constant = self._backend.constant
-        if constant is not self._known:
-            self._forget(constant)
-        session = constant.get(Prepared(self._threads, key))
+        session = self._backend.constant.get(Prepared(self._threads, key))
         bound = self._shared(key) if session is None else self._constant(key, session)
         given = self._backend.heads.of(key) if session is None else {}
         for name, value in given.items():
@@ -472,12 +470,6 @@ class OnnxRuntimeSlot:
         finally:
             for name in given:  # bindings would keep more weights than the cache does
                 bound.binding.bind_ortvalue_input(name, self._blank)
-
-    def _forget(self, constant: Mapping[Prepared, Any]) -> None:
-        """Lets go of sessions that the backend has let go of."""
-        self._known = constant
-        there = {prepared.key for prepared in constant if prepared.threads == self._threads}
-        self._prepared = {key: bound for key, bound in self._prepared.items() if key in there}
 
     def _shared(self, key: BlockKey) -> Bound:
         """The session that takes all weights as inputs, bound to those that all heads share."""
@@ -498,20 +490,18 @@ class OnnxRuntimeSlot:
 
     def let_go(self) -> None:
         """Drops what holds sessions that are no longer prepared; any thread may ask for it."""
-        constant, bound = self._backend.constant, list(self._bound.items())
-        self._bound = {
-            key: found
-            for key, found in bound
-            if found.constant is None or found.constant is constant.get(Prepared(self._threads, key))
-        }
+        there = {prepared.key for prepared in self._backend.constant if prepared.threads == self._threads}
+        self._prepared = {key: bound for key, bound in list(self._prepared.items()) if key in there}
 
     def decisions(self) -> Float:
         """See `Slot.decisions`."""
-        return self._decisions[0]
+        found: Float = self._decisions[0]
+        return found
 
     def logits(self) -> Float:
         """See `Slot.logits`."""
-        return self._logits[0]
+        found: Float = self._logits[0]
+        return found
 
     def tokens(self) -> Float:
         """See `Slot.tokens`."""

@@ -109,7 +109,7 @@ def tensor_of(array: Array) -> Any:
     """
     if not array.flags.writeable:
         memory = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
-        array = np.frombuffer(memory, array.dtype).reshape(array.shape)
+        array = np.frombuffer(memoryview(memory), array.dtype).reshape(array.shape)
     return openvino.Tensor(array, shared_memory=True)
 
 
