@@ -282,7 +282,7 @@ class OnnxRuntimeBackend:
         fused = None
         if sublayers.attention and self.graphs.precision == "fp32":
             fused = fuse_attention(graph, self.graphs.head_weights(wanted.key), len(heads))
-            weights = fused.weights
+            weights = fused.weights if fused else weights
         constants = graph.arrays(self.graphs.tensors) | dict(weights)
         session = self._session(graph, constants, wanted.threads, fused)
         self.graphs.tensors.release()

@@ -32,8 +32,8 @@ class Fused(NamedTuple):
     added: Mapping[str, Array]
 
 
-def fuse_attention(graph: OnnxGraph, weights: Mapping[str, Array], heads: int) -> Fused:
-    """Puts `com.microsoft.Attention` in the place of a block's attention.
+def fuse_attention(graph: OnnxGraph, weights: Mapping[str, Array], heads: int) -> Fused | None:
+    """Puts `com.microsoft.Attention` in the place of a block's attention; None where its nodes have other names.
 
     Args:
         graph: a block's, with attention, in fp32.
@@ -41,6 +41,8 @@ def fuse_attention(graph: OnnxGraph, weights: Mapping[str, Array], heads: int) -
         heads: how many there are.
     """
     names = [node.name for node in graph.nodes]
+    if not set(ATTENTION) <= set(names):
+        return None
     first, last = (names.index(name) for name in ATTENTION)
     read, channels = graph.nodes[first].inputs[0], len(weights["qkv"]) // 3
     bias = "qkv_bias" if "qkv_bias" in weights else BIAS
