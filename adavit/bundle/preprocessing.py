@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from adavit.errors import BundleError, InputError, shown
 from adavit.reading import open_regular, path_of
 
-__all__ = ["Preprocessor", "decode", "open_image"]
+__all__ = ["ImageLike", "Preprocessor", "decode", "open_image"]
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 
