@@ -197,7 +197,7 @@ def test_a_measurement_is_no_use_to_remember(wide: tuple[Path, Path], tmp_path: 
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
     assert json.loads(done.stdout)["prepared"] > 0
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "adavit").exists()
 
 
 def test_the_precision_is_one_that_there_is(tiny_bundle: Path) -> None:

@@ -119,6 +119,7 @@ def test_what_a_choice_depends_on(opened: Bundle, bundle: Path, monkeypatch: pyt
         assert not choose(opened, "fp32", options, stage.prepare).cached
         assert choose(opened, "fp32", options, stage.prepare).cached
     assert not choose(opened, "int8", Options(1), stage.prepare).cached
+    assert choose(opened, "fp32", Options(1, shared_pool=True), stage.prepare).cached, "of the command and of load"
     config = json.loads((bundle / "config.json").read_text())
     (bundle / "config.json").write_text(json.dumps({**config, "name": "another"}))
     assert not choose(Bundle.open(bundle), "fp32", Options(1), stage.prepare).cached
