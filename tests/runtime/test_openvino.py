@@ -280,7 +280,7 @@ def test_the_unfold_of_pixels_is_an_operator(dense: bool, golden_bundles: Callab
 def test_large_layers_of_the_stem_alone_compute_in_bf16(golden_bundles: Callable[[str], Path]) -> None:
     images, model = golden("t2t_small")[0][:1], model_of(golden_bundles("t2t_small"), dense=False)
     compute_in_bf16(model)
-    kinds = [node.get_type_name() for node in model.get_ops() if node.get_element_type().to_string() == "bf16"]
+    kinds = [node.get_type_name() for node in model.get_ops() if node.get_output_element_type(0).to_string() == "bf16"]
     assert [kinds.count(kind) for kind in ("MatMul", "Convolution")] == [1, 2]
     exact = run_in_float32(model_of(golden_bundles("t2t_small"), dense=False), images)
     assert np.abs(run_in_float32(model, images) - exact).max() / exact.std() < 0.1
