@@ -58,7 +58,7 @@ OFTEN = 1 / 16
 """How often an image has to run a block with some heads for a model of their own."""
 MOST_BYTES = 96 << 20
 """Of the weights in such models; each takes two to three times as much, and 100 ms to compile."""
-MOST_WITH_THREADS = 16
+MOST_WITH_THREADS = 8
 """Of such models that run on several threads: each holds two threads, which OpenVINO gives to the next when it goes."""
 MOST_BINDINGS = 1024
 """Of a slot: one for each set of heads in each block."""

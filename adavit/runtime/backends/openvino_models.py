@@ -91,8 +91,10 @@ def compute_in_bf16(model: Any) -> None:
         users = node.output(0).get_target_inputs()
         for port in node.inputs():
             source = port.get_source_output()
-            if source.get_node().get_type_name() == "Parameter":
-                source.get_node().set_element_type(openvino.Type.bf16)
+            made_by = source.get_node()
+            if made_by.get_type_name() == "Parameter":
+                made_by.set_element_type(openvino.Type.bf16)
+                made_by.validate_and_infer_types()
             else:
                 port.replace_source_output(opset.convert(source, "bf16").output(0))
         node.validate_and_infer_types()
@@ -127,7 +129,10 @@ def names_of(ports: Sequence[Any]) -> list[str]:
 
 
 def _inputs_of(node: Any) -> list[str]:
-    return [value.get_node().get_friendly_name() for value in node.input_values()]
+    """The names of what a node reads, or what is reshaped for it."""
+    found = [value.get_node() for value in node.input_values()]
+    read = [made.input_value(0).get_node() if made.get_type_name() == "Reshape" else made for made in found]
+    return [made.get_friendly_name() for made in read]
 
 
 def _sizes(node: Any) -> list[int]:
