@@ -186,21 +186,33 @@ def given(graph: OnnxGraph, arch: Architecture, constants: Mapping[str, Any]) ->
     return found
 
 
-@precisions
-def test_openvino_computes_the_same(bundle: Path, precision: str) -> None:
+def assert_openvino_computes_the_same(bundle: Path, precision: str) -> None:
+    """Runs the dense twin and some blocks, heads' weights as constants, in OpenVINO and in ONNX Runtime."""
     core = pytest.importorskip("openvino").Core()
     graphs = Graphs(Bundle.open(bundle), precision)
-    keys = BlockKey(0, BOTH, tuple(range(WIDE.heads))), BlockKey(1, BOTH, (1, 4))
+    arch = graphs.architecture
+    keys = BlockKey(0, BOTH, tuple(range(arch.heads))), BlockKey(1, BOTH, (1, 2))
     cases = [(graphs.block(key.block, BOTH), graphs.quantised_head_weights(key)) for key in keys]
     for graph, handed in [(graphs.dense(), {}), *cases]:
         constants = graph.arrays(graphs.tensors) | dict(handed)
-        data, inputs = graph.model(constants), given(graph, WIDE, constants)
+        data, inputs = graph.model(constants), given(graph, arch, constants)
         wanted = session(data).run(None, inputs)
         found = core.compile_model(core.read_model(data), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(inputs)
         for position, value in enumerate(wanted):
             scale = max(1.0, float(np.abs(value).max()))
             difference = np.abs(found[position] - value).max()
             assert difference < {"fp16": 0.01, "int8": 0.03}[precision] * scale, graph.name
+
+
+@precisions
+def test_openvino_computes_the_same(bundle: Path, precision: str) -> None:
+    assert_openvino_computes_the_same(bundle, precision)
+
+
+def test_openvino_takes_models_without_a_bias_of_queries(exported: Exported, pictures: Path, tmp_path: Path) -> None:
+    model = random_model(tiny(qkv_bias=False), sublayers=2.0, heads=2.0)
+    source = save(model, tmp_path / "model.safetensors")
+    assert_openvino_computes_the_same(exported(source, "int8", calibration_images=(pictures,))[0], "int8")
 
 
 def test_older_opsets_do(exported: Exported, busy: Path, cache: Path, bundle: Path) -> None:
