@@ -240,6 +240,7 @@ NOT_JSON = [
     '{"schema_version": -Infinity}',
     '{"schema_version": 1e999}',
     '{"schema_version": 3, "schema_version": 3}',
+    '{"deep": ' + "[" * 100 + "]" * 100 + "}",
 ]
 
 
