@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,7 +100,7 @@ def _tensor(name: str, entry: Any, start: int) -> Tensor:
         raise ValueError(f"{shown(name)} has other fields than dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-    if not lists or len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n for n in (*shape, *offsets)):
+    if not lists or len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
         raise ValueError(f"{shown(name)} has the shape {shown(shape)} at {shown(offsets)}")
     if dtype not in DTYPES:
         raise ValueError(f"{shown(name)} has the type {shown(dtype)}")
