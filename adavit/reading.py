@@ -22,6 +22,8 @@ __all__ = ["open_regular", "parse_json", "path_of", "read_arrays", "read_labels"
 
 MOST_LABELS = 16 << 20
 """Bytes of a file of labels."""
+DEEPEST = 32
+"""Levels of JSON."""
 SPECIAL = (
     (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"),
 )  # fmt: skip
@@ -90,9 +92,19 @@ def parse_json(text: str) -> Any:
             deep.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    level = [value]
+    for _ in range(DEEPEST):  # what is deeper could be read here, and not be written elsewhere
+        level = [part for whole in level if isinstance(whole, dict | list) for part in _parts(whole)]
+    if level:
+        raise ValueError("it is nested too deep")
+    return value
+
+
+def _parts(whole: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return whole.values() if isinstance(whole, dict) else whole
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

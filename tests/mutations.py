@@ -14,12 +14,14 @@ _ATTRIBUTE: Schema = {}
 _VALUE: Schema = {2: {1: {2: {1: {}}}}}
 ONNX: Schema = {7: {1: {5: _ATTRIBUTE}, 5: {13: {}}, 11: _VALUE, 12: _VALUE}, 8: {}}
 """The fields of an ONNX file that are messages themselves, by number."""
-OPERATORS = b"Add Sub Mul Div MatMul Gemm Concat Expand Reshape Gather ScatterND Loop If PyOp Sqrt Exp Transpose".split()
+OPERATORS = (
+    b"Add Sub Mul Div MatMul Gemm Concat Expand Reshape Gather ScatterND Loop If PyOp Sqrt Exp Transpose".split()
+)
 NUMBERS = [0, 1, 2, 3, 7, 8, 10, 48, 127, 128, (1 << 31) - 1, 1 << 31, (1 << 32) + 1, 1 << 63, (1 << 64) - 1, 1 << 64]
 TEXTS = [b"", b"\xff\xfe", b"*/_ORT_MEM_ADDR_/*", b"../x", b"x" * 5000, b"\0", b"0", b"-1", b"tokens", b"x", b"y"]
 VALUES: list[Any] = [
-    None, True, False, -1, 0, 1, 2, 3, 1 << 31, 1 << 70, 1.5, -0.0, 1e300, "", "x", "../x", "\udcff", "\0", "y" * 10000, [],
-    {}, [[]], {"a": 1}, "0" * 64, "fp32/stem.onnx", "labels.txt",
+    None, True, False, -1, 0, 1, 2, 3, 1 << 31, 1 << 70, 1.5, -0.0, 1e300, "", "x", "../x", "\udcff", "\0", "y" * 10000,
+    [], {}, [[]], {"a": 1}, "0" * 64, "fp32/stem.onnx", "labels.txt",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from adavit.bundle.demo import find_bundle
 from adavit.bundle.keys import Sublayers, combinations
 from adavit.bundle.operating_points import Budgets
 from adavit.bundle.preprocessing import Preprocessor
-from adavit.errors import BundleError, InputError, shown
+from adavit.errors import BundleError, InputError, bounded, shown
 from adavit.files import find_folder, sha256, write_beside
 from adavit.macs import dense_macs, outside_macs
 from adavit.reading import open_regular, parse_json, path_of, read_regular
@@ -51,6 +51,7 @@ WEIGHTS, STEM, DENSE = "model.safetensors", "stem.onnx", "dense.onnx"
 PRECISIONS = ("fp32", "fp16", "int8", "mixed")
 OPSETS = range(17, 24)
 """Versions of the standard operators: LayerNormalization came with 17; 23 is the newest that every backend reads."""
+LONGEST_NAME = 200
 MAX_TEXT = 16 << 20
 MAX_GRAPH = 4 << 20
 """Bytes of a graph, which holds no weights: a dense twin takes 6 KB a block."""
@@ -186,7 +187,7 @@ class Bundle:
     @property
     def name(self) -> str:
         """The model's name, for people."""
-        return str(self.config.get("name") or self.path.resolve().name)
+        return bounded(str(self.config.get("name") or self.path.resolve().name), LONGEST_NAME)
 
     def files_of(self, precision: str | None = None) -> GraphFiles:
         """The graphs of a precision, by default the first; raises InputError where the bundle has none in it."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from adavit.bundle.head_weights import Quantised
 from adavit.bundle.protobuf import BYTES, FIXED32, VARINT, Field, Fields, bytes_field, number_field, numbers, read
-from adavit.bundle.shapes import RULES, Known, Limits, infer
+from adavit.bundle.shapes import MOST_DIMENSIONS, RULES, Known, Limits, infer
 from adavit.bundle.tensors import TensorFile
 from adavit.errors import BundleError, shown
 
@@ -46,7 +46,6 @@ OPERATORS = {op: frozenset(_ATTRIBUTES.get(op, "").split()) for op in sorted(RUL
 
 MOST_INLINE = 4096
 """Bytes of a constant inside a graph, such as a shape; larger ones are weights."""
-MOST_DIMENSIONS = 8
 MOST_NODES = 100_000
 
 TYPES = {"float32": 1, "int8": 3, "int64": 7, "bool": 9, "float16": 10}
@@ -399,7 +398,9 @@ def _read_value(data: bytes) -> Value:
     return Value(value.text(1), dtype, tuple(dim.text(2) if 2 in dim else dim.value(1) for dim in dims))
 
 
-def new_node(op: str, name: str, inputs: Collection[str], outputs: Collection[str], domain: str = "", **ints: Any) -> Node:
+def new_node(
+    op: str, name: str, inputs: Collection[str], outputs: Collection[str], domain: str = "", **ints: Any
+) -> Node:
     """A new node, its attributes floats, integers or lists of integers."""
     data = [bytes_field(1, value.encode()) for value in inputs]
     data += [bytes_field(2, value.encode()) for value in outputs]
@@ -435,9 +436,7 @@ def _constant(name: str, array: Array, external: bool) -> bytes:
 
 
 def _value(value: Value) -> bytes:
-    dims = (
-        bytes_field(2, size.encode()) if isinstance(size, str) else number_field(1, size) for size in value.shape
-    )
+    dims = (bytes_field(2, size.encode()) if isinstance(size, str) else number_field(1, size) for size in value.shape)
     shape = b"".join(bytes_field(1, dim) for dim in dims)
     kind = number_field(1, TYPES[value.dtype]) + bytes_field(2, shape)
     return bytes_field(1, value.name.encode()) + bytes_field(2, bytes_field(1, kind))

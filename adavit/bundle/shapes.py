@@ -16,6 +16,7 @@ __all__ = ["Known", "Limits", "infer"]
 
 Shape = tuple[int, ...]
 FLOATS = ("float32", "float16")
+MOST_DIMENSIONS = 8
 
 
 class Known(NamedTuple):
@@ -64,7 +65,7 @@ def infer(nodes: Iterable[Any], known: dict[str, Known], limits: Limits) -> dict
             made = RULES[node.op](given, node.attributes)
             if isinstance(made, Known):
                 made = [made]
-            if len(made) != len(node.outputs):
+            if len(made) != len(node.outputs) or max(len(value.shape) for value in made) > MOST_DIMENSIONS:
                 raise ValueError
         except (ValueError, KeyError, IndexError, TypeError):
             of = [list(known[name].shape) for name in node.inputs if name in known]
@@ -147,7 +148,7 @@ def _concat(given: list[Known], attributes: Attributes) -> Known:
     axis = _axis(attributes, len(shapes[0]))
     rests = {shape[:axis] + shape[axis + 1 :] for shape in shapes}
     _need(len(rests) == 1, len({len(shape) for shape in shapes}) == 1)
-    shape = shapes[0][:axis] + (sum(shape[axis] for shape in shapes),) + shapes[0][axis + 1 :]
+    shape = (*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :])
     if given[0].dtype == "int64":
         return Known("int64", shape, tuple(number for value in given for number in _whole(value)))
     return Known(_floats(given), shape)
@@ -162,7 +163,9 @@ def _conv(given: list[Known], attributes: Attributes) -> Known:
     _need(all(value.shape == (out,) for value in bias))
     padded = [side + pads[i] + pads[i + 2] - kernel[i] for i, side in enumerate(sides)]
     _need(min(padded) >= 0, all(pads[i] < kernel[i % 2] for i in range(4)))
-    return Known(_floats(given), (batch, out, *(size // stride + 1 for size, stride in zip(padded, strides, strict=True))))
+    return Known(
+        _floats(given), (batch, out, *(size // stride + 1 for size, stride in zip(padded, strides, strict=True)))
+    )
 
 
 def _scales(x: Known, scale: Known, zero: Known, attributes: Attributes) -> None:
@@ -257,14 +260,14 @@ def _slice(given: list[Known], attributes: Attributes) -> Known:
     x, *ends = given
     (start,), (end,), (axis,) = map(_whole, ends)
     _need(0 <= axis < len(x.shape) and 0 <= start < end <= x.shape[axis])
-    return Known(_floats([x]), x.shape[:axis] + (end - start,) + x.shape[axis + 1 :])
+    return Known(_floats([x]), (*x.shape[:axis], end - start, *x.shape[axis + 1 :]))
 
 
 def _split(given: list[Known], attributes: Attributes) -> list[Known]:
     x, sizes = given
     axis, parts, dtype = _axis(attributes, len(x.shape)), _whole(sizes), _floats([x])
     _need(min(parts) >= 1, sum(parts) == x.shape[axis])
-    return [Known(dtype, x.shape[:axis] + (part,) + x.shape[axis + 1 :]) for part in parts]
+    return [Known(dtype, (*x.shape[:axis], part, *x.shape[axis + 1 :])) for part in parts]
 
 
 def _squeeze(given: list[Known], attributes: Attributes) -> Known:
@@ -278,7 +281,7 @@ def _unsqueeze(given: list[Known], attributes: Attributes) -> Known:
     x, axes = given
     (axis,) = _whole(axes)
     _need(0 <= axis <= len(x.shape), x.dtype in (*FLOATS, "int64"))
-    return x._replace(shape=x.shape[:axis] + (1,) + x.shape[axis:])
+    return x._replace(shape=(*x.shape[:axis], 1, *x.shape[axis:]))
 
 
 def _transpose(given: list[Known], attributes: Attributes) -> Known:

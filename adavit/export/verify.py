@@ -175,8 +175,7 @@ def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Refe
 
 
 def _replayed_policies(arch: Architecture) -> list[Policy]:
-    """One image's policies of everything, no head, one head (another in every block), and that in one sub-layer or none.
-    """
+    """One image's policies: everything, no head, one head (another in every block), one sub-layer dropped, and both."""
     policies = [Policy.dense(arch, 1) for _ in range(1 + 2 * arch.head_policy + 3 * arch.sublayer_policy)]
     for number, policy in enumerate(policies[1:]):
         for block in range(arch.depth):

@@ -14,7 +14,14 @@ from adavit.export.graphs.precision import DENSE_SCALES, Precision, Units, input
 from adavit.export.graphs.stem import stem_tensors
 
 MODELS = [tiny(), tiny(stem="t2t", patch_size=16, qkv_bias=False), DENSE]
-LAYERS = {"attn.query": "qkv", "attn.key": "qkv", "attn.value": "qkv", "attn.proj": "proj", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
+LAYERS = {
+    "attn.query": "qkv",
+    "attn.key": "qkv",
+    "attn.value": "qkv",
+    "attn.proj": "proj",
+    "mlp.fc1": "fc1",
+    "mlp.fc2": "fc2",
+}
 """The linear layers of a block, and what they are called as sites."""
 
 

@@ -74,7 +74,8 @@ def test_every_altered_graph_is_named(tiny_bundle: Path, checkpoint: Path, tmp_p
         altered = shutil.copytree(tiny_bundle, tmp_path / name)
         alter(altered, file)
         _, *block = name.split(".")
-        wanted = f"block {block[0]}, graph {block[1]}: " if block else {"dense": "the dense twin: "}.get(name, "the stem: ")
+        whole = {"dense": "the dense twin: ", "stem": "the stem: "}
+        wanted = whole.get(name) or f"block {block[0]}, graph {block[1]}: "
         assert fault(altered, checkpoint).startswith(wanted), name
 
 

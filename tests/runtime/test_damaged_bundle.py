@@ -84,7 +84,16 @@ def test_a_graph_that_is_none(bundle: Path) -> None:
     assert "stem.onnx: is not a graph that adavit exports" in fault(bundle)
 
 
-PATHS = ["../stem.onnx", "fp32/../../stem.onnx", "{outside}", "..\\stem.onnx", "C:/x", "", "stem.onnx", "fp32/./dense.onnx"]
+PATHS = [
+    "../stem.onnx",
+    "fp32/../../stem.onnx",
+    "{outside}",
+    "..\\stem.onnx",
+    "C:/x",
+    "",
+    "stem.onnx",
+    "fp32/./dense.onnx",
+]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -240,6 +249,7 @@ NOT_JSON = [
     '{"schema_version": -Infinity}',
     '{"schema_version": 1e999}',
     '{"schema_version": 3, "schema_version": 3}',
+    '{"deep": ' + "[" * 100 + "]" * 100 + "}",
 ]
 
 

@@ -301,6 +301,7 @@ SHAPES: list[tuple[str, Callable[[Model], None], str]] = [
     ("stem", constant("Reshape", 1, 0, 47, -1), "operator Reshape does not fit"),
     ("stem", constant("Reshape", 1, -1, -1), "operator Reshape does not fit"),
     ("stem", constant("Reshape", 1, 1 << 40, -1), "operator Reshape does not fit"),
+    ("stem", constant("Reshape", 1, *[1] * 300, -1), "operator Reshape does not fit"),
     ("stem", constant("Reshape", 1), "'evil' has an unknown type or the shape"),
     ("stem", constant("Squeeze", 1, 7), "operator Squeeze does not fit"),
     ("blocks.0.both", constant("Slice", 2, 1 << 62), "operator Slice does not fit"),
