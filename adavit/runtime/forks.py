@@ -7,10 +7,11 @@ is destroyed in one.
 from __future__ import annotations
 
 import os
+from threading import RLock
 from typing import Any, Protocol
 from weakref import WeakSet
 
-__all__ = ["keep_in_fork", "renew_in_fork"]
+__all__ = ["keep_in_fork", "renew_in_fork", "undisturbed"]
 
 
 class Renewable(Protocol):
@@ -20,6 +21,9 @@ class Renewable(Protocol):
         """Makes them anew, in a child that was just forked."""
         ...
 
+
+undisturbed = RLock()
+"""Who holds it is not forked meanwhile: native code that makes something may hold locks, which in a child stay so."""
 
 _renewed: WeakSet[Renewable] = WeakSet()
 _native: WeakSet[Any] = WeakSet()
@@ -37,6 +41,7 @@ def keep_in_fork(thing: Any) -> None:
 
 
 def _after_fork() -> None:
+    undisturbed.release()
     renewed = list(_renewed)
     _kept.extend([*renewed, *_native])
     for thing in renewed:
@@ -44,4 +49,6 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=undisturbed.acquire, after_in_parent=undisturbed.release, after_in_child=_after_fork
+    )

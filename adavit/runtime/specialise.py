@@ -22,7 +22,7 @@ from adavit.bundle.keys import BlockKey, Sublayers
 from adavit.errors import AdaViTError, one_line
 from adavit.runtime.backend import Backend, Options, Usage, Use
 from adavit.runtime.cache import facts, kept_any, kept_at, recall, remember
-from adavit.runtime.forks import renew_in_fork
+from adavit.runtime.forks import renew_in_fork, undisturbed
 from adavit.runtime.policy import Policy
 
 __all__ = ["KeptUsage", "Specialiser", "usage_from", "usage_of", "usage_to"]
@@ -233,7 +233,8 @@ class Specialiser:
             if self.closed:
                 return False
             if one not in there:
-                self._backend.prepare(one)
+                with undisturbed:
+                    self._backend.prepare(one)
         return True
 
 

@@ -13,10 +13,10 @@ from cases import (
     DENSE,
     oracle,
     picture,
-    quiet,
     random_images,
     random_model,
     read_config,
+    stored_files,
     tiny,
     with_weights,
     write_config,
@@ -29,6 +29,7 @@ from adavit.macs import dense_macs
 from adavit.runtime import Policy
 from adavit.runtime import dense as dense_module
 from adavit.runtime.benchmark import Plan
+from adavit.bundle.operating_points import Offsets
 from adavit.runtime.compare import Watched
 from adavit.runtime.waterfall import profile
 
@@ -42,10 +43,9 @@ def wanted() -> np.ndarray:
     return oracle(random_model(DENSE), IMAGES)[0]
 
 
-def test_the_bundle_has_one_engine(plain: tuple[Path, Path]) -> None:
-    config = read_config(plain[0])
-    assert list(config["engines"]) == ["dense"]
-    assert [path.name for path in (plain[0] / "onnx").iterdir()] == ["dense.onnx"]
+def test_the_bundle_has_one_graph(plain: tuple[Path, Path]) -> None:
+    assert list(stored_files(plain[0])) == ["weights", "dense"]
+    assert sorted(path.name for path in (plain[0] / "fp32").iterdir()) == ["dense.onnx", "model.safetensors"]
     card = (plain[0] / "README.md").read_text()
     assert "It has no policies" in card
     assert "adaptive" not in card
@@ -83,13 +83,6 @@ def test_predictions(plain: tuple[Path, Path]) -> None:
     assert "nothing.png" in (found[20].error or "")
 
 
-def test_an_observer_is_told_of_the_one_engine(plain: tuple[Path, Path]) -> None:
-    seen: list[tuple[int, str, np.ndarray]] = []
-    result = adavit.load(plain[0], threads=1).run(IMAGES, observe=lambda *told: seen.append(told))
-    assert [told[:2] for told in seen] == [(position, "dense") for position in range(5)]
-    np.testing.assert_array_equal(np.stack([told[2] for told in seen]), result.logits)
-
-
 def test_the_fastest_backend_is_found(plain: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adavit.runtime.choose.SECONDS", 0.01)
     monkeypatch.setattr("adavit.runtime.choose.ROUNDS", 1)
@@ -112,30 +105,36 @@ def test_what_needs_policies_says_so(plain: tuple[Path, Path]) -> None:
         runtime.run(IMAGES, policy=dropping)
     with pytest.raises(InputError, match="no policies, so there is nothing to add offsets to"):
         runtime.run(IMAGES, budget=Offsets(heads=1.0))
-    with pytest.raises(
-        InputError, match="no policies, so there is nothing to tune; adavit-train adapt trains policies"
-    ):
-        tune(runtime, quiet)
-    with pytest.raises(InputError, match="no policies, so there is nothing to profile"):
-        profile(runtime, IMAGES, Plan(iterations=1))
-    with pytest.raises(InputError, match="no policies, so there is nothing to compare"):
+    with pytest.raises(InputError, match="no policies, so there is nothing to add offsets to"):
+        runtime.run(IMAGES, budget=[Offsets()] * 4 + [Offsets(heads=1.0)])
+    with pytest.raises(InputError, match="no policies, so there is nothing to observe"):
+        runtime.run(IMAGES, observe=print)
+    with pytest.raises(InputError, match="nothing to compare; adavit-train adapt trains policies"):
         Watched(runtime)
 
 
 def test_what_is_damaged(plain: tuple[Path, Path], tmp_path: Path) -> None:
     bundle = shutil.copytree(plain[0], tmp_path / "bundle")
-    with_weights(bundle, "dense", np.nan, "head.bias")
+    with_weights(bundle, "head.bias", np.nan)
     with pytest.raises(BackendError, match="the logits of image 0 are NaN, infinite"):
         adavit.load(bundle, threads=1).run(IMAGES)
     config = read_config(bundle)
-    write_config(bundle, {**config, "engines": {}})
-    with pytest.raises(BundleError, match="has no engine 'dense'; export again"):
+    files = {name: entry for name, entry in config["precisions"]["fp32"].items() if name != "dense"}
+    write_config(bundle, {**config, "precisions": {"fp32": files}})
+    with pytest.raises(BundleError, match="the graphs of fp32 are not those of its architecture"):
         adavit.load(bundle, threads=1)
     adaptive = tiny()
     macs = {"dense": dense_macs(adaptive), "outside_blocks": adavit.macs.outside_macs(adaptive)}
     write_config(bundle, {**config, "architecture": adaptive.to_dict(), "macs": macs})
-    with pytest.raises(BundleError, match=r"has no engine 'blocks\.0\."):
+    with pytest.raises(BundleError, match="the graphs of fp32 are not those of its architecture"):
         adavit.load(bundle, threads=1)
+
+
+def test_the_folder_may_go_when_it_is_loaded(plain: tuple[Path, Path], tmp_path: Path, wanted: np.ndarray) -> None:
+    bundle = shutil.copytree(plain[0], tmp_path / "bundle")
+    runtime = adavit.load(bundle, threads=1)
+    shutil.rmtree(bundle)
+    np.testing.assert_allclose(runtime.run(IMAGES).logits, wanted, atol=1e-4)
 
 
 def test_one_policy_alone_is_adaptive(tmp_path: Path) -> None:
@@ -143,5 +142,5 @@ def test_one_policy_alone_is_adaptive(tmp_path: Path) -> None:
 
     arch = tiny(head_policy=False, sublayer_policy=False)
     runtime = adavit.load(export(random_model(arch), tmp_path), threads=1)
-    assert len(runtime.bundle.engines) > 10
+    assert len(runtime.graphs.files.blocks) == arch.depth
     assert 0 < runtime.run(random_images(arch, 4)).policy.usage()["tokens"] < 1

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, sleep
@@ -62,7 +63,7 @@ def test_a_model_without_policies_survives_a_fork(
 
 @forks
 @both_backends
-@pytest.mark.parametrize("parallel", ["operators", "samples"])
+@pytest.mark.parametrize("parallel", ["operators", "samples", "auto"])
 @pytest.mark.parametrize("ran", [False, True])
 def test_a_forked_child_computes_the_same(
     backend: str, parallel: str, ran: bool, tiny_bundle: Path, tmp_path: Path
@@ -135,11 +136,44 @@ def test_a_child_loads_anew_where_the_parent_let_go_of_a_runtime(
 
 
 @forks
-def test_a_fork_while_another_thread_holds_the_locks(tiny_bundle: Path, tmp_path: Path) -> None:
-    runtime, images = adavit.load(tiny_bundle, threads=1), random_images(tiny(), 2)
-    with runtime._dense._lock, runtime.dispatcher.head_weights._lock:
-        found = in_a_fork(lambda: runtime.run_dense(images).tobytes() + runtime.run(images).logits.tobytes(), tmp_path)
-    assert len(found) == 2 * runtime.run(images).logits.nbytes
+def test_a_child_prepares_by_a_thread_of_its_own(tiny_bundle: Path, tmp_path: Path, cache: Path) -> None:
+    runtime, images = adavit.load(tiny_bundle, threads=1), random_images(tiny(), 16)
+    wanted = runtime.run(images).logits  # from here on the parent prepares
+
+    def work() -> bytes:
+        runtime.backend.keep(())
+        found = runtime.run(images).logits
+        until = monotonic() + SECONDS / 2
+        while not runtime.backend.prepared() and monotonic() < until:
+            runtime.run(images)
+        assert runtime.backend.prepared()
+        assert runtime.specialise(runtime.run(images).policy) > 0
+        return found.tobytes() + runtime.run_dense(images).tobytes()
+
+    found = np.frombuffer(in_a_fork(work, tmp_path), np.float32).reshape(2, *wanted.shape)
+    np.testing.assert_allclose(found[0], wanted, atol=1e-5)
+    np.testing.assert_allclose(found[1], runtime.run_dense(images), atol=1e-5)
+
+
+@forks
+def test_no_fork_happens_while_something_is_made(
+    tiny_bundle: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Native code that makes it may hold locks, which in a child nobody would give back."""
+    runtime, images = adavit.load(tiny_bundle, threads=1), random_images(tiny(), 16)
+    begun, making = threading.Event(), False
+
+    def prepare(_: object) -> None:
+        nonlocal making
+        making = True
+        begun.set()
+        sleep(0.3)
+        making = False
+
+    monkeypatch.setattr(runtime.backend, "prepare", prepare)
+    runtime.run(images)
+    assert begun.wait(SECONDS)
+    assert in_a_fork(lambda: str(making).encode(), tmp_path) == b"False"
 
 
 @forks
@@ -176,12 +210,15 @@ def test_a_pickled_runtime_loads_again_in_a_spawned_process(backend: str, tiny_b
 
 
 def test_a_pickle_keeps_options_and_offsets(tiny_bundle: Path) -> None:
-    runtime = adavit.load(tiny_bundle, threads=1)
+    runtime = adavit.load(tiny_bundle, threads=1, specialise=False, shared_pool=True)
     runtime.offsets = adavit.runtime.session.Offsets(tokens=0.7, heads=(0.1, -0.2, 0.3))
     found = pickle.loads(pickle.dumps(runtime))
     assert (found.options, found.offsets, found.backend.name) == (runtime.options, runtime.offsets, "onnxruntime")
-    images = random_images(tiny(), 2)
-    np.testing.assert_array_equal(found.run(images).logits, runtime.run(images).logits)
+    assert found.graphs.precision == "fp32"
+    images = random_images(tiny(), 32)
+    for _ in range(3):
+        np.testing.assert_array_equal(found.run(images).logits, runtime.run(images).logits)
+    assert not found.backend.prepared()
 
 
 def test_a_pickle_is_of_one_bundle(bundle: Path) -> None:

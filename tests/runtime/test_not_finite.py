@@ -1,7 +1,6 @@
 """Values that are not finite, wherever they arise, are errors and never a confident class."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,9 @@ import pytest
 from cases import WIDE, random_images, with_weights
 
 import adavit
-from adavit.errors import AdaViTError, BackendError, BundleError, InputError
+from adavit.errors import BackendError, BundleError, InputError
 from adavit.runtime import Policy, Runtime
+from adavit.runtime.backends import onnxruntime as ort
 from adavit.runtime.finite import check_image
 
 IMAGES = random_images(WIDE, 2)
@@ -22,7 +22,8 @@ def copied(wide: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 def loaded(bundle: Path, backend: str) -> Runtime:
-    return adavit.load(bundle, backend, threads=1, provider="fp32" if backend == "openvino" else None)
+    provider = "fp32" if backend == "openvino" else None
+    return adavit.load(bundle, backend, threads=1, provider=provider, specialise=False)
 
 
 @pytest.mark.parametrize("value", [3e38, 1e20, -3e38])
@@ -37,86 +38,53 @@ def test_images_beyond_what_is_computed_with(backend: str, value: float, wide: t
 
 
 FAULTS = {
-    "stem": ("stem", np.nan, "patch_embed.bias"),
-    "class token": ("stem", np.inf, "cls_token"),
-    "attention": ("blocks.1.attention", np.nan, "attn.proj.bias"),
-    "a middle MLP": ("blocks.1.mlp", np.nan, "mlp.fc2.bias"),
-    "too large for a norm": ("blocks.1.mlp", 1e19, "mlp.fc2.bias"),
-    "the last MLP": ("blocks.2.mlp", -np.inf, "mlp.fc2.bias"),
-    "head": ("head", np.nan, "head.bias"),
-    "overflow": ("head", 3e38, "head.weight"),
-}
-SETS = {"stem": "stem_set", "blocks.1.mlp": "blocks.1.both_set", "blocks.2.mlp": "blocks.2.both_set"} | {
-    "head": "blocks.2.both_set"
+    "stem": ("patch_embed.proj.bias", np.nan),
+    "class token": ("cls_token", np.inf),
+    "attention": ("blocks.1.attn.proj.bias", np.nan),
+    "a middle MLP": ("blocks.1.mlp.fc2.bias", np.nan),
+    "a weight of a head": ("blocks.1.attn.value.weight", np.nan),
+    "too large for a norm": ("blocks.1.mlp.fc2.bias", 1e19),
+    "the last MLP": ("blocks.2.mlp.fc2.bias", -np.inf),
+    "head": ("head.bias", np.nan),
 }
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_engines_that_compute_no_numbers(backend: str, kind: str, copied: Path) -> None:
-    engine, value, weight = FAULTS[kind]
-    with_weights(copied, engine, value, weight)
+def test_graphs_that_compute_no_numbers(backend: str, kind: str, prepared: bool, copied: Path) -> None:
+    with_weights(copied, *FAULTS[kind])
     runtime, dense = loaded(copied, backend), Policy.dense(WIDE, 2)
-    images = IMAGES * np.float32(100) if kind == "overflow" else IMAGES
-    if kind == "overflow":
-        with_weights(copied, engine, 3e38)
-        runtime = loaded(copied, backend)
+    if prepared:
+        runtime.specialise(dense)
     with pytest.raises(BackendError, match=r"of image 0 are NaN, infinite or beyond 1e\+17: .*; check the bundle"):
-        runtime.run(images, policy=dense)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in FAULTS if FAULTS[kind][0] in SETS and kind != "overflow"])
-def test_engines_of_whole_blocks_that_compute_no_numbers(kind: str, copied: Path) -> None:
-    engine, value, weight = FAULTS[kind]
-    with_weights(copied, SETS[engine], value, weight)
-    runtime, dense = loaded(copied, "onnxruntime"), Policy.dense(WIDE, 2)
-    assert np.isfinite(runtime.run(IMAGES, policy=dense).logits).all()
-    assert runtime.specialise(dense)
-    with pytest.raises(BackendError, match="of image 0 are NaN, infinite"):
         runtime.run(IMAGES, policy=dense)
 
 
-DECIDING: dict[str, Callable[[Path], object]] = {
-    "onnxruntime": lambda bundle: loaded(bundle, "onnxruntime").run(IMAGES),
-    "openvino": lambda bundle: loaded(bundle, "openvino").run(IMAGES),
-    "specialised": lambda bundle: loaded(bundle, "onnxruntime").specialise(Policy.dense(WIDE, 1)),
-}
-
-
-COMPARING = ("openvino", "specialised")
-"""What compares logits inside, where nobody sees that they overflow."""
-
-
-@pytest.mark.parametrize(
-    ("how", "value"),
-    [*((how, value) for how in DECIDING for value in (np.nan, np.inf)), *((c, -3e38) for c in COMPARING)],
-)
-@pytest.mark.parametrize("weight", ["token_select", "choices", "norm1"])
-def test_decisions_of_no_numbers(how: str, weight: str, value: float, copied: Path) -> None:
-    for engine in ("decide_set", "decide"):
-        with_weights(copied, f"blocks.1.{engine}", value, weight)
-    with pytest.raises(
-        AdaViTError, match=r"decisions of block 1|engine blocks.1.decide(_set)? has weights .* NaN, infinite"
-    ) as e:
-        DECIDING[how](copied)
-    assert isinstance(e.value, BackendError | BundleError)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -3e38])
+@pytest.mark.parametrize("weight", ["blocks.1.attn.token_select", "blocks.1.head_select", "blocks.1.norm1.weight"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_weights_that_decide_are_numbers(backend: str, weight: str, value: float, copied: Path) -> None:
+    with_weights(copied, weight, value)
+    with pytest.raises(BundleError, match=r"the weights blocks.1.* are NaN, infinite or beyond 1e\+15; export again"):
+        loaded(copied, backend)
 
 
 def test_a_dense_twin_that_computes_no_numbers(copied: Path) -> None:
-    with_weights(copied, "dense", np.nan, "head.bias")
+    with_weights(copied, "head.bias", np.nan)
     with pytest.raises(BackendError, match="the dense twin's logits of image 0 are NaN, infinite"):
         loaded(copied, "onnxruntime").run_dense(IMAGES)
 
 
 def test_the_image_is_named_and_the_runtime_works_on(wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     runtime, odd = loaded(wide[0], "onnxruntime"), IMAGES.copy()
-    wanted, stem = runtime.run(IMAGES).logits, runtime.dispatcher.engines.stem.run
+    wanted, stem = runtime.run(IMAGES).logits, ort.OnnxRuntimeSlot.stem
     odd[1, 0, 0, 0] = 7
 
-    def overflowing(inputs: list[np.ndarray], outputs: list[object]) -> None:
-        stem([np.full_like(inputs[0], np.inf) if inputs[0][0, 0, 0, 0] == 7 else inputs[0]], outputs)
+    def overflowing(slot: ort.OnnxRuntimeSlot, image: np.ndarray) -> None:
+        stem(slot, np.full_like(image, np.inf) if image[0, 0, 0, 0] == 7 else image)
 
-    monkeypatch.setattr(runtime.dispatcher.engines.stem, "run", overflowing)
+    monkeypatch.setattr(ort.OnnxRuntimeSlot, "stem", overflowing)
     with pytest.raises(BackendError, match="image 1 are NaN"):
         runtime.run(odd)
     np.testing.assert_array_equal(runtime.run(IMAGES).logits, wanted)

@@ -10,7 +10,7 @@ from cases import random_images, read_config, tiny, write_config
 
 import adavit
 from adavit.files import folder_beside
-from adavit.runtime import bundle as reading
+from adavit.bundle import bundle as reading
 from adavit.runtime.replaced import again_if_replaced
 
 
