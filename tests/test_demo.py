@@ -11,6 +11,7 @@ import adavit
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import demo_bundle
 from adavit.cli import export, run
+from adavit.runtime.statistics import operating_offsets, policy_at
 from adavit.training.command import main
 
 DEMO = Path(adavit.__file__).parent / "demo"
@@ -18,9 +19,18 @@ DEMO = Path(adavit.__file__).parent / "demo"
 
 def test_the_bundle_that_ships_is_of_the_checkpoint_that_ships() -> None:
     runtime = adavit.load(demo_bundle(), threads=1)
-    checkpoint = (DEMO / "checkpoint.safetensors").read_bytes()
+    checkpoint = (demo_bundle() / "fp32" / "model.safetensors").read_bytes()
     assert runtime.bundle.config["checkpoint"]["sha256"] == hashlib.sha256(checkpoint).hexdigest()
-    assert {"dense", "empty"} < set(runtime.bundle.engines)
+    assert runtime.graphs.files.dense is not None
+    assert sum(path.stat().st_size for path in demo_bundle().rglob("*") if path.is_file()) <= 13_000_000
+
+
+def test_the_demo_starts_with_what_calibration_images_kept() -> None:
+    bundle = Bundle.open(demo_bundle())
+    points = [policy_at(bundle, offsets) for offsets in operating_offsets(bundle)]
+    used = [policy.tokens.mean() for policy in points if policy is not None]
+    assert len(used) == len(bundle.budgets.points)
+    assert used[1] < used[0] < used[-1]  # the trained point comes first, then the least budget
 
 
 def test_without_arguments_the_demo_runs_on_its_own_images() -> None:
@@ -39,7 +49,7 @@ def test_an_export_of_the_demo_has_its_operating_points(tmp_path: Path) -> None:
     exported, shipped = Bundle.open(tmp_path / "demo"), Bundle.open(demo_bundle())
     assert exported.config["checkpoint"] == shipped.config["checkpoint"]
     assert exported.budgets == shipped.budgets
-    assert set(exported.engines) == set(shipped.engines)
+    assert exported.graphs == shipped.graphs
     larger = CliRunner().invoke(export, ["demo", "--output", str(tmp_path / "larger"), "--image-size", "32"])
     assert larger.exit_code == 0, larger.output
     assert Bundle.open(tmp_path / "larger").budgets is None

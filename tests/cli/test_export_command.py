@@ -319,7 +319,6 @@ def in_order(told: list[str], stages: list[Stage]) -> bool:
 
 def test_the_demo(tmp_path: Path) -> None:
     demo = Path(adavit.__file__).parent / "demo"
-    assert (demo / "checkpoint.safetensors").stat().st_size < 15_000_000
     assert invoke(export, "demo", "-o", tmp_path / "bundle", "--threads", 1).exit_code == 0
     runtime = adavit.load(tmp_path / "bundle", threads=1)
     assert runtime.graphs.files.dense is not None
