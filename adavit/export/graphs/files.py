@@ -52,7 +52,7 @@ def write_graphs(
         metadata: of the weights' file.
     """
     (folder / precision).mkdir()
-    arrays = {name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}
+    arrays = {name: np.asarray(value, order="C") for name, value in sorted(tensors.items())}
     data = sort_header(save(arrays, dict(metadata or {})))
     weights = _write(folder, f"{precision}/{WEIGHTS}", data)
     parsed = TensorFile.parse(data, weights.file)
