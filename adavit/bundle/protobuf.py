@@ -46,7 +46,7 @@ def read(message: bytes, known: Mapping[int, Field]) -> Fields:
     found = Fields()
     at, end = 0, len(message)
     while at < end:
-        tag, at = _varint(message, at)
+        tag, at = (message[at], at + 1) if message[at] < 128 else _varint(message, at)  # a call for each takes long
         number, wire = tag >> 3, tag & 7
         field = known.get(number)
         packed = wire == BYTES and field == (VARINT, True)
@@ -58,7 +58,7 @@ def read(message: bytes, known: Mapping[int, Field]) -> Fields:
         if wire == VARINT:
             _, at = _varint(message, at)
         elif wire == BYTES:
-            length, start = _varint(message, at)
+            length, start = (message[at], at + 1) if at < end and message[at] < 128 else _varint(message, at)
             at = start + length
         else:
             at += 4
