@@ -14,7 +14,7 @@ import numpy as np
 
 import adavit
 from adavit.runtime.evaluate import demo_bundle
-from adavit.bundle.preprocessing import find_images
+from adavit.runtime.image_files import find_images
 
 
 def chosen(macs: np.ndarray, classes: list[int], right: np.ndarray, count: int) -> np.ndarray:

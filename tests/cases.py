@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from safetensors.numpy import load_file
-from safetensors.numpy import save as save_tensors
 
 from adavit.architecture import TOKEN_THRESHOLD, Architecture
+from adavit.bundle.tensors import TensorFile
 from adavit.export import ExportOptions, export_bundle
 from adavit.files import sha256
 from adavit.model import AdaViT, save_safetensors
@@ -195,15 +194,17 @@ def rewrite_stored(bundle: Path, file: str, data: bytes) -> None:
 
 
 def with_weights(bundle: Path, tensor: str, value: float, precision: str = "fp32") -> None:
-    """Puts a value into a bundle's weights, as the first of each tensor with this in its name."""
+    """Puts a value into a bundle's weights, as the first of a tensor, or of each with this in its name."""
     file = stored_files(bundle, precision)["weights"]
-    tensors, found = load_file(bundle / file), 0
-    for name, array in tensors.items():
-        if tensor in name and array.dtype.kind == "f":
-            array.reshape(-1)[0] = value
+    data, found = bytearray((bundle / file).read_bytes()), 0
+    tensors = TensorFile.parse(bytes(data), file).tensors
+    for name, stored in tensors.items():
+        if (name == tensor if tensor in tensors else tensor in name) and stored.dtype.startswith("float"):
+            first = np.array(value, stored.dtype).tobytes()
+            data[stored.offset : stored.offset + len(first)] = first  # where the graphs look for it
             found += 1
     assert found
-    rewrite_stored(bundle, file, save_tensors(tensors))
+    rewrite_stored(bundle, file, bytes(data))
 
 
 def rewrite_text(bundle: Path, name: str, data: bytes) -> None:

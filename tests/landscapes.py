@@ -8,8 +8,8 @@ from typing import Any
 
 from cases import tiny
 
-from adavit.calibration.trial import Outcome
 from adavit.bundle.operating_points import TRAINED, Offsets
+from adavit.calibration.trial import Outcome
 
 KINDS = ("tokens", "heads", "sublayers")
 ALIKE = dict.fromkeys(KINDS, 1.0)

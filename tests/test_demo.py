@@ -1,4 +1,3 @@
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,19 +7,22 @@ from cases import invoke, refusal
 from click.testing import CliRunner
 
 import adavit
-from adavit.cli import export, run
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import demo_bundle
+from adavit.cli import export, run
 from adavit.training.command import main
 
 DEMO = Path(adavit.__file__).parent / "demo"
 
 
-def test_the_bundle_that_ships_is_of_the_checkpoint_that_ships() -> None:
+def test_the_weights_that_ship_are_the_checkpoint() -> None:
+    """They are there once: the bundle is what an export of its own weights makes."""
     runtime = adavit.load(demo_bundle(), threads=1)
-    checkpoint = (DEMO / "checkpoint.safetensors").read_bytes()
-    assert runtime.bundle.config["checkpoint"]["sha256"] == hashlib.sha256(checkpoint).hexdigest()
-    assert {"dense", "empty"} < set(runtime.bundle.engines)
+    weights = runtime.graphs.files.weights
+    assert runtime.bundle.config["checkpoint"]["sha256"] == weights.sha256
+    assert runtime.graphs.files.dense is not None
+    assert [path.name for path in DEMO.rglob("*.safetensors")] == ["model.safetensors"]
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 13_500_000
 
 
 def test_without_arguments_the_demo_runs_on_its_own_images() -> None:
@@ -39,7 +41,8 @@ def test_an_export_of_the_demo_has_its_operating_points(tmp_path: Path) -> None:
     exported, shipped = Bundle.open(tmp_path / "demo"), Bundle.open(demo_bundle())
     assert exported.config["checkpoint"] == shipped.config["checkpoint"]
     assert exported.budgets == shipped.budgets
-    assert set(exported.engines) == set(shipped.engines)
+    assert exported.files_of("fp32").weights == shipped.files_of("fp32").weights
+    assert len(exported.files_of("fp32").files()) == len(shipped.files_of("fp32").files())
     larger = CliRunner().invoke(export, ["demo", "--output", str(tmp_path / "larger"), "--image-size", "32"])
     assert larger.exit_code == 0, larger.output
     assert Bundle.open(tmp_path / "larger").budgets is None

@@ -16,9 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from adavit.errors import BundleError, InputError, shown
 from adavit.reading import open_regular, path_of
-from adavit.runtime.image_files import ImageFile, find_images
 
-__all__ = ["ImageFile", "Preprocessor", "decode", "find_images", "open_image"]
+__all__ = ["Preprocessor", "decode", "open_image"]
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 

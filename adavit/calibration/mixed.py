@@ -15,7 +15,7 @@ from adavit.errors import InputError
 from adavit.runtime.backend import Backend, Engine, Options, create_backend
 from adavit.bundle.bundle import Bundle
 from adavit.runtime.finite import NotFiniteError
-from adavit.bundle.preprocessing import ImageFile
+from adavit.runtime.image_files import ImageFile
 from adavit.runtime.session import Runtime
 
 __all__ = ["Measure", "Search", "read_images"]

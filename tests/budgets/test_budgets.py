@@ -11,13 +11,13 @@ from cases import export, picture, pictures_in, quiet, random_model, read_config
 
 import adavit
 from adavit.budget_options import BudgetOptions
+from adavit.bundle.operating_points import Budgets, Offsets
 from adavit.calibration import budgets as calibration
 from adavit.calibration import trial as module
 from adavit.calibration.budgets import add_budgets
 from adavit.calibration.trial import Trial
 from adavit.errors import BundleError, InputError, OptionError
 from adavit.runtime import Runtime
-from adavit.bundle.operating_points import Budgets, Offsets
 
 
 @pytest.fixture(scope="module")

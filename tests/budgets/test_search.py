@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from landscapes import ALIKE, ASKED, KINDS, SCALES, Landscape, Part
 
+from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.calibration import budgets as calibration
 from adavit.calibration import choose
 from adavit.calibration.budgets import calibrate
@@ -18,7 +19,6 @@ from adavit.calibration.trial import Outcome
 from adavit.calibration.walk import Walk
 from adavit.calibration.work import Work
 from adavit.errors import InputError
-from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, OperatingPoint
 
 
 def points_of(land: Any, asked: list[float]) -> dict[float, OperatingPoint]:

@@ -8,6 +8,7 @@ import pytest
 from cases import export, random_images, random_model, tiny
 
 import adavit
+from adavit.bundle.operating_points import TRAINED, Offsets
 from adavit.calibration import budgets as calibration
 from adavit.calibration import walk
 from adavit.calibration.budgets import calibrate
@@ -15,7 +16,6 @@ from adavit.calibration.decisions import shifted, units_of
 from adavit.calibration.trial import Trial
 from adavit.macs import dense_macs
 from adavit.runtime import Runtime
-from adavit.bundle.operating_points import TRAINED, Offsets
 
 
 def trial_of(runtime: Runtime, count: int = 32, labels: bool = True) -> Trial:

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from landscapes import ALIKE, SCALES, Landscape, Part, Recorded
 
+from adavit.bundle.operating_points import TRAINED, Offsets
 from adavit.calibration.meet import CLOSE, even, meet
 from adavit.calibration.trial import Outcome
 from adavit.calibration.walk import Walk
 from adavit.calibration.work import Work
-from adavit.bundle.operating_points import TRAINED, Offsets
 
 
 def test_doubt_is_the_standard_error_of_the_difference() -> None:

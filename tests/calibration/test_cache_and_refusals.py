@@ -42,7 +42,7 @@ from adavit.export import ExportOptions, export_bundle
 from adavit.precision_options import CalibrationOptions
 from adavit.runtime.backend import Options
 from adavit.bundle.bundle import Bundle
-from adavit.bundle.preprocessing import ImageFile
+from adavit.runtime.image_files import ImageFile
 
 pytest.importorskip("modelopt", reason="pip install 'adavit[int8]' to convert engines")
 

@@ -22,11 +22,11 @@ from cases import (
 )
 
 import adavit
+from adavit.bundle.operating_points import Offsets
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.macs import dense_macs
 from adavit.runtime import Policy
 from adavit.runtime import dense as dense_module
-from adavit.bundle.operating_points import Offsets
 from adavit.runtime.compare import Watched
 
 both_backends = pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

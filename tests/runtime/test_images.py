@@ -8,8 +8,9 @@ import pytest
 from cases import picture
 from PIL import Image
 
+from adavit.bundle.preprocessing import Preprocessor
 from adavit.errors import BundleError, InputError
-from adavit.bundle.preprocessing import ImageFile, Preprocessor, find_images
+from adavit.runtime.image_files import ImageFile, find_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
