@@ -195,12 +195,14 @@ def rewrite_stored(bundle: Path, file: str, data: bytes) -> None:
 
 
 def with_weights(bundle: Path, tensor: str, value: float, precision: str = "fp32") -> None:
-    """Puts a value into a bundle's weights, as the first of each tensor with this in its name."""
+    """Puts a value into a bundle's weights, as the first of a tensor, or of each with this in its name."""
 
     def put(array: np.ndarray) -> np.ndarray:
         return np.concatenate([[np.asarray(value, array.dtype)], array.reshape(-1)[1:]])
 
-    edit_weights(bundle, lambda name: tensor in name, put, precision)
+    stored = bundle / stored_files(bundle, precision)["weights"]
+    exact = tensor in TensorFile.parse(stored.read_bytes(), stored.name).tensors
+    edit_weights(bundle, lambda name: name == tensor if exact else tensor in name, put, precision)
 
 
 def edit_weights(

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +16,8 @@ from adavit.training.command import main
 DEMO = Path(adavit.__file__).parent / "demo"
 
 
-def test_the_bundle_that_ships_is_of_the_checkpoint_that_ships() -> None:
+def test_the_weights_that_ship_are_the_checkpoint() -> None:
+    """They are there once: the bundle is what an export of its own weights makes."""
     runtime = adavit.load(demo_bundle(), threads=1)
     checkpoint = (demo_bundle() / "fp32" / "model.safetensors").read_bytes()
     assert runtime.bundle.config["checkpoint"]["sha256"] == hashlib.sha256(checkpoint).hexdigest()

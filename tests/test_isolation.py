@@ -79,7 +79,7 @@ def reaches(names: set[str], *forbidden: str) -> set[str]:
     return {name for name in names if any(name == other or name.startswith(f"{other}.") for other in forbidden)}
 
 
-CORE = [*PACKAGE.glob("*.py"), *PACKAGE.glob("runtime/**/*.py"), *PACKAGE.glob("drawing/*.py")]
+CORE = [path for part in ("", "bundle/", "runtime/**/", "drawing/") for path in PACKAGE.glob(f"{part}*.py")]
 CORE = [path for path in CORE if path.name not in ("cli.py", "entry.py") and not path.name.startswith("console")]
 
 
@@ -92,6 +92,11 @@ def test_arrows_point_one_way(path: Path) -> None:
 def test_the_model_knows_neither_export_nor_runtime() -> None:
     for path in PACKAGE.glob("model/*.py"):
         assert not reaches(imported(path), "adavit.export", "adavit.runtime", "adavit.training", "onnx", "onnxruntime")
+
+
+def test_the_format_knows_nothing_of_what_uses_it() -> None:
+    for path in PACKAGE.glob("bundle/*.py"):
+        assert not reaches(imported(path), "adavit.runtime", "adavit.export", "adavit.model", "onnxruntime")
 
 
 def test_only_backends_name_a_backend() -> None:

@@ -208,7 +208,6 @@ class Bundle:
         """
         return read_stored(self.path, stored)
 
-
     def map_stored(self, stored: StoredFile) -> bytes | mmap.mmap:
         """A large file that the bundle describes, mapped into memory after its bytes were hashed.
 

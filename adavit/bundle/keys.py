@@ -18,7 +18,9 @@ class Sublayers(NamedTuple):
     @property
     def name(self) -> str:
         """As files and reports name the combination."""
-        return {(True, True): "both", (True, False): "attention", (False, True): "mlp"}.get((self.attention, self.mlp), "none")
+        return {(True, True): "both", (True, False): "attention", (False, True): "mlp"}.get(
+            (self.attention, self.mlp), "none"
+        )
 
 
 ATTENTION = ("projected", "mixed")

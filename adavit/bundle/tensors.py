@@ -76,7 +76,6 @@ class TensorFile:
             found.shape
         )
 
-
     def release(self) -> None:
         """Lets the system take back the memory of a mapped file; what is read again comes from its cache."""
         if isinstance(self.data, mmap.mmap) and hasattr(self.data, "madvise"):

@@ -181,7 +181,9 @@ def _write_fp32(
     """The weights as they are, and the graphs on them."""
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
     tensors = weights | stem_tensors(model.arch, weights)
-    return write_graphs(folder, "fp32", model.arch, tensors, options.opset, options.with_dense, progress, metadata=notes)
+    return write_graphs(
+        folder, "fp32", model.arch, tensors, options.opset, options.with_dense, progress, metadata=notes
+    )
 
 
 def _verified(model: AdaViT, bundle: Path, threads: int | None, progress: Progress) -> dict[str, Any]:

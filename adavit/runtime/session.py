@@ -214,9 +214,7 @@ def _trial(bundle: Bundle, graphs: Graphs, backend: str, options: Options) -> tu
     return lambda: [runtime.run(batch) for batch in batches], count
 
 
-def _reloaded(
-    path: str, fingerprint: str, precision: str, backend: str, options: Options, *how: Any
-) -> Runtime:
+def _reloaded(path: str, fingerprint: str, precision: str, backend: str, options: Options, *how: Any) -> Runtime:
     """The runtime that was pickled; raises BundleError where another bundle is at its path now."""
     bundle = Bundle.open(path)
     if bundle.fingerprint != fingerprint:

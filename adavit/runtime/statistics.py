@@ -63,7 +63,9 @@ def policy_at(bundle: Bundle, offsets: Offsets) -> Policy | None:
     return policy
 
 
-def _unpacked(packed: npt.NDArray[np.uint8], points: int, place: int, arch: Architecture, kind: str) -> npt.NDArray[np.bool_]:
+def _unpacked(
+    packed: npt.NDArray[np.uint8], points: int, place: int, arch: Architecture, kind: str
+) -> npt.NDArray[np.bool_]:
     """The masks [n, L, M] of a kind at one point."""
     size = {"tokens": arch.tokens, "heads": arch.heads, "sublayers": 2}[kind]
     shape = packed.shape

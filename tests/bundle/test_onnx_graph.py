@@ -138,7 +138,9 @@ def test_a_constant_that_is_not_there(graphs: Graphs) -> None:
 @given(
     values=st.dictionaries(
         st.sampled_from(["alpha", "axis", "sizes"]),
-        st.integers(-(2**63), 2**63 - 1) | st.lists(st.integers(-(2**40), 2**40), min_size=1) | st.floats(-9, 9, width=32),
+        st.integers(-(2**63), 2**63 - 1)
+        | st.lists(st.integers(-(2**40), 2**40), min_size=1)
+        | st.floats(-9, 9, width=32),
     )
 )
 def test_new_nodes_are_onnxs(values: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adavit.runtime.tune import tune
 from cases import (
     DENSE,
     oracle,
@@ -28,10 +27,7 @@ from adavit.errors import BackendError, BundleError, InputError
 from adavit.macs import dense_macs
 from adavit.runtime import Policy
 from adavit.runtime import dense as dense_module
-from adavit.runtime.benchmark import Plan
-from adavit.bundle.operating_points import Offsets
 from adavit.runtime.compare import Watched
-from adavit.runtime.waterfall import profile
 
 both_backends = pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 IMAGES = random_images(DENSE, 5)

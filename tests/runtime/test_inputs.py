@@ -158,7 +158,9 @@ def test_many_threads_that_follow_many_policies(
     """Whatever is kept of the heads' weights: all, those of a few sets, or nothing."""
     images = random_images(WIDE, 2)
     policies = [random_policy(WIDE, 2, seed) for seed in range(24)]
-    alone = [adavit.load(wide[0], threads=1, specialise=False).run(images, policy=policy).logits for policy in policies[:4]]
+    alone = [
+        adavit.load(wide[0], threads=1, specialise=False).run(images, policy=policy).logits for policy in policies[:4]
+    ]
     monkeypatch.setattr(ort, "HEADS", budget)
     shared = adavit.load(wide[0], threads=1, specialise=False)
     with ThreadPoolExecutor(6) as pool:
@@ -221,7 +223,10 @@ def slots() -> int:
 
 
 def test_a_failing_observer_is_told_no_more_and_nothing_is_lost(tiny_bundle: Path) -> None:
-    runtime, images = adavit.load(tiny_bundle, threads=2, parallel="samples", specialise=False), random_images(tiny(), 12)
+    runtime, images = (
+        adavit.load(tiny_bundle, threads=2, parallel="samples", specialise=False),
+        random_images(tiny(), 12),
+    )
     runtime.run(images)
     before, told = slots(), 0
 

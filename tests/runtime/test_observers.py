@@ -105,7 +105,11 @@ def test_a_replay_shows_what_would_be_decided(prepared: bool, wide: tuple[Path, 
     result = runtime.run(images, policy=policy, observe=seen)
     assert_same_policy(result.policy, kept)
     assert_shown(seen, runtime, random_model(WIDE), images, policy)
-    assert any((step.kept[: WIDE.tokens] != kept.tokens[i, step.block]).any() for i in seen.steps for step in seen.steps[i][:-1])
+    assert any(
+        (step.kept[: WIDE.tokens] != kept.tokens[i, step.block]).any()
+        for i in seen.steps
+        for step in seen.steps[i][:-1]
+    )
 
 
 def test_tokens_shown_are_of_the_image_that_is_told(wide: tuple[Path, Path]) -> None:

@@ -34,8 +34,8 @@ from adavit.bundle.bundle import Bundle
 from adavit.bundle.graphs import Graphs
 from adavit.cli import run
 from adavit.errors import BackendError, BundleError, OptionError
-from adavit.export.graphs.files import Units, write_graphs
-from adavit.export.graphs.precision import FP16, Precision
+from adavit.export.graphs.files import write_graphs
+from adavit.export.graphs.precision import Precision, Units
 from adavit.export.write import describe_bundle
 from adavit.runtime import Policy, Runtime, session
 from adavit.runtime.backends.openvino_models import bf16_tensor_of, compute_in_bf16, unfold
@@ -299,15 +299,15 @@ def converted(wide: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
             scale = np.abs(weights[f"{name}.weight"]).max(1) / 127
             codes[f"{name}.weight"] = (weights[f"{name}.weight"] / scale[:, None]).round().astype(np.int8)
             codes |= {f"{name}.weight.scale": scale, f"{name}.weight.zero": np.zeros(len(scale), np.int8)}
-            codes[f"blocks.{block}.{site}.input_scale"] = np.float32(4 / 127)
+            for prefix in ("", "dense."):
+                codes[f"{prefix}blocks.{block}.{site}.input_scale"] = np.float32(4 / 127)
             for kind in ("weight", "bias"):
                 if f"{name}.{kind}" in halves:
                     halves[f"{name}.{kind}"] = weights[f"{name}.{kind}"].astype(np.float16)
-    int8 = Precision("int8", frozenset(f"blocks.{block}.{site}" for block in blocks for site in LINEAR.values()))
     files = []
-    for name, tensors, precision in (("fp16", halves, FP16), ("int8", codes, int8)):
-        parts = [f"blocks.{block}.{part}" for block in blocks for part in ("attention", "mlp")]
-        units = Units(dict.fromkeys([*parts, "dense"], precision))
+    for name, tensors in (("fp16", halves), ("int8", codes)):
+        parts = [(block, part) for block in blocks for part in ("attention", "mlp")]
+        units = Units(dict.fromkeys(parts, Precision(name)))
         files.append(write_graphs(folder, name, WIDE, tensors, 20, True, lambda *_: None, units))
     about = {key: source.config[key] for key in ("name", "checkpoint")}
     describe_bundle(folder, files, WIDE, source.labels, source.preprocessor, about)

@@ -182,7 +182,9 @@ def test_each_image_of_a_batch_runs_at_a_budget_of_its_own(kind: str, parallel: 
         alone = runtime.run(IMAGES[row : row + 1], budget=budget)
         assert_same_policy(alone.policy, batch.policy[row : row + 1])
         np.testing.assert_allclose(alone.logits[0], batch.logits[row], atol=1e-5)
-    np.testing.assert_array_equal(runtime.run(IMAGES, budget=np.full(6, 0.5, np.float32)).macs, runtime.run(IMAGES).macs)
+    np.testing.assert_array_equal(
+        runtime.run(IMAGES, budget=np.full(6, 0.5, np.float32)).macs, runtime.run(IMAGES).macs
+    )
 
 
 def test_each_image_of_a_batch_runs_with_offsets_of_its_own(runtime: Runtime) -> None:

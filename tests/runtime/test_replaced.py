@@ -9,8 +9,8 @@ import pytest
 from cases import random_images, read_config, tiny, write_config
 
 import adavit
-from adavit.files import folder_beside
 from adavit.bundle import bundle as reading
+from adavit.files import folder_beside
 from adavit.runtime.replaced import again_if_replaced
 
 

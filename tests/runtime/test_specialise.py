@@ -297,9 +297,7 @@ def test_its_bytes_are_those_of_its_matrices(sublayers: Sublayers, loaded: Runti
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    kept=st.integers(1, WIDE.tokens), heads=st.integers(1, WIDE.heads), attention=st.booleans(), mlp=st.booleans()
-)
+@given(kept=st.integers(1, WIDE.tokens), heads=st.integers(1, WIDE.heads), attention=st.booleans(), mlp=st.booleans())
 def test_constants_always_save_something(kept: int, heads: int, attention: bool, mlp: bool) -> None:
     key = BlockKey(1, Sublayers(attention, mlp), tuple(range(heads)))
     assert module.saved_macs(WIDE, Use(1, key, kept)) > 0
@@ -455,9 +453,7 @@ def test_usages_survive_being_written(loaded: Runtime) -> None:
         assert usage_from(json.loads(json.dumps(usage_to(found))), WIDE) == found
 
 
-def test_of_much_usage_a_part_is_kept(
-    wide: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_much_usage_a_part_is_kept(wide: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = adavit.load(wide[0], threads=1)
     source = np.random.default_rng(0)
     policy = random_policy(WIDE, 1024, 0)

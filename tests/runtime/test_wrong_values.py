@@ -123,7 +123,10 @@ def test_any_values(value: Any, more: Any, other: Any, runtime: Runtime) -> None
 
 @given(value=values)
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@pytest.mark.parametrize("name", ["backend", "threads", "provider", "parallel", "budget", "cuda_graphs", "precision", "specialise", "shared_pool"])
+@pytest.mark.parametrize(
+    "name",
+    ["backend", "threads", "provider", "parallel", "budget", "cuda_graphs", "precision", "specialise", "shared_pool"],
+)
 def test_any_arguments_of_load(name: str, value: Any, tiny_bundle: Path) -> None:
     if not (isinstance(value, int) and 0 < value <= 1024):  # which are threads
         only_own(lambda: adavit.load(tiny_bundle, **{"threads": 1, "specialise": False, name: value}))

@@ -32,7 +32,15 @@ from adavit.runtime.forks import keep_in_fork, renew_in_fork
 from adavit.runtime.head_cache import HeadCache
 from adavit.runtime.memory import trim_heap
 
-__all__ = ["GPU_PROVIDERS", "OnnxRuntimeBackend", "asked_for", "create", "import_onnxruntime", "require_provider", "share_pool"]
+__all__ = [
+    "GPU_PROVIDERS",
+    "OnnxRuntimeBackend",
+    "asked_for",
+    "create",
+    "import_onnxruntime",
+    "require_provider",
+    "share_pool",
+]
 
 log = logging.getLogger(__name__)
 
