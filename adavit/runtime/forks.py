@@ -49,6 +49,4 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=undisturbed.acquire, after_in_parent=undisturbed.release, after_in_child=_after_fork
-    )
+    os.register_at_fork(before=undisturbed.acquire, after_in_parent=undisturbed.release, after_in_child=_after_fork)

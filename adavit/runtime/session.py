@@ -16,22 +16,22 @@ import numpy.typing as npt
 from PIL import Image
 
 from adavit.architecture import Architecture
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.demo import find_bundle
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve, resolve_each
+from adavit.bundle.preprocessing import ImageLike, Preprocessor
 from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
 from adavit.macs import dense_macs, image_macs
 from adavit.reading import path_of
 from adavit.runtime.backend import Backend, Options, Use, create_backend
-from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve, resolve_each
-from adavit.bundle.bundle import Bundle
-from adavit.bundle.graphs import Graphs
 from adavit.runtime.choose import Choice, choose
 from adavit.runtime.cpus import usable_cpus
-from adavit.bundle.demo import find_bundle
 from adavit.runtime.dense import DenseDispatcher, no_policies
 from adavit.runtime.dispatcher import SIDE_BY_SIDE, Dispatcher, Observer
 from adavit.runtime.finite import check_logits
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.given import pictures_of, whole
-from adavit.bundle.preprocessing import ImageLike, Preprocessor
 from adavit.runtime.policy import Policy
 from adavit.runtime.replaced import again_if_replaced
 from adavit.runtime.specialise import KeptUsage, Specialiser, usage_of
@@ -213,9 +213,7 @@ def _trial(bundle: Bundle, graphs: Graphs, backend: str, options: Options) -> tu
     return lambda: [runtime.run(batch) for batch in batches], count
 
 
-def _reloaded(
-    path: str, fingerprint: str, precision: str, backend: str, options: Options, *how: Any
-) -> Runtime:
+def _reloaded(path: str, fingerprint: str, precision: str, backend: str, options: Options, *how: Any) -> Runtime:
     """The runtime that was pickled; raises BundleError where another bundle is at its path now."""
     bundle = Bundle.open(path)
     if bundle.fingerprint != fingerprint:
