@@ -238,8 +238,6 @@ def test_the_command_tells_how_labels_were_matched(tiny_bundle: Path, tmp_path: 
 
 def test_no_option_that_would_be_ignored(tiny_bundle: Path, labelled: Path, tmp_path: Path) -> None:
     order = "--labels-by-order"
-    tuned = invoke(run, tiny_bundle, "--tune", "--images", labelled, order)
-    assert f"--tune measures by itself, without {order}" in refusal(tuned, code=2)
     exported = invoke(export, "demo", "--output", tmp_path / "bundle", order)
     assert f"nothing is calibrated in fp32, give a --precision or leave out {order}" in refusal(exported, code=2)
 

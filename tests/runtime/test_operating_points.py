@@ -223,7 +223,7 @@ def test_pictures_and_drawings_have_one_budget(dialled: Path) -> None:
         lambda: runtime.draw([picture()], budget=np.array([0.4])),  # type: ignore[arg-type]
         lambda: adavit.load(dialled, threads=1, budget=[0.4]),  # type: ignore[arg-type]
     ):
-        with pytest.raises(InputError, match="budget is .*: expected a share of the dense MACs"):
+        with pytest.raises(InputError, match=r"budget is .*: expected a share of the dense MACs"):
             ask()
 
 

@@ -481,8 +481,8 @@ def test_without_a_home_nothing_is_kept(wide: tuple[Path, Path], monkeypatch: py
 def test_the_thread_ends_with_its_runtime(wide: tuple[Path, Path], own_threads: Threads) -> None:
     runtime = adavit.load(wide[0], threads=1)
     runtime.run(random_images(WIDE, 16), policy=keeping((1, 3), 16))
-    soon(lambda: prepared(runtime) == keys_with((1, 3)))
     (thread,) = own_threads()
+    soon(runtime.backend.prepared)
     gone = weakref.ref(runtime), weakref.ref(runtime.backend)
     del runtime
     thread.join(SECONDS)
