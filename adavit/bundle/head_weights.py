@@ -7,7 +7,6 @@ heads' numbers, heads [h]. A key's bias adds the same to all scores of a query, 
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,8 +19,6 @@ from adavit.bundle.tensors import TensorFile
 from adavit.errors import BundleError
 
 PROJECTIONS = ("query", "key", "value")
-OWN_MEMORY = 1 << 17
-"""Bytes from which on an array gets memory of its own: the heap would keep it, in holes between others."""
 
 __all__ = ["Arrays", "Quantised", "head_weights", "quantised_head_weights"]
 
@@ -71,7 +68,7 @@ def quantised_head_weights(arch: Architecture, tensors: TensorFile, key: BlockKe
         if len({_matrix(part).dtype for part in parts}) > 1:
             raise BundleError(f"the weights of queries, keys and values of {block} have different types; export again")
         scale = arch.head_width**-0.5
-        found["qkv"] = _joined_rows(parts, channels, scale)
+        found["qkv"] = _joined_rows(parts, channels, heads, arch.head_width, scale)
         if arch.qkv_bias:
             dtype = "float16" if _matrix(parts[0]).dtype == np.float16 else "float32"
             query, value = (
@@ -79,11 +76,11 @@ def quantised_head_weights(arch: Architecture, tensors: TensorFile, key: BlockKe
             )
             own = query[channels]
             found["qkv_bias"] = np.concatenate([own * own.dtype.type(scale), np.zeros_like(own), value[channels]])
-        found["proj"] = _columns(linear("attn.proj", (width, width)), channels, every)
+        found["proj"] = _columns(linear("attn.proj", (width, width)), heads, arch.head_width, every)
     if key.sublayers.mlp:
         if arch.adapts_heads(key.block):
             found["heads"] = heads
-        found["fc1"] = _columns(linear("mlp.fc1", (hidden, width)), channels, every)
+        found["fc1"] = _columns(linear("mlp.fc1", (hidden, width)), heads, arch.head_width, every)
         found["fc2"] = linear("mlp.fc2", (width, hidden))
     return found
 
@@ -102,9 +99,11 @@ def _matrix(weight: Array | Quantised) -> Array:
     return weight.codes if isinstance(weight, Quantised) else weight
 
 
-def _joined_rows(parts: Sequence[Array | Quantised], channels: Array, scale: float) -> Array | Quantised:
+def _joined_rows(
+    parts: Sequence[Array | Quantised], channels: Array, heads: Array, width: int, scale: float
+) -> Array | Quantised:
     """The rows of output channels of queries, keys and values, below one another; the queries' scaled."""
-    rows = _taken([_matrix(part) for part in parts], channels)
+    rows = _taken([_matrix(part) for part in parts], heads, width)
     scales = [part.scale[channels] for part in parts if isinstance(part, Quantised)]
     if scales:
         return Quantised(rows, np.concatenate([scales[0] * np.float32(scale), *scales[1:]]))
@@ -112,28 +111,20 @@ def _joined_rows(parts: Sequence[Array | Quantised], channels: Array, scale: flo
     return rows
 
 
-def _taken(parts: Sequence[Array], rows: Array) -> Array:
-    """The same rows of several matrices, below one another."""
-    count = len(rows)
-    joined = _empty((len(parts) * count, parts[0].shape[1]), parts[0].dtype)
-    for place, part in enumerate(parts):
-        part.take(rows, 0, out=joined[place * count : (place + 1) * count], mode="clip")
-    return joined
+def _taken(parts: Sequence[Array], heads: Array, width: int) -> Array:
+    """The rows of the same heads of several matrices, below one another."""
+    inputs = parts[0].shape[1]
+    joined = np.empty((len(parts), len(heads), width, inputs), parts[0].dtype)
+    for part, rows in zip(parts, joined, strict=True):
+        part.reshape(-1, width, inputs).take(heads, 0, out=rows, mode="clip")
+    return joined.reshape(len(parts) * len(heads) * width, inputs)
 
 
-def _columns(weight: Array | Quantised, channels: Array, every: bool) -> Array | Quantised:
-    """The columns of input channels."""
+def _columns(weight: Array | Quantised, heads: Array, width: int, every: bool) -> Array | Quantised:
+    """The columns of heads, which are input channels."""
     if every:
         return weight
     matrix = _matrix(weight)
-    columns = _empty((len(matrix), len(channels)), matrix.dtype)
-    matrix.take(channels, 1, out=columns, mode="clip")
+    by_head = matrix.reshape(len(matrix), -1, width)  # whole heads are copied, not single values
+    columns = by_head.take(heads, 1, mode="clip").reshape(len(matrix), len(heads) * width)
     return Quantised(columns, weight.scale) if isinstance(weight, Quantised) else columns
-
-
-def _empty(shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
-    """A new array; a large one in memory of its own, which goes back to the system with it."""
-    size = shape[0] * shape[1] * dtype.itemsize
-    if size < OWN_MEMORY:
-        return np.empty(shape, dtype)
-    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)

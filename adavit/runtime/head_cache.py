@@ -13,13 +13,12 @@ from adavit.bundle.graphs import Graphs
 from adavit.bundle.head_weights import Arrays
 from adavit.bundle.keys import BlockKey
 from adavit.runtime.forks import renew_in_fork
-from adavit.runtime.memory import trim_heap
 
 __all__ = ["HeadCache", "in_file"]
 
 T = TypeVar("T")
 
-RELEASED = 32 << 20
+RELEASED = 128 << 20
 """Bytes that are copied until the system may take back the file's memory that they came from."""
 
 
@@ -59,7 +58,6 @@ class HeadCache(Generic[T]):
             if self._taken >= RELEASED:
                 self._taken = 0
                 self._graphs.tensors.release()
-                trim_heap()
         return found[0]
 
     def _keep(self, key: BlockKey, found: tuple[Mapping[str, T], int]) -> None:
