@@ -76,7 +76,9 @@ def checking_stages() -> list[Stage]:
 
 def adding_stages(budgets: BudgetOptions, build: BuildOptions) -> list[Stage]:
     """Those that add budgets and engines to a bundle."""
-    found = [LOADING, Stage("reading images", 0.5), Stage("finding operating points", 120)] if budgets.budgets else []
+    searched = [LOADING, Stage("reading images", 0.5), Stage("finding operating points", 120)]
+    found = searched if budgets.budgets else []
+    found += [Stage("recording policies", 15)] if budgets.calibration_images else []
     return found + [Stage(f"building {target}", 60) for target in build.target]
 
 

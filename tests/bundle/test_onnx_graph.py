@@ -18,7 +18,7 @@ from adavit.bundle.bundle import WEIGHTS, Bundle
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.head_weights import Quantised
 from adavit.bundle.keys import BOTH, NONE, BlockKey, Sublayers
-from adavit.bundle.onnx_graph import OnnxGraph, new_node
+from adavit.bundle.onnx_graph import GraphReader, OnnxGraph, new_node
 from adavit.errors import BundleError
 
 ARCH = tiny()
@@ -165,4 +165,4 @@ def test_damaged_graphs_are_refused_in_one_line(
         whole[at] = byte
     for damaged in (data, bytes(whole)):
         with suppress(BundleError):
-            OnnxGraph.parse(damaged, graphs.tensors, WEIGHTS, "a/graph.onnx")
+            GraphReader(graphs.tensors, WEIGHTS, graphs.files.opset).read(damaged, "a/graph.onnx")

@@ -154,7 +154,7 @@ def test_wrong_checkpoints_and_options(checkpoint: Path, tmp_path: Path) -> None
 def test_a_check_that_fails_names_block_and_graph(checkpoint: Path, bundle: Path) -> None:
     with_weights(bundle, "blocks.1.norm1.bias", 3.0)
     message = refusal(invoke(export, "--check", bundle, "--against", checkpoint, "--threads", 1))
-    assert "block 1, graph both: differs from the checkpoint" in message
+    assert "block 0, graph both: block 1's decisions on tokens: differs from the checkpoint" in message
 
 
 def test_a_check_is_of_fp32(checkpoint: Path, bundle: Path) -> None:

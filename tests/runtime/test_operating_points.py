@@ -308,7 +308,7 @@ DAMAGED: dict[str, Any] = {
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_damaged_points_are_refused(kind: str, bundle: Path) -> None:
     write_config(bundle, {**read_config(bundle), "budgets": DAMAGED[kind]})
-    with pytest.raises(BundleError, match=r"config\.json is damaged"):
+    with pytest.raises(BundleError, match=r"config\.json( is damaged|: not JSON)"):
         adavit.load(bundle)
 
 

@@ -223,7 +223,7 @@ def test_profiles_follow_the_statistics(bundle: Path) -> None:
         add_engines(bundle, RTX, quiet)
 
 
-def test_a_refused_graph_is_reported_with_operator_node_and_engine(bundle: Path) -> None:
+def test_a_graph_that_does_not_fit_is_refused_before_anything_is_built(bundle: Path) -> None:
     file = stored_files(bundle)["blocks.1.mlp"]
     model = onnx.load_from_string((bundle / file).read_bytes())
     last = next(node for node in model.graph.node if "y" in node.output)
@@ -235,7 +235,7 @@ def test_a_refused_graph_is_reported_with_operator_node_and_engine(bundle: Path)
     rewrite_stored(bundle, file, model.SerializeToString())
     before = sorted(bundle.rglob("*"))
     message = refusal(invoke(export_command, bundle, "--target", "tensorrt-rtx"))
-    assert "engine blocks.1.mlp: TensorRT refuses operator Transpose, node 'the_odd_one'" in message
+    assert "blocks.1.mlp.onnx: is not a graph of its architecture: its operator Transpose does not fit" in message
     assert [path for path in sorted(bundle.rglob("*")) if path.name != "tensorrt"] == before
     assert not engine_sets(Bundle.open(bundle))
 
