@@ -103,6 +103,21 @@ def computing(engines: dict[str, Any]) -> set[str]:
     return found - {"int64", "int32", "bool"}
 
 
+def converted_blocks(bundle: Path, precision: str) -> set[str]:
+    """The sub-layers whose weights are in a precision; those that no image reaches stay in fp32."""
+    weights = {"attention": "attn.proj.weight", "mlp": "mlp.fc2.weight"}
+    graphs = Graphs(Bundle.open(bundle), precision)
+    depth = range(graphs.architecture.depth)
+    named = {f"{block}.{part}": f"blocks.{block}.{name}" for block in depth for part, name in weights.items()}
+    return {part for part, name in named.items() if graphs.tensors.tensors[name].dtype != "float32"}
+
+
+def covers(engine: str, sublayer: str) -> bool:
+    """Whether the engine of a block runs a sub-layer."""
+    block, part = sublayer.split(".")
+    return engine in (f"blocks.{block}.{part}", f"blocks.{block}.both")
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """Bundles of the demo and of a few blocks of a full-size DeiT in any precision."""
@@ -136,9 +151,11 @@ def test_every_engine_is_built(exported: Callable[[str, str], Path], model: str,
         str(path.relative_to(bundle)) for path in bundle.glob("tensorrt/*/*.engine")
     }
     assert {"stem", "blocks.0.both", "blocks.1.both", "blocks.1.none", "dense"} <= set(engines)
+    converted = converted_blocks(bundle, precision)
     for name, engine in engines.items():
         types = computing({name: engine})
-        if precision == "fp32" or name == "stem" or name.endswith(".none"):
+        sublayers = [part for part in converted if name == "dense" or covers(name, part)]
+        if not sublayers:
             assert types == {"float32"}, name
         elif precision == "fp16":  # sums, normalisation, softmax and decisions stay in float32
             assert types == {"float16", "float32"}, name
