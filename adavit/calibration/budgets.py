@@ -17,7 +17,6 @@ from adavit.calibration.choose import best_stops, expected
 from adavit.calibration.meet import CLOSE, Stop
 from adavit.calibration.statistics import add_statistics
 from adavit.calibration.trial import Trial
-from adavit.calibration.walk import COMPARED
 from adavit.calibration.work import Work
 from adavit.errors import BundleError, InputError
 from adavit.runtime.session import load
@@ -30,6 +29,8 @@ APART = 0.01
 """Budgets closer than this are close enough for what is between them."""
 ASTRAY = 0.01
 """How far the MACs of an interpolated request may be from its budget, relative to it, before a point is put there."""
+SOME = 256
+"""Images that tell of it."""
 ROUNDS, TRIES = 3, 4
 """How often the points are halved there, and how often each is tried."""
 STAGE = "finding operating points"
@@ -129,11 +130,11 @@ def _astray(trial: Trial, low: OperatingPoint, high: OperatingPoint) -> Operatin
     line, asked = partial(low.offsets.toward, high.offsets), (low.budget + high.budget) / 2
     if high.budget - low.budget <= APART:
         return None
-    ends = [trial.run(point.offsets, COMPARED).macs for point in (low, high)]
+    ends = [trial.run(point.offsets, SOME).macs for point in (low, high)]
     wanted = asked * sum(ends) / (low.measured["macs"] + high.measured["macs"])  # of these images
     tried, place = dict(zip((0.0, 1.0), ends, strict=True)), 0.5
     for _ in range(TRIES):
-        tried[place] = trial.run(line(place), COMPARED).macs
+        tried[place] = trial.run(line(place), SOME).macs
         if abs(tried[place] - wanted) <= (ASTRAY if place == 0.5 else ASTRAY / 2) * wanted:
             break
         places = sorted(tried)

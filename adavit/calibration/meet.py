@@ -14,7 +14,7 @@ __all__ = ["CLOSE", "Line", "Stop", "cross", "even", "meet"]
 
 CLOSE = 0.003
 """How near to a budget the MACs of an operating point are to be, relative to it."""
-FEW = 128
+FEW = 64
 """Images that tell about how far offsets move the MACs."""
 PASSES, TRIES, HALVINGS = 3, 10, 32
 EXACT = 5e-4

@@ -1,29 +1,49 @@
 """Steps from the trained policy to smaller or larger budgets: each by the decisions that lose least.
 
-A *unit* is the decisions of one kind in one block. A step changes the offset of one unit, or of all alike, as far as
-the recorded logits predict that it takes a step's MACs. The step is taken that costs the least score per MAC (or gains
-the most), after one standard error of that difference: the best of many noisy ones would often be a lucky one. A step
-is tried again only when its last value is still the best. It runs few images first, and the others only if it may be
-the best. Of all these, only the images run for which a decision changes.
+A *unit* is the decisions of one kind in one block. A step changes the offset of some units alike, as far as the
+recorded logits predict that it takes a step's MACs. The step is taken that costs the least score per MAC (or gains the
+most), after one standard error of that difference: the best of many noisy ones would often be a lucky one. A step is
+tried again only when its last value is still the best. It runs few images first, and the others only if it may be the
+best. Of all these, only the images run for which a decision changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from math import inf
 
+from adavit.architecture import Architecture
 from adavit.bundle.operating_points import Offsets
 from adavit.calibration.decisions import Decisions, Unit, shifted, units_of
 from adavit.calibration.meet import Stop, cross
 from adavit.calibration.trial import Outcome, Trial
 
-__all__ = ["COMPARED", "Walk"]
+__all__ = ["COMPARED", "Move", "Walk", "moves_by_kind", "moves_by_unit"]
 
 COMPARED, FIRST = 512, 128
-"""Images that steps are compared on, and how many of them run first."""
+"""Images that steps are compared on by default, and how many of them run first."""
 LEAST = 0.1
 """Part of a step that must be left of a unit, and that a step must bring."""
 
 Move = tuple[Unit, ...]
+"""What a step changes."""
+
+
+def moves_by_unit(arch: Architecture) -> list[Move]:
+    """Each unit alone, and all of them."""
+    units = units_of(arch)
+    return _with_all([(unit,) for unit in units], units)
+
+
+def moves_by_kind(arch: Architecture) -> list[Move]:
+    """Each kind of decision in all blocks, and all of them."""
+    units = units_of(arch)
+    return _with_all([tuple(group) for _, group in groupby(sorted(units), key=lambda unit: unit[0])], units)
+
+
+def _with_all(moves: list[Move], units: list[Unit]) -> list[Move]:
+    return [*moves, tuple(units)] if len(moves) > 1 else moves
 
 
 class Walk:
@@ -34,28 +54,31 @@ class Walk:
         start: where it begins.
         sign: -1 to smaller budgets, 1 to larger.
         step: share of the dense MACs that a step is to take.
+        moves: what steps may change.
+        compared: images that steps are compared on.
 
     Attributes:
-        stops: where it has been, the start first, as some of the images tell.
+        stops: where it has been, the start first, as `compared` images tell.
+        compared: as given.
     """
 
-    def __init__(self, trial: Trial, start: Offsets, sign: int, step: float) -> None:
-        self._trial, self._sign, self._step = trial, sign, step
-        units = units_of(trial.runtime.architecture)
-        moves: list[Move] = [*((unit,) for unit in units), *([tuple(units)] if len(units) > 1 else [])]
+    def __init__(
+        self, trial: Trial, start: Offsets, sign: int, step: float, moves: Sequence[Move], compared: int = COMPARED
+    ) -> None:
+        self._trial, self._sign, self._step, self.compared = trial, sign, step, compared
         self._values = dict.fromkeys(moves, inf)
         self._answers = dict.fromkeys(moves, 1.0)  # the MACs that the last step took, relative to the prediction
         self._predicted = dict.fromkeys(moves, 0.0)
-        self.stops = [Stop(start, trial.run(start, COMPARED))]
+        self.stops = [Stop(start, trial.run(start, compared))]
 
     def onward(self) -> bool:
         """Takes the best step; returns whether there is one."""
-        decisions = self._trial.record(self.here.offsets, COMPARED)
+        decisions = self._trial.record(self.here.offsets, self.compared)
         fresh: dict[Move, Offsets] = {}
         while self._values:
             move = max(self._values, key=lambda move: self._values[move])
             if move in fresh:
-                self.stops.append(Stop(fresh[move], self._trial.run(fresh[move], COMPARED, decisions)))
+                self.stops.append(Stop(fresh[move], self._trial.run(fresh[move], self.compared, decisions)))
                 return True
             offsets = self._further(move, decisions)
             least = max((self._values[other] for other in fresh), default=-inf)
@@ -88,7 +111,7 @@ class Walk:
     def _value(self, move: Move, offsets: Offsets, decisions: Decisions, least: float) -> float | None:
         """What a step surely wins, on few images if that is below `least` at best; None where it goes no further."""
         value = -inf
-        for count in (FIRST, COMPARED):
+        for count in (FIRST, self.compared):
             found = self._trial.run(offsets, count, decisions)
             went = self._sign * (found.macs - self._trial.run(self.here.offsets, count).macs)
             self._answers[move] = min(2.0, max(0.25, went / self._predicted[move]))

@@ -16,7 +16,7 @@ from adavit.calibration import choose
 from adavit.calibration.budgets import calibrate
 from adavit.calibration.meet import CLOSE, even, meet
 from adavit.calibration.trial import Outcome
-from adavit.calibration.walk import Walk
+from adavit.calibration.walk import Walk, moves_by_unit
 from adavit.calibration.work import Work
 from adavit.errors import InputError
 
@@ -60,7 +60,7 @@ class Trap(Landscape):
 
 def test_what_pays_at_first_does_not_spoil_the_end() -> None:
     trap: Any = Trap(ALIKE, ALIKE)
-    walk = Walk(trap, TRAINED, -1, 0.04)
+    walk = Walk(trap, TRAINED, -1, 0.04, moves_by_unit(tiny()))
     while walk.here.outcome.macs > 0.25 and walk.onward():
         pass
     assert walk.here.outcome.score < 0.1
@@ -103,7 +103,7 @@ def is_even(offsets: Offsets) -> bool:
 @pytest.mark.parametrize(("lead", "taken"), [(0.02, True), (0.008, False), (-0.008, False)])
 def test_what_may_be_luck_is_not_taken(lead: float, taken: bool) -> None:
     land: Any = Unsure(lead, noise=0.1)  # of 100 images: a standard error of 0.01
-    walk = Walk(land, TRAINED, -1, 0.03)
+    walk = Walk(land, TRAINED, -1, 0.03, moves_by_unit(tiny()))
     assert walk.onward()
     assert is_even(walk.here.offsets) == (not taken)
     points = points_of(land, [0.3, 0.8])

@@ -133,12 +133,11 @@ def test_a_model_meets_its_budgets(labels: bool, runtime: Runtime, ran: list[int
 
 
 def test_walks_run_some_of_many_images(runtime: Runtime, ran: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk, "COMPARED", 24)
     monkeypatch.setattr(walk, "FIRST", 12)
     tried = trial_of(runtime, 200)
     assert tried.trained.agreement == 1
     del ran[:]
-    stepping = walk.Walk(tried, TRAINED, -1, 0.02)
+    stepping = walk.Walk(tried, TRAINED, -1, 0.02, walk.moves_by_unit(runtime.architecture), 24)
     assert stepping.onward()
     assert sum(ran) <= 24 * (len(units_of(tiny())) + 2)
 

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import tiny
 from landscapes import ALIKE, SCALES, Landscape, Part, Recorded
 
 from adavit.bundle.operating_points import TRAINED, Offsets
 from adavit.calibration.meet import CLOSE, even, meet
 from adavit.calibration.trial import Outcome
-from adavit.calibration.walk import Walk
+from adavit.calibration.walk import Walk, moves_by_unit
 from adavit.calibration.work import Work
 
 
@@ -22,7 +23,7 @@ def test_doubt_is_the_standard_error_of_the_difference() -> None:
     assert first.doubt(first) == first.doubt(replace(second, scores=None)) == 0
     land: Any = Landscape(ALIKE, ALIKE)
     land.run = lambda offsets, count=None, like=None: first
-    walk = Walk(land, TRAINED, -1, 0.02)
+    walk = Walk(land, TRAINED, -1, 0.02, moves_by_unit(tiny()))
     assert walk.won(second) == pytest.approx((scores[1].mean() - scores[0].mean() - error) / 0.1)
 
 
@@ -47,7 +48,7 @@ class NoTokens(Landscape):
 
 def test_a_step_that_goes_no_further_is_not_taken() -> None:
     land: Any = NoTokens(ALIKE, ALIKE)
-    walk = Walk(land, TRAINED, -1, 0.015)
+    walk = Walk(land, TRAINED, -1, 0.015, moves_by_unit(tiny()))
     while walk.here.outcome.macs > 0.45 and walk.onward():
         pass
     assert walk.here.outcome.macs == pytest.approx(0.45, abs=0.03)
@@ -57,7 +58,7 @@ def test_a_step_that_goes_no_further_is_not_taken() -> None:
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_steps_are_about_a_step_and_ends_are_reached(sign: int) -> None:
     land: Any = Landscape(SCALES[1], ALIKE)
-    walk, end = Walk(land, TRAINED, sign, 0.02), 0.12 if sign < 0 else 0.98
+    walk, end = Walk(land, TRAINED, sign, 0.02, moves_by_unit(tiny())), 0.12 if sign < 0 else 0.98
     while sign * (end - walk.here.outcome.macs) > 0 and walk.onward():
         pass
     steps = sign * np.diff([stop.outcome.macs for stop in walk.stops])
