@@ -302,11 +302,10 @@ class OnnxRuntimeBackend:
     def prepare(self, wanted: Prepared) -> None:
         """See `Backend.prepare`."""
         block, sublayers, heads = wanted.key
-        graph, weights = self._blocks[block, sublayers], self.graphs.quantised_head_weights(wanted.key)
-        fused = None
+        graph, fused = self._blocks[block, sublayers], None
         if sublayers.attention and self.graphs.precision == "fp32":
             fused = fuse_attention(graph, self.graphs.head_weights(wanted.key), len(heads))
-            weights = fused.weights if fused else weights
+        weights = fused.weights if fused else self.graphs.quantised_head_weights(wanted.key)
         constants = graph.arrays(self.graphs.tensors) | dict(weights)
         session = self._session(graph, constants, wanted.threads, fused)
         self.graphs.tensors.release()
