@@ -26,7 +26,7 @@ from adavit.bundle.keys import ATTENTION, Sublayers
 from adavit.export.graphs.builder import Builder
 from adavit.export.graphs.precision import Precision
 
-__all__ = ["add_attention", "add_block", "add_decisions", "add_head", "add_mlp", "add_norm"]
+__all__ = ["add_attention", "add_block", "add_decisions", "add_head", "add_mlp", "add_norm", "add_update"]
 
 
 def add_block(
@@ -74,10 +74,10 @@ def _mlp(graph: Builder, arch: Architecture, block: int, x: str, precision: Prec
     return add_mlp(graph, arch, block, x, weights, precision, heads)
 
 
-def add_norm(graph: Builder, arch: Architecture, prefix: str, norm: str, x: str) -> str:
-    """A layer normalisation of the model, of the weights whose names in the checkpoint begin with `prefix`."""
-    weight, bias = (graph.weight(f"{norm}.{kind}", f"{prefix}{norm}.{kind}") for kind in ("weight", "bias"))
-    return graph.layer_norm(x, weight, bias, arch.norm_epsilon)
+def add_norm(graph: Builder, arch: Architecture, x: str, weights: str, tensors: str, name: str | None = None) -> str:
+    """A layer normalisation of the model; its weights' names begin so in this graph, and in the weights' file."""
+    weight, bias = (graph.weight(f"{weights}.{kind}", f"{tensors}.{kind}") for kind in ("weight", "bias"))
+    return graph.layer_norm(x, weight, bias, arch.norm_epsilon, name)
 
 
 def add_attention(
@@ -101,7 +101,7 @@ def add_attention(
         prefix: of the names of weights in this graph.
     """
     site, d = f"blocks.{block}", arch.head_width
-    normed = _own_norm(graph, arch, block, prefix, "norm1", x, name=f"{prefix}qkv.input")
+    normed = add_norm(graph, arch, x, f"{prefix}norm1", f"{site}.norm1", f"{prefix}qkv.input")
     read = precision.enter(graph, normed, f"{site}.qkv", prefix)
     qkv = graph.op("Gemm", read, weights["qkv"], transB=1, name=f"{prefix}{ATTENTION[0]}")
     if "qkv_bias" in weights:
@@ -115,8 +115,7 @@ def add_attention(
     shares = precision.enter(graph, graph.op("Softmax", scores, axis=-1))
     mixed = graph.op("Transpose", graph.op("MatMul", shares, value), perm=[1, 0, 2])
     mixed = graph.op("Reshape", mixed, graph.ints(0, -1), name=f"{prefix}{ATTENTION[1]}")
-    update = graph.op("Gemm", _again(graph, mixed, precision, f"{site}.proj", prefix), weights["proj"], transB=1)
-    return _residual(graph, block, prefix, "attn.proj", update, x, precision)
+    return add_update(graph, block, "attn", "proj", mixed, weights["proj"], x, precision, prefix)
 
 
 def add_mlp(
@@ -143,15 +142,14 @@ def add_mlp(
     """
     site = f"blocks.{block}"
     read = f"{prefix}fc1.input"
-    normed = _own_norm(graph, arch, block, prefix, "norm2", x, name=None if heads else read)
+    normed = add_norm(graph, arch, x, f"{prefix}norm2", f"{site}.norm2", None if heads else read)
     if heads:
         by_head = graph.op("Reshape", normed, graph.ints(0, arch.heads, arch.head_width))
         normed = graph.op("Reshape", graph.op("Gather", by_head, heads, axis=1), graph.ints(0, -1), name=read)
     hidden = graph.op("Gemm", precision.enter(graph, normed, f"{site}.fc1", prefix), weights["fc1"], transB=1)
     hidden = graph.op("Add", hidden, _own(graph, block, prefix, "mlp.fc1.bias"))
     hidden = graph.gelu(hidden, f"{prefix}fc2.input", precision.dtype)
-    update = graph.op("Gemm", _again(graph, hidden, precision, f"{site}.fc2", prefix), weights["fc2"], transB=1)
-    return _residual(graph, block, prefix, "mlp.fc2", update, x, precision)
+    return add_update(graph, block, "mlp", "fc2", hidden, weights["fc2"], x, precision, prefix)
 
 
 def _own(graph: Builder, block: int, prefix: str, name: str) -> str:
@@ -159,18 +157,14 @@ def _own(graph: Builder, block: int, prefix: str, name: str) -> str:
     return graph.weight(prefix + name, f"blocks.{block}.{name}")
 
 
-def _own_norm(graph: Builder, arch: Architecture, block: int, prefix: str, norm: str, x: str, name: str | None) -> str:
-    weight, bias = (_own(graph, block, prefix, f"{norm}.{kind}") for kind in ("weight", "bias"))
-    return graph.layer_norm(x, weight, bias, arch.norm_epsilon, name)
-
-
-def _again(graph: Builder, x: str, precision: Precision, site: str, prefix: str) -> str:
-    """What a linear layer reads of what another one made: in fp16 it is that already."""
-    return x if precision.name == "fp16" else precision.enter(graph, x, site, prefix)
-
-
-def _residual(graph: Builder, block: int, prefix: str, name: str, update: str, x: str, precision: Precision) -> str:
-    update = graph.op("Add", update, _own(graph, block, prefix, f"{name}.bias"))
+def add_update(
+    graph: Builder, block: int, part: str, role: str, rows: str, weight: str, x: str, precision: Precision, prefix: str
+) -> str:
+    """The last linear layer of a sub-layer, "attn", "proj" or "mlp", "fc2", and the residual x: [K, in] -> [K, D]."""
+    # In fp16, what another linear layer made is that already.
+    read = rows if precision.name == "fp16" else precision.enter(graph, rows, f"blocks.{block}.{role}", prefix)
+    update = graph.op("Gemm", read, weight, transB=1)
+    update = graph.op("Add", update, _own(graph, block, prefix, f"{part}.{role}.bias"))
     return graph.op("Add", precision.leave(graph, update), x)
 
 
@@ -178,8 +172,7 @@ def add_decisions(graph: Builder, arch: Architecture, block: int, x: str) -> Non
     """Adds the logits of a block's decisions on x [N, D]: the output decisions [1, M], if there are any."""
     site, found = f"blocks.{block}", []
     if arch.token_policy:
-        weight, bias = (graph.weight(f"next.norm1.{kind}", f"{site}.norm1.{kind}") for kind in ("weight", "bias"))
-        normed = graph.layer_norm(x, weight, bias, arch.norm_epsilon)
+        normed = add_norm(graph, arch, x, "next.norm1", f"{site}.norm1")
         vector, offset = _selecting(graph, site, "attn.token_select")
         found.append(graph.op("Gemm", vector, normed, offset, transB=1))  # the vector first: half the time
     first = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0)) if arch.choices(block) else ""
@@ -201,7 +194,7 @@ def _selecting(graph: Builder, site: str, name: str) -> tuple[str, str]:
 
 def add_head(graph: Builder, arch: Architecture, classes: str) -> None:
     """Adds the model's head: the class tokens [B, D] behind the last block to the output logits [B, C]."""
-    normed = add_norm(graph, arch, "", "norm", classes)
+    normed = add_norm(graph, arch, classes, "norm", "norm")
     logits = graph.op("Gemm", normed, graph.weight("head.weight", "head.weight"), transB=1)
     logits = graph.op("Add", logits, graph.weight("head.bias", "head.bias"))
     graph.output("logits", logits, ["B" if classes == "classes" else 1, arch.classes])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from adavit.architecture import Architecture
-from adavit.export.graphs.block import add_head, add_mlp
+from adavit.export.graphs.block import add_head, add_mlp, add_norm, add_update
 from adavit.export.graphs.builder import Builder
 from adavit.export.graphs.precision import Precision, Units
 from adavit.export.graphs.stem import add_stem
@@ -42,8 +42,7 @@ def _matrix(graph: Builder, precision: Precision, tensor: str) -> str:
 def _attention(graph: Builder, arch: Architecture, block: int, x: str, precision: Precision) -> str:
     """Attention with every head, on rows of all images: [B * N, D] -> [B * N, D]."""
     site = f"blocks.{block}"
-    weight, bias = (graph.weight(f"{site}.norm1.{kind}", f"{site}.norm1.{kind}") for kind in ("weight", "bias"))
-    normed = graph.layer_norm(x, weight, bias, arch.norm_epsilon, f"{site}.qkv.input")
+    normed = add_norm(graph, arch, x, f"{site}.norm1", f"{site}.norm1", f"{site}.qkv.input")
     shape = graph.ints(-1, arch.tokens, arch.heads, arch.head_width)
 
     def by_head(name: str, perm: list[int]) -> str:
@@ -55,10 +54,8 @@ def _attention(graph: Builder, arch: Architecture, block: int, x: str, precision
     shares = precision.enter(graph, graph.op("Softmax", scores, axis=-1))
     mixed = graph.op("Transpose", graph.op("MatMul", shares, value), perm=[0, 2, 1, 3])
     mixed = graph.op("Reshape", mixed, graph.ints(-1, arch.width), name=f"{site}.mixed")
-    read = mixed if precision.name == "fp16" else precision.enter(graph, mixed, f"{site}.proj", f"{site}.")
-    update = graph.op("Gemm", read, _matrix(graph, precision, f"{site}.attn.proj.weight"), transB=1)
-    update = graph.op("Add", update, graph.weight(f"{site}.attn.proj.bias", f"{site}.attn.proj.bias"))
-    return graph.op("Add", precision.leave(graph, update), x)
+    weight = _matrix(graph, precision, f"{site}.attn.proj.weight")
+    return add_update(graph, block, "attn", "proj", mixed, weight, x, precision, f"{site}.")
 
 
 def _projected(graph: Builder, arch: Architecture, site: str, name: str, normed: str, precision: Precision) -> str:
