@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from importlib import metadata
 from types import ModuleType
@@ -17,18 +17,18 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
-import numpy.typing as npt
 
 from adavit.architecture import Architecture
 from adavit.bundle.graphs import Graphs
-from adavit.bundle.head_weights import Arrays, Quantised
+from adavit.bundle.head_weights import Arrays
 from adavit.bundle.keys import BOTH, BlockKey, Sublayers
 from adavit.bundle.onnx_graph import OnnxGraph, values_of
 from adavit.errors import BackendError, install_hint, one_line, raise_interrupt
 from adavit.macs import attention_macs, dense_macs, mlp_macs
 from adavit.runtime.backend import Backend, Float, Index, Options, Usage, Use
+from adavit.runtime.backends.host import Constants, HostBackend, HostSlot, Prepared, matrix_bytes
 from adavit.runtime.backends.onnxruntime_attention import DOMAINS, Fused, fuse_attention
-from adavit.runtime.forks import keep_in_fork, renew_in_fork
+from adavit.runtime.forks import keep_in_fork
 from adavit.runtime.head_cache import HeadCache
 from adavit.runtime.memory import trim_heap
 
@@ -169,19 +169,7 @@ def create(graphs: Graphs, options: Options) -> Backend:
     return OnnxRuntimeBackend(graphs, options)
 
 
-class Prepared(NamedTuple):
-    """A block with the weights of some heads as constants.
-
-    Attributes:
-        threads: that run it.
-        key: its sub-layers and heads.
-    """
-
-    threads: int
-    key: BlockKey
-
-
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(HostBackend[Any]):
     """Runs graphs in ONNX Runtime on numpy arrays.
 
     Every session has a pool of its own, whose threads stop to spin when it has run, and the process is left as it was.
@@ -197,11 +185,10 @@ class OnnxRuntimeBackend:
     """
 
     name = "onnxruntime"
-    on_host = True
 
     def __init__(self, graphs: Graphs, options: Options) -> None:
-        self.graphs, self.ort = graphs, import_onnxruntime()
-        self._options = options
+        self.ort = import_onnxruntime()
+        super().__init__(graphs, options)
         self._provider = options.provider or "CPUExecutionProvider"
         available = self.ort.get_available_providers()
         if self._provider not in available:
@@ -213,35 +200,14 @@ class OnnxRuntimeBackend:
         if self._shares_pool:
             share_pool(self.ort, options.threads)
         share_memory(self.ort)
-        self._sessions: dict[tuple[bytes, int], Any] = {}
-        self._blocks: dict[tuple[int, Sublayers], OnnxGraph] = {}
-        self._models: dict[tuple[int, Sublayers], bytes] = {}
         self._values: dict[str, Any] = {}
-        self.constant: Mapping[Prepared, Any] = {}  # replaced as a whole
         self._slots: WeakSet[OnnxRuntimeSlot] = WeakSet()
         self._as_values = partial(as_values, self.ort)
         self.heads = HeadCache(graphs, self._as_values, HEADS)
-        self.after_fork()
-        renew_in_fork(self)
         if graphs.architecture.adapts:
             self._load_blocks(options.threads_of(1))
         else:
             self._dense()
-
-    def _load_blocks(self, threads: int) -> None:
-        """Reads every graph, and makes the sessions that run them on so many threads."""
-        self.graphs.check_deciding()
-        self._stem = self.graphs.stem()
-        self.stem(threads)
-        for block, files in enumerate(self.graphs.files.blocks):
-            for sublayers in files:
-                graph = self._blocks[block, sublayers] = self.graphs.block(block, sublayers)
-                self._models[block, sublayers] = graph.model({})
-                self.shared(block, sublayers, threads)
-
-    def after_fork(self) -> None:
-        """Makes the lock, in a forked child anew."""
-        self._lock = threading.RLock()
 
     def slot(self, threads: int) -> OnnxRuntimeSlot:
         """See `Backend.slot`."""
@@ -258,25 +224,6 @@ class OnnxRuntimeBackend:
         except Exception as error:
             raise BackendError(f"the dense twin failed: {one_line(error)}") from error
         return logits
-
-    def _dense(self) -> Any:
-        """The session of the dense twin."""
-        found = self._sessions.get((b"dense", self._options.threads))
-        if found is None:
-            graph = self.graphs.dense()
-            found = self._kept(b"dense", graph, graph.arrays(self.graphs.tensors), self._options.threads)
-        return found
-
-    def stem(self, threads: int) -> Any:
-        """The session of the stem."""
-        found = self._sessions.get((b"stem", threads))
-        return found or self._kept(b"stem", self._stem, self._stem.arrays(self.graphs.tensors), threads)
-
-    def shared(self, block: int, sublayers: Sublayers, threads: int) -> Any:
-        """The session of a block, which takes all weights as inputs, and which other blocks share."""
-        model = self._models[block, sublayers]
-        found = self._sessions.get((model, threads))
-        return found or self._kept(model, self._blocks[block, sublayers], {}, threads)
 
     def weights(self, block: int, sublayers: Sublayers) -> dict[str, Any]:
         """The values of a block's own weights, by the names of its graph's inputs."""
@@ -310,27 +257,18 @@ class OnnxRuntimeBackend:
         session = self._session(graph, constants, wanted.threads, fused)
         self.graphs.tensors.release()
         trim_heap()
-        with self._lock:
-            self.constant = {**self.constant, wanted: session}
+        self._add(wanted, session)
 
     def keep(self, wanted: Sequence[Prepared]) -> None:
         """See `Backend.keep`."""
         with self._lock:
-            self.constant = {prepared: self.constant[prepared] for prepared in wanted if prepared in self.constant}
+            super().keep(wanted)
             for slot in self._slots:
                 slot.let_go()
-
-    def prepared(self) -> Sequence[Prepared]:
-        """See `Backend.prepared`."""
-        return list(self.constant)
 
     def rounded(self, tokens: int) -> int:
         """See `Backend.rounded`: as many."""
         return tokens
-
-    def timings(self) -> dict[str, float]:
-        """See `Backend.timings`: there is nothing to tell."""
-        return {}
 
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version and the provider in use."""
@@ -343,18 +281,13 @@ class OnnxRuntimeBackend:
             found = self._values[tensor] = self.ort.OrtValue.ortvalue_from_numpy(self.graphs.tensors.array(tensor))
         return found
 
-    def _kept(self, name: bytes, graph: OnnxGraph, constants: Arrays, threads: int) -> Any:
-        """A session that is made once."""
-        with self._lock:
-            found = self._sessions.get((name, threads))
-            if found is None:
-                found = self._sessions[name, threads] = self._session(graph, constants, threads)
-        return found
+    def _make(self, graph: OnnxGraph, constants: Callable[[], Constants], threads: int) -> Any:
+        return self._session(graph, constants(), threads)
 
     def _session(
         self,
         graph: OnnxGraph,
-        constants: Mapping[str, npt.NDArray[Any] | Quantised],
+        constants: Constants,
         threads: int,
         fused: Fused | None = None,
     ) -> Any:
@@ -372,7 +305,7 @@ class OnnxRuntimeBackend:
     def _session_on(
         self,
         graph: OnnxGraph,
-        constants: Mapping[str, npt.NDArray[Any] | Quantised],
+        constants: Constants,
         threads: int | None,
         fused: Fused | None,
     ) -> Any:
@@ -414,13 +347,6 @@ def as_values(ort: ModuleType, arrays: Arrays) -> Mapping[str, Any]:
     return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
 
 
-def matrix_bytes(arch: Architecture, key: BlockKey) -> int:
-    """Of the matrices that a block has as constants."""
-    channels = len(key.heads) * arch.head_width
-    attention, mlp = 4 * channels * arch.width, arch.hidden * (channels + arch.width)
-    return 4 * (key.sublayers.attention * attention + key.sublayers.mlp * mlp)
-
-
 def saved_macs(arch: Architecture, use: Use) -> float:
     """The time, in MACs, that a block gains of having its weights as constants."""
     sublayers, count = use.key.sublayers, len(use.key.heads)
@@ -446,7 +372,7 @@ class Bound(NamedTuple):
     values: Mapping[str, Any]
 
 
-class OnnxRuntimeSlot:
+class OnnxRuntimeSlot(HostSlot):
     """An image's tokens, decisions and logits, and bindings of sessions to them; see `Slot`.
 
     Args:
@@ -455,24 +381,17 @@ class OnnxRuntimeSlot:
     """
 
     def __init__(self, backend: OnnxRuntimeBackend, threads: int) -> None:
-        arch = backend.graphs.architecture
+        super().__init__(backend.graphs, backend.ort.OrtValue.ortvalue_from_numpy)
         self._backend, self._threads = backend, threads
-        self._as_value = backend.ort.OrtValue.ortvalue_from_numpy
-        self._tokens = np.empty((arch.tokens, arch.width), np.float32)
-        self._logits = np.empty((1, arch.classes), np.float32)
-        self._decisions = np.empty((1, arch.tokens + arch.heads + 2), np.float32)
-        tokens = self._as_value(self._tokens)
-        self._memory = {"x": tokens, "y": tokens, "logits": self._as_value(self._logits)}
-        self._counted: dict[int, Any] = {}
-        self._blank = self._as_value(np.zeros(1, np.float32))
+        self._blank = self._handle(np.zeros(1, np.float32))
         self._bound: dict[tuple[int, Sublayers], Bound] = {}
         self._prepared: dict[BlockKey, Bound] = {}
-        self._stem = self._bind(backend.stem(threads), {}, backend.graphs.decisions(0))
+        self._stem = self._bind(backend.stem(threads), {}, 0)
 
     def stem(self, image: Float) -> None:
         """See `Slot.stem`."""
         binding = self._stem.binding
-        binding.bind_ortvalue_input("images", self._as_value(image))
+        binding.bind_ortvalue_input("images", self._handle(image))
         try:
             self._run(self._stem)
         finally:
@@ -486,7 +405,7 @@ class OnnxRuntimeSlot:
         for name, value in given.items():
             bound.binding.bind_ortvalue_input(name, value)
         if bound.takes_tokens:
-            bound.binding.bind_ortvalue_input("tokens", self._as_value(tokens))
+            bound.binding.bind_ortvalue_input("tokens", self._handle(tokens))
         try:
             self._run(bound)
         finally:
@@ -500,14 +419,14 @@ class OnnxRuntimeSlot:
         if found is None:
             given = self._backend.weights(*name)
             session = self._backend.shared(*name, self._threads)
-            found = self._bound[name] = self._bind(session, given, self._backend.graphs.decisions(key.block + 1))
+            found = self._bound[name] = self._bind(session, given, key.block + 1)
         return found
 
     def _constant(self, key: BlockKey, session: Any) -> Bound:
         """A session with the weights of its heads as constants."""
         found = self._prepared.get(key)
         if found is None or found.session is not session:
-            found = self._prepared[key] = self._bind(session, {}, self._backend.graphs.decisions(key.block + 1))
+            found = self._prepared[key] = self._bind(session, {}, key.block + 1)
         return found
 
     def let_go(self) -> None:
@@ -515,31 +434,15 @@ class OnnxRuntimeSlot:
         there = {prepared.key for prepared in self._backend.constant if prepared.threads == self._threads}
         self._prepared = {key: bound for key, bound in list(self._prepared.items()) if key in there}
 
-    def decisions(self) -> Float:
-        """See `Slot.decisions`."""
-        found: Float = self._decisions[0]
-        return found
-
-    def logits(self) -> Float:
-        """See `Slot.logits`."""
-        found: Float = self._logits[0]
-        return found
-
-    def tokens(self) -> Float:
-        """See `Slot.tokens`."""
-        return self._tokens
-
     def _run(self, bound: Bound) -> None:
         try:
             bound.session.run_with_iobinding(bound.binding)
         except Exception as error:
             raise BackendError(f"a graph failed: {one_line(error)}") from error
 
-    def _bind(self, session: Any, given: Mapping[str, Any], count: int) -> Bound:
-        """Binds what a session takes but for images and kept tokens, and what it makes."""
-        if count and count not in self._counted:
-            self._counted[count] = self._as_value(self._decisions[:, :count])
-        memory = {**self._memory, **given, "decisions": self._counted.get(count)}
+    def _bind(self, session: Any, given: Mapping[str, Any], deciding: int) -> Bound:
+        """Binds what a session that decides for a block takes but for images and kept tokens, and what it makes."""
+        memory = self._values(given, deciding)
         binding, inputs = session.io_binding(), [value.name for value in session.get_inputs()]
         for name in inputs:
             if name in memory:

@@ -10,10 +10,8 @@ time, and which attention takes once, by a mask.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,7 @@ from adavit.bundle.keys import BlockKey, Sublayers
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError, OptionError, install_hint, one_line, raise_interrupt
 from adavit.runtime.backend import Float, Index, Options, Usage
-from adavit.runtime.backends.onnxruntime import Prepared, matrix_bytes
+from adavit.runtime.backends.host import Constants, HostBackend, HostSlot, Prepared, matrix_bytes
 from adavit.runtime.forks import keep_in_fork, renew_in_fork
 from adavit.runtime.head_cache import HeadCache
 
@@ -83,7 +81,7 @@ EXECUTORS = Executors()
 renew_in_fork(EXECUTORS)
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(HostBackend[Compiled]):
     """Runs graphs in OpenVINO on the CPU.
 
     Args:
@@ -98,22 +96,14 @@ class OpenVinoBackend:
     """
 
     name = "openvino"
-    on_host = True
 
     def __init__(self, graphs: Graphs, options: Options) -> None:
-        self.graphs = graphs
-        self._options = options
+        super().__init__(graphs, options)
         self._core = openvino.Core()
         keep_in_fork(self._core)
         self._bf16 = self._computes_in_bf16(options.provider)
-        self._models: dict[tuple[bytes, int], Compiled] = {}
-        self._blocks: dict[tuple[int, Sublayers], OnnxGraph] = {}
-        self._shared: dict[tuple[int, Sublayers], bytes] = {}
         self._rounded: dict[int, Any] = {}
-        self.constant: Mapping[Prepared, Compiled] = {}  # replaced as a whole
         self.heads = HeadCache(graphs, self._as_tensors, HEADS)
-        self.after_fork()
-        renew_in_fork(self)
         if graphs.architecture.adapts:
             self._load_blocks(options.threads_of(1))
 
@@ -127,46 +117,17 @@ class OpenVinoBackend:
             raise BackendError("this CPU does not compute in bf16 (AMX, AVX512-BF16); choose fp32")
         return provider == "bf16" or (provider is None and able and self.graphs.precision == "fp32")
 
-    def _load_blocks(self, threads: int) -> None:
-        """Reads every graph, and compiles what runs them on so many threads."""
-        self.graphs.check_deciding()
-        self._stem = self.graphs.stem()
-        self.stem(threads)
-        for block, files in enumerate(self.graphs.files.blocks):
-            for sublayers in files:
-                graph = self._blocks[block, sublayers] = self.graphs.block(block, sublayers)
-                self._shared[block, sublayers] = graph.model({})
-                self.shared(block, sublayers, threads)
-
-    def after_fork(self) -> None:
-        """Makes the lock, in a forked child anew."""
-        self._lock = threading.RLock()
-
     def slot(self, threads: int) -> OpenVinoSlot:
         """See `Backend.slot`."""
         return OpenVinoSlot(self, threads)
 
     def dense(self, images: Float) -> Float:
         """See `Backend.dense`."""
-        compiled = self._models.get((b"dense", self._options.threads))
-        if compiled is None:
-            graph = self.graphs.dense()
-            compiled = self._kept(b"dense", graph, partial(self._complete, graph), self._options.threads)
+        compiled = self._dense()
         logits = np.empty((len(images), self.graphs.architecture.classes), np.float32)
         given = {"images": np.ascontiguousarray(images), "logits": logits}  # tensors do not keep their memory
         compiled.run(OUTSIDE, [tensor_of(given[name]) for name in compiled.names])
         return logits
-
-    def stem(self, threads: int) -> Compiled:
-        """The model of the stem."""
-        found = self._models.get((b"stem", threads))
-        return found or self._kept(b"stem", self._stem, partial(self._complete, self._stem), threads)
-
-    def shared(self, block: int, sublayers: Sublayers, threads: int) -> Compiled:
-        """The model of a block, which takes all weights as inputs, and which other blocks share."""
-        model = self._shared[block, sublayers]
-        found = self._models.get((model, threads))
-        return found or self._kept(model, self._blocks[block, sublayers], lambda: model, threads)
 
     def weights(self, block: int, sublayers: Sublayers) -> dict[str, Any]:
         """The values of a block's own weights, by the names of its graph's inputs."""
@@ -194,31 +155,17 @@ class OpenVinoBackend:
         block, sublayers, _ = wanted.key
         graph = self._blocks[block, sublayers]
 
-        def complete() -> bytes:
+        def constants() -> Constants:
             own = graph.arrays(self.graphs.tensors)
-            return graph.model(own | dict(self.graphs.quantised_head_weights(wanted.key)))
+            return own | dict(self.graphs.quantised_head_weights(wanted.key))
 
-        compiled = self._compiled(graph, complete, wanted.threads)
+        compiled = self._make(graph, constants, wanted.threads)
         compiled.compile_all()
-        with self._lock:
-            self.constant = {**self.constant, wanted: compiled}
-
-    def keep(self, wanted: Sequence[Prepared]) -> None:
-        """See `Backend.keep`."""
-        with self._lock:
-            self.constant = {prepared: self.constant[prepared] for prepared in wanted if prepared in self.constant}
-
-    def prepared(self) -> Sequence[Prepared]:
-        """See `Backend.prepared`."""
-        return list(self.constant)
+        self._add(wanted, compiled)
 
     def rounded(self, tokens: int) -> int:
         """See `Backend.rounded`."""
         return rounded(tokens, self.graphs.architecture.tokens)
-
-    def timings(self) -> dict[str, float]:
-        """See `Backend.timings`: there is nothing to tell."""
-        return {}
 
     def versions(self) -> dict[str, str]:
         """OpenVINO's version and the precision in use."""
@@ -239,24 +186,15 @@ class OpenVinoBackend:
             self._rounded[at] = bf16_tensor_of(array)
         return self._rounded[at]
 
-    def _complete(self, graph: OnnxGraph) -> bytes:
-        """A graph with its weights: OpenVINO follows no references of models that it is given as bytes."""
-        return graph.model(graph.arrays(self.graphs.tensors))
-
     def _workers(self, threads: int) -> int:
         """How many run images at once, on so many threads each."""
         return self._options.threads if threads == 1 else 1
 
-    def _kept(self, name: bytes, graph: OnnxGraph, model: Callable[[], bytes], threads: int) -> Compiled:
-        """A model that is compiled once."""
-        with self._lock:
-            found = self._models.get((name, threads))
-            if found is None:
-                found = self._models[name, threads] = self._compiled(graph, model, threads)
-        return found
-
-    def _compiled(self, graph: OnnxGraph, model: Callable[[], bytes], threads: int) -> Compiled:
-        return Compiled(graph.name, self._workers(threads), lambda: self._compile(graph, model(), threads))
+    def _make(self, graph: OnnxGraph, constants: Callable[[], Constants], threads: int) -> Compiled:
+        # A whole model: OpenVINO follows no references of models that it is given as bytes.
+        return Compiled(
+            graph.name, self._workers(threads), lambda: self._compile(graph, graph.model(constants()), threads)
+        )
 
     def _compile(self, graph: OnnxGraph, model: bytes, threads: int) -> Any:
         """Compiles a model to run on so many threads.
@@ -293,7 +231,7 @@ class OpenVinoBackend:
         return found
 
 
-class OpenVinoSlot:
+class OpenVinoSlot(HostSlot):
     """An image's tokens, decisions and logits, and what runs its blocks on them; see `Slot`.
 
     Args:
@@ -302,15 +240,9 @@ class OpenVinoSlot:
     """
 
     def __init__(self, backend: OpenVinoBackend, threads: int) -> None:
-        arch = backend.graphs.architecture
+        super().__init__(backend.graphs, tensor_of)
         self._backend, self._threads = backend, threads
-        self._tokens = np.empty((arch.tokens, arch.width), np.float32)
-        self._logits = np.empty((1, arch.classes), np.float32)
-        self._decisions = np.empty((1, arch.tokens + arch.heads + 2), np.float32)
-        self._kept = np.zeros(arch.tokens, np.int64)
-        tokens = tensor_of(self._tokens)
-        self._memory = {"x": tokens, "y": tokens, "logits": tensor_of(self._logits)}
-        self._counted: dict[int, Any] = {}
+        self._kept = np.zeros(backend.graphs.architecture.tokens, np.int64)
         self._rows: dict[int, Any] = {}
         self._bound: dict[tuple[BlockKey, bool], list[Any]] = {}
 
@@ -335,20 +267,6 @@ class OpenVinoSlot:
                 tensors[position] = mask_of(count, rows)
         compiled.run(key.block, tensors)
 
-    def decisions(self) -> Float:
-        """See `Slot.decisions`."""
-        found: Float = self._decisions[0]
-        return found
-
-    def logits(self) -> Float:
-        """See `Slot.logits`."""
-        found: Float = self._logits[0]
-        return found
-
-    def tokens(self) -> Float:
-        """See `Slot.tokens`."""
-        return self._tokens
-
     def _bind(self, key: BlockKey, compiled: Compiled, takes_weights: bool) -> list[Any]:
         """The tensors that a block's model runs on, but for the kept tokens."""
         given: dict[str, Any] = {}
@@ -361,10 +279,7 @@ class OpenVinoSlot:
 
     def _tensors(self, compiled: Compiled, deciding: int, given: Mapping[str, Any]) -> list[Any]:
         """What a model runs on that decides for a block; None where it is not known yet."""
-        count = self._backend.graphs.decisions(deciding)
-        if count and count not in self._counted:
-            self._counted[count] = tensor_of(self._decisions[:, :count])
-        memory = {**self._memory, **given, "decisions": self._counted.get(count)}
+        memory = self._values(given, deciding)
         return [memory.get(name) for name in compiled.names]
 
     def _indices(self, rows: int) -> Any:
