@@ -10,7 +10,7 @@ import numpy as np
 
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import Bundle, GraphFiles, StoredFile
-from adavit.bundle.head_weights import Arrays, Quantised, head_weights, quantised_head_weights
+from adavit.bundle.head_weights import Arrays, Empty, Quantised, head_weights, quantised_head_weights
 from adavit.bundle.keys import BlockKey, Sublayers
 from adavit.bundle.onnx_graph import GraphReader, OnnxGraph, Value
 from adavit.bundle.shapes import Limits
@@ -105,9 +105,9 @@ class Graphs:
         inputs = (Value("images", "float32", ("B", 3, arch.image_size, arch.image_size)),)
         return self._read(self.files.dense, inputs, (Value("logits", "float32", ("B", arch.classes)),))
 
-    def head_weights(self, key: BlockKey) -> Arrays:
+    def head_weights(self, key: BlockKey, empty: Empty = np.empty) -> Arrays:
         """What a block's graph is handed for a key; int8 weights as float32."""
-        return head_weights(self.architecture, self.tensors, key)
+        return head_weights(self.architecture, self.tensors, key, empty)
 
     def quantised_head_weights(self, key: BlockKey) -> Mapping[str, np.ndarray | Quantised]:
         """What a block's graph is handed for a key; int8 weights as they are."""

@@ -25,7 +25,7 @@ from adavit.bundle.graphs import Graphs
 from adavit.bundle.keys import NONE, BlockKey, Sublayers
 from adavit.bundle.operating_points import Offsets
 from adavit.runtime.backend import Backend, Options, Slot
-from adavit.runtime.finite import check_image, not_finite
+from adavit.runtime.finite import check_decisions, check_image
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.policy import Policy
 from adavit.runtime.worker import worker_pool
@@ -72,6 +72,18 @@ def thresholds(offsets: Offsets, arch: Architecture) -> list[Float]:
         parts += [[-heads] * arch.heads] * arch.adapts_heads(block)
         parts += [[-sublayers] * 2] * arch.adapts_sublayers(block)
         found.append(np.array([value for part in parts for value in part], np.float32))
+    return found
+
+
+@lru_cache(512)
+def decided(arch: Architecture, block: int) -> slice | npt.NDArray[np.int64]:
+    """Which of a row of tokens, heads and sub-layers [N + H + 2] a block decides; it keeps all others."""
+    heads, end = arch.tokens, arch.tokens + arch.heads
+    parts = [range(arch.tokens)] * arch.token_policy
+    parts += [range(heads, end)] * arch.adapts_heads(block) + [range(end, end + 2)] * arch.adapts_sublayers(block)
+    found = np.array([number for part in parts for number in part], np.int64)
+    if len(found) and found[-1] - found[0] == len(found) - 1:
+        return slice(int(found[0]), int(found[-1]) + 1)  # copying is faster
     return found
 
 
@@ -160,16 +172,17 @@ class Dispatcher:
         """Takes it back, for other images."""
         self._slots[threads].append(slot)
 
-    def key_of(self, block: int, heads: npt.NDArray[np.bool_], sublayers: npt.NDArray[np.bool_]) -> BlockKey:
-        """What a block runs that keeps these heads [H] and sub-layers [2]."""
-        name = block, heads.tobytes() + sublayers.tobytes()
+    def key_of(self, block: int, kept: bytes) -> BlockKey:
+        """What a block runs that keeps these heads and sub-layers, bool [H + 2]."""
+        name = block, kept
         found = self._keys.get(name)
         if found is None:
-            runs = Sublayers(*sublayers.tolist())
-            kept = tuple(heads.nonzero()[0].tolist()) if runs != NONE else ()
+            *heads, attention, mlp = map(bool, kept)
+            runs = Sublayers(attention, mlp)
             if len(self._keys) >= MOST_KEYS:
                 self._keys.clear()
-            found = self._keys[name] = BlockKey(block, runs, kept)
+            which = tuple(head for head, keeps in enumerate(heads) if keeps) if runs != NONE else ()
+            found = self._keys[name] = BlockKey(block, runs, which)
         return found
 
 
@@ -211,7 +224,12 @@ class ImageRun:
         self._dispatcher, self._arch = dispatcher, dispatcher.arch
         self._images, self._position, self._threads = images, position, threads
         self._follows, self._limits, self._logits, self._observe = follows, limits[position], logits, observe
-        self._tokens, self._heads, self._sublayers = (mask[position] for mask in policy.masks())
+        self._policy = [mask[position] for mask in policy.masks()]
+        arch = self._arch
+        self._kept = (
+            np.concatenate(self._policy, 1) if follows else np.ones((arch.depth, arch.tokens + arch.heads + 2), bool)
+        )
+        self._decided: list[Float] = []
         self._slot: Slot | None = None
         self._block = 0
 
@@ -242,29 +260,22 @@ class ImageRun:
 
     def _decide(self, block: int, slot: Slot) -> None:
         """Makes a block's row of the policy: what is strictly above its threshold is kept."""
-        limits = self._limits[block]
+        limits, row = self._limits[block], self._kept[block]
         if self._follows and self._observe is None:
             return
         logits = slot.decisions()[: len(limits)] if len(limits) else limits
+        self._decided.append(logits)
         kept = np.greater(logits, limits)
-        if not np.isfinite(logits).all():
-            raise not_finite(f"the decisions of block {block} on image {self._position} are")
         if self._observe is not None:
             self._observe(Step(self._position, block, slot.tokens(), logits, kept))
-        if self._follows:
-            return
-        arch, tokens = self._arch, self._tokens[block]
-        tokens[:] = kept[: arch.tokens] if arch.token_policy else True
-        tokens[0] = True
-        heads, sublayers = arch.adapts_heads(block), arch.adapts_sublayers(block)
-        first = len(limits) - 2 * sublayers
-        self._heads[block] = kept[first - arch.heads : first] if heads else True
-        self._sublayers[block] = kept[first:] if sublayers else True
+        if not self._follows:
+            row[decided(self._arch, block)] = kept
+            row[0] = True
 
     def _run(self, block: int, slot: Slot) -> None:
         """Runs what the policy keeps of a block."""
-        key = self._dispatcher.key_of(block, self._heads[block], self._sublayers[block])
-        slot.block(key, self._tokens[block].nonzero()[0])
+        row, tokens = self._kept[block], self._arch.tokens
+        slot.block(self._dispatcher.key_of(block, row[tokens:].tobytes()), row[:tokens].nonzero()[0])
 
     def _finish(self, slot: Slot) -> None:
         """Takes the logits, and gives the slot back."""
@@ -272,6 +283,11 @@ class ImageRun:
         self._logits[self._position] = logits
         if self._observe is not None:
             self._observe(Step(self._position, self._arch.depth, slot.tokens(), None, None))
+        check_decisions(self._position, self._decided)
         check_image(self._position, logits, slot.tokens() if self._dispatcher.backend.on_host else None)
+        if not self._follows:
+            ends = self._arch.tokens, self._arch.tokens + self._arch.heads
+            for mask, part in zip(self._policy, np.split(self._kept, ends, 1), strict=True):
+                mask[:] = part
         self._dispatcher.give_slot(self._threads, slot)
         self._slot = None

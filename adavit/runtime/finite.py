@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from adavit.errors import BackendError
 
-__all__ = ["LARGEST", "NotFiniteError", "check_image", "check_logits", "not_finite"]
+__all__ = ["LARGEST", "NotFiniteError", "check_decisions", "check_image", "check_logits", "not_finite"]
 
 LARGEST = 1e17
 """Of a token's values: of larger ones, the sum of squares that a layer norm takes overflows float32."""
@@ -35,6 +36,17 @@ def check_image(position: int, logits: npt.NDArray[Any], tokens: npt.NDArray[Any
         raise not_finite(f"the tokens of image {position} are")
     if not np.isfinite(logits).all():
         raise not_finite(f"the logits of image {position} are")
+
+
+def check_decisions(position: int, decisions: Sequence[npt.NDArray[Any]]) -> None:
+    """Checks the logits of each block's decisions on an image; of none where they were not looked at.
+
+    Raises:
+        NotFiniteError: there are values that are NaN or infinite; the message names the first such block.
+    """
+    if decisions and not np.isfinite(np.concatenate(decisions)).all():
+        block = next(block for block, logits in enumerate(decisions) if not np.isfinite(logits).all())
+        raise not_finite(f"the decisions of block {block} on image {position} are")
 
 
 def check_logits(logits: npt.NDArray[Any], whose: str, first: int = 0) -> None:

@@ -36,7 +36,7 @@ class Counted:
     def takes(self, key: BlockKey) -> bool:
         """Whether a key's weights have to be taken."""
         before = len(self.made)
-        self.cache.of(key)
+        self.cache.give_back(self.cache.lend(key))
         return len(self.made) > before
 
 
@@ -45,31 +45,56 @@ def graphs(wide: tuple[Path, Path]) -> Graphs:
     return adavit.load(wide[0], threads=1, specialise=False).graphs
 
 
-def test_a_set_that_comes_again_costs_no_copy(graphs: Graphs) -> None:
+def test_a_set_that_comes_a_third_time_costs_no_copy(graphs: Graphs) -> None:
     counted, never = Counted(graphs, 1 << 30), Counted(graphs, 0)
     for block in (1, 2):
         for sublayers in (BOTH, MLP, Sublayers(True, False)):
             for heads in ((0, 1), (1, 3, 4)):
                 key = BlockKey(block, sublayers, heads)
-                assert [counted.takes(key) for _ in range(3)] == [True, False, False]
-                assert [never.takes(key) for _ in range(2)] == [True, True]
+                assert [counted.takes(key) for _ in range(4)] == [True, True, False, False]
+                assert [never.takes(key) for _ in range(3)] == [True, True, True]
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])
 def test_no_more_is_kept_than_the_budget_is_for(room: int, graphs: Graphs) -> None:
     counted = Counted(graphs, room * SIZE + SIZE // 2)
-    for key in KEYS[:12]:
+    for key in [*KEYS[:10], *KEYS[:10]]:
         assert counted.takes(key)
-    assert not counted.takes(KEYS[11])
-    probe = [counted.takes(key) for key in reversed(KEYS[:12])]
-    assert 12 - room <= sum(probe) < 12
+    assert [counted.takes(key) for key in KEYS[:10]].count(False) == room
+
+
+def test_what_comes_more_often_takes_the_place_of_what_comes_less(graphs: Graphs) -> None:
+    counted = Counted(graphs, SIZE)
+    for _ in range(2):
+        assert counted.takes(KEYS[0])
+    assert not counted.takes(KEYS[0])
+    assert [counted.takes(KEYS[1]) for _ in range(3)] == [True, True, True]  # as often as the other
+    assert not counted.takes(KEYS[0])
+    for _ in range(5):
+        counted.takes(KEYS[1])
+    assert not counted.takes(KEYS[1])
+    assert counted.takes(KEYS[0])
 
 
 def test_what_is_larger_than_the_budget_is_not_kept_and_puts_nothing_out(graphs: Graphs) -> None:
     counted, large = Counted(graphs, 2 * SIZE), BlockKey(1, BOTH, (0, 1, 2, 3, 4))
-    counted.takes(KEYS[0])
-    assert [counted.takes(large) for _ in range(2)] == [True, True]
+    assert [counted.takes(KEYS[0]) for _ in range(3)] == [True, True, False]
+    assert [counted.takes(large) for _ in range(4)] == [True] * 4
     assert not counted.takes(KEYS[0])
+
+
+def test_rare_sets_are_cut_into_memory_that_is_used_again(graphs: Graphs) -> None:
+    counted = Counted(graphs, 1 << 30)
+    for key in KEYS[:2]:
+        counted.takes(key)
+    first, second = counted.cache.lend(KEYS[2]), counted.cache.lend(KEYS[3])
+    assert not np.shares_memory(first.arrays["fc1"], second.arrays["fc1"])  # two threads have one each
+    np.testing.assert_array_equal(first.arrays["fc1"], graphs.head_weights(KEYS[2])["fc1"])
+    before = np.asarray(first.arrays["fc1"])
+    counted.cache.give_back(first)
+    third = counted.cache.lend(KEYS[4])
+    assert np.shares_memory(before, third.arrays["fc1"])
+    np.testing.assert_array_equal(second.arrays["fc1"], graphs.head_weights(KEYS[3])["fc1"])
 
 
 def test_all_heads_share_the_files_memory(graphs: Graphs) -> None:
@@ -105,12 +130,15 @@ def test_weights_are_those_of_the_heads(graphs: Graphs) -> None:
 
 def test_many_threads_get_what_one_gets(graphs: Graphs) -> None:
     counted, together = Counted(graphs, 3 * SIZE), threading.Barrier(4)
+    wanted = [graphs.head_weights(key)["fc1"] for key in KEYS]
 
     def work(seed: int) -> None:
         together.wait(60)
         for number in np.random.default_rng(seed).integers(0, len(KEYS), 100):
-            found = counted.cache.of(KEYS[number])
-            np.testing.assert_array_equal(found["heads"], KEYS[number].heads)
+            lent = counted.cache.lend(KEYS[number])
+            np.testing.assert_array_equal(lent.values["heads"], KEYS[number].heads)
+            np.testing.assert_array_equal(lent.values["fc1"], wanted[number])
+            counted.cache.give_back(lent)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))

@@ -210,7 +210,7 @@ class DeviceSlot:
         """See `Slot.block`."""
         given = {"x": self._x}
         if any(key.sublayers):
-            given |= self._backend.heads.of(key)
+            given |= self._backend.heads.lend(key).values  # on the device, in memory of their own
             if self._arch.token_policy:
                 self._backend.device.upload(tokens, self._kept.address)
                 given["tokens"] = self._kept.first(len(tokens))

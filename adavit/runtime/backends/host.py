@@ -143,14 +143,16 @@ class HostSlot:
         self._graphs, self._handle = graphs, handle
         self._tokens = np.empty((arch.tokens, arch.width), np.float32)
         self._logits = np.empty((1, arch.classes), np.float32)
-        self._decisions = np.empty((1, arch.tokens + arch.heads + 2), np.float32)
+        self._decisions = np.zeros((arch.depth + 1, arch.tokens + arch.heads + 2), np.float32)
+        self._kept = np.zeros(arch.tokens, np.int64)
         tokens = handle(self._tokens)
         self._memory = {"x": tokens, "y": tokens, "logits": handle(self._logits)}
         self._counted: dict[int, Any] = {}
+        self._coming = 0
 
     def decisions(self) -> Float:
         """See `Slot.decisions`."""
-        found: Float = self._decisions[0]
+        found: Float = self._decisions[self._coming]
         return found
 
     def logits(self) -> Float:
@@ -165,6 +167,12 @@ class HostSlot:
     def _values(self, given: Mapping[str, Any], deciding: int) -> dict[str, Any]:
         """What a graph that decides for a block reads and fills, by name, with what it is given besides."""
         count = self._graphs.decisions(deciding)
-        if count and count not in self._counted:
-            self._counted[count] = self._handle(self._decisions[:, :count])
-        return {**self._memory, **given, "decisions": self._counted.get(count)}
+        made = self._handle(self._decisions[deciding : deciding + 1, :count]) if count else None
+        return {**self._memory, **given, "decisions": made}
+
+    def _indices(self, rows: int) -> Any:
+        """The first kept tokens."""
+        found = self._counted.get(rows)
+        if found is None:
+            found = self._counted[rows] = self._handle(self._kept[:rows])
+        return found

@@ -53,7 +53,7 @@ HIDING_INT8 = [*UNWANTED, "CommonSubexpressionElimination"]
 
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
-HEADS = 32 << 20
+HEADS = 8 << 20
 """Bytes of the weights of heads that are kept."""
 
 _pool_lock = threading.Lock()
@@ -148,7 +148,7 @@ def require_provider(session: Any, name: str, provider: str) -> None:
 
 BYTES = 192 << 20
 """Of the constants of prepared blocks, at most."""
-COPIES = 2.0
+COPIES = 1.5
 """Of the blocks' weights, at most, where that is less."""
 LEAST = 2e-4
 """Share of the dense MACs that a prepared block has to save of an image's time, to be worth its memory."""
@@ -396,21 +396,32 @@ class OnnxRuntimeSlot(HostSlot):
             self._run(self._stem)
         finally:
             binding.clear_binding_inputs()  # a batch is not to live as long as the slot
+        self._coming = 0
 
     def block(self, key: BlockKey, tokens: Index) -> None:
         """See `Slot.block`."""
         session = self._backend.constant.get(Prepared(self._threads, key))
         bound = self._shared(key) if session is None else self._constant(key, session)
-        given = self._backend.heads.of(key) if session is None else {}
-        for name, value in given.items():
-            bound.binding.bind_ortvalue_input(name, value)
         if bound.takes_tokens:
-            bound.binding.bind_ortvalue_input("tokens", self._handle(tokens))
+            self._kept[: len(tokens)] = tokens
+            bound.binding.bind_ortvalue_input("tokens", self._indices(len(tokens)))
+        if session is None:
+            self._run_with_heads(bound, key)
+        else:
+            self._run(bound)
+        self._coming = key.block + 1
+
+    def _run_with_heads(self, bound: Bound, key: BlockKey) -> None:
+        """Runs a session that takes the weights of heads."""
+        lent = self._backend.heads.lend(key)
+        for name, value in lent.values.items():
+            bound.binding.bind_ortvalue_input(name, value)
         try:
             self._run(bound)
         finally:
-            for name in given:  # bindings would keep more weights than the cache does
+            for name in lent.values:  # bindings would keep more weights than the cache does
                 bound.binding.bind_ortvalue_input(name, self._blank)
+            self._backend.heads.give_back(lent)
 
     def _shared(self, key: BlockKey) -> Bound:
         """The session that takes all weights as inputs, bound to those that all heads share."""

@@ -25,7 +25,7 @@ from adavit.errors import BackendError, OptionError, install_hint, one_line, rai
 from adavit.runtime.backend import Float, Index, Options, Usage
 from adavit.runtime.backends.host import Constants, HostBackend, HostSlot, Prepared, matrix_bytes
 from adavit.runtime.forks import keep_in_fork, renew_in_fork
-from adavit.runtime.head_cache import HeadCache
+from adavit.runtime.head_cache import HeadCache, in_file
 
 try:
     import openvino
@@ -50,7 +50,7 @@ __all__ = ["OpenVinoBackend"]
 
 PREPARED_KEPT = 512
 """Of the operators that a model prepares. With half as many, varied policies took 4 % longer, with more no less."""
-HEADS = 64 << 20
+HEADS = 16 << 20
 """Bytes of the weights of heads that are kept."""
 OFTEN = 1 / 16
 """How often an image has to run a block with some heads for a model of their own."""
@@ -58,8 +58,6 @@ MOST_BYTES = 96 << 20
 """Of the weights in such models; each takes two to three times as much, and 100 ms to compile."""
 MOST_WITH_THREADS = 8
 """Of such models that run on several threads: each holds two threads, which OpenVINO gives to the next when it goes."""
-MOST_BINDINGS = 1024
-"""Of a slot: one for each set of heads in each block."""
 OUTSIDE = -1
 """The number of requests that are of no block."""
 
@@ -176,10 +174,9 @@ class OpenVinoBackend(HostBackend[Compiled]):
         return {name: self._as_tensor(array, self._bf16 and name in HANDED) for name, array in arrays.items()}
 
     def _as_tensor(self, array: npt.NDArray[Any], to_bf16: bool) -> Any:
-        in_file = not array.flags.writeable
         if not to_bf16:
-            return tensor_of(array) if in_file else openvino.Tensor(array)
-        if not in_file:
+            return tensor_of(array)
+        if not in_file(array):
             return bf16_tensor_of(array)
         at = array.ctypes.data
         if at not in self._rounded:
@@ -242,20 +239,20 @@ class OpenVinoSlot(HostSlot):
     def __init__(self, backend: OpenVinoBackend, threads: int) -> None:
         super().__init__(backend.graphs, tensor_of)
         self._backend, self._threads = backend, threads
-        self._kept = np.zeros(backend.graphs.architecture.tokens, np.int64)
-        self._rows: dict[int, Any] = {}
-        self._bound: dict[tuple[BlockKey, bool], list[Any]] = {}
+        self._bound: dict[tuple[int, Sublayers, bool], list[Any]] = {}
 
     def stem(self, image: Float) -> None:
         """See `Slot.stem`."""
         compiled, image = self._backend.stem(self._threads), np.ascontiguousarray(image)
         compiled.run(OUTSIDE, self._tensors(compiled, 0, {"images": tensor_of(image)}))
+        self._coming = 0
 
     def block(self, key: BlockKey, tokens: Index) -> None:
         """See `Slot.block`."""
         constant = self._backend.constant.get(Prepared(self._threads, key))
         compiled = constant or self._backend.shared(key.block, key.sublayers, self._threads)
-        tensors = (self._bound.get((key, constant is None)) or self._bind(key, compiled, constant is None)).copy()
+        tensors = self._bind(key, compiled, constant is None).copy()
+        lent = None if constant else self._backend.heads.lend(key)
         count = len(tokens)
         rows = self._backend.rounded(count)
         for position, name in enumerate(compiled.names):
@@ -265,26 +262,25 @@ class OpenVinoSlot(HostSlot):
                 tensors[position] = self._indices(rows)
             elif name == MASK:
                 tensors[position] = mask_of(count, rows)
-        compiled.run(key.block, tensors)
+            elif lent and name in lent.values:
+                tensors[position] = lent.values[name]
+        try:
+            compiled.run(key.block, tensors)
+        finally:
+            if lent:
+                self._backend.heads.give_back(lent)
+        self._coming = key.block + 1
 
     def _bind(self, key: BlockKey, compiled: Compiled, takes_weights: bool) -> list[Any]:
-        """The tensors that a block's model runs on, but for the kept tokens."""
-        given: dict[str, Any] = {}
-        if takes_weights:
-            given = self._backend.weights(key.block, key.sublayers) | dict(self._backend.heads.of(key))
-        if len(self._bound) >= MOST_BINDINGS:
-            self._bound.clear()
-        found = self._bound[key, takes_weights] = self._tensors(compiled, key.block + 1, given)
+        """The tensors that a block's model runs on, but for the kept tokens and what heads have of their own."""
+        name = key.block, key.sublayers, takes_weights
+        found = self._bound.get(name)
+        if found is None:
+            given = self._backend.weights(key.block, key.sublayers) if takes_weights else {}
+            found = self._bound[name] = self._tensors(compiled, key.block + 1, given)
         return found
 
     def _tensors(self, compiled: Compiled, deciding: int, given: Mapping[str, Any]) -> list[Any]:
         """What a model runs on that decides for a block; None where it is not known yet."""
         memory = self._values(given, deciding)
         return [memory.get(name) for name in compiled.names]
-
-    def _indices(self, rows: int) -> Any:
-        """The first kept tokens."""
-        found = self._rows.get(rows)
-        if found is None:
-            found = self._rows[rows] = tensor_of(self._kept[:rows])
-        return found
