@@ -10,13 +10,15 @@ import click
 from click.core import ParameterSource
 
 from adavit import console
-from adavit.budget_options import BudgetOptions
 from adavit.bundle.demo import names_demo
-from adavit.console_notes import echo_notes, export_notes
-from adavit.console_precision import compare_lines, precision_lines
-from adavit.console_progress import Stage
-from adavit.console_run import run_lines
-from adavit.console_stages import (
+from adavit.calibration.options import BudgetOptions, CalibrationOptions
+from adavit.console.notes import echo_notes, export_notes
+from adavit.console.options.export import CALIBRATING, CALIBRATION_IMAGES, EXPORT_EXAMPLES, EXPORTING, export_options
+from adavit.console.options.run import OPERATING, RUN_EXAMPLES, run_options
+from adavit.console.precision import compare_lines, precision_lines
+from adavit.console.progress import Stage
+from adavit.console.run import run_lines
+from adavit.console.stages import (
     adding_stages,
     checking_stages,
     comparing_stages,
@@ -24,10 +26,7 @@ from adavit.console_stages import (
     running_stages,
 )
 from adavit.entry import OWN_PROCESS
-from adavit.export_options import CALIBRATING, CALIBRATION_IMAGES, EXPORT_EXAMPLES, EXPORTING, export_options
 from adavit.files import find_folder
-from adavit.precision_options import CalibrationOptions
-from adavit.run_options import OPERATING, RUN_EXAMPLES, run_options
 from adavit.tensorrt.options import BuildOptions
 from adavit.version import __version__
 
@@ -144,7 +143,7 @@ def run(bundles: tuple[Path, ...], compare: bool, json_file: str | None, **optio
     own images. Without --images, other bundles run on random input. --compare takes two BUNDLEs or more, or one of
     several precisions.
     """
-    from adavit.runtime.evaluate import RunOptions, run_bundle
+    from adavit.measure.evaluate import RunOptions, run_bundle
 
     if len(bundles) > 1 and not compare:
         raise click.UsageError(f"one BUNDLE is run at a time, {len(bundles)} are given; add --compare to compare them")
@@ -186,8 +185,8 @@ def _stages(options: dict[str, Any]) -> Sequence[Stage]:
 
 def _compare(bundles: tuple[Path, ...], options: dict[str, Any], progress: console.Progress) -> dict[str, Any]:
     """Compares bundles on images."""
-    from adavit.runtime.compare_bundles import compare_bundles, listed
-    from adavit.runtime.evaluate import RunOptions
+    from adavit.measure.compare_bundles import compare_bundles, listed
+    from adavit.measure.evaluate import RunOptions
 
     if not bundles:
         raise click.UsageError("--compare takes two BUNDLEs or more, such as --compare fp32 int8 --images photos/")

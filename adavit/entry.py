@@ -30,7 +30,7 @@ def run() -> None:
 
 def train() -> None:
     """The command `adavit-train`."""
-    _start("adavit-train", "adavit.training.command", "main")
+    _start("adavit-train", "adavit.cli_train", "main")
 
 
 def _start(command: str, module: str, name: str) -> None:

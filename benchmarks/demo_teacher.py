@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adavit.bundle.preprocessing import Preprocessor
-from adavit.console import Progress
+from adavit.console.output import Progress
 from adavit.training.data import LabelledImages, open_images
 
 BATCH, SHIFT, HOLE = 128, 2, 7

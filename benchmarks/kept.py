@@ -14,7 +14,7 @@ import numpy as np
 
 import adavit
 from adavit.bundle.demo import demo_bundle
-from adavit.runtime.image_files import find_images
+from adavit.datasets.image_files import find_images
 
 
 def chosen(macs: np.ndarray, classes: list[int], right: np.ndarray, count: int) -> np.ndarray:

@@ -16,15 +16,15 @@ from typing import Any
 
 from adavit.bundle.bundle import write_config
 from adavit.calibration.convert import assign, converted
+from adavit.calibration.options import METHODS
 from adavit.calibration.ranges import Ranges, measure_ranges
 from adavit.calibration.recording import Recorder
-from adavit.console import Progress, table
+from adavit.console.output import Progress, table
+from adavit.datasets.image_files import find_images
 from adavit.export import ExportOptions, export_bundle
 from adavit.export.graphs.files import write_graphs
 from adavit.files import folder_beside
-from adavit.precision_options import METHODS
-from adavit.runtime.compare_bundles import compare_decisions
-from adavit.runtime.image_files import find_images
+from adavit.measure.compare_bundles import compare_decisions
 from adavit.runtime.session import Runtime, load
 
 OTHERS = "fp32", "config.json"

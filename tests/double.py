@@ -20,10 +20,10 @@ import onnxruntime
 from cases import read_config, write_config
 
 from adavit.bundle.bundle import Bundle
+from adavit.bundle.engine_sets import source_of, this_platform
 from adavit.bundle.graph_keys import graph_keys, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.files import sha256
-from adavit.runtime.engine_sets import source_of, this_platform
 from adavit.tensorrt.profiles import profiles_of
 
 VERSION, CAPABILITY, STREAM = "10.3.0", 87, 5

@@ -10,9 +10,9 @@ from click.testing import CliRunner
 import adavit
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import demo_bundle
+from adavit.bundle.statistics import operating_offsets, policy_at
 from adavit.cli import export, run
-from adavit.runtime.statistics import operating_offsets, policy_at
-from adavit.training.command import main
+from adavit.cli_train import main
 
 DEMO = Path(adavit.__file__).parent / "demo"
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from adavit.budget_options import DEFAULT_IMAGES, BudgetOptions
 from adavit.bundle.bundle import Bundle, write_config
 from adavit.bundle.operating_points import MAX_OFFSET, NO_POLICIES, TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.calibration.choose import best_stops, expected
 from adavit.calibration.meet import CLOSE, Stop
+from adavit.calibration.options import DEFAULT_IMAGES, BudgetOptions
 from adavit.calibration.statistics import add_statistics
 from adavit.calibration.trial import Trial
 from adavit.calibration.work import Work

@@ -17,14 +17,14 @@ from adavit.calibration.cache import Origin, load_ranges, save_ranges
 from adavit.calibration.check import check_converted
 from adavit.calibration.convert import Assigned, assign, converted
 from adavit.calibration.mixed import MOST_IMAGES, Measure, Search
+from adavit.calibration.options import CalibrationOptions
 from adavit.calibration.ranges import Ranges, measure_ranges
 from adavit.calibration.recording import Recorder
+from adavit.datasets.image_files import find_calibration_images, labels_by, read_images
 from adavit.errors import InputError
 from adavit.export.graphs.files import write_graphs
-from adavit.precision_options import CalibrationOptions
 from adavit.reading import open_regular
 from adavit.runtime.backend import create_backend
-from adavit.runtime.image_files import find_calibration_images, labels_by, read_images
 from adavit.runtime.session import Runtime, load
 
 __all__ = ["Calibration"]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adavit.datasets.image_files import ImageFile, read_images
 from adavit.errors import AdaViTError, InputError, VerificationError
 from adavit.export.verify import random_images
-from adavit.runtime.compare import BATCH, Parity, Watched
-from adavit.runtime.image_files import ImageFile, read_images
+from adavit.measure.compare import BATCH, Parity, Watched
 from adavit.runtime.session import Runtime, load
 
 __all__ = ["FEWEST_AGREE", "MOST_FLIPPED", "check_converted"]

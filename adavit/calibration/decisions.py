@@ -11,7 +11,7 @@ import numpy.typing as npt
 from adavit.architecture import Architecture
 from adavit.bundle.operating_points import MAX_OFFSET, Offsets
 from adavit.macs import block_macs, dense_macs, outside_macs
-from adavit.runtime.compare import KINDS
+from adavit.measure.compare import KINDS
 
 __all__ = ["Decisions", "Unit", "shifted", "units_of"]
 

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.bundle.keys import BlockKey, Sublayers
+from adavit.bundle.policy import Policy
 from adavit.calibration.linear import Sublayer, sublayers_of
 from adavit.runtime.dispatcher import Step
-from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
 
 __all__ = ["Recorder", "Reservoir", "Sample", "Seen"]

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.bundle.bundle import Bundle, write_config
+from adavit.bundle.statistics import operating_offsets, write_statistics
 from adavit.runtime.session import Runtime
-from adavit.runtime.statistics import operating_offsets, write_statistics
 
 __all__ = ["IMAGES", "add_statistics"]
 

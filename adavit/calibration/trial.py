@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from adavit.budget_options import DEFAULT_IMAGES, FEWEST_IMAGES
 from adavit.bundle.operating_points import TRAINED, Offsets
 from adavit.calibration.decisions import Decisions
+from adavit.calibration.options import DEFAULT_IMAGES, FEWEST_IMAGES
 from adavit.calibration.work import Work
+from adavit.datasets.image_files import find_calibration_images
 from adavit.errors import InputError
 from adavit.macs import dense_macs
-from adavit.runtime.compare import KINDS, Watched
-from adavit.runtime.image_files import find_calibration_images
+from adavit.measure.compare import KINDS, Watched
 from adavit.runtime.session import Result, Runtime
 
 __all__ = ["Outcome", "Trial"]

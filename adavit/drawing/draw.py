@@ -11,12 +11,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from adavit.architecture import Architecture
+from adavit.bundle.policy import Policy
 from adavit.bundle.preprocessing import ImageLike, Preprocessor
 from adavit.drawing.pictures import crops
 from adavit.drawing.sheet import Sheet
 from adavit.errors import InputError, shown
 from adavit.macs import dense_macs
-from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result
 
 __all__ = ["MOST_IMAGES", "draw"]

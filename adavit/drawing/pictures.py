@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adavit.arguments import pictures_of
 from adavit.bundle.preprocessing import ImageLike, Preprocessor, decode
 from adavit.errors import InputError
-from adavit.runtime.given import pictures_of
 
 __all__ = ["crops", "normalised"]
 

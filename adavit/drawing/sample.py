@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from adavit.bundle.policy import Policy
 from adavit.drawing.draw import draw
 from adavit.files import write_beside
-from adavit.runtime.policy import Policy
 from adavit.runtime.session import Result
 
 __all__ = ["Sample"]

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from adavit.architecture import Architecture
+from adavit.bundle.policy import Policy
 from adavit.drawing import marks, text
 from adavit.errors import InputError
-from adavit.runtime.policy import Policy
 
 __all__ = ["Sheet"]
 

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adavit.budget_options import BudgetOptions
 from adavit.bundle.bundle import OPSETS, PRECISIONS, WEIGHTS, Bundle, GraphFiles, is_bundle
 from adavit.bundle.demo import DEMO_NAME, demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
 from adavit.calibration.budgets import add_budgets
+from adavit.calibration.options import BudgetOptions, CalibrationOptions
 from adavit.calibration.statistics import IMAGES, add_statistics
+from adavit.datasets.image_files import find_calibration_images, read_images
 from adavit.errors import BundleError, InputError, OptionError, VerificationError
 from adavit.export.graphs.files import write_graphs
 from adavit.export.graphs.stem import stem_tensors
@@ -26,9 +27,7 @@ from adavit.export.write import describe_bundle
 from adavit.files import find_folder, folder_beside, sha256
 from adavit.model import AdaViT, load_checkpoint, resize
 from adavit.model.checkpoint import read_classes, read_crop
-from adavit.precision_options import CalibrationOptions
 from adavit.reading import read_labels
-from adavit.runtime.image_files import find_calibration_images, read_images
 from adavit.runtime.session import load
 from adavit.tensorrt.options import BuildOptions
 

@@ -13,14 +13,14 @@ import torch
 
 from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.bundle.keys import Sublayers
+from adavit.bundle.policy import Policy
 from adavit.errors import BackendError, VerificationError
+from adavit.measure.compare import KINDS, margins_of
 from adavit.model import AdaViT, Output
 from adavit.model.adavit import Block, BlockLogits
 from adavit.model.policy import BlockPolicy, decide
-from adavit.runtime.compare import KINDS, margins_of
 from adavit.runtime.dispatcher import Step
 from adavit.runtime.finite import NotFiniteError
-from adavit.runtime.policy import Policy
 from adavit.runtime.session import Runtime
 from adavit.runtime.specialise import usage_of
 

@@ -20,7 +20,7 @@ from adavit.errors import bounded, one_line
 from adavit.files import sha256, write_beside
 from adavit.reading import open_regular
 from adavit.runtime.backend import Options
-from adavit.runtime.user_folder import user_folder
+from adavit.user_folder import user_folder
 from adavit.version import __version__
 
 __all__ = ["cpu_name", "facts", "kept_any", "kept_at", "recall", "remember"]

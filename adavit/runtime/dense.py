@@ -9,11 +9,11 @@ import numpy as np
 
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.operating_points import Offsets
+from adavit.bundle.policy import Policy
 from adavit.errors import InputError
 from adavit.runtime.backend import Backend, Float
 from adavit.runtime.dispatcher import SIDE_BY_SIDE, Observer
 from adavit.runtime.finite import check_logits
-from adavit.runtime.policy import Policy
 
 __all__ = ["DenseDispatcher", "no_policies"]
 

@@ -24,10 +24,10 @@ from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.keys import NONE, BlockKey, Sublayers
 from adavit.bundle.operating_points import Offsets
+from adavit.bundle.policy import Policy
 from adavit.runtime.backend import Backend, Options, Slot
 from adavit.runtime.finite import check_decisions, check_image
 from adavit.runtime.forks import renew_in_fork
-from adavit.runtime.policy import Policy
 from adavit.runtime.worker import worker_pool
 
 __all__ = ["Dispatcher", "Observer", "Step", "thresholds"]

@@ -16,26 +16,26 @@ import numpy.typing as npt
 from PIL import Image
 
 from adavit.architecture import Architecture
+from adavit.arguments import pictures_of, whole
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import find_bundle
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve, resolve_each
+from adavit.bundle.policy import Policy
 from adavit.bundle.preprocessing import ImageLike, Preprocessor
+from adavit.bundle.statistics import policy_at
+from adavit.cpus import usable_cpus
 from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
 from adavit.macs import dense_macs, image_macs
 from adavit.reading import path_of
 from adavit.runtime.backend import Backend, Options, Usage, Use, create_backend
 from adavit.runtime.choose import Choice, choose
-from adavit.runtime.cpus import usable_cpus
 from adavit.runtime.dense import DenseDispatcher, no_policies
 from adavit.runtime.dispatcher import SIDE_BY_SIDE, Dispatcher, Observer
 from adavit.runtime.finite import check_logits
 from adavit.runtime.forks import renew_in_fork
-from adavit.runtime.given import pictures_of, whole
-from adavit.runtime.policy import Policy
 from adavit.runtime.replaced import again_if_replaced
 from adavit.runtime.specialise import KeptUsage, Specialiser, usage_of
-from adavit.runtime.statistics import policy_at
 
 __all__ = ["Prediction", "Result", "Runtime", "load"]
 

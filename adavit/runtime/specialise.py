@@ -19,11 +19,11 @@ from typing import Any
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.keys import BlockKey, Sublayers
+from adavit.bundle.policy import Policy
 from adavit.errors import AdaViTError, one_line
 from adavit.runtime.backend import Backend, Options, Usage, Use
 from adavit.runtime.cache import facts, kept_any, kept_at, recall, remember
 from adavit.runtime.forks import renew_in_fork, undisturbed
-from adavit.runtime.policy import Policy
 
 __all__ = ["KeptUsage", "Specialiser", "usage_from", "usage_of", "usage_to"]
 

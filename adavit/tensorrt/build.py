@@ -17,15 +17,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adavit.bundle.bundle import Bundle, write_config
+from adavit.bundle.engine_sets import engine_sets, read_engine_set, this_platform
 from adavit.bundle.graph_keys import GraphKey, graph_keys, read_graph
 from adavit.bundle.graphs import Graphs
+from adavit.bundle.histograms import Statistics
+from adavit.bundle.policy import Policy
+from adavit.bundle.statistics import operating_offsets, policy_at
+from adavit.bundle.trust import remember_built
 from adavit.errors import BackendError, BundleError
 from adavit.files import folder_beside
-from adavit.runtime.engine_sets import engine_sets, read_engine_set, this_platform
-from adavit.runtime.policy import Policy
-from adavit.runtime.statistics import operating_offsets, policy_at
-from adavit.runtime.trust import remember_built
-from adavit.statistics import Statistics
 from adavit.tensorrt import worker
 from adavit.tensorrt.options import BuildOptions
 from adavit.tensorrt.profiles import profiles_of

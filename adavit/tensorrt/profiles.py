@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adavit.architecture import Architecture
+from adavit.bundle.histograms import Histogram, Statistics
 from adavit.bundle.onnx_graph import Value
-from adavit.statistics import Histogram, Statistics
 
 __all__ = ["Profile", "Range", "profiles_of", "split"]
 

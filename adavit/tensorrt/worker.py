@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from adavit.bundle.bundle import Bundle
+from adavit.bundle.engine_sets import numeric_version, source_of
 from adavit.bundle.graph_keys import GraphKey, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.errors import BackendError, install_hint
 from adavit.files import sha256
 from adavit.runtime.backends.cuda import Cuda
-from adavit.runtime.engine_sets import numeric_version, source_of
 from adavit.tensorrt.options import BuildOptions
 from adavit.tensorrt.profiles import Profile
 

@@ -10,10 +10,10 @@ import click
 import torch
 
 from adavit.architecture import Architecture
+from adavit.cpus import usable_cpus
 from adavit.model import AdaViT
 from adavit.model.checkpoint import read_crop
 from adavit.reading import read_labels
-from adavit.runtime.cpus import usable_cpus
 from adavit.training.augment import usual_crop
 from adavit.training.budget import KINDS, targets_for
 from adavit.training.errors import TrainingError

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.bundle.preprocessing import decode, open_image
+from adavit.datasets.class_folders import Classes, ClassFolderError, Kind, match_folders, misfit
+from adavit.datasets.folder_listing import ImageFolder, list_images
 from adavit.errors import InputError
 from adavit.files import sha256
-from adavit.runtime.class_folders import Classes, ClassFolderError, Kind, match_folders, misfit
-from adavit.runtime.folder_listing import ImageFolder, list_images
 from adavit.training.errors import DataError
 from adavit.training.idx import read_idx
 

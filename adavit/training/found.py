@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adavit.console_progress import Stage
-from adavit.console_stages import training_stages
+from adavit.console.progress import Stage
+from adavit.console.stages import training_stages
 from adavit.macs import dense_macs
 from adavit.training.balance import ROUNDS, images_to_balance
 from adavit.training.budget import expected_share

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from cases import WIDE, pictures_in, quiet, random_model, save
 
+from adavit.calibration.options import CalibrationOptions
 from adavit.export import ExportOptions, export_bundle
-from adavit.precision_options import CalibrationOptions
 
 
 @pytest.fixture(scope="session")

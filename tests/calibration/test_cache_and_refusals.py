@@ -33,13 +33,13 @@ from adavit.calibration.cache import load_ranges
 from adavit.calibration.convert import Assignment, assign
 from adavit.calibration.linear import Sublayer, sublayers_of
 from adavit.calibration.mixed import Loss, Measure, Search
+from adavit.calibration.options import CalibrationOptions
 from adavit.calibration.ranges import Ranges
 from adavit.calibration.recording import Seen
 from adavit.cli import export as command
+from adavit.datasets.image_files import ImageFile, read_images
 from adavit.errors import InputError, OptionError
-from adavit.precision_options import CalibrationOptions
 from adavit.runtime import Runtime
-from adavit.runtime.image_files import ImageFile, read_images
 
 Exported = Callable[..., tuple[Path, dict]]
 

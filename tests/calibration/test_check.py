@@ -12,9 +12,9 @@ import adavit
 from adavit.calibration import check
 from adavit.calibration.check import check_converted
 from adavit.cli import export
+from adavit.datasets.image_files import ImageFile, find_images
 from adavit.errors import VerificationError
 from adavit.runtime import Runtime
-from adavit.runtime.image_files import ImageFile, find_images
 
 
 @pytest.fixture

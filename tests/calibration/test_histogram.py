@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from adavit.calibration.histogram import Histogram
-from adavit.precision_options import METHODS
+from adavit.calibration.options import METHODS
 
 VALUES = hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(-1e6, 1e6, width=32))
 

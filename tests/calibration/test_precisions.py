@@ -241,7 +241,7 @@ def test_the_same_seed_gives_the_same_bytes(bundle: Path, busy: Path, pictures: 
 import sys
 from pathlib import Path
 from adavit.export import ExportOptions, export_bundle
-from adavit.precision_options import CalibrationOptions
+from adavit.calibration.options import CalibrationOptions
 source, output, images = map(Path, sys.argv[1:])
 calibration = CalibrationOptions(("int8",), (images,))
 export_bundle(source, output, ExportOptions(verify=False, threads=1, calibration=calibration), lambda *_: None)

@@ -10,9 +10,9 @@ from cases import invoke, refusal
 from click.testing import CliRunner
 
 from adavit.cli import export, run
-from adavit.console import Command, printable, table
-from adavit.option_types import Finite
-from adavit.training.command import main
+from adavit.cli_train import main
+from adavit.console.options.types import Finite
+from adavit.console.output import Command, printable, table
 
 
 def test_names_do_not_command_the_terminal() -> None:
@@ -34,7 +34,7 @@ def test_numbers_are_finite(share: str) -> None:
 
 @pytest.mark.parametrize("command", [[run], [export], [main, "dense"], [main, "adapt"], [main, "evaluate"]])
 def test_no_more_threads_than_cpus_bear(command: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adavit.runtime.cpus.quota_cpus", lambda: None)
+    monkeypatch.setattr("adavit.cpus.quota_cpus", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5}, raising=False)
     message = "9 threads are too many; give at most 8, 4 for each CPU that this process may use."
     assert message in refusal(invoke(*command, "--threads", 9), code=2)
@@ -55,7 +55,7 @@ def test_columns_are_aligned() -> None:
 
 
 RUN = ["from adavit.cli import run; run(prog_name='adavit')", "--iterations", "1", "--warmup", "0", "--threads", "1"]
-TRAIN = ["from adavit.training.command import main; main(prog_name='adavit')"]
+TRAIN = ["from adavit.cli_train import main; main(prog_name='adavit')"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")

@@ -27,13 +27,12 @@ from cases import (
 )
 
 import adavit
-from adavit.budget_options import BudgetOptions
+from adavit.calibration.options import BudgetOptions, CalibrationOptions
 from adavit.cli import export
-from adavit.console_progress import Stage
-from adavit.console_stages import checking_stages, exporting_stages, running_stages
+from adavit.console.progress import Stage
+from adavit.console.stages import checking_stages, exporting_stages, running_stages
 from adavit.export import ExportOptions, check_bundle, export_bundle
-from adavit.precision_options import CalibrationOptions
-from adavit.runtime.evaluate import RunOptions, run_bundle
+from adavit.measure.evaluate import RunOptions, run_bundle
 from adavit.tensorrt.options import BuildOptions
 
 

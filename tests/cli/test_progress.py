@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 import click
 import pytest
 
-from adavit.console_progress import GAPS, OFF, Estimate, Progress, Stage, time_left
+from adavit.console.progress import GAPS, OFF, Estimate, Progress, Stage, time_left
 
 STAGES = [Stage("reading", 1.0), Stage("exporting", 4.0), Stage("measuring", 5.0, fixed=True)]
 

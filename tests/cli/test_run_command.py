@@ -138,7 +138,7 @@ def test_images_shown_are_spread_over_classes(tiny_bundle: Path, tmp_path: Path)
 def test_one_thread_is_not_compared_with_two(
     tiny_bundle: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adavit.option_types.usable_cpus", lambda: 4)
+    monkeypatch.setattr("adavit.console.options.types.usable_cpus", lambda: 4)
     arguments = (tiny_bundle, "--images", labelled, "--iterations", 2, "--threads", 2, "--parallel", "samples")
     for batch, threads in ((1, 1), (2, 2)):
         done = invoke(run, *arguments, "--batch", batch, "--json", "-")

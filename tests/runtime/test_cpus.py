@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adavit
-from adavit.runtime.cpus import quota_cpus, usable_cpus
+from adavit.cpus import quota_cpus, usable_cpus
 
 V1 = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
 MOUNT = "31 23 0:28 {top} {point} rw,relatime shared:9 - {kind} {kind} {options}\n"
@@ -168,13 +168,13 @@ def test_threads_are_the_least_of_affinity_and_quota(
     quota: int | None, cpus: int, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 7}, raising=False)
-    monkeypatch.setattr("adavit.runtime.cpus.quota_cpus", lambda: quota)
+    monkeypatch.setattr("adavit.cpus.quota_cpus", lambda: quota)
     assert usable_cpus() == cpus
     assert adavit.load(tiny_bundle, parallel="samples").options.threads == cpus
 
 
 def test_where_there_is_no_affinity_all_cpus_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adavit.runtime.cpus.quota_cpus", lambda: None)
+    monkeypatch.setattr("adavit.cpus.quota_cpus", lambda: None)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert usable_cpus() == 1

@@ -25,9 +25,9 @@ import adavit
 from adavit.bundle.operating_points import Offsets
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.macs import dense_macs
+from adavit.measure.compare import Watched
 from adavit.runtime import Policy
 from adavit.runtime import dense as dense_module
-from adavit.runtime.compare import Watched
 
 both_backends = pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 IMAGES = random_images(DENSE, 5)

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.preprocessing import Preprocessor
+from adavit.cli_train import main
 from adavit.export import ExportOptions, export_bundle
 from adavit.model import load_checkpoint, save_safetensors
 from adavit.model.checkpoint import load_safely
-from adavit.training.command import main
 from adavit.training.loader import evaluation_batches
 from adavit.training.predict import Batches
 
@@ -57,7 +57,7 @@ def dense(tmp_path: Path, idx_folder: Path) -> Path:
 def test_no_more_threads_than_this_process_may_use(
     idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adavit.runtime.cpus.quota_cpus", lambda: 2)
+    monkeypatch.setattr("adavit.cpus.quota_cpus", lambda: 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     own = torch.get_num_threads()
     try:
@@ -69,7 +69,7 @@ def test_no_more_threads_than_this_process_may_use(
 
 
 def test_help_needs_no_torch() -> None:
-    program = "import sys; from adavit.training.command import main; main(['--help'], standalone_mode=False); " \
+    program = "import sys; from adavit.cli_train import main; main(['--help'], standalone_mode=False); " \
               "assert 'torch' not in sys.modules"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60).returncode == 0
 

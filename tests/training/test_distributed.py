@@ -13,7 +13,7 @@ from adavit.model.checkpoint import load_safely
 from adavit.training import start
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = "import torch; torch.set_num_threads(1); from adavit.training.command import main; main()"
+PROGRAM = "import torch; torch.set_num_threads(1); from adavit.cli_train import main; main()"
 
 
 def adapt(output: Path, data: Path, dense: Path, *launcher: str) -> None:

@@ -10,9 +10,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from training_cases import tiny
 
+from adavit.cli_train import main
 from adavit.model import load_checkpoint
 from adavit.training import start
-from adavit.training.command import main
 from adavit.training.data import open_images
 from adavit.training.distributed import World
 from adavit.training.found import expected_stages, measure_pictures

@@ -13,11 +13,11 @@ import torch
 from click.testing import CliRunner
 from training_cases import tiny
 
+from adavit.cli_train import main
 from adavit.model import AdaViT, load_checkpoint, save_safetensors
 from adavit.training import start
-from adavit.training.command import main
 
-COMMAND = [sys.executable, "-c", "from adavit.training.command import main; main(prog_name='adavit-train')"]
+COMMAND = [sys.executable, "-c", "from adavit.cli_train import main; main(prog_name='adavit-train')"]
 STEPS = 24
 DENSE = tiny(token_policy=False, head_policy=False, sublayer_policy=False)
 

@@ -7,9 +7,9 @@ import torch
 from click.testing import CliRunner
 from training_cases import tiny
 
+from adavit.cli_train import main
 from adavit.model import save_safetensors
 from adavit.training import start
-from adavit.training.command import main
 from adavit.training.data import open_images
 from adavit.training.distributed import World
 from adavit.training.loop import Intervals, Trainer

@@ -9,9 +9,9 @@ from cases import random_model, save, tiny
 from click.testing import CliRunner
 
 from adavit import cli
+from adavit.cli_train import main
 from adavit.export import ExportOptions, export_bundle
 from adavit.model import save_safetensors
-from adavit.training.command import main
 
 LABELS = ("ant", "bee", "cat", "dog", "elk")
 KINDS = {"tokens", "heads", "sublayers"}

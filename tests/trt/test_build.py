@@ -33,17 +33,17 @@ from onnx import helper
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import demo_bundle
+from adavit.bundle.engine_sets import engine_sets, source_of
 from adavit.bundle.graph_keys import graph_keys, read_graph
 from adavit.bundle.graphs import Graphs
+from adavit.bundle.policy import Policy
+from adavit.bundle.statistics import write_statistics
+from adavit.bundle.trust import built_here
+from adavit.calibration.options import CalibrationOptions
 from adavit.cli import export as export_command
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.export import ExportOptions, export_bundle
 from adavit.files import _host, sha256
-from adavit.precision_options import CalibrationOptions
-from adavit.runtime.engine_sets import engine_sets, source_of
-from adavit.runtime.policy import Policy
-from adavit.runtime.statistics import write_statistics
-from adavit.runtime.trust import built_here
 from adavit.tensorrt import build, worker
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions

@@ -11,12 +11,12 @@ from cases import GOLDEN, GOLDEN_FILES, assert_same_policy, export, golden, quie
 
 import adavit
 from adavit.bundle.demo import demo_bundle
+from adavit.bundle.engine_sets import FLAVOURS
+from adavit.calibration.options import CalibrationOptions
 from adavit.errors import BackendError
-from adavit.precision_options import CalibrationOptions
+from adavit.measure.benchmark import Plan, latency, measure
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.backends.cuda import Cuda
-from adavit.runtime.benchmark import Plan, latency, measure
-from adavit.runtime.engine_sets import FLAVOURS
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
 

@@ -10,11 +10,11 @@ from double import Gpu, add_double_engines, described_engine
 
 import adavit
 from adavit.bundle.bundle import Bundle
+from adavit.bundle.engine_sets import engine_sets
+from adavit.bundle.trust import built_here, remember_built
 from adavit.cli import run as run_command
 from adavit.errors import BackendError, OptionError
 from adavit.runtime import Runtime
-from adavit.runtime.engine_sets import engine_sets
-from adavit.runtime.trust import built_here, remember_built
 
 ON_POSIX = pytest.mark.skipif(os.name != "posix", reason="files have owners and modes on POSIX alone")
 

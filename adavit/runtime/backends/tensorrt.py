@@ -11,6 +11,14 @@ from collections import deque
 from importlib import import_module
 from typing import Any
 
+from adavit.bundle.engine_sets import (
+    FLAVOURS,
+    Machine,
+    find_engine_set,
+    numeric_version,
+    source_of,
+    this_platform,
+)
 from adavit.bundle.graph_keys import GraphKey, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.onnx_graph import OnnxGraph
@@ -20,14 +28,6 @@ from adavit.runtime.backends.cuda import Cuda
 from adavit.runtime.backends.device import Device
 from adavit.runtime.backends.device_backend import DeviceBackend
 from adavit.runtime.backends.tensorrt_engine import TensorRtEngine
-from adavit.runtime.engine_sets import (
-    FLAVOURS,
-    Machine,
-    find_engine_set,
-    numeric_version,
-    source_of,
-    this_platform,
-)
 
 __all__ = ["TensorRtBackend", "TensorRtRtxBackend"]
 

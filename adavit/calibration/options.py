@@ -1,0 +1,88 @@
+"""What is asked of calibration: precisions, operating points, and the images to find both on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from adavit.bundle.bundle import PRECISIONS
+from adavit.errors import OptionError, shown
+
+__all__ = ["DEFAULT_IMAGES", "FEWEST_IMAGES", "METHODS", "BudgetOptions", "CalibrationOptions"]
+
+METHODS = ("entropy", "max", "percentile")
+FEWEST_IMAGES, DEFAULT_IMAGES = 16, 512
+"""Images to find operating points on: as few as will do, and as many as are taken of more."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Precisions of a bundle, the default first, and what they are calibrated on; see `adavit-export --help`."""
+
+    precisions: tuple[str, ...] = ("fp32",)
+    calibration_images: tuple[Path, ...] = ()
+    calibration_cache: Path | None = None
+    samples: int = 64
+    method: str = "max"
+    max_drop: float = 0.3
+    seed: int = 0
+    labels_by_order: bool = False
+
+    @classmethod
+    def taken_from(cls, options: dict[str, Any]) -> CalibrationOptions:
+        """Takes its options out of a command's, but for the images, which budgets are calibrated on too."""
+        shared = {"calibration_images", "labels_by_order"}
+        own = {field.name for field in fields(cls)} - shared
+        return cls(**{name: options[name] for name in shared}, **{name: options.pop(name) for name in own})
+
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """The precisions that are calibrated: all but fp32."""
+        return tuple(name for name in self.precisions if name != "fp32")
+
+    def check(self) -> None:
+        """Raises OptionError where the options do not fit together."""
+        names: Any = self.precisions
+        if not isinstance(names, tuple) or not names or not set(names) <= set(PRECISIONS):
+            raise OptionError(f"`precision` is {shown(names)}: choose from {', '.join(PRECISIONS)}")
+        if len(set(names)) != len(names):
+            raise OptionError("`precision` names one twice")
+        if not self.calibrated:
+            return
+        if not self.calibration_images and self.calibration_cache is None:
+            asked = ",".join(self.precisions)
+            raise OptionError(f"`precision` {asked} needs `calibration_images`, or a `calibration_cache`")
+        if "mixed" in self.precisions and not self.calibration_images:
+            raise OptionError("`precision` mixed measures accuracy on images: give `calibration_images`")
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """Budgets asked for, and the images to meet them on; see `adavit-export --help`."""
+
+    budgets: tuple[float, ...] = ()
+    calibration_images: tuple[Path, ...] = ()
+    budget_images: int | None = None
+    labels_by_order: bool = False
+
+    @classmethod
+    def taken_from(cls, options: dict[str, Any]) -> BudgetOptions:
+        """Takes its options out of a command's."""
+        return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
+
+    def check(self) -> None:
+        """Raises OptionError where the options do not make sense."""
+        for budget in self.budgets:
+            if not 0 < budget <= 1:
+                raise OptionError(f"`budgets`: {budget:g} is no share of the dense MACs; give numbers such as 0.3,0.5")
+        if len(set(self.budgets)) != len(self.budgets):
+            raise OptionError("`budgets`: a budget is given twice")
+        if self.budgets and not self.calibration_images:
+            raise OptionError("`budgets` needs `calibration_images`")
+        if self.budget_images is not None and not self.budgets:
+            raise OptionError("`budget_images` is of `budgets`; give them too")
+        if self.budget_images is not None and self.budget_images < FEWEST_IMAGES:
+            raise OptionError(f"`budget_images`: {self.budget_images} are too few; give at least {FEWEST_IMAGES}")
+        if self.labels_by_order and not self.calibration_images:
+            raise OptionError("`labels_by_order` is of the class folders of `calibration_images`; give them too")

@@ -1,0 +1,1 @@
+"""What the commands are asked, under the headings of their --help."""

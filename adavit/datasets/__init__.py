@@ -1,0 +1,1 @@
+"""Images in folders, and the labels that the names of folders give them."""

@@ -1,0 +1,191 @@
+"""Decision parity: how far a bundle's decisions and classes are another's on the same images.
+
+A flipped decision changes what the rest of the model sees, so a second run follows the first bundle's policy: what
+differs then is numeric drift alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.architecture import TOKEN_LOGIT, Architecture
+from adavit.bundle.operating_points import Offsets
+from adavit.bundle.policy import Policy
+from adavit.errors import InputError
+from adavit.runtime.dispatcher import Step
+from adavit.runtime.session import Result, Runtime
+
+__all__ = ["BATCH", "KINDS", "Parity", "Seen", "Watched", "check_same_model"]
+
+Float = npt.NDArray[np.float32]
+
+KINDS = ("tokens", "heads", "sublayers")
+EDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+"""Distances of a logit from its threshold at which margins are counted."""
+BATCH = 8
+"""Images that are compared at once."""
+
+
+def check_same_model(first: Runtime, second: Runtime) -> None:
+    """Raises InputError where two bundles are not of one model."""
+    if second.architecture != first.architecture or second.labels != first.labels:
+        raise InputError(
+            f"{first.bundle.path} and {second.bundle.path} are bundles of different models; "
+            "compare bundles of one checkpoint"
+        )
+
+
+class Seen(NamedTuple):
+    """A run, and by image and block the margins of its decisions [n] of each kind."""
+
+    result: Result
+    margins: list[list[dict[str, Float]]]
+
+
+class Watched:
+    """A runtime that also tells the margins of its decisions: logits less their thresholds.
+
+    Args:
+        runtime: what runs.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        runtime.adaptive_dispatcher("compare")
+        self.runtime = runtime
+
+    def run(self, images: Float, policy: Policy | None = None, budget: Offsets | None = None) -> Seen:
+        """Runs images [B, 3, S, S], under a given policy, or their own at a budget."""
+        arch = self.runtime.architecture
+        margins: list[list[dict[str, Float]]] = [[{} for _ in range(arch.depth)] for _ in images]
+
+        def observe(step: Step) -> None:
+            if step.decisions is not None:
+                margins[step.image][step.block] = margins_of(arch, step.block, step.decisions)
+
+        return Seen(self.runtime.run(images, policy, observe, budget), margins)
+
+
+def margins_of(arch: Architecture, block: int, decisions: Float) -> dict[str, Float]:
+    """The logits of a block's decisions [M] less the trained thresholds, by kind; the class token has none."""
+    found, rest = {}, decisions
+    if arch.token_policy:
+        found["tokens"], rest = rest[1 : arch.tokens] - np.float32(TOKEN_LOGIT), rest[arch.tokens :]
+    if arch.adapts_heads(block):
+        found["heads"], rest = rest[: arch.heads].copy(), rest[arch.heads :]
+    if arch.adapts_sublayers(block):
+        found["sublayers"] = rest.copy()
+    return found
+
+
+class Parity:
+    """Compares runs of two bundles on the same images, batch by batch.
+
+    Args:
+        second: what is compared with the first, the reference, whose runs `add` is given.
+    """
+
+    def __init__(self, second: Watched) -> None:
+        self.arch = second.runtime.architecture
+        self._second = second
+        self.images = 0
+        self._same_policies = 0
+        self._labelled = 0
+        self._correct = {"first": 0, "second": 0, "replayed": 0}
+        self._lost = self._gained = 0
+        self._agree = {"free": 0, "replayed": 0}
+        self._logit_error = {"free": 0.0, "replayed": 0.0}
+        shape = len(KINDS), self.arch.depth
+        self._decided = np.zeros(shape, np.int64)
+        self._flipped = {mode: np.zeros(shape, np.int64) for mode in ("free", "replayed")}
+        self._margins = np.zeros((len(KINDS), len(EDGES) + 1), np.int64)
+        self._flip_margin = np.zeros(len(KINDS))
+        self._drift = np.zeros((len(KINDS), 2))  # sum of squares, and the largest
+
+    def add(self, images: Float, labels: Sequence[int | None], reference: Seen) -> Result:
+        """Runs images [B, 3, S, S] as the second decides, and again under the policy of the first's run on them.
+
+        Returns:
+            The run as the second decides.
+        """
+        wanted, margins = reference
+        free = self._second.runtime.run(images)
+        replayed, drifted = self._second.run(images, wanted.policy)
+        self.images += len(images)
+        different = [getattr(wanted.policy, kind) != getattr(free.policy, kind) for kind in KINDS]
+        self._same_policies += int((~np.concatenate([mask.any(2) for mask in different], 1).any(1)).sum())
+        for row, mask in enumerate(different):
+            self._flipped["free"][row] += mask.sum((0, 2))
+        for before, after in zip(margins, drifted, strict=True):
+            for block in range(self.arch.depth):
+                for kind, margin in before[block].items():
+                    self._add_margins(KINDS.index(kind), block, margin, after[block][kind])
+        self._add_classes(wanted.logits, free.logits, replayed.logits, labels)
+        return free
+
+    def _add_margins(self, kind: int, block: int, before: Float, after: Float) -> None:
+        distance, drift = np.abs(before), np.abs(after - before)
+        flipped = (before > 0) != (after > 0)
+        self._decided[kind, block] += before.size
+        self._flipped["replayed"][kind, block] += int(flipped.sum())
+        self._margins[kind] += np.bincount(np.searchsorted(EDGES, distance), minlength=len(EDGES) + 1)
+        self._flip_margin[kind] = max(self._flip_margin[kind], distance[flipped].max(initial=0))
+        self._drift[kind] = self._drift[kind, 0] + np.square(drift).sum(), max(self._drift[kind, 1], drift.max())
+
+    def _add_classes(self, wanted: Float, free: Float, replayed: Float, labels: Sequence[int | None]) -> None:
+        for mode, logits in (("free", free), ("replayed", replayed)):
+            self._agree[mode] += int((logits.argmax(1) == wanted.argmax(1)).sum())
+            self._logit_error[mode] += float(np.abs(logits - wanted).max(1).sum())
+        for row, label in enumerate(labels):
+            if label is not None:
+                self._labelled += 1
+                right = {
+                    name: int(logits[row].argmax() == label)
+                    for name, logits in (("first", wanted), ("second", free), ("replayed", replayed))
+                }
+                for name, correct in right.items():
+                    self._correct[name] += correct
+                self._lost += right["first"] > right["second"]
+                self._gained += right["first"] < right["second"]
+
+    def report(self) -> dict[str, Any]:
+        """The numbers, under the keys of `adavit-run --compare --json`."""
+        accuracy = {name: count / self._labelled for name, count in self._correct.items()} if self._labelled else None
+        kinds = {}
+        for row, kind in enumerate(KINDS):
+            if decided := int(self._decided[row].sum()):
+                below = np.cumsum(self._margins[row])[:-1] / decided
+                kinds[kind] = {
+                    "decisions": decided,
+                    "margins_below": {str(edge): float(share) for edge, share in zip(EDGES, below, strict=True)},
+                    "largest_flipped_margin": float(self._flip_margin[row]),
+                    "logit_drift_rms": float(np.sqrt(self._drift[row, 0] / decided)),
+                    "logit_drift_max": float(self._drift[row, 1]),
+                }
+        return {
+            "images": self.images,
+            "free": self._mode("free") | {"identical_policies": self._same_policies / self.images},
+            "replayed": self._mode("replayed"),
+            "decisions": kinds,
+            "accuracy": accuracy,
+            "labelled": self._labelled,
+            "lost": self._lost if self._labelled else None,
+            "gained": self._gained if self._labelled else None,
+        }
+
+    def _mode(self, mode: str) -> dict[str, Any]:
+        flipped = self._flipped[mode]
+        shares = np.divide(flipped, self._decided, out=np.zeros(flipped.shape), where=self._decided > 0)
+        taken = self._decided.sum(1)
+        return {
+            "flipped": float(flipped.sum() / max(1, taken.sum())),
+            "flipped_by_kind": {
+                kind: float(flipped[row].sum() / taken[row]) for row, kind in enumerate(KINDS) if taken[row]
+            },
+            "flipped_by_block": {kind: shares[row].tolist() for row, kind in enumerate(KINDS) if taken[row]},
+            "top1_agreement": self._agree[mode] / self.images,
+            "mean_logit_difference": self._logit_error[mode] / self.images,
+        }
