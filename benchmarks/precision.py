@@ -22,8 +22,8 @@ from adavit.calibration.recording import Recorder
 from adavit.console.output import Progress, table
 from adavit.datasets.image_files import find_images
 from adavit.export import ExportOptions, export_bundle
-from adavit.export.graphs.files import write_graphs
 from adavit.files import folder_beside
+from adavit.graphs.files import write_graphs
 from adavit.measure.compare_bundles import compare_decisions
 from adavit.runtime.session import Runtime, load
 

@@ -72,7 +72,7 @@ class Graphs:
         return self._read(self.files.stem, inputs, self._behind(-1, True))
 
     def block(self, block: int, sublayers: Sublayers) -> OnnxGraph:
-        """A block that runs these sub-layers; see `adavit.export.graphs.block` for what it takes and makes."""
+        """A block that runs these sub-layers; see `adavit.graphs.block` for what it takes and makes."""
         arch = self.architecture
         inputs = [Value("x", "float32", (arch.tokens, arch.width))]
         if any(sublayers) and arch.token_policy:

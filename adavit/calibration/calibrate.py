@@ -22,7 +22,7 @@ from adavit.calibration.ranges import Ranges, measure_ranges
 from adavit.calibration.recording import Recorder
 from adavit.datasets.image_files import find_calibration_images, labels_by, read_images
 from adavit.errors import InputError
-from adavit.export.graphs.files import write_graphs
+from adavit.graphs.files import write_graphs
 from adavit.reading import open_regular
 from adavit.runtime.backend import create_backend
 from adavit.runtime.session import Runtime, load

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.datasets.image_files import ImageFile, read_images
+from adavit.datasets.random_images import random_images
 from adavit.errors import AdaViTError, InputError, VerificationError
-from adavit.export.verify import random_images
 from adavit.measure.compare import BATCH, Parity, Watched
 from adavit.runtime.session import Runtime, load
 

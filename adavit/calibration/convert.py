@@ -13,7 +13,7 @@ from adavit.calibration.fp16 import FP16_MAX, to_fp16
 from adavit.calibration.int8 import input_scales, to_int8
 from adavit.calibration.linear import Sublayer, sublayers_of
 from adavit.calibration.ranges import DENSE, Ranges
-from adavit.export.graphs.precision import DENSE_SCALES, Precision, Units
+from adavit.graphs.precision import DENSE_SCALES, Precision, Units
 
 __all__ = ["Assigned", "Assignment", "assign", "converted"]
 

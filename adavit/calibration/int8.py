@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from adavit.calibration.histogram import Histogram
 from adavit.calibration.linear import Sublayer
-from adavit.export.graphs.precision import input_scale
+from adavit.graphs.precision import input_scale
 
 __all__ = ["input_scales", "to_int8"]
 

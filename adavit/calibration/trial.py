@@ -19,7 +19,8 @@ from adavit.datasets.image_files import find_calibration_images
 from adavit.errors import InputError
 from adavit.macs import dense_macs
 from adavit.measure.compare import KINDS, Watched
-from adavit.runtime.session import Result, Runtime
+from adavit.results import Result
+from adavit.runtime.session import Runtime
 
 __all__ = ["Outcome", "Trial"]
 

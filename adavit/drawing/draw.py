@@ -17,7 +17,7 @@ from adavit.drawing.pictures import crops
 from adavit.drawing.sheet import Sheet
 from adavit.errors import InputError, shown
 from adavit.macs import dense_macs
-from adavit.runtime.session import Result
+from adavit.results import Result
 
 __all__ = ["MOST_IMAGES", "draw"]
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from adavit.bundle.policy import Policy
 from adavit.drawing.draw import draw
 from adavit.files import write_beside
-from adavit.runtime.session import Result
+from adavit.results import Result
 
 __all__ = ["Sample"]
 

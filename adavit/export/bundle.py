@@ -20,11 +20,11 @@ from adavit.calibration.options import BudgetOptions, CalibrationOptions
 from adavit.calibration.statistics import IMAGES, add_statistics
 from adavit.datasets.image_files import find_calibration_images, read_images
 from adavit.errors import BundleError, InputError, OptionError, VerificationError
-from adavit.export.graphs.files import write_graphs
-from adavit.export.graphs.stem import stem_tensors
 from adavit.export.verify import verify
 from adavit.export.write import describe_bundle
 from adavit.files import find_folder, folder_beside, sha256
+from adavit.graphs.files import write_graphs
+from adavit.graphs.stem import stem_tensors
 from adavit.model import AdaViT, load_checkpoint, resize
 from adavit.model.checkpoint import read_classes, read_crop
 from adavit.reading import read_labels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ import torch
 from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.bundle.keys import Sublayers
 from adavit.bundle.policy import Policy
+from adavit.datasets.random_images import random_images
 from adavit.errors import BackendError, VerificationError
 from adavit.measure.compare import KINDS, margins_of
 from adavit.model import AdaViT, Output
@@ -24,12 +25,10 @@ from adavit.runtime.finite import NotFiniteError
 from adavit.runtime.session import Runtime
 from adavit.runtime.specialise import usage_of
 
-__all__ = ["random_images", "verify"]
+__all__ = ["verify"]
 
 IMAGES = 4
 DRAWS = 64
-WHITE = 2.64
-"""Of half of every second image: normalisation divides patches of one colour by almost nothing."""
 MARGIN = 1e-4
 """Sample inputs whose decisions come closer to a threshold than this prove nothing: rounding may tip them."""
 TOLERANCE = 1e-3
@@ -145,16 +144,6 @@ def _verify_dense(model: AdaViT, runtime: Runtime, progress: Callable[[str, floa
         worst = max(worst, _difference("the dense twin", runtime.run(image[None]).logits, wanted[done : done + 1]))
         progress("verifying", (done + 1) / IMAGES)
     return {"images": IMAGES, "decisions": 0, "max_logit_difference": worst, "precision": "fp32"}
-
-
-def random_images(side: int) -> Iterator[Float]:
-    """Normal pixels [3, S, S] without end, half of every second image white; each time the same."""
-    source = np.random.default_rng(0)
-    for draw in itertools.count():
-        image = source.standard_normal((3, side, side), dtype=np.float32)
-        if draw % 2:
-            image[:, :, : side // 2] = WHITE
-        yield image
 
 
 def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Reference]:

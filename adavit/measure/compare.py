@@ -16,8 +16,9 @@ from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.bundle.operating_points import Offsets
 from adavit.bundle.policy import Policy
 from adavit.errors import InputError
+from adavit.results import Result
 from adavit.runtime.dispatcher import Step
-from adavit.runtime.session import Result, Runtime
+from adavit.runtime.session import Runtime
 
 __all__ = ["BATCH", "KINDS", "Parity", "Seen", "Watched", "check_same_model"]
 

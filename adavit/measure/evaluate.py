@@ -23,8 +23,9 @@ from adavit.measure.benchmark import Images, Plan, Progress, measure, summarise
 from adavit.measure.latency import budget_for_latency
 from adavit.measure.shown import spread_over_classes
 from adavit.measure.waterfall import profile
+from adavit.results import Result
 from adavit.runtime.backend import Options
-from adavit.runtime.session import Result, Runtime, load
+from adavit.runtime.session import Runtime, load
 
 __all__ = ["RunOptions", "run_bundle"]
 

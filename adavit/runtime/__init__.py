@@ -1,6 +1,7 @@
 """The runtime: a bundle runs, without torch and without onnx."""
 
 from adavit.bundle.policy import Policy
-from adavit.runtime.session import Prediction, Result, Runtime, load
+from adavit.results import Prediction, Result
+from adavit.runtime.session import Runtime, load
 
 __all__ = ["Policy", "Prediction", "Result", "Runtime", "load"]

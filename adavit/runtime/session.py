@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,13 @@ from adavit.bundle.demo import find_bundle
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve, resolve_each
 from adavit.bundle.policy import Policy
-from adavit.bundle.preprocessing import ImageLike, Preprocessor
+from adavit.bundle.preprocessing import ImageLike
 from adavit.bundle.statistics import policy_at
 from adavit.cpus import usable_cpus
 from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
-from adavit.macs import dense_macs, image_macs
+from adavit.macs import dense_macs
 from adavit.reading import path_of
+from adavit.results import Prediction, Result, checked_policy
 from adavit.runtime.backend import Backend, Options, Usage, Use, create_backend
 from adavit.runtime.choose import Choice, choose
 from adavit.runtime.dense import DenseDispatcher, no_policies
@@ -47,61 +46,6 @@ LARGEST = 1e15
 """Of an image's values: far beyond any pixel, and products with weights stay within what a layer norm bears."""
 TURNS = 2
 """Times as many pictures as run side by side are held at once."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run computed for B images.
-
-    Attributes:
-        logits: float32 [B, C].
-        policy: what each image used.
-        architecture: the model's shapes.
-        preprocessor: how pictures become such images, and back; `adavit.draw` needs it.
-    """
-
-    logits: Float
-    policy: Policy
-    architecture: Architecture = field(repr=False)
-    preprocessor: Preprocessor | None = field(default=None, repr=False)
-
-    @cached_property
-    def macs(self) -> npt.NDArray[np.int64]:
-        """Multiply-accumulates of each image, stem and head included: int64 [B]."""
-        return image_macs(self.architecture, self.policy.tokens, self.policy.heads, self.policy.sublayers)
-
-    def __getitem__(self, images: slice | npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Result:
-        """The result of some images, by a slice or an array of numbers; raises InputError where there are none such."""
-        logits: Any = self.logits
-        policy = _policy(self.policy)[images]
-        if not isinstance(logits, np.ndarray) or logits.shape[:1] != (len(self.policy),):
-            raise InputError(f"the result's logits are not of the {len(self.policy)} images that its policy is of")
-        return Result(logits[images], policy, self.architecture, self.preprocessor)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One image's most probable classes, or why there are none.
-
-    Attributes:
-        top: (label, probability) pairs, most probable first; empty where the image could not be read.
-        classes: the same classes as indices.
-        macs: multiply-accumulates the image took.
-        usage: mean share of tokens, heads and sub-layers it used; see `Policy.usage`.
-        policy: what the image used, a Policy of one image; None where the image could not be read.
-        error: why the image could not be read, or None.
-    """
-
-    top: tuple[tuple[str, float], ...] = ()
-    classes: tuple[int, ...] = ()
-    macs: int = 0
-    usage: dict[str, float] | None = None
-    error: str | None = None
-    policy: Policy | None = field(default=None, repr=False, compare=False)
-
-    def __iter__(self) -> Iterator[tuple[str, float]]:
-        """The (label, probability) pairs."""
-        return iter(self.top)
 
 
 def load(
@@ -223,13 +167,6 @@ def _reloaded(path: str, fingerprint: str, precision: str, backend: str, options
     return Runtime(bundle, graphs, create_backend(backend, graphs, options), options, *how)
 
 
-def _policy(value: object) -> Policy:
-    """A policy that a caller gave."""
-    if not isinstance(value, Policy):
-        raise InputError(f"policy is {shown(value)}: expected an adavit.Policy, as a result has it")
-    return value
-
-
 class Runtime:
     """A loaded bundle; every method may be called from many threads at once.
 
@@ -330,7 +267,7 @@ class Runtime:
         if observe is not None and not callable(observe):
             raise InputError(f"observe is {shown(observe)}: expected a function, see adavit.runtime.dispatcher")
         if policy is not None:
-            _policy(policy).check(self.architecture, len(images))
+            checked_policy(policy).check(self.architecture, len(images))
             if budget is not None:
                 raise InputError("a recorded policy leaves nothing to a budget; give one of them")
         offsets = resolve_each(self.offsets if budget is None else budget, self.bundle, len(images))
@@ -354,7 +291,7 @@ class Runtime:
         Raises:
             InputError: the policy is not of this model, or of no image, or `batch` is no whole number from 1 on.
         """
-        _policy(policy).check(self.architecture, len(policy))
+        checked_policy(policy).check(self.architecture, len(policy))
         if not self.architecture.adapts:
             return 0
         sizes = (1, len(policy)) if batch is None else (whole("batch", batch, 1),)
@@ -488,7 +425,7 @@ class Runtime:
         if not isinstance(result, Result):
             raise InputError(f"result is {shown(result)}: expected what Runtime.run returned")
         logits, classes = result.logits, len(self.labels)
-        if not isinstance(logits, np.ndarray) or logits.shape != (len(_policy(result.policy)), classes):
+        if not isinstance(logits, np.ndarray) or logits.shape != (len(checked_policy(result.policy)), classes):
             raise InputError(f"the result is of another model: its logits are not [images, {classes}]")
         if result.architecture != self.architecture:
             raise InputError(f"the result is of another model: its architecture is {shown(result.architecture)}")

@@ -22,7 +22,8 @@ from cases import (
 import adavit
 from adavit.bundle.operating_points import Budgets
 from adavit.cli import export, run
-from adavit.runtime import Policy, latency
+from adavit.measure import latency
+from adavit.runtime import Policy
 
 SHORT = ("--iterations", 2, "--warmup", 1, "--threads", 1, "--json", "-")
 

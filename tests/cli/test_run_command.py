@@ -29,7 +29,8 @@ from cases import (
 import adavit
 from adavit.cli import run
 from adavit.macs import dense_macs
-from adavit.runtime import Policy, Runtime, evaluate
+from adavit.measure import evaluate
+from adavit.runtime import Policy, Runtime
 
 SHORT = ("--iterations", 2, "--warmup", 1, "--threads", 1)
 LATENCY = {"p50", "p90", "p95", "p99", "mean"}

@@ -9,9 +9,9 @@ from cases import DENSE, quiet, random_model, tiny
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import OPSETS, GraphFiles
 from adavit.bundle.onnx_graph import OPERATORS
-from adavit.export.graphs.files import write_graphs
-from adavit.export.graphs.precision import DENSE_SCALES, Precision, Units, input_scale
-from adavit.export.graphs.stem import stem_tensors
+from adavit.graphs.files import write_graphs
+from adavit.graphs.precision import DENSE_SCALES, Precision, Units, input_scale
+from adavit.graphs.stem import stem_tensors
 
 MODELS = [tiny(), tiny(stem="t2t", patch_size=16, qkv_bias=False), DENSE]
 LAYERS = {

@@ -34,9 +34,9 @@ from adavit.bundle.bundle import Bundle
 from adavit.bundle.graphs import Graphs
 from adavit.cli import run
 from adavit.errors import BackendError, BundleError, OptionError
-from adavit.export.graphs.files import write_graphs
-from adavit.export.graphs.precision import Precision, Units
 from adavit.export.write import describe_bundle
+from adavit.graphs.files import write_graphs
+from adavit.graphs.precision import Precision, Units
 from adavit.runtime import Policy, Runtime, session
 from adavit.runtime.backends.openvino_models import bf16_tensor_of, compute_in_bf16, unfold
 from adavit.runtime.dispatcher import Step

@@ -14,11 +14,11 @@ from adavit.architecture import Architecture
 from adavit.bundle.bundle import DENSE, STEM, WEIGHTS, GraphFiles, StoredFile
 from adavit.bundle.keys import combinations
 from adavit.bundle.tensors import TensorFile
-from adavit.export.graphs.block import add_block
-from adavit.export.graphs.builder import Builder
-from adavit.export.graphs.dense import make_dense
-from adavit.export.graphs.precision import Units
-from adavit.export.graphs.stem import make_stem
+from adavit.graphs.block import add_block
+from adavit.graphs.builder import Builder
+from adavit.graphs.dense import make_dense
+from adavit.graphs.precision import Units
+from adavit.graphs.stem import make_stem
 from adavit.model.checkpoint import sort_header
 
 __all__ = ["write_graphs"]

@@ -12,7 +12,7 @@ import numpy as np
 from onnx import TensorProto
 
 from adavit.bundle.keys import Sublayers
-from adavit.export.graphs.builder import Builder
+from adavit.graphs.builder import Builder
 
 __all__ = ["DENSE_SCALES", "FP32", "Precision", "Units", "input_scale"]
 

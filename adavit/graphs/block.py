@@ -23,8 +23,8 @@ import numpy as np
 
 from adavit.architecture import Architecture
 from adavit.bundle.keys import ATTENTION, Sublayers
-from adavit.export.graphs.builder import Builder
-from adavit.export.graphs.precision import Precision
+from adavit.graphs.builder import Builder
+from adavit.graphs.precision import Precision
 
 __all__ = ["add_attention", "add_block", "add_decisions", "add_head", "add_mlp", "add_norm", "add_update"]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from adavit.architecture import Architecture
-from adavit.export.graphs.block import add_head, add_mlp, add_norm, add_update
-from adavit.export.graphs.builder import Builder
-from adavit.export.graphs.precision import Precision, Units
-from adavit.export.graphs.stem import add_stem
+from adavit.graphs.block import add_head, add_mlp, add_norm, add_update
+from adavit.graphs.builder import Builder
+from adavit.graphs.precision import Precision, Units
+from adavit.graphs.stem import add_stem
 
 __all__ = ["make_dense"]
 

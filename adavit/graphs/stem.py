@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from adavit.architecture import Architecture
 from adavit.bundle.tensors import DERIVED
-from adavit.export.graphs.block import add_decisions
-from adavit.export.graphs.builder import Builder
+from adavit.graphs.block import add_decisions
+from adavit.graphs.builder import Builder
 from adavit.macs import PERFORMER_FEATURES, PERFORMER_WIDTH
 
 __all__ = ["add_stem", "make_stem", "stem_tensors"]
