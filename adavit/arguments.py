@@ -1,42 +1,15 @@
-"""What callers hand to a runtime, told apart from what they meant to."""
+"""Numbers that callers give, checked."""
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from operator import index
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from adavit.bundle.preprocessing import ImageLike
 from adavit.errors import InputError, shown
 
-__all__ = ["pictures_of", "whole"]
-
-ONE = (str, os.PathLike, Image.Image, np.ndarray)
-NONE = (bytes, bytearray, memoryview, Mapping, io.IOBase)
-"""What is iterable and holds no pictures."""
-
-
-def pictures_of(given: Any) -> Iterator[ImageLike]:
-    """The pictures of an iterable, or one alone.
-
-    Raises:
-        InputError: it is neither.
-    """
-    if isinstance(given, ONE):
-        return iter([given])
-    if not isinstance(given, NONE):
-        with suppress(TypeError):
-            return iter(given)
-    raise InputError(
-        f"images is {shown(given)}: expected a path, a PIL image, a uint8 array [H, W] or [H, W, 3], "
-        "or an iterable of these"
-    )
+__all__ = ["whole"]
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None) -> int:

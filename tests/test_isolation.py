@@ -33,7 +33,7 @@ assert not {"click", "cloup"} & {name.split(".")[0] for name in sys.modules}, "t
 import adavit.cli
 loaded = {name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "safetensors"}
 parts = {".".join(name.split(".")[:2]) for name in sys.modules if name.startswith("adavit.")}
-print(sorted(loaded), sorted(parts & {"adavit.model", "adavit.export", "adavit.training", "adavit.calibration"}))
+print(sorted(loaded), sorted(parts & {"adavit.model", "adavit.export", "adavit.training", "adavit.graphs"}))
 """
 
 
@@ -79,24 +79,44 @@ def reaches(names: set[str], *forbidden: str) -> set[str]:
     return {name for name in names if any(name == other or name.startswith(f"{other}.") for other in forbidden)}
 
 
-CORE = [path for part in ("", "bundle/", "runtime/**/", "drawing/") for path in PACKAGE.glob(f"{part}*.py")]
-CORE = [path for path in CORE if path.name not in ("cli.py", "entry.py") and not path.name.startswith("console")]
+FLOORS = (
+    {"errors", "version"},
+    {"architecture", "arguments", "cpus", "entry", "files", "reading", "user_folder"},
+    {"macs"},
+    {"bundle"},
+    {"model", "results"},
+    {"datasets", "drawing", "graphs"},
+    {"runtime"},
+    {"measure", "tensorrt"},
+    {"calibration"},
+    {"console", "export"},
+    {"training"},
+    {"__init__", "cli", "cli_train"},
+)
+"""The rooms of the house, each with what it may import on the floors below."""
+PLACES = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+HEAVY = ("torch", "onnx", "onnxscript", "safetensors", "click", "cloup", "matplotlib")
+LIGHT = ("bundle", "runtime", "drawing", "measure", "datasets", "results", "arguments")
+"""What runs without the packages that only export, training and the commands need."""
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_arrows_point_one_way(path: Path) -> None:
-    ours = [f"adavit.{part}" for part in ("model", "export", "training", "calibration", "cli", "console")]
-    assert not reaches(imported(path), "torch", "onnx", "onnxscript", "safetensors", *ours)
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def test_the_model_knows_neither_export_nor_runtime() -> None:
-    for path in PACKAGE.glob("model/*.py"):
-        assert not reaches(imported(path), "adavit.export", "adavit.runtime", "adavit.training", "onnx", "onnxruntime")
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if room(path) != "demo")
 
 
-def test_the_format_knows_nothing_of_what_uses_it() -> None:
-    for path in PACKAGE.glob("bundle/*.py"):
-        assert not reaches(imported(path), "adavit.runtime", "adavit.export", "adavit.model", "onnxruntime")
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_point_down(path: Path) -> None:
+    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("adavit.")} & set(PLACES)
+    assert {other for other in rooms - {room(path)} if PLACES[other] >= PLACES[room(path)]} == set()
+    if room(path) in LIGHT:
+        assert not reaches(imported(path), *HEAVY)
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room(path) for path in MODULES} == set(PLACES)
 
 
 def test_only_backends_name_a_backend() -> None:

@@ -1,11 +1,12 @@
-"""Images in: finding files, decoding them, and the preprocessing a bundle was trained with."""
+"""Images in: told apart from other things, decoded, and preprocessed as the bundle's model was trained."""
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from adavit.errors import BundleError, InputError, shown
 from adavit.reading import open_regular, path_of
 
-__all__ = ["ImageLike", "Preprocessor", "decode", "open_image"]
+__all__ = ["ImageLike", "Preprocessor", "decode", "open_image", "pictures_of"]
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 
+ONE = (str, os.PathLike, Image.Image, np.ndarray)
+NONE = (bytes, bytearray, memoryview, Mapping, io.IOBase)
+"""What is iterable and holds no pictures."""
 HEIF = (".heic", ".heif", ".avif")
 LONGEST = 64
 """Times its short side that a picture's long side may be."""
@@ -189,3 +193,20 @@ def _rgb(image: Image.Image) -> Image.Image:
             raise InputError("a picture with values beyond 16 bits has no known range; convert it to 8 or 16 bits")
         image = Image.fromarray((grey >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+def pictures_of(given: Any) -> Iterator[ImageLike]:
+    """The pictures of an iterable, or one alone.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(given, ONE):
+        return iter([given])
+    if not isinstance(given, NONE):
+        with suppress(TypeError):
+            return iter(given)
+    raise InputError(
+        f"images is {shown(given)}: expected a path, a PIL image, a uint8 array [H, W] or [H, W, 3], "
+        "or an iterable of these"
+    )

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adavit.arguments import pictures_of
-from adavit.bundle.preprocessing import ImageLike, Preprocessor, decode
+from adavit.bundle.preprocessing import ImageLike, Preprocessor, decode, pictures_of
 from adavit.errors import InputError
 
 __all__ = ["crops", "normalised"]

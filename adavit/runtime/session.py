@@ -14,13 +14,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from adavit.architecture import Architecture
-from adavit.arguments import pictures_of, whole
+from adavit.arguments import whole
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import find_bundle
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve, resolve_each
 from adavit.bundle.policy import Policy
-from adavit.bundle.preprocessing import ImageLike
+from adavit.bundle.preprocessing import ImageLike, pictures_of
 from adavit.bundle.statistics import policy_at
 from adavit.cpus import usable_cpus
 from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
