@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from adavit.bundle.bundle import Bundle, write_config
+from adavit.bundle.card import renew_points
 from adavit.bundle.operating_points import MAX_OFFSET, NO_POLICIES, TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.calibration.choose import best_stops, expected
 from adavit.calibration.meet import CLOSE, Stop
@@ -73,6 +74,7 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
         raise BundleError(f"{bundle}: was exported anew meanwhile; calibrate it again")
     config.pop("statistics", None)  # of other points
     write_config(bundle, {**config, "budgets": budgets.to_dict()})
+    renew_points(bundle, budgets)
     add_statistics(bundle, runtime, trial.images, progress)
     return {**budgets.to_dict(), "skipped": skipped, **({"notes": notes} if notes else {})}
 

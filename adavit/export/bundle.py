@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adavit.bundle.bundle import OPSETS, PRECISIONS, WEIGHTS, Bundle, GraphFiles, is_bundle
+from adavit.bundle.card import renew_points
 from adavit.bundle.demo import DEMO_NAME, demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
 from adavit.calibration.budgets import add_budgets
@@ -20,6 +21,7 @@ from adavit.calibration.options import BudgetOptions, CalibrationOptions
 from adavit.calibration.statistics import IMAGES, add_statistics
 from adavit.datasets.image_files import find_calibration_images, read_images
 from adavit.errors import BundleError, InputError, OptionError, VerificationError
+from adavit.export.published import check_published, published, published_notes, without_results
 from adavit.export.verify import verify
 from adavit.export.write import describe_bundle
 from adavit.files import find_folder, folder_beside, sha256
@@ -54,6 +56,8 @@ class ExportOptions:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     heads: int | None = None
+    license: str | None = None
+    datasets: tuple[str, ...] = ()
     verify: bool = True
     force: bool = False
     threads: int | None = None
@@ -84,6 +88,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         raise OptionError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     options.budgets.check()
     options.calibration.check()
+    check_published(options.license, options.datasets)
     _check_output(output, options.force)
     progress("loading the checkpoint", 0.0)
     model = load_checkpoint(source, options.heads)
@@ -97,12 +102,19 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "name": "adavit-demo" if demo else _model_name(source),
         "checkpoint": {"file": source.name, "sha256": sha256(source.read_bytes())},
     }
-    if demo and options.image_size is None:
-        about["budgets"] = Bundle.open(demo_bundle()).config["budgets"]  # of the same weights
+    shipped, as_shipped = Bundle.open(demo_bundle()) if demo else None, _as_shipped(options)
+    known = published(source, options.license, options.datasets)
+    card: dict[str, Any] = {}
+    if shipped:
+        card = shipped.config["card"] if as_shipped else without_results(shipped.config["card"])
+        if options.image_size is None:
+            about["budgets"] = shipped.config["budgets"]  # of the same weights
+    if card := card | known:
+        about["card"] = card
     precisions = options.calibration.precisions
     calibrated: dict[str, Any] = {}
     with folder_beside(output) as folder:
-        graphs = {"fp32": _write_fp32(folder, model, _notes(model, labels, prepare), options, progress)}
+        graphs = {"fp32": _write_fp32(folder, model, _notes(model, labels, prepare, known), options, progress)}
 
         def describe(names: Sequence[str]) -> dict[str, Any]:
             files = [graphs[name] for name in names]
@@ -125,6 +137,8 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
             if "fp32" not in precisions:
                 shutil.rmtree(folder / "fp32")
             config = describe(precisions)
+        if shipped and shipped.budgets and as_shipped:
+            renew_points(folder, shipped.budgets)
         budgets = add_budgets(folder, options.budgets, options.threads, progress)
         if model.arch.adapts and options.budgets.calibration_images and not options.budgets.budgets:
             _record_policies(folder, options, progress)
@@ -164,13 +178,20 @@ def _engine_sets(folder: Path, options: BuildOptions, progress: Progress) -> dic
     return add_engines(folder, options, progress)
 
 
-def _notes(model: AdaViT, labels: Sequence[str], prepare: Preprocessor) -> dict[str, str]:
+def _as_shipped(options: ExportOptions) -> bool:
+    """Whether an export of the demo is what its results were measured on."""
+    changed = options.image_size, options.crop_ratio, options.mean, options.std
+    return options.calibration.precisions[0] == "fp32" and not any(changed)
+
+
+def _notes(model: AdaViT, labels: Sequence[str], prepare: Preprocessor, known: Mapping[str, Any]) -> dict[str, str]:
     """What the weights' file notes, for exports of that file."""
     return {
         "format": "pt",
         "num_heads": str(model.arch.heads),
         "classes": json.dumps(labels),
         "crop_ratio": str(prepare.crop_ratio),
+        **published_notes(known),
     }
 
 

@@ -28,6 +28,8 @@ EXPORTING = (
     "crop_ratio",
     "mean",
     "std",
+    "license",
+    "datasets",
     "verify",
     "force",
     "precisions",
@@ -87,6 +89,19 @@ BUNDLE = option_group(
     ),
     click.option(
         "--heads", type=click.IntRange(1), metavar="N", help="Attention heads, where the checkpoint does not tell."
+    ),
+    click.option(
+        "--license",
+        metavar="ID",
+        help="The weights' licence, for the model card, such as apache-2.0.  [default: as noted]",
+    ),
+    click.option(
+        "--dataset",
+        "datasets",
+        metavar="ID",
+        multiple=True,
+        help="A data set of the Hugging Face Hub that the weights learned from, for the card; repeat it for more.  "
+        "[default: as noted]",
     ),
     click.option("--opset", type=int, metavar="N", default=20, show_default=True, help="ONNX operator set."),
 )
