@@ -22,7 +22,7 @@ from adavit.bundle.keys import BlockKey
 from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.errors import BackendError, InputError
 from adavit.runtime import Policy, Prediction, Result, Runtime, dispatcher
-from adavit.runtime.backends import onnxruntime as ort
+from adavit.runtime.backends.onnxruntime import backend as ort
 from adavit.runtime.dispatcher import Step
 
 IMAGES = random_images(tiny(), 3)

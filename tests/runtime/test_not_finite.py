@@ -10,7 +10,7 @@ from cases import WIDE, random_images, with_weights
 import adavit
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.runtime import Policy, Runtime
-from adavit.runtime.backends import onnxruntime as ort
+from adavit.runtime.backends.onnxruntime import backend as ort
 from adavit.runtime.finite import check_image
 
 IMAGES = random_images(WIDE, 2)

@@ -38,7 +38,7 @@ from adavit.export.write import describe_bundle
 from adavit.graphs.files import write_graphs
 from adavit.graphs.precision import Precision, Units
 from adavit.runtime import Policy, Runtime, session
-from adavit.runtime.backends.openvino_models import bf16_tensor_of, compute_in_bf16, unfold
+from adavit.runtime.backends.openvino.models import bf16_tensor_of, compute_in_bf16, unfold
 from adavit.runtime.dispatcher import Step
 
 LINEAR = {"attn.query": "qkv", "attn.key": "qkv", "attn.value": "qkv", "attn.proj": "proj", "mlp.fc1": "fc1"} | {

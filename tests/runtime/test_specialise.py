@@ -35,7 +35,7 @@ from adavit.errors import BackendError, InputError
 from adavit.macs import dense_macs
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.backend import Usage, Use
-from adavit.runtime.backends import onnxruntime as module
+from adavit.runtime.backends.onnxruntime import backend as module
 from adavit.runtime.specialise import usage_from, usage_of, usage_to
 
 pytestmark = pytest.mark.usefixtures("cache")

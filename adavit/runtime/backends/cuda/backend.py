@@ -18,7 +18,7 @@ from adavit.bundle.keys import BlockKey
 from adavit.bundle.onnx_graph import OnnxGraph, Value
 from adavit.errors import BackendError
 from adavit.runtime.backend import Float, Index, Usage
-from adavit.runtime.backends.device import Allocation, Device, size_of
+from adavit.runtime.backends.cuda.device import Allocation, Device, size_of
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.head_cache import HeadCache, in_file
 

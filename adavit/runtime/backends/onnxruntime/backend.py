@@ -27,7 +27,7 @@ from adavit.errors import BackendError, install_hint, one_line, raise_interrupt
 from adavit.macs import attention_macs, dense_macs, mlp_macs
 from adavit.runtime.backend import Backend, Float, Index, Options, Usage, Use
 from adavit.runtime.backends.host import Constants, HostBackend, HostSlot, Prepared, matrix_bytes
-from adavit.runtime.backends.onnxruntime_attention import DOMAINS, Fused, fuse_attention
+from adavit.runtime.backends.onnxruntime.attention import DOMAINS, Fused, fuse_attention
 from adavit.runtime.forks import keep_in_fork
 from adavit.runtime.head_cache import HeadCache
 from adavit.runtime.memory import trim_heap
@@ -163,7 +163,7 @@ CALLS = 1_000_000
 def create(graphs: Graphs, options: Options) -> Backend:
     """ONNX Runtime on what the provider is for: a GPU or the CPU."""
     if options.provider in GPU_PROVIDERS:
-        from adavit.runtime.backends.onnxruntime_gpu import OnnxRuntimeGpuBackend
+        from adavit.runtime.backends.onnxruntime.gpu import OnnxRuntimeGpuBackend
 
         return OnnxRuntimeGpuBackend(graphs, options)
     return OnnxRuntimeBackend(graphs, options)
