@@ -17,7 +17,7 @@ from adavit.runtime.backend import Options
 from adavit.runtime.backends.cuda.backend import DeviceArray, DeviceBackend, check_arrays
 from adavit.runtime.backends.cuda.bindings import Cuda
 from adavit.runtime.backends.cuda.device import Device
-from adavit.runtime.backends.onnxruntime.backend import (
+from adavit.runtime.backends.onnxruntime.process import (
     GPU_PROVIDERS,
     asked_for,
     import_onnxruntime,
