@@ -10,7 +10,7 @@ from adavit.macs import attention_macs, dense_macs, mlp_macs
 from adavit.runtime.backend import Usage, Use
 from adavit.runtime.backends.host import Prepared, matrix_bytes
 
-__all__ = ["most_saving"]
+__all__ = ["most_saving", "saved_macs"]
 
 BYTES = 192 << 20
 """Of the constants of prepared blocks, at most."""

@@ -14,7 +14,8 @@ from adavit.bundle.graphs import Graphs
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError, install_hint, one_line
 from adavit.runtime.backend import Options
-from adavit.runtime.backends.cuda.backend import DeviceArray, DeviceBackend, check_arrays
+from adavit.runtime.backends.cuda.arrays import DeviceArray, check_arrays
+from adavit.runtime.backends.cuda.backend import DeviceBackend
 from adavit.runtime.backends.cuda.bindings import Cuda
 from adavit.runtime.backends.cuda.device import Device
 from adavit.runtime.backends.onnxruntime.process import (
