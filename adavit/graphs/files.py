@@ -11,8 +11,9 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from adavit.architecture import Architecture
-from adavit.bundle.bundle import DENSE, STEM, WEIGHTS, GraphFiles, StoredFile
+from adavit.bundle.bundle import DENSE, STEM, WEIGHTS, GraphFiles
 from adavit.bundle.keys import combinations
+from adavit.bundle.stored import StoredFile
 from adavit.bundle.tensors import TensorFile
 from adavit.graphs.block import add_block
 from adavit.graphs.builder import Builder

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from adavit.bundle.onnx_graph import OnnxGraph, Value
+from adavit.bundle.onnx_format import Value
+from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError
 from adavit.runtime.backends.cuda.device import Allocation, Device, size_of
 

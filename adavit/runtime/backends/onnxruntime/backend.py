@@ -16,7 +16,8 @@ from weakref import WeakSet
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.head_weights import Arrays
 from adavit.bundle.keys import Sublayers
-from adavit.bundle.onnx_graph import OnnxGraph, values_of
+from adavit.bundle.onnx_graph import OnnxGraph
+from adavit.bundle.onnx_write import values_of
 from adavit.errors import BackendError, one_line
 from adavit.runtime.backend import Backend, Float, Options, Usage
 from adavit.runtime.backends.host import Constants, HostBackend, Prepared
