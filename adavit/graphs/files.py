@@ -20,7 +20,7 @@ from adavit.graphs.builder import Builder
 from adavit.graphs.dense import make_dense
 from adavit.graphs.precision import Units
 from adavit.graphs.stem import make_stem
-from adavit.model.checkpoint import sort_header
+from adavit.model.checkpoint_file import sort_header
 
 __all__ = ["write_graphs"]
 
