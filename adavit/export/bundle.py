@@ -33,7 +33,7 @@ from adavit.files import folder_beside, sha256
 from adavit.graphs.files import write_graphs
 from adavit.graphs.stem import stem_tensors
 from adavit.model import AdaViT, load_checkpoint, resize
-from adavit.runtime.session import load
+from adavit.runtime.loading import load
 from adavit.tensorrt.options import BuildOptions
 
 __all__ = ["export_bundle"]

@@ -12,7 +12,7 @@ from adavit.errors import InputError, VerificationError
 from adavit.export.sources import checkpoint_file
 from adavit.export.verify import verify
 from adavit.model import load_checkpoint, resize
-from adavit.runtime.session import load
+from adavit.runtime.loading import load
 
 __all__ = ["check_bundle"]
 
