@@ -134,7 +134,7 @@ class Graphs:
     def decisions(self, block: int) -> int:
         """How many logits a block's decisions are made of: those of tokens, of heads and of sub-layers."""
         arch = self.architecture
-        return arch.tokens * arch.token_policy + arch.choices(block) if block < arch.depth else 0
+        return arch.tokens * arch.token_policy + arch.policy_outputs(block) if block < arch.depth else 0
 
     def _behind(self, block: int, changes: bool) -> tuple[Value, ...]:
         """What a graph makes that runs a block, or the stem (-1)."""

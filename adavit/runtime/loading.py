@@ -91,7 +91,7 @@ def _load(
             raise OptionError(
                 f"provider is {shown(options.provider)}: it belongs to one backend; name that instead of 'auto'"
             )
-        choice = choose(opened, graphs.precision, options, lambda name: _trial(opened, graphs, name, options))
+        choice = choose(opened, graphs.precision, options, lambda name: _timed_run(opened, graphs, name, options))
         backend = choice.backend
     made = create_backend(backend, graphs, options)
     return Runtime(opened, graphs, made, options, offsets, choice, specialise)
@@ -121,7 +121,7 @@ def _options(
     return Options(threads, provider, parallel, bool(cuda_graphs), bool(trust_engines), bool(shared_pool))
 
 
-def _trial(bundle: Bundle, graphs: Graphs, backend: str, options: Options) -> tuple[Callable[[], object], int]:
+def _timed_run(bundle: Bundle, graphs: Graphs, backend: str, options: Options) -> tuple[Callable[[], object], int]:
     """A run to compare backends by: a few random images, one by one or, where samples run in parallel, at once.
 
     Returns it with its number of images.

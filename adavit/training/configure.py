@@ -92,14 +92,14 @@ def choose_policies(text: str) -> tuple[str, ...]:
 
 def policy_settings(options: Options, arch: Architecture, kinds: tuple[str, ...]) -> PolicySettings:
     """How the policies of these kinds are trained."""
-    fixed = {kind: options[f"{OPTION_NAMES[kind]}_target"] for kind in KINDS}
-    fixed = {kind: target for kind, target in fixed.items() if target is not None}
-    if stray := set(fixed) - set(kinds):
+    chosen = {kind: options[f"{OPTION_NAMES[kind]}_target"] for kind in KINDS}
+    chosen = {kind: target for kind, target in chosen.items() if target is not None}
+    if stray := set(chosen) - set(kinds):
         raise click.UsageError(f"--{OPTION_NAMES[stray.pop()]}-target: that policy is not among --policies")
     if options["budget"] is not None:
-        targets = targets_for(arch, kinds, options["budget"], fixed)
+        targets = targets_for(arch, kinds, options["budget"], chosen)
     else:
-        targets = {**dict.fromkeys(kinds, PUBLISHED_TARGET), **fixed}
+        targets = {**dict.fromkeys(kinds, PUBLISHED_TARGET), **chosen}
     return PolicySettings(
         targets=targets,
         weights={kind: options[f"{OPTION_NAMES[kind]}_weight"] for kind in kinds},

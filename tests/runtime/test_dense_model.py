@@ -25,7 +25,7 @@ import adavit
 from adavit.bundle.operating_points import Offsets
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.macs import dense_macs
-from adavit.measure.compare import Watched
+from adavit.measure.compare import ObservedRuntime
 from adavit.runtime import Policy
 from adavit.runtime import dense as dense_module
 
@@ -106,7 +106,7 @@ def test_what_needs_policies_says_so(plain: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match="no policies, so there is nothing to observe"):
         runtime.run(IMAGES, observe=print)
     with pytest.raises(InputError, match="nothing to compare; adavit-train adapt trains policies"):
-        Watched(runtime)
+        ObservedRuntime(runtime)
 
 
 def test_what_is_damaged(plain: tuple[Path, Path], tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Allocation:
         self.size = size
 
     def __del__(self) -> None:
-        self._pool.give_back(self.address, self.size)
+        self._pool.release(self.address, self.size)
 
     def as_array(self, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
         """Host memory as an array that keeps the allocation."""
@@ -81,7 +81,7 @@ class Pool:
             address = spare.pop() if spare else int(self._cuda.call(self._allocate, size))
         return Allocation(self, address, size)
 
-    def give_back(self, address: int, size: int) -> None:
+    def release(self, address: int, size: int) -> None:
         """Keeps memory for the next one who asks."""
         with self._lock:
             if not self._closed:
