@@ -55,7 +55,7 @@ def choose_crop(given: float | None, path: Path | None, side: int) -> float:
 
 def choose_teacher(options: Options, source: AdaViT, arch: Architecture, policy: PolicySettings) -> Teacher | None:
     """The model to learn from, if anything is to be learnt: --teacher, or the weights to start from."""
-    if options["logit_weight"] == 0 and not policy.listens:
+    if options["logit_weight"] == 0 and not policy.distils_features:
         return None
     if not options["teacher"]:
         if source.arch.classes != arch.classes:
@@ -64,9 +64,9 @@ def choose_teacher(options: Options, source: AdaViT, arch: Architecture, policy:
         teacher: Teacher = source
     else:
         teacher = open_teacher(options["teacher"], arch)
-    if policy.listens and isinstance(teacher, OnnxTeacher):
+    if policy.distils_features and isinstance(teacher, OnnxTeacher):
         raise click.UsageError("an ONNX teacher gives logits alone; leave --attention-weight and --hidden-weight at 0")
-    if policy.listens and isinstance(teacher, AdaViT) and teacher.arch.tokens != arch.tokens:
+    if policy.distils_features and isinstance(teacher, AdaViT) and teacher.arch.tokens != arch.tokens:
         raise TrainingError(
             f"the teacher has {teacher.arch.tokens} tokens, the student {arch.tokens}: they have nothing to compare "
             "inside; leave --attention-weight and --hidden-weight at 0"

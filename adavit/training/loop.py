@@ -78,14 +78,14 @@ class Trainer(RunState):
         """Trains from the current step to the last one."""
         settings, arch = self.settings, self.model.arch
         batches = TrainingBatches(train, settings, arch.image_size, self.world, workers)
-        log = Log(self.folder / LOG, self.step - (self.unfinished is not None)) if self.world.leads else None
+        log = Log(self.folder / LOG, self.step - (self.unfinished is not None)) if self.world.is_main else None
 
         def note(entry: Record) -> None:
             if entry and log:
                 log.write({"step": self.step, "epoch": self.step / batches.per_epoch, **entry})
 
         def save() -> None:
-            if self.world.leads:
+            if self.world.is_main:
                 self.save(self.step // batches.per_epoch)
 
         first = self.step
@@ -135,7 +135,7 @@ class Trainer(RunState):
         policy = self.settings.policy
         with ExitStack() as stack:
             recordings = None
-            if policy and policy.listens and isinstance(self.teacher, AdaViT):
+            if policy and policy.distils_features and isinstance(self.teacher, AdaViT):
                 recordings = stack.enter_context(record(self.model)), stack.enter_context(record(self.teacher))
             module: torch.nn.Module = self.model
             if self.world.size > 1:
@@ -213,7 +213,7 @@ class Trainer(RunState):
 
     def _balance(self, train: LabelledImages, progress: Progress) -> dict[str, float]:
         """Moves the averaged decisions to the targets of the kinds whose usage has a weight; the offsets."""
-        targets = self.settings.policy.pulled if self.settings.policy else {}
+        targets = self.settings.policy.weighted_targets if self.settings.policy else {}
         found = balance(self.average, targets, train, self.settings, self.world, progress) if targets else {}
         return {f"offset_{kind}": offset for kind, offset in found.items()}
 

@@ -80,8 +80,8 @@ def test_predictions(plain: tuple[Path, Path]) -> None:
 
 
 def test_the_fastest_backend_is_found(plain: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adavit.runtime.choose.SECONDS", 0.01)
-    monkeypatch.setattr("adavit.runtime.choose.ROUNDS", 1)
+    monkeypatch.setattr("adavit.runtime.fastest_backend.SECONDS", 0.01)
+    monkeypatch.setattr("adavit.runtime.fastest_backend.ROUNDS", 1)
     runtime = adavit.load(plain[0], "auto", threads=1)
     assert runtime.choice is not None
     assert {"onnxruntime"} <= set(runtime.choice.milliseconds)
