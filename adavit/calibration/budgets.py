@@ -112,7 +112,7 @@ def calibrate(
         work.begin()
     points = _sorted(points)
     for _ in range(ROUNDS):
-        points = _sorted([*points, *(_astray(evaluator, low, high) for low, high in pairwise(points))])
+        points = _sorted([*points, *(point_between(evaluator, low, high) for low, high in pairwise(points))])
     work.end()
     return Budgets(tuple(points), {"images": len(evaluator), "labelled": evaluator.labels is not None})
 
@@ -127,7 +127,7 @@ def _point(budget: float, point: FoundPoint) -> OperatingPoint:
     return OperatingPoint(budget, point.offsets, point.outcome.to_dict())
 
 
-def _astray(evaluator: OffsetEvaluator, low: OperatingPoint, high: OperatingPoint) -> OperatingPoint | None:
+def point_between(evaluator: OffsetEvaluator, low: OperatingPoint, high: OperatingPoint) -> OperatingPoint | None:
     """A point half-way between two, where a request there would take other MACs than it asks for."""
     line, asked = partial(low.offsets.toward, high.offsets), (low.budget + high.budget) / 2
     if high.budget - low.budget <= APART:

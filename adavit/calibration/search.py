@@ -56,7 +56,7 @@ def best_points(evaluator: OffsetEvaluator, budgets: Sequence[float], work: Work
     for level in budgets:
         work.begin()
         evens[level] = [_roughly(evaluator, line, level) for line in lines.values()]
-        place = _place(evaluator, down if level < evaluator.trained.macs else up, level)
+        place = point_on_walk(evaluator, down if level < evaluator.trained.macs else up, level)
         found[level] = _better([*evens[level], place], level * part)
     work.begin()
     for order in (budgets, budgets[::-1]):
@@ -110,7 +110,7 @@ def _roughly(evaluator: OffsetEvaluator, line: Line, level: float) -> FoundPoint
     return point_at_macs(evaluator, line, level, SOME, ROUGHLY)
 
 
-def _place(evaluator: OffsetEvaluator, walk: GreedyWalk, level: float) -> FoundPoint:
+def point_on_walk(evaluator: OffsetEvaluator, walk: GreedyWalk, level: float) -> FoundPoint:
     """Where a walk takes so many MACs, or its end where it does not."""
     points, here = sorted(walk.points, key=lambda point: point.outcome.macs), level * _part(evaluator, walk.compared)
     for low, high in pairwise(points):

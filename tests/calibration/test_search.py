@@ -167,7 +167,7 @@ def test_what_is_good_at_a_budget_is_tried_at_all_others(good: int, monkeypatch:
         level: point_at_macs(land, even_line(land, keeps if level == levels[good] else drops), level)
         for level in levels
     }
-    monkeypatch.setattr(search, "_place", lambda evaluator, walk, level: places[level])
+    monkeypatch.setattr(search, "point_on_walk", lambda evaluator, walk, level: places[level])
     for level, point in search.best_points(land, levels, land.work).items():
         wanted = point_at_macs(land, even_line(land, keeps), level).outcome
         assert point.outcome.macs == pytest.approx(level, rel=CLOSE)
@@ -187,7 +187,7 @@ def test_points_that_come_upon_the_trained_policy_leave_one_of_it(
     zeros: Offsets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     land: Any = Landscape(ALIKE, ALIKE)
-    monkeypatch.setattr(calibration, "_astray", lambda *_: OperatingPoint(0.56, zeros, {}))
+    monkeypatch.setattr(calibration, "point_between", lambda *_: OperatingPoint(0.56, zeros, {}))
     found = calibrate(land, [0.3, 0.8])
     assert Budgets.from_dict(found.to_dict(), tiny().depth) == found
     assert found.trained.budget == pytest.approx(0.55)
