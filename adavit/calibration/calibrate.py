@@ -25,7 +25,8 @@ from adavit.errors import InputError
 from adavit.graphs.files import write_graphs
 from adavit.reading import open_regular
 from adavit.runtime.backend import create_backend
-from adavit.runtime.session import Runtime, load
+from adavit.runtime.loading import load
+from adavit.runtime.session import Runtime
 
 __all__ = ["Calibration"]
 
@@ -134,13 +135,13 @@ class Calibration:
         origin["images"] = _hash_files([file.path for file in files])
         report: dict[str, Any] = {"cache": str(cache), "reused": False, "skipped": []}
         if cache.exists() or not files:
-            ranges, of = load_ranges(cache)
-            if of.get("model") != origin["model"]:
+            ranges, cached = load_ranges(cache)
+            if cached.get("model") != origin["model"]:
                 raise InputError(
                     f"{cache}: calibrated for another model, or other export options; delete it, or name another file "
                     "with --calibration-cache"
                 )
-            if not files or of == origin:
+            if not files or cached == origin:
                 return ranges, report | {"reused": True, "images": ranges.images}
             log.warning("%s: of other images or settings; calibrating again", cache)
         recorder, report["skipped"] = self._recorded()

@@ -175,11 +175,11 @@ def add_decisions(graph: Builder, arch: Architecture, block: int, x: str) -> Non
         normed = add_norm(graph, arch, x, "next.norm1", f"{site}.norm1")
         vector, offset = _selecting(graph, site, "attn.token_select")
         found.append(graph.op("Gemm", vector, normed, offset, transB=1))  # the vector first: half the time
-    first = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0)) if arch.choices(block) else ""
+    first = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0)) if arch.policy_outputs(block) else ""
     names = ["head_select"] * arch.adapts_heads(block) + ["layer_select"] * arch.adapts_sublayers(block)
     found += [graph.op("Gemm", first, *_selecting(graph, site, name), transB=1) for name in names]
     if found:
-        count = arch.tokens * arch.token_policy + arch.choices(block)
+        count = arch.tokens * arch.token_policy + arch.policy_outputs(block)
         decisions = graph.op("Concat", *found, axis=1) if len(found) > 1 else found[0]
         graph.output("decisions", decisions, [1, count])
 

@@ -97,7 +97,7 @@ def _add_set(
             for engine, about in made.items()
         ],
     }
-    _describe(folder, key, entry)
+    replace_set(folder, key, entry)
     remember_built(read_engine_set(key, entry).fingerprint, key)
     return key, report
 
@@ -130,15 +130,15 @@ def _interrupts_later() -> Iterator[None]:
         yield
         return
     resource_tracker.ensure_running()  # else multiprocessing starts it with the first process, and lets Ctrl-C through
-    heard = []
-    handler = signal.signal(signal.SIGINT, lambda *_: heard.append(True))  # for what other threads are told
+    interrupts = []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # for what other threads are told
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
-        if heard:
+        if interrupts:
             signal.raise_signal(signal.SIGINT)
 
 
@@ -187,7 +187,7 @@ def _free_place(bundle: Bundle, key: str) -> Path:
     return bundle.path / FOLDER / (key if key not in taken else f"{key}-again")
 
 
-def _describe(folder: Path, key: str, entry: dict[str, Any]) -> None:
+def replace_set(folder: Path, key: str, entry: dict[str, Any]) -> None:
     """Puts a set into `config.json`, then removes the folder of the set it replaces."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     replaced = config.setdefault("engine_sets", {}).get(key)
