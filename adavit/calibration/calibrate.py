@@ -71,7 +71,7 @@ class Calibration:
             The files, and a report.
 
         Raises:
-            InputError: the images or the cache are not usable, or `--max-drop` cannot be met.
+            InputError: the images or the cache are not usable, or `max_drop` cannot be met.
         """
         ranges, measured = self._measured
         report = {**measured, "notes": self._notes, "method": None if precision == "fp16" else self._options.method}
@@ -138,7 +138,7 @@ class Calibration:
             if of.get("model") != origin["model"]:
                 raise InputError(
                     f"{cache}: calibrated for another model, or other export options; delete it, or name another file "
-                    "with --calibration-cache"
+                    "with `calibration_cache`"
                 )
             if not files or of == origin:
                 return ranges, report | {"reused": True, "images": ranges.images}

@@ -44,7 +44,7 @@ GENERIC = ("weights", "checkpoint", "model", "model_best", "pytorch_model", "bes
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `adavit-export` is asked for; see its --help. None leaves a choice to the checkpoint."""
+    """What `adavit-export` is asked for; see `adavit-export --help`. None leaves a choice to the checkpoint."""
 
     with_dense: bool = True
     opset: int = 20
@@ -214,14 +214,14 @@ def _check_dense_alone(source: Path, options: ExportOptions) -> None:
     """Raises OptionError where an option makes no sense for a model without policies."""
     precisions = options.calibration.precisions
     if not options.with_dense:
-        raise OptionError(f"{source} has no policies: its bundle is its dense graph alone; leave out --no-dense")
+        raise OptionError(f"{source} has no policies: its bundle is its dense graph alone; leave out `with_dense=False`")
     if precisions != ("fp32",):
         raise OptionError(
-            f"{source} has no policies: only what policies dispatch is calibrated; leave out --precision "
-            f"{','.join(precisions)}, and quantise the bundle's fp32/dense.onnx with another tool"
+            f"{source} has no policies: only what policies dispatch is calibrated; leave out "
+            f"`precision` {','.join(precisions)}, and quantise the bundle's fp32/dense.onnx with another tool"
         )
     if options.budgets.budgets:
-        raise OptionError(f"{source} has no policies, and so takes the same MACs at any budget; leave out --budgets")
+        raise OptionError(f"{source} has no policies, and so takes the same MACs at any budget; leave out `budgets`")
 
 
 def _without_policies(source: Path) -> str:
@@ -239,10 +239,9 @@ def _checkpoint(source: Path) -> Path:
 def _refuse_bundle(source: Path, output: Path, precisions: Sequence[str]) -> None:
     """Raises InputError where a bundle is given in the place of the checkpoint that it was made of."""
     if is_bundle(source):
-        option = "" if precisions == ("fp32",) else f" --precision {','.join(precisions)}"
         raise InputError(
             f"{source} is a bundle; a bundle of any precision is exported from the checkpoint: "
-            f"adavit-export CHECKPOINT --output {output}{option}"
+            f"adavit-export CHECKPOINT --output {output} --precision {','.join(precisions)}"
         )
 
 
@@ -264,13 +263,13 @@ def _check_output(output: Path, force: bool) -> None:
         raise BundleError(f"{output.parent}: no such folder to write the bundle into; make it first")
     find_folder(output)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise BundleError(f"{output}: is there and is no folder; choose another --output")
+        raise BundleError(f"{output}: is there and is no folder; choose another `output`")
     if not output.exists():
         return
     if any(output.iterdir()) and not is_bundle(output):
-        raise BundleError(f"{output}: is a folder, but not a bundle; choose another --output")
+        raise BundleError(f"{output}: is a folder, but not a bundle; choose another `output`")
     if not force:
-        raise BundleError(f"{output}: already there; add --force to replace it")
+        raise BundleError(f"{output}: already there; give `force=True` to replace it")
 
 
 def _labels(path: Path | None, source: Path, classes: int) -> list[str]:
@@ -281,7 +280,7 @@ def _labels(path: Path | None, source: Path, classes: int) -> list[str]:
             return noted
         if noted:
             counts = source, len(noted), len(set(noted)), classes
-            log.warning("%s: %d class names (%d different) for %d classes; labels are numbers, give --labels", *counts)
+            log.warning("%s: %d class names (%d different) for %d classes; labels are numbers, give `labels`", *counts)
         return [str(index) for index in range(classes)]
     labels = read_labels(path)
     if len(labels) != classes or not all(labels) or len(set(labels)) != classes:

@@ -59,8 +59,8 @@ def listed(bundles: Sequence[Path], precision: str | None) -> list[tuple[Path, s
         found += [(path, name) for name in names]
     if len(found) < 2:
         raise OptionError(
-            "--compare takes two BUNDLEs or more, or one in several precisions, such as --compare fp32 int8 "
-            "--images photos/"
+            "a comparison takes two bundles or more, or one in several precisions, and the first is what the others "
+            "are compared with"
         )
     return found
 
@@ -179,8 +179,8 @@ def _twin(runtime: Runtime, asked: bool | None) -> bool:
     there = runtime.graphs.files.dense is not None
     if asked and not there:
         raise InputError(
-            f"{runtime.bundle.path}: exported without its dense twin; export again without --no-dense, or "
-            "leave out --dense"
+            f"{runtime.bundle.path}: exported without its dense twin; export again without `with_dense=False`, "
+            "or leave out `dense=True`"
         )
     return there and asked is not False
 

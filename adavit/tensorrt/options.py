@@ -25,7 +25,7 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What `adavit-export --target` is asked for; see its --help."""
+    """What `adavit-export --target` is asked for; see `adavit-export --help`."""
 
     target: tuple[str, ...] = ()
     compute_capability: tuple[int, ...] = ()

@@ -61,8 +61,8 @@ _pool_threads: int | None = None
 
 
 def asked_for(provider: str) -> str:
-    """How a provider is asked for, from Python and on the command line."""
-    return f"provider={provider!r} (adavit-run --provider {provider})"
+    """How a provider is asked for."""
+    return f"`provider={provider!r}`"
 
 
 CUDA = asked_for("CUDAExecutionProvider")
