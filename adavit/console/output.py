@@ -182,7 +182,7 @@ def in_flags(message: str) -> str:
             return spelled
         if value in ("True", None):
             return f"--{name}"
-        return f"--no-{name}" if value == "False" else f"--{name} {value.strip(QUOTE)}"
+        return f"--no-{name}" if value == "False" else f"--{name} " + value.strip("'")
 
     return OPTION.sub(flag, message)
 

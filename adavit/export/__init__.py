@@ -1,5 +1,15 @@
 """Export: a model becomes a bundle of ONNX engines, verified before it is kept."""
 
-from adavit.export.bundle import ExportOptions, check_bundle, export_bundle
+from adavit.calibration.options import BudgetOptions, CalibrationOptions
+from adavit.export.bundle import check_bundle, export_bundle
+from adavit.export.options import ExportOptions
+from adavit.tensorrt.options import BuildOptions
 
-__all__ = ["ExportOptions", "check_bundle", "export_bundle"]
+__all__ = [
+    "BudgetOptions",
+    "BuildOptions",
+    "CalibrationOptions",
+    "ExportOptions",
+    "check_bundle",
+    "export_bundle",
+]

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adavit.bundle.bundle import OPSETS, PRECISIONS, WEIGHTS, Bundle, GraphFiles, is_bundle
+from adavit.bundle.bundle import PRECISIONS, WEIGHTS, Bundle, GraphFiles, is_bundle
 from adavit.bundle.demo import DEMO_NAME, demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
 from adavit.calibration.budgets import add_budgets
-from adavit.calibration.options import BudgetOptions, CalibrationOptions
 from adavit.calibration.statistics import IMAGES, add_statistics
 from adavit.datasets.image_files import find_calibration_images, read_images
 from adavit.errors import BundleError, InputError, OptionError, VerificationError
+from adavit.export.options import ExportOptions
 from adavit.export.verify import verify
 from adavit.export.write import describe_bundle
 from adavit.files import find_folder, folder_beside, sha256
@@ -31,7 +30,7 @@ from adavit.reading import read_labels
 from adavit.runtime.session import load
 from adavit.tensorrt.options import BuildOptions
 
-__all__ = ["ExportOptions", "check_bundle", "export_bundle"]
+__all__ = ["check_bundle", "export_bundle"]
 
 log = logging.getLogger(__name__)
 
@@ -40,26 +39,6 @@ Progress = Callable[[str, float], None]
 DEMO = demo_bundle().parent
 GENERIC = ("weights", "checkpoint", "model", "model_best", "pytorch_model", "best", "last")
 """Names of files that tell nothing of the model."""
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What `adavit-export` is asked for; see `adavit-export --help`. None leaves a choice to the checkpoint."""
-
-    with_dense: bool = True
-    opset: int = 20
-    labels: Path | None = None
-    image_size: int | None = None
-    crop_ratio: float | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    heads: int | None = None
-    verify: bool = True
-    force: bool = False
-    threads: int | None = None
-    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
-    build: BuildOptions = field(default_factory=BuildOptions)
-    budgets: BudgetOptions = field(default_factory=BudgetOptions)
 
 
 def export_bundle(source: Path, output: Path, options: ExportOptions, progress: Progress) -> dict[str, Any]:
@@ -80,10 +59,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     start = time.perf_counter()
     demo, source = _is_demo(source), _checkpoint(source)
     _refuse_bundle(source, output, options.calibration.precisions)
-    if options.opset not in OPSETS:
-        raise OptionError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
-    options.budgets.check()
-    options.calibration.check()
+    options.check()
     _check_output(output, options.force)
     progress("loading the checkpoint", 0.0)
     model = load_checkpoint(source, options.heads)
@@ -214,7 +190,9 @@ def _check_dense_alone(source: Path, options: ExportOptions) -> None:
     """Raises OptionError where an option makes no sense for a model without policies."""
     precisions = options.calibration.precisions
     if not options.with_dense:
-        raise OptionError(f"{source} has no policies: its bundle is its dense graph alone; leave out `with_dense=False`")
+        raise OptionError(
+            f"{source} has no policies: its bundle is its dense graph alone; leave out `with_dense=False`"
+        )
     if precisions != ("fp32",):
         raise OptionError(
             f"{source} has no policies: only what policies dispatch is calibrated; leave out "
@@ -295,9 +273,5 @@ def _preprocessor(source: Path, model: AdaViT, options: ExportOptions) -> Prepro
     crop_ratio = options.crop_ratio
     if crop_ratio is None:
         crop_ratio = read_crop(source) or Preprocessor.crop_ratio
-    if not 0.1 <= crop_ratio <= 1:
-        raise InputError(f"crop ratio {crop_ratio} is out of range; choose 0.1 to 1")
     mean, std = options.mean or Preprocessor.mean, options.std or Preprocessor.std
-    if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
-        raise InputError(f"mean {mean} and std {std} are not usable; give three numbers each, std above 0")
-    return Preprocessor(model.arch.image_size, crop_ratio, tuple(mean), tuple(std))
+    return Preprocessor(model.arch.image_size, crop_ratio, mean, std)

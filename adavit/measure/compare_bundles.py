@@ -58,10 +58,7 @@ def listed(bundles: Sequence[Path], precision: str | None) -> list[tuple[Path, s
         names = bundle.graphs if precision is None else [bundle.files_of(precision).precision]
         found += [(path, name) for name in names]
     if len(found) < 2:
-        raise OptionError(
-            "a comparison takes two bundles or more, or one in several precisions, and the first is what the others "
-            "are compared with"
-        )
+        raise OptionError("a comparison takes two bundles or more, or one in several precisions")
     return found
 
 

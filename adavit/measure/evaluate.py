@@ -162,7 +162,8 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
         if not has_twin(runtime):
             without = "`profile`" if profiles else "`dense=True`"
             raise InputError(
-                f"{folder}: exported without its dense twin; export again without `with_dense=False`, or leave out {without}"
+                f"{folder}: exported without its dense twin; export again without `with_dense=False`, "
+                f"or leave out {without}"
             )
     replayed = Policy.load(options.replay_policy) if options.replay_policy else None
     files = find_images(given, runtime.labels, options.labels_by_order, notes.append)

@@ -342,7 +342,7 @@ def test_the_crop_is_read_where_it_is_noted(model: AdaViT, state: State, tmp_pat
         assert read_crop(own) is None
     for wrong in (0.0, 7, float("nan"), "wide", [0.9], 10**400):
         torch.save({"state_dict": state, "args": Namespace(crop_pct=wrong)}, own)
-        with pytest.raises(CheckpointError, match=r"its crop ratio is .*; name one of 0\.1 to 1 with --crop"):
+        with pytest.raises(CheckpointError, match=r"its crop ratio is .*; give one from 0\.1 to 1"):
             read_crop(own)
 
 

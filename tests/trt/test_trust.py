@@ -48,7 +48,7 @@ def assert_refused(bundle: Path, gpu: Gpu) -> str:
 def test_engines_that_came_with_a_bundle_are_refused(built: Path, gpu: Gpu) -> None:
     message = assert_refused(built, gpu)
     assert "double came with it and were not built by this user on this machine" in message
-    assert "give --trust-engines (trust_engines=True to adavit.load)" in message
+    assert "if you trust who built them, give `trust_engines=True`, else" in message
     assert message.endswith(f"run: adavit-export {built} --target tensorrt")
 
 
