@@ -97,8 +97,8 @@ FLOORS = (
     {"measure", "tensorrt"},
     {"calibration"},
     {"console", "export"},
-    {"training"},
-    {"__init__", "api", "cli", "cli_train"},
+    {"api", "training"},
+    {"__init__", "cli", "cli_train"},
 )
 """The rooms of the house, each with what it may import on the floors below."""
 PLACES = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

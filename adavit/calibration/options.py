@@ -96,9 +96,8 @@ class BudgetOptions:
             whole("budget_images", self.budget_images, 0)
         for budget in self.budgets:
             if not isinstance(budget, Real) or not 0 < budget <= 1:
-                raise OptionError(
-                    f"`budgets`: {shown(budget)} is no share of the dense MACs; give numbers such as 0.3,0.5"
-                )
+                found = f"{budget:g}" if isinstance(budget, Real) else shown(budget)
+                raise OptionError(f"`budgets`: {found} is no share of the dense MACs; give numbers such as 0.3,0.5")
         if len(set(self.budgets)) != len(self.budgets):
             raise OptionError("`budgets`: a budget is given twice")
         if self.budgets and not self.calibration_images:

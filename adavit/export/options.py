@@ -46,12 +46,12 @@ class ExportOptions:
             number("crop_ratio", self.crop_ratio, 0.1, 1)
         for name, least in (("mean", -1000), ("std", 0)):
             _check_channels(name, getattr(self, name), least)
+        self.calibration.check()
         if self.calibration.precisions == ("fp32",):
             unused = self.calibration.set_for_calibration(images=not self.budgets.budgets)
             if unused:
                 raise OptionError(f"nothing is calibrated in fp32, give a `precision` or leave out `{unused[0]}`")
         self.budgets.check()
-        self.calibration.check()
         self.build.check()
 
 

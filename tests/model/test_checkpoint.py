@@ -116,7 +116,7 @@ def test_heads_are_64_wide_where_nothing_tells(tmp_path: Path) -> None:
 def test_heads_can_be_given_or_noted(tmp_path: Path) -> None:
     model, path = without_heads(tmp_path, width=48, heads=4)
     assert "nothing tells the number of heads" in fault(path)
-    assert "--heads" in fault(path)
+    assert "give `heads`" in fault(path)
     assert_loads(path, model, heads=4)
     torch.save({"model": model.state_dict(), "args": Namespace(num_heads=4)}, path)
     assert_loads(path, model)

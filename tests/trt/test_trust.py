@@ -159,7 +159,7 @@ def test_where_nothing_can_be_remembered_there_is_one_warning(
     remember_built("0" * 64, "double")
     assert not built_here("0" * 64)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
-    assert all("run them with --trust-engines" in record.message for record in caplog.records)
+    assert all("run them with `trust_engines=True`" in record.message for record in caplog.records)
 
 
 def test_auto_says_why_it_left_them_out(built: Path, gpu: Gpu) -> None:
