@@ -35,7 +35,7 @@ def exported(busy: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory)
     """A bundle of two precisions with budgets, its report, and what was told of progress."""
     bundle, told = tmp_path_factory.mktemp("exported") / "bundle", list[tuple[str, float]]()
     report = adavit.export_bundle(
-        str(busy), str(bundle), precision="fp32,int8", calibration_images=photos, budgets=[np.float32(0.9)], threads=1,
+        str(busy), str(bundle), precision="fp32,int8", calibration_images=photos, budgets=[np.float32(0.75)], threads=1,
         budget_images=16, progress=lambda stage, share: told.append((stage, share)),
     )  # fmt: skip
     return bundle, report, told
@@ -55,7 +55,7 @@ def test_it_makes_what_the_command_makes(exported: tuple[Path, dict, list], busy
     other = bundle.with_name("other")
     done = invoke(
         cli.export, busy, "--output", other, "--precision", "fp32,int8", "--calibration-images", photos,
-        "--budgets", float(np.float32(0.9)), "--budget-images", 16, "--threads", 1, "--json", "-",
+        "--budgets", float(np.float32(0.75)), "--budget-images", 16, "--threads", 1, "--json", "-",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert without_seconds(json.loads(done.stdout)) == without_seconds(json.loads(json.dumps(report)))
@@ -71,7 +71,7 @@ def test_its_report(exported: tuple[Path, dict, list]) -> None:
     assert report["verified"]["decisions"] > 0
     points = json.loads(json.dumps(report["budgets"]["points"]))
     assert points == read_config(bundle)["budgets"]["points"]
-    runtime = adavit.load(bundle, threads=1, precision="int8", budget=0.9)
+    runtime = adavit.load(bundle, threads=1, precision="int8", budget=0.75)
     assert runtime.graphs.precision == "int8"
 
 
