@@ -36,7 +36,7 @@ def exported(busy: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory)
     bundle, told = tmp_path_factory.mktemp("exported") / "bundle", list[tuple[str, float]]()
     report = adavit.export_bundle(
         str(busy), str(bundle), precision="fp32,int8", calibration_images=photos, budgets=[np.float32(0.75)], threads=1,
-        budget_images=16, progress=lambda stage, share: told.append((stage, share)),
+        budget_images=20, progress=lambda stage, share: told.append((stage, share)),
     )  # fmt: skip
     return bundle, report, told
 
@@ -55,7 +55,7 @@ def test_it_makes_what_the_command_makes(exported: tuple[Path, dict, list], busy
     other = bundle.with_name("other")
     done = invoke(
         cli.export, busy, "--output", other, "--precision", "fp32,int8", "--calibration-images", photos,
-        "--budgets", float(np.float32(0.75)), "--budget-images", 16, "--threads", 1, "--json", "-",
+        "--budgets", float(np.float32(0.75)), "--budget-images", 20, "--threads", 1, "--json", "-",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert without_seconds(json.loads(done.stdout)) == without_seconds(json.loads(json.dumps(report)))
