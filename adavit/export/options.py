@@ -37,9 +37,9 @@ class ExportOptions:
         """Raises OptionError where an option is out of range, does not fit another, or would be ignored."""
         if type(self.opset) is not int or self.opset not in OPSETS:
             raise OptionError(f"opset {shown(self.opset)} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
-        for name in ("image_size", "heads", "threads"):
+        for name, most in (("image_size", None), ("heads", None), ("threads", 1024)):
             if getattr(self, name) is not None:
-                whole(name, getattr(self, name), 1)
+                whole(name, getattr(self, name), 1, most)
         for name in ("with_dense", "verify", "force"):
             flag(name, getattr(self, name))
         if self.crop_ratio is not None:
