@@ -72,7 +72,7 @@ class Calibration:
             The files, and a report.
 
         Raises:
-            InputError: the images or the cache are not usable, or `--max-drop` cannot be met.
+            InputError: the images or the cache are not usable, or `max_drop` cannot be met.
         """
         ranges, measured = self._measured
         report = {**measured, "notes": self._notes, "method": None if precision == "fp16" else self._options.method}
@@ -139,7 +139,7 @@ class Calibration:
             if cached.get("model") != origin["model"]:
                 raise InputError(
                     f"{cache}: calibrated for another model, or other export options; delete it, or name another file "
-                    "with --calibration-cache"
+                    "with `calibration_cache`"
                 )
             if not files or cached == origin:
                 return ranges, report | {"reused": True, "images": ranges.images}

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adavit.bundle.bundle import OPSETS, Bundle, GraphFiles
+from adavit.bundle.bundle import Bundle, GraphFiles
 from adavit.bundle.card import renew_points
 from adavit.bundle.demo import demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
@@ -63,10 +63,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     start = time.perf_counter()
     demo, source = is_demo(source), checkpoint_file(source)
     refuse_bundle(source, output, options.calibration.precisions)
-    if options.opset not in OPSETS:
-        raise OptionError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
-    options.budgets.check()
-    options.calibration.check()
+    options.check()
     check_published(options.license, options.datasets)
     check_output(output, options.force)
     progress("loading the checkpoint", 0.0)
@@ -194,14 +191,16 @@ def _check_dense_alone(source: Path, options: ExportOptions) -> None:
     """Raises OptionError where an option makes no sense for a model without policies."""
     precisions = options.calibration.precisions
     if not options.with_dense:
-        raise OptionError(f"{source} has no policies: its bundle is its dense graph alone; leave out --no-dense")
+        raise OptionError(
+            f"{source} has no policies: its bundle is its dense graph alone; leave out `with_dense=False`"
+        )
     if precisions != ("fp32",):
         raise OptionError(
-            f"{source} has no policies: only what policies dispatch is calibrated; leave out --precision "
-            f"{','.join(precisions)}, and quantise the bundle's fp32/dense.onnx with another tool"
+            f"{source} has no policies: only what policies dispatch is calibrated; leave out "
+            f"`precision` {','.join(precisions)}, and quantise the bundle's fp32/dense.onnx with another tool"
         )
     if options.budgets.budgets:
-        raise OptionError(f"{source} has no policies, and so takes the same MACs at any budget; leave out --budgets")
+        raise OptionError(f"{source} has no policies, and so takes the same MACs at any budget; leave out `budgets`")
 
 
 def _without_policies(source: Path) -> str:

@@ -24,7 +24,7 @@ MEASURED = ("metrics", "model-index")
 
 def check_published(license: str | None, datasets: Sequence[str]) -> None:
     """Raises OptionError where a licence or a data set is none that the Hugging Face Hub could know."""
-    if license is not None and not LICENSE.fullmatch(license):
+    if license is not None and not (isinstance(license, str) and LICENSE.fullmatch(license)):
         raise OptionError(
             f"{shown(license)} is no identifier of a licence; give one of the Hugging Face Hub's, such as apache-2.0, "
             "or other"

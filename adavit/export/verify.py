@@ -158,7 +158,7 @@ def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Refe
     if not chosen:
         raise VerificationError(
             f"none of {DRAWS} random images keeps every decision {MARGIN:g} clear of its threshold, so rounding alone "
-            "may flip some; check the decision heads, or export with --no-verify"
+            "may flip some; check the decision heads, or export with `verify=False`"
         )
     return chosen
 

@@ -114,7 +114,7 @@ def _workers(
             described = pool.submit(worker.describe)
         yield pool, described.result()
     except BrokenProcessPool:
-        raise BackendError(f"the {flavour} builder died; if memory ran out, build with fewer --jobs") from None
+        raise BackendError(f"the {flavour} builder died; if memory ran out, build with fewer `jobs`") from None
     except BaseException:
         for process in list(pool._processes.values()):  # none is worth waiting for; later Pythons have kill_workers()
             process.kill()

@@ -396,7 +396,7 @@ def test_what_was_put_back_for_little_is_taken_back() -> None:
 
 
 def test_a_bound_that_cannot_be_met_says_what_was_the_best() -> None:
-    with pytest.raises(InputError, match=r"--max-drop 0.2 cannot be met: the best was a drop of 0.30 points"):
+    with pytest.raises(InputError, match=r"`max_drop=0.2` cannot be met: the best was a drop of 0.30 points"):
         search({"a": 1.0, "b": 2.0}, bound=0.2, rest=0.3).run()
     with pytest.raises(InputError, match=r"the best was a drop of 0.50 points, with up to all of 2 sub-layers"):
         search({"a": 1.0, "b": -0.5}, bound=0.2, rest=1.0).run()  # which b makes worse in fp16

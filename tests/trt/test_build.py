@@ -285,7 +285,7 @@ def test_a_compute_capability_that_the_builder_does_not_know(tiny_bundle: Path) 
     options = BuildOptions(target=("tensorrt-rtx",), compute_capability=(99,))
     with pytest.raises(BackendError, match=r"does not build for compute capability 99; it does for 75, 80, 86"):
         add_engines(tiny_bundle, options, quiet)
-    with pytest.raises(InputError, match="no --timing-cache"):
+    with pytest.raises(InputError, match="no `timing_cache`"):
         add_engines(tiny_bundle, BuildOptions(target=("tensorrt-rtx",), timing_cache=Path("x")), quiet)
 
 
@@ -353,7 +353,7 @@ def test_engines_are_for_every_gpu_that_is_named() -> None:
 def test_a_builder_that_dies_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(bundle.rglob("*"))
     monkeypatch.setattr(build, "worker", SimpleNamespace(start=worker.start, describe=os.abort))
-    with pytest.raises(BackendError, match="the tensorrt-rtx builder died; if memory ran out, build with fewer --jobs"):
+    with pytest.raises(BackendError, match="the tensorrt-rtx builder died; if memory ran out, build with fewer `jobs`"):
         add_engines(bundle, RTX, quiet)
     assert sorted(bundle.rglob("*")) == before
 

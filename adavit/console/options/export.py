@@ -14,11 +14,9 @@ from adavit.console.options.precision import calibration_options
 from adavit.console.options.tensorrt import build_options
 from adavit.console.options.types import Finite, Threads
 
-__all__ = ["CALIBRATING", "CALIBRATION_IMAGES", "EXPORTING", "EXPORT_EXAMPLES", "export_options"]
+__all__ = ["CALIBRATION_IMAGES", "EXPORTING", "EXPORT_EXAMPLES", "export_options"]
 
 PATH = click.Path(path_type=Path)
-CALIBRATING = ("calibration_cache", "samples", "method", "max_drop", "seed")
-"""Options that only an export in another precision than fp32 follows."""
 CALIBRATION_IMAGES = ("calibration_images", "labels_by_order")
 EXPORTING = (
     "with_dense",
@@ -33,7 +31,11 @@ EXPORTING = (
     "verify",
     "force",
     "precisions",
-    *CALIBRATING,
+    "calibration_cache",
+    "samples",
+    "method",
+    "max_drop",
+    "seed",
 )
 """Options that only an export of a checkpoint follows."""
 EXPORT_EXAMPLES = """
