@@ -31,6 +31,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle, to change; the other tests here have a bundle of their own."""
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
 def middle(bundle: Path, photos: Path) -> float:
     """A budget below the trained policy's that the pictures can meet."""
     runtime = adavit.load(bundle, threads=1)
