@@ -20,7 +20,7 @@ __all__ = ["HeadCache", "Lease", "Scratch", "in_file"]
 
 T = TypeVar("T")
 
-RELEASED = 32 << 20
+RELEASED = 64 << 20
 """Bytes of weights that are used until the system may take back the file's memory that they are in."""
 COUNTED = 4096
 """Keys that are counted at most; where there are more, all counts are halved."""

@@ -114,7 +114,7 @@ def test_what_fails_leaves_the_bundle_as_it_was(bundle: Path, photos: Path, tmp_
         (BudgetOptions((0.3,), (tmp_path / "none",)), "holds no image file"),
         (BudgetOptions((0.3,), (few,)), "budgets need at least 16 images, 1 can be read; first unreadable"),
         (BudgetOptions((0.3,), (pictures_in(tmp_path / "fifteen", 15),)), "at least 16 images, 15 can be read"),
-        (BudgetOptions((0.3,)), "--budgets needs --calibration-images"),
+        (BudgetOptions((0.3,)), "`budgets` needs `calibration_images`"),
         (BudgetOptions((40.0,), (photos,)), "40 is no share of the dense MACs"),
         (BudgetOptions((0.0,), (photos,)), "0 is no share of the dense MACs"),
         (BudgetOptions((float("nan"),), (photos,)), "nan is no share of the dense MACs"),
@@ -134,7 +134,7 @@ def test_no_more_images_are_taken_than_asked_for(bundle: Path, photos: Path) -> 
     assert found is not None
     assert found["calibration"] == {"images": 16, "labelled": True}
     for options, message in (
-        (BudgetOptions((), (photos,), 64), "--budget-images is of --budgets; give them too"),
+        (BudgetOptions((), (photos,), 64), "`budget_images` is of `budgets`; give them too"),
         (BudgetOptions((0.3,), (photos,), 15), "--budget-images: 15 are too few; give at least 16"),
     ):
         with pytest.raises(OptionError, match=message):
