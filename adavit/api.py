@@ -160,7 +160,7 @@ def export_bundle(
             std=None if std is None else each("std", std, "three numbers, of red, green and blue"),
             heads=plain(heads),
             license=license,
-            datasets=each("dataset", dataset, "a name, or a sequence of names", str),
+            dataset=each("dataset", dataset, "a name, or a sequence of names", str),
             verify=plain(verify),
             force=plain(force),
             threads=plain(threads),

@@ -64,7 +64,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     demo, source = is_demo(source), checkpoint_file(source)
     refuse_bundle(source, output, options.calibration.precisions)
     options.check()
-    check_published(options.license, options.datasets)
+    check_published(options.license, options.dataset)
     check_output(output, options.force)
     progress("loading the checkpoint", 0.0)
     model = load_checkpoint(source, options.heads)
@@ -79,7 +79,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "checkpoint": {"file": source.name, "sha256": sha256(source.read_bytes())},
     }
     shipped, as_shipped = Bundle.open(demo_bundle()) if demo else None, _as_shipped(options)
-    known = published(source, options.license, options.datasets)
+    known = published(source, options.license, options.dataset)
     card: dict[str, Any] = {}
     if shipped:
         card = shipped.config["card"] if as_shipped else without_results(shipped.config["card"])

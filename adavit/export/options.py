@@ -27,7 +27,7 @@ class ExportOptions:
     std: tuple[float, float, float] | None = None
     heads: int | None = None
     license: str | None = None
-    datasets: tuple[str, ...] = ()
+    dataset: tuple[str, ...] = ()
     verify: bool = True
     force: bool = False
     threads: int | None = None

@@ -90,8 +90,8 @@ def test_unusable_notes_are_left_out(
     [
         ({"license": "Apache 2.0"}, "'Apache 2.0' is no identifier of a licence; give one of the Hugging Face Hub's"),
         ({"license": ""}, "'' is no identifier of a licence"),
-        ({"datasets": ("my photos",)}, "'my photos' is no name of a data set; give the Hugging Face Hub's"),
-        ({"datasets": ("a/b/c",)}, "'a/b/c' is no name of a data set"),
+        ({"dataset": ("my photos",)}, "'my photos' is no name of a data set; give the Hugging Face Hub's"),
+        ({"dataset": ("a/b/c",)}, "'a/b/c' is no name of a data set"),
     ],
 )
 def test_what_the_hub_would_refuse(options: dict[str, Any], message: str, checkpoint: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ EXPORTING = (
     "mean",
     "std",
     "license",
-    "datasets",
+    "dataset",
     "verify",
     "force",
     "precisions",
@@ -99,7 +99,7 @@ BUNDLE = option_group(
     ),
     click.option(
         "--dataset",
-        "datasets",
+        "dataset",
         metavar="ID",
         multiple=True,
         help="A data set of the Hugging Face Hub that the weights learned from, for the card; repeat it for more.  "
