@@ -25,7 +25,6 @@ from adavit.console.stages import (
     exporting_stages,
     running_stages,
 )
-from adavit.entry import OWN_PROCESS
 from adavit.files import find_folder
 from adavit.tensorrt.options import BuildOptions
 from adavit.version import __version__
@@ -157,7 +156,6 @@ def run(bundles: tuple[Path, ...], compare: bool, json_file: str | None, **optio
         raise click.UsageError(f"--draw {options['draw']} is no name of a PNG; end it in .png")
     written = {f"--{name.replace('_', '-')}": options[name] or None for name in ("record_policy", "draw", "profile")}
     console.check_targets({"--json": json_file, **written})
-    options["shared_pool"] = click.get_current_context().obj == OWN_PROCESS
     with console.Progress(_stages(options)) as progress:
         bundle = bundles[0] if bundles else None
         if compare:

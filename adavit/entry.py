@@ -10,12 +10,10 @@ TYPE_CHECKING = False  # as type checkers read it
 if TYPE_CHECKING:
     from types import FrameType
 
-__all__ = ["OWN_PROCESS", "export", "run", "train"]
+__all__ = ["export", "run", "train"]
 
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended."""
-OWN_PROCESS = "own process"
-"""What a command's context is given where the process has nothing else to do."""
 
 
 def export() -> None:
@@ -46,4 +44,4 @@ def _start(command: str, module: str, name: str) -> None:
     main = getattr(import_module(module), name)
     if usual:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    main(prog_name=command, obj=OWN_PROCESS)
+    main(prog_name=command)

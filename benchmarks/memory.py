@@ -43,9 +43,9 @@ def main() -> None:
         graphs = Graphs(bundle)
         arch = bundle.architecture
         graphs.architecture = replace(arch, token_policy=False, head_policy=False, sublayer_policy=False)
-        backend = create_backend(arguments.backend, graphs, Options(arguments.threads, shared_pool=True))
+        backend = create_backend(arguments.backend, graphs, Options(arguments.threads))
     else:
-        how = {"parallel": arguments.parallel, "shared_pool": True, "specialise": False}
+        how = {"parallel": arguments.parallel, "specialise": False}
         runtime = load(arguments.bundle, arguments.backend, arguments.threads, **how)
         arch = runtime.architecture
     seconds = time.perf_counter() - start

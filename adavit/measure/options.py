@@ -22,7 +22,6 @@ LOADING = (
     "cuda_graphs",
     "trust_engines",
     "precision",
-    "shared_pool",
 )
 """Options that `adavit.load` takes too."""
 
@@ -53,7 +52,6 @@ class RunOptions:
     specialise: bool = True
     labels_by_order: bool = False
     precision: str | None = None
-    shared_pool: bool = False
 
     def with_used_threads(self, notes: list[str]) -> RunOptions:
         """Fewer threads where a batch uses fewer, since samples run in parallel: the twin has no more then.

@@ -48,7 +48,7 @@ def facts(bundle: Bundle, options: Options) -> dict[str, Any]:
     """Everything that a measurement depends on: bundle, machine, versions, threads and other options."""
     how = asdict(options)
     del how["trust_engines"]  # which says what may run, not how
-    del how["shared_pool"]  # which adavit-run alone has, and which changes little
+    del how["shared_pool"]  # which changes little
     return {
         "adavit": __version__,
         "bundle": bundle.fingerprint,
