@@ -62,7 +62,7 @@ class HostBackend(ABC, Generic[Model]):
         self._options = options
         self._made: dict[tuple[bytes, int], Model] = {}
         self._blocks: dict[tuple[int, Sublayers], OnnxGraph] = {}
-        self._shared: dict[tuple[int, Sublayers], bytes] = {}
+        self._shared: dict[tuple[int, Sublayers], tuple[OnnxGraph, bytes]] = {}
         self.after_fork()
         renew_in_fork(self)
 
@@ -82,7 +82,8 @@ class HostBackend(ABC, Generic[Model]):
         for block, files in enumerate(self.graphs.files.blocks):
             for sublayers in files:
                 graph = self._blocks[block, sublayers] = self.graphs.block(block, sublayers)
-                self._shared[block, sublayers] = graph.model({})
+                shared = self._to_share(graph, block)
+                self._shared[block, sublayers] = shared, shared.model({})
                 self.shared(block, sublayers, threads)
 
     def stem(self, threads: int) -> Model:
@@ -91,7 +92,12 @@ class HostBackend(ABC, Generic[Model]):
 
     def shared(self, block: int, sublayers: Sublayers, threads: int) -> Model:
         """What runs a block with all weights as inputs, which other blocks share."""
-        return self._kept(self._shared[block, sublayers], self._blocks[block, sublayers], dict, threads)
+        graph, name = self._shared[block, sublayers]
+        return self._kept(name, graph, dict, threads)
+
+    def _to_share(self, graph: OnnxGraph, block: int) -> OnnxGraph:
+        """A block's graph as it runs with all weights as inputs."""
+        return graph
 
     def _dense(self) -> Model:
         """What runs the dense twin."""

@@ -13,9 +13,11 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
+
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.head_weights import Arrays
-from adavit.bundle.keys import Sublayers
+from adavit.bundle.keys import BlockKey, Sublayers
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.bundle.onnx_write import values_of
 from adavit.errors import BackendError, one_line
@@ -23,6 +25,7 @@ from adavit.runtime.backend import Backend, Float, Options, Usage
 from adavit.runtime.backends.host import Constants, HostBackend, Prepared
 from adavit.runtime.backends.onnxruntime.attention import DOMAINS, Fused, fuse_attention
 from adavit.runtime.backends.onnxruntime.choice import most_saving
+from adavit.runtime.backends.onnxruntime.gather import gather_heads
 from adavit.runtime.backends.onnxruntime.process import (
     CUDA,
     GPU_PROVIDERS,
@@ -33,7 +36,6 @@ from adavit.runtime.backends.onnxruntime.process import (
 )
 from adavit.runtime.backends.onnxruntime.slot import OnnxRuntimeSlot
 from adavit.runtime.forks import keep_in_fork
-from adavit.runtime.head_cache import HeadCache
 from adavit.runtime.memory import trim_heap
 
 __all__ = ["OnnxRuntimeBackend", "create"]
@@ -46,9 +48,6 @@ below; the GELU that adds a bias takes 150 to 200 us for 197 x 1344 values, wher
 Zen 4 cores)."""
 HIDING_INT8 = [*UNWANTED, "CommonSubexpressionElimination"]
 """What rearranges quantised products before ONNX Runtime sees that they are: they would run in float32."""
-
-HEADS = 8 << 20
-"""Bytes of the weights of heads that are kept."""
 
 
 def create(graphs: Graphs, options: Options) -> Backend:
@@ -94,7 +93,7 @@ class OnnxRuntimeBackend(HostBackend[Any]):
         self._values: dict[str, Any] = {}
         self._slots: WeakSet[OnnxRuntimeSlot] = WeakSet()
         self._as_values = partial(as_values, self.ort)
-        self.heads = HeadCache(graphs, self._as_values, HEADS)
+        self._heads: dict[tuple[int, ...], Any] = {}
         if graphs.architecture.adapts:
             self._load_blocks(options.threads_of(1))
         else:
@@ -118,8 +117,19 @@ class OnnxRuntimeBackend(HostBackend[Any]):
 
     def weights(self, block: int, sublayers: Sublayers) -> dict[str, Any]:
         """The values of a block's own weights, by the names of its graph's inputs."""
-        graph = self._blocks[block, sublayers]
+        graph, _ = self._shared[block, sublayers]
         return {name: self._value(weight.tensor) for name, weight in graph.weights.items() if weight.tensor}
+
+    def heads(self, key: BlockKey) -> Any:
+        """The numbers of a key's heads, as a value."""
+        found = self._heads.get(key.heads)
+        if found is None:
+            numbers = np.array(key.heads, np.int64)
+            found = self._heads[key.heads] = self.ort.OrtValue.ortvalue_from_numpy(numbers)
+        return found
+
+    def _to_share(self, graph: OnnxGraph, block: int) -> OnnxGraph:
+        return gather_heads(graph, self.graphs.architecture, self.graphs.tensors, block)
 
     def choose(self, usage: Usage) -> Sequence[Prepared]:
         """See `Backend.choose`."""

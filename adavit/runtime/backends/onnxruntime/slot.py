@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from adavit.bundle.keys import BlockKey, Sublayers
 from adavit.errors import BackendError, one_line
 from adavit.runtime.backend import Float, Index
@@ -25,12 +23,14 @@ class Bound(NamedTuple):
         session: it.
         binding: to its values.
         takes_tokens: whether it takes the kept tokens, which change with every run.
+        takes_heads: whether it takes the numbers of the kept heads.
         values: what lives as long as the binding.
     """
 
     session: Any
     binding: Any
     takes_tokens: bool
+    takes_heads: bool
     values: Mapping[str, Any]
 
 
@@ -45,7 +45,6 @@ class OnnxRuntimeSlot(HostSlot):
     def __init__(self, backend: OnnxRuntimeBackend, threads: int) -> None:
         super().__init__(backend.graphs, backend.ort.OrtValue.ortvalue_from_numpy)
         self._backend, self._threads = backend, threads
-        self._blank = self._handle(np.zeros(1, np.float32))
         self._bound: dict[tuple[int, Sublayers], Bound] = {}
         self._prepared: dict[BlockKey, Bound] = {}
         self._stem = self._bind(backend.stem(threads), {}, 0)
@@ -67,23 +66,10 @@ class OnnxRuntimeSlot(HostSlot):
         if bound.takes_tokens:
             self._kept[: len(tokens)] = tokens
             bound.binding.bind_ortvalue_input("tokens", self._indices(len(tokens)))
-        if session is None:
-            self._run_with_heads(bound, key)
-        else:
-            self._run(bound)
+        if bound.takes_heads:
+            bound.binding.bind_ortvalue_input("heads", self._backend.heads(key))
+        self._run(bound)
         self._coming = key.block + 1
-
-    def _run_with_heads(self, bound: Bound, key: BlockKey) -> None:
-        """Runs a session that takes the weights of heads."""
-        lease = self._backend.heads.acquire(key)
-        for name, value in lease.values.items():
-            bound.binding.bind_ortvalue_input(name, value)
-        try:
-            self._run(bound)
-        finally:
-            for name in lease.values:  # bindings would keep more weights than the cache does
-                bound.binding.bind_ortvalue_input(name, self._blank)
-            self._backend.heads.release(lease)
 
     def _shared(self, key: BlockKey) -> Bound:
         """The session that takes all weights as inputs, bound to those that all heads share."""
@@ -122,4 +108,4 @@ class OnnxRuntimeSlot(HostSlot):
                 binding.bind_ortvalue_input(name, memory[name])
         for value in session.get_outputs():
             binding.bind_ortvalue_output(value.name, memory[value.name])
-        return Bound(session, binding, "tokens" in inputs, given)
+        return Bound(session, binding, "tokens" in inputs, "heads" in inputs, given)
