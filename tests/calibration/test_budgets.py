@@ -135,7 +135,7 @@ def test_no_more_images_are_taken_than_asked_for(bundle: Path, photos: Path) -> 
     assert found["calibration"] == {"images": 16, "labelled": True}
     for options, message in (
         (BudgetOptions((), (photos,), 64), "`budget_images` is of `budgets`; give them too"),
-        (BudgetOptions((0.3,), (photos,), 15), "--budget-images: 15 are too few; give at least 16"),
+        (BudgetOptions((0.3,), (photos,), 15), "`budget_images`: 15 are too few; give at least 16"),
     ):
         with pytest.raises(OptionError, match=message):
             add_budgets(bundle, options, 1, quiet)

@@ -22,7 +22,6 @@ from adavit.bundle.keys import BlockKey
 from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.errors import BackendError, InputError
 from adavit.runtime import Policy, Prediction, Result, Runtime, dispatcher
-from adavit.runtime.backends.onnxruntime import backend as ort
 from adavit.runtime.backends.onnxruntime.slot import OnnxRuntimeSlot
 from adavit.runtime.dispatcher import Step
 
@@ -152,17 +151,12 @@ def test_many_threads_get_what_one_gets(runtime: Runtime) -> None:
         np.testing.assert_array_equal(logits, dense_twins[position % len(batches)])
 
 
-@pytest.mark.parametrize("budget", [ort.HEADS, 200_000, 0])
-def test_many_threads_that_follow_many_policies(
-    budget: int, wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever is kept of the heads' weights: all, those of a few sets, or nothing."""
+def test_many_threads_that_follow_many_policies(wide: tuple[Path, Path]) -> None:
     images = random_images(WIDE, 2)
     policies = [random_policy(WIDE, 2, seed) for seed in range(24)]
     alone = [
         adavit.load(wide[0], threads=1, specialise=False).run(images, policy=policy).logits for policy in policies[:4]
     ]
-    monkeypatch.setattr(ort, "HEADS", budget)
     shared = adavit.load(wide[0], threads=1, specialise=False)
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda policy: shared.run(images, policy=policy).logits, policies * 3))
