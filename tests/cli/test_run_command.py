@@ -208,8 +208,8 @@ def test_the_precision_is_one_that_there_is(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["adavit.cli", "adavit.entry"])
-def test_the_command_alone_has_the_thread_pool_of_its_process(command: str, tiny_bundle: Path) -> None:
-    """Whoever calls it from another program keeps the pools of its own."""
+def test_the_command_takes_no_thread_pool_of_the_process(command: str, tiny_bundle: Path) -> None:
+    """It measures what an application gets; and whoever calls it from another program keeps the pools of its own."""
     code = f"""
 import sys
 import onnxruntime
@@ -219,15 +219,10 @@ try:
     run()
 except SystemExit as end:
     assert not end.code
-try:
-    onnxruntime.set_global_thread_pool_sizes(2, 1)
-except Exception as error:
-    assert "already" in str(error), error
-    print("taken")
+onnxruntime.set_global_thread_pool_sizes(2, 1)  # raises where there is one
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("taken\n") == (command == "adavit.entry")
 
 
 def test_without_the_dense_twin(tiny_bundle: Path, bundle: Path) -> None:

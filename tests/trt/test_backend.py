@@ -179,7 +179,7 @@ def test_weights_that_all_sets_of_heads_share_are_on_the_device_once(built: Path
 
 def test_memory_is_used_again(built: Path, runtime: Runtime, gpu: Gpu) -> None:
     on_gpu, images = adavit.load(built, **TENSORRT), random_images(runtime.architecture, 3)
-    for _ in range(2):
+    for _ in range(4):
         on_gpu.run(images)
         on_gpu.run_dense(images)
     before = len(gpu.memory)
