@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU.
 
-A block's graph runs with its weights as inputs, so that one session serves all blocks of a kind. What images use most
-gets sessions of its own, with the weights as constants, which ONNX Runtime arranges once.
+A block's graph runs with its weights as inputs, so that one session serves all blocks of a kind; those of kept heads it
+gathers. What images use most gets sessions of its own, with the weights as constants, which ONNX Runtime arranges once.
 """
 
 from __future__ import annotations
