@@ -15,6 +15,7 @@ from adavit.bundle.onnx_format import Node, Value, Weight
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.bundle.onnx_write import new_node
 from adavit.bundle.tensors import TensorFile
+from adavit.errors import BundleError
 
 __all__ = ["gather_heads"]
 
@@ -33,6 +34,9 @@ def gather_heads(graph: OnnxGraph, arch: Architecture, tensors: TensorFile, bloc
         arch: the model's shapes.
         tensors: the weights of all.
         block: its position.
+
+    Raises:
+        BundleError: the graph has another product, or more than one, with the joined queries, keys and values.
     """
     return Gatherer(graph, arch, tensors, block).made()
 
@@ -52,7 +56,7 @@ class Gatherer:
         """The graph."""
         nodes = list(self._graph.nodes)
         if "qkv" in self._handed:
-            at = next(place for place, node in enumerate(nodes) if "qkv" in node.inputs)
+            at = self._place_of_projections()
             nodes[at : at + 1] = self._projections(nodes[at])
             self._columns("proj", "attn.proj", self._arch.width)
         if "fc1" in self._handed:
@@ -65,6 +69,15 @@ class Gatherer:
         if any(HEADS in node.inputs for node in (*self._first, *nodes)):
             left.append(Value(HEADS, "int64", ("h",)))
         return replace(self._graph, nodes=(*self._first, *nodes), weights=self._weights, inputs=tuple(left))
+
+    def _place_of_projections(self) -> int:
+        """Where the product with the joined queries, keys and values is, the only thing that reads them."""
+        found = [place for place, node in enumerate(self._graph.nodes) if "qkv" in node.inputs]
+        if len(found) == 1:
+            node = self._graph.nodes[found[0]]
+            if node.op == "Gemm" and node.inputs[1:] == ("qkv",) and node.attributes == {"transB": 1}:
+                return found[0]
+        raise BundleError(f"graph {self._graph.name} multiplies by qkv in another way than exports do; export again")
 
     def _projections(self, joined: Node) -> list[Node]:
         """Products with queries, keys and values, joined behind; biases are added there."""
