@@ -66,12 +66,10 @@ Observer = Callable[[Step], None]
 @lru_cache(64)
 def thresholds(offsets: Offsets, arch: Architecture) -> list[Float]:
     """For each block, what the logits of its decisions have to exceed; the class token always does."""
-    found = []
+    sizes, found = (1, arch.tokens - 1, arch.heads, 2), []
     for block, (tokens, heads, sublayers) in enumerate(zip(*offsets.by_block(arch.depth), strict=True)):
-        parts = [[-np.inf], [TOKEN_LOGIT - tokens] * (arch.tokens - 1)] if arch.token_policy else []
-        parts += [[-heads] * arch.heads] * arch.adapts_heads(block)
-        parts += [[-sublayers] * 2] * arch.adapts_sublayers(block)
-        found.append(np.array([value for part in parts for value in part], np.float32))
+        every = np.array([-np.inf, TOKEN_LOGIT - tokens, -heads, -sublayers], np.float32).repeat(sizes)
+        found.append(every[decided(arch, block)])
     return found
 
 
