@@ -44,7 +44,9 @@ class DeviceSlot:
         """See `Slot.block`."""
         given = {"x": self._x}
         if any(key.sublayers):
-            given |= self._backend.heads.acquire(key).values  # on the device, in memory of their own
+            lease = self._backend.heads.acquire(key)
+            given |= lease.values  # on the device, in memory of their own
+            self._backend.heads.release(lease)
             if self._arch.token_policy:
                 self._backend.device.upload(tokens, self._kept.address)
                 given["tokens"] = self._kept.first(len(tokens))
