@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from adavit.arguments import flag
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import find_bundle
 from adavit.bundle.graphs import Graphs
@@ -73,8 +74,7 @@ def load(
         >>> runtime.predict(["sneaker.jpg"], top=1)  # doctest: +SKIP
     """
     options = _options(threads, provider, parallel, cuda_graphs, trust_engines, shared_pool)
-    if not isinstance(specialise, bool):
-        raise OptionError(f"specialise is {shown(specialise)}: expected True or False")
+    flag("specialise", specialise)
     path = find_bundle(path_of(bundle, "bundle"))
     return again_if_replaced(path, lambda: _load(path, backend, options, budget, precision, specialise))
 
@@ -117,11 +117,8 @@ def _options(
         raise OptionError(f"parallel is {shown(parallel)}: choose 'auto', 'operators' or 'samples'")
     if provider is not None and not isinstance(provider, str):
         raise OptionError(f"provider is {shown(provider)}: expected a name, or None for the backend's own choice")
-    flags = {"cuda_graphs": cuda_graphs, "trust_engines": trust_engines, "shared_pool": shared_pool}
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise OptionError(f"{name} is {shown(value)}: expected True or False")
-    return Options(threads, provider, parallel, bool(cuda_graphs), bool(trust_engines), bool(shared_pool))
+    given = {"cuda_graphs": cuda_graphs, "trust_engines": trust_engines, "shared_pool": shared_pool}
+    return Options(threads, provider, parallel, **{name: flag(name, value) for name, value in given.items()})
 
 
 def _timed_run(bundle: Bundle, graphs: Graphs, backend: str, options: Options) -> tuple[Callable[[], object], int]:

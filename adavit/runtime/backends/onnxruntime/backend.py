@@ -7,16 +7,13 @@ gathers. What images use most gets sessions of its own, with the weights as cons
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 
 from adavit.bundle.graphs import Graphs
-from adavit.bundle.head_weights import Arrays
 from adavit.bundle.keys import BlockKey, Sublayers
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.bundle.onnx_write import values_of
@@ -92,7 +89,6 @@ class OnnxRuntimeBackend(HostBackend[Any]):
         share_memory(self.ort)
         self._values: dict[str, Any] = {}
         self._slots: WeakSet[OnnxRuntimeSlot] = WeakSet()
-        self._as_values = partial(as_values, self.ort)
         self._heads: dict[tuple[int, ...], Any] = {}
         if graphs.architecture.adapts:
             self._load_blocks(options.threads_of(1))
@@ -209,7 +205,9 @@ class OnnxRuntimeBackend(HostBackend[Any]):
             options.add_session_config_entry("session.force_spinning_stop", "1")
         values = values_of(constants)
         if values:
-            options.add_external_initializers(list(values), list(self._as_values(values).values()))
+            options.add_external_initializers(
+                list(values), [self.ort.OrtValue.ortvalue_from_numpy(array) for array in values.values()]
+            )
         if fused is None:
             model = graph.model(constants, external=True)
         else:
@@ -229,8 +227,3 @@ class OnnxRuntimeBackend(HostBackend[Any]):
         require_provider(session, graph.name, self._provider)
         keep_in_fork(session)
         return session
-
-
-def as_values(ort: ModuleType, arrays: Arrays) -> Mapping[str, Any]:
-    """Arrays as ONNX Runtime's handles of them, in the memory where they are."""
-    return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}

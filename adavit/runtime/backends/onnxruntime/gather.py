@@ -50,7 +50,6 @@ class Gatherer:
         self._adapts = arch.adapts_heads(block)
         self._first: list[Node] = []
         self._weights = dict(graph.weights)
-        self._dtype = "float32"  # of the last matrix
 
     def made(self) -> OnnxGraph:
         """The graph."""
@@ -63,8 +62,8 @@ class Gatherer:
             if self._adapts:
                 self._columns("fc1", "mlp.fc1", self._arch.hidden)
             else:
-                self._renamed("fc1", self._matrix("mlp.fc1", (self._arch.hidden, self._arch.width)))
-            self._renamed("fc2", self._matrix("mlp.fc2", (self._arch.width, self._arch.hidden)))
+                self._add("Identity", "fc1", self._matrix("mlp.fc1", (self._arch.hidden, self._arch.width)))
+            self._add("Identity", "fc2", self._matrix("mlp.fc2", (self._arch.width, self._arch.hidden)))
         left = [value for value in self._graph.inputs if value.name not in self._handed]
         if any(HEADS in node.inputs for node in (*self._first, *nodes)):
             left.append(Value(HEADS, "int64", ("h",)))
@@ -83,17 +82,15 @@ class Gatherer:
         """Products with queries, keys and values, joined behind; biases are added there."""
         arch, (made,) = self._arch, joined.outputs
         rows, products, parts = [arch.heads, arch.head_width, arch.width], [], []
-        dtype = "float32"
         for part in PROJECTIONS:
             weight = self._matrix(f"attn.{part}", (arch.width, arch.width))
-            dtype = self._dtype
             by_head = self._add("Reshape", f"{weight}.rows", weight, self._shape(*rows))
             kept = self._add("Gather", f"{weight}.kept", by_head, HEADS, axis=0)
             flat = self._add("Flatten", f"{weight}.flat", kept, axis=2)
-            products.append(
-                new_node("Gemm", f"gathered.{part}", [joined.inputs[0], flat], [f"gathered.{part}"], transB=1)
-            )
             parts.append(f"gathered.{part}")
+            products.append(new_node("Gemm", parts[-1], [joined.inputs[0], flat], [parts[-1]], transB=1))
+        stored = self._tensors.tensors[f"{self._site}.attn.query.weight"].dtype
+        dtype = "float32" if stored == "int8" else stored
         scale = self._constant(f"gathered.scale.{dtype}", np.asarray(arch.head_width**-0.5, dtype))
         products.append(new_node("Mul", "gathered.scaled", [parts[0], scale], ["gathered.scaled"]))
         products.append(new_node("Concat", joined.name, ["gathered.scaled", *parts[1:]], [made], axis=1))
@@ -126,21 +123,16 @@ class Gatherer:
     def _matrix(self, tensor: str, shape: tuple[int, int]) -> str:
         """All of a linear layer's weights; int8 weights dequantised."""
         name = self._input(f"{tensor}.weight", shape)
-        if self._dtype != "int8":
+        if self._weights[name].dtype != "int8":
             return name
         scale = self._input(f"{tensor}.weight.scale", shape[:1])
-        self._dtype = "float32"
         return self._add("DequantizeLinear", f"{name}.float", name, scale, axis=0)
 
     def _input(self, tensor: str, shape: tuple[int, ...]) -> str:
-        """A tensor of the block as an input; its type is remembered."""
-        found = self._tensors.tensors[f"{self._site}.{tensor}"]
-        self._dtype, name = found.dtype, f"gathered.{tensor}"
-        self._weights[name] = Weight(found.dtype, shape, f"{self._site}.{tensor}")
+        """A tensor of the block as an input."""
+        name, source = f"gathered.{tensor}", f"{self._site}.{tensor}"
+        self._weights[name] = Weight(self._tensors.tensors[source].dtype, shape, source)
         return name
-
-    def _renamed(self, name: str, value: str) -> None:
-        self._add("Identity", name, value)
 
     def _shape(self, *sizes: int) -> str:
         return self._constant("gathered.shape." + "_".join(map(str, sizes)), np.array(sizes, np.int64))
