@@ -9,9 +9,9 @@ from typing import Any, cast
 import click
 from click.core import ParameterSource
 
-from adavit import console
 from adavit.bundle.demo import names_demo
 from adavit.calibration.options import BudgetOptions, CalibrationOptions
+from adavit.console import output as console
 from adavit.console.notes import echo_notes, export_notes
 from adavit.console.options.export import CALIBRATION_IMAGES, EXPORT_EXAMPLES, EXPORTING, export_options
 from adavit.console.options.run import OPERATING, RUN_EXAMPLES, run_options

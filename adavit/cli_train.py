@@ -9,7 +9,7 @@ import click
 import cloup
 
 import adavit
-from adavit import console
+from adavit.console import output as console
 from adavit.console.options.train import (
     adaptive_options,
     comparison_options,

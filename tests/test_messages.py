@@ -10,7 +10,7 @@ import pytest
 from cases import invoke
 
 import adavit
-from adavit.console import Command, in_flags
+from adavit.console.output import Command, in_flags
 from adavit.errors import AdaViTError, OptionError
 
 PACKAGE = Path(adavit.__file__).parent

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from adavit import console
+from adavit.console import output as console
 from adavit.model import load_checkpoint, save_safetensors
 from adavit.training import start
 from adavit.training.budget import KINDS
