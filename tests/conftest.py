@@ -145,3 +145,9 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         picture(seed).save(folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a model whose policy runs most sub-layers, so that none is starved."""
+    return save(random_model(WIDE, sublayers=2.0), tmp_path_factory.mktemp("busy") / "busy.safetensors")

@@ -2,16 +2,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cases import WIDE, pictures_in, quiet, random_model, save
+from cases import pictures_in, quiet
 
 from adavit.calibration.options import CalibrationOptions
 from adavit.export import ExportOptions, export_bundle
-
-
-@pytest.fixture(scope="session")
-def busy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a model whose policy runs most sub-layers, so that none is starved."""
-    return save(random_model(WIDE, sublayers=2.0), tmp_path_factory.mktemp("busy") / "busy.safetensors")
 
 
 @pytest.fixture(scope="session")

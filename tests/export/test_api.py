@@ -10,19 +10,13 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from cases import WIDE, invoke, pictures_in, python, random_model, read_config, save
+from cases import WIDE, invoke, pictures_in, python, random_model, read_config
 
 import adavit
 from adavit import cli
 from adavit.console.options.run import OPERATING
 
 QUICK: dict[str, Any] = {"iterations": 2, "warmup": 0, "threads": 1}
-
-
-@pytest.fixture(scope="module")
-def busy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a model whose policy runs most sub-layers."""
-    return save(random_model(WIDE, sublayers=2.0), tmp_path_factory.mktemp("busy") / "busy.safetensors")
 
 
 @pytest.fixture(scope="module")
