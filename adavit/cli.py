@@ -143,7 +143,8 @@ def run(bundles: tuple[Path, ...], compare: bool, json_file: str | None, **optio
     own images. Without --images, other bundles run on random input. --compare takes two BUNDLEs or more, or one of
     several precisions.
     """
-    from adavit.measure.evaluate import RunOptions, run_bundle
+    from adavit.measure.options import RunOptions
+    from adavit.measure.run import run_bundle
 
     if len(bundles) > 1 and not compare:
         raise click.UsageError(f"one BUNDLE is run at a time, {len(bundles)} are given; add --compare to compare them")
@@ -186,7 +187,7 @@ def _stages(options: dict[str, Any]) -> Sequence[Stage]:
 def _compare(bundles: tuple[Path, ...], options: dict[str, Any], progress: console.Progress) -> dict[str, Any]:
     """Compares bundles on images."""
     from adavit.measure.compare_bundles import compare_bundles, listed
-    from adavit.measure.evaluate import RunOptions
+    from adavit.measure.options import RunOptions
 
     if not bundles:
         raise click.UsageError("--compare takes two BUNDLEs or more, such as --compare fp32 int8 --images photos/")

@@ -17,7 +17,7 @@ import numpy as np
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.graphs import Graphs
 from adavit.runtime.backend import Options, create_backend
-from adavit.runtime.session import load
+from adavit.runtime.loading import load
 
 IMAGES = 64
 

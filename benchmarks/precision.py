@@ -25,7 +25,8 @@ from adavit.export import ExportOptions, export_bundle
 from adavit.files import folder_beside
 from adavit.graphs.files import write_graphs
 from adavit.measure.compare_bundles import compare_decisions
-from adavit.runtime.session import Runtime, load
+from adavit.runtime.loading import load
+from adavit.runtime.session import Runtime
 
 OTHERS = "fp32", "config.json"
 """Of an fp32 bundle: what one in another precision has in its place."""

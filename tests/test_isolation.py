@@ -28,7 +28,7 @@ images = np.zeros((2, 3, side, side), np.float32)
 assert runtime.run(images).logits.shape == runtime.run_dense(images).shape
 assert runtime.predict(np.zeros((9, 9), np.uint8))[0].top
 assert runtime.draw(images).mode == "RGB"
-from adavit.measure import benchmark, evaluate
+from adavit.measure import benchmark, run
 assert not {"click", "cloup"} & {name.split(".")[0] for name in sys.modules}, "the commands alone need them"
 import adavit.cli
 loaded = {name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "safetensors"}

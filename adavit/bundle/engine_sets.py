@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adavit.bundle.bundle import PRECISIONS, Bundle, GraphFiles, StoredFile
+from adavit.bundle.bundle import PRECISIONS, Bundle, GraphFiles
 from adavit.bundle.graph_keys import GraphKey, stored_graph
+from adavit.bundle.stored import StoredFile
 from adavit.bundle.trust import built_here
 from adavit.errors import BackendError, BundleError, shown
 from adavit.files import sha256

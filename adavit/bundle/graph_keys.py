@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from adavit.bundle.bundle import GraphFiles, StoredFile
+from adavit.bundle.bundle import GraphFiles
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.keys import Sublayers
 from adavit.bundle.onnx_graph import OnnxGraph
+from adavit.bundle.stored import StoredFile
 from adavit.errors import BundleError, shown
 
 __all__ = ["DENSE_GRAPH", "STEM_GRAPH", "GraphKey", "graph_keys", "read_graph", "stored_graph"]

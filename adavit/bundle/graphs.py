@@ -9,11 +9,14 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from adavit.architecture import Architecture
-from adavit.bundle.bundle import Bundle, GraphFiles, StoredFile
+from adavit.bundle.bundle import Bundle, GraphFiles
 from adavit.bundle.head_weights import Arrays, Empty, Quantised, head_weights, quantised_head_weights
 from adavit.bundle.keys import BlockKey, Sublayers
-from adavit.bundle.onnx_graph import GraphReader, OnnxGraph, Value
+from adavit.bundle.onnx_format import Value
+from adavit.bundle.onnx_graph import OnnxGraph
+from adavit.bundle.onnx_read import GraphReader
 from adavit.bundle.shapes import Limits
+from adavit.bundle.stored import StoredFile
 from adavit.bundle.tensors import TensorFile
 from adavit.errors import BundleError
 from adavit.macs import dense_macs

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.architecture import Architecture
-from adavit.bundle.bundle import STATISTICS, Bundle, StoredFile
+from adavit.bundle.bundle import STATISTICS, Bundle
 from adavit.bundle.operating_points import TRAINED, Offsets
 from adavit.bundle.policy import KINDS, Policy
+from adavit.bundle.stored import StoredFile
 from adavit.errors import BundleError, InputError
 from adavit.reading import read_arrays
 

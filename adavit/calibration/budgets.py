@@ -19,7 +19,7 @@ from adavit.calibration.statistics import add_statistics
 from adavit.calibration.trial import Trial
 from adavit.calibration.work import Work
 from adavit.errors import BundleError, InputError
-from adavit.runtime.session import load
+from adavit.runtime.loading import load
 
 __all__ = ["add_budgets"]
 

@@ -25,7 +25,8 @@ from adavit.errors import InputError
 from adavit.graphs.files import write_graphs
 from adavit.reading import open_regular
 from adavit.runtime.backend import create_backend
-from adavit.runtime.session import Runtime, load
+from adavit.runtime.loading import load
+from adavit.runtime.session import Runtime
 
 __all__ = ["Calibration"]
 

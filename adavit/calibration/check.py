@@ -13,7 +13,8 @@ from adavit.datasets.image_files import ImageFile, read_images
 from adavit.datasets.random_images import random_images
 from adavit.errors import AdaViTError, InputError, VerificationError
 from adavit.measure.compare import BATCH, Parity, Watched
-from adavit.runtime.session import Runtime, load
+from adavit.runtime.loading import load
+from adavit.runtime.session import Runtime
 
 __all__ = ["FEWEST_AGREE", "MOST_FLIPPED", "check_converted"]
 

@@ -18,7 +18,7 @@ from adavit.calibration.fp16 import halved_values
 from adavit.calibration.histogram import Histogram
 from adavit.calibration.linear import Linear, Sublayer, sublayers_of
 from adavit.calibration.recording import Recorder, Sample, Seen
-from adavit.runtime.backends.onnxruntime import import_onnxruntime
+from adavit.runtime.backends.onnxruntime.process import import_onnxruntime
 
 __all__ = ["DENSE", "Ranges", "measure_ranges"]
 

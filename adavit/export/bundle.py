@@ -1,65 +1,46 @@
-"""From a checkpoint to a verified bundle, and checking one again later."""
+"""From a checkpoint to a verified bundle."""
 
 from __future__ import annotations
 
 import json
-import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adavit.bundle.bundle import OPSETS, PRECISIONS, WEIGHTS, Bundle, GraphFiles, is_bundle
-from adavit.bundle.demo import DEMO_NAME, demo_bundle
+from adavit.bundle.bundle import OPSETS, Bundle, GraphFiles
+from adavit.bundle.demo import demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
 from adavit.calibration.budgets import add_budgets
-from adavit.calibration.options import BudgetOptions, CalibrationOptions
 from adavit.calibration.statistics import IMAGES, add_statistics
 from adavit.datasets.image_files import find_calibration_images, read_images
-from adavit.errors import BundleError, InputError, OptionError, VerificationError
+from adavit.errors import OptionError
+from adavit.export.options import ExportOptions
+from adavit.export.sources import (
+    check_output,
+    checkpoint_file,
+    find_labels,
+    find_preprocessor,
+    is_demo,
+    model_name,
+    refuse_bundle,
+)
 from adavit.export.verify import verify
 from adavit.export.write import describe_bundle
-from adavit.files import find_folder, folder_beside, sha256
+from adavit.files import folder_beside, sha256
 from adavit.graphs.files import write_graphs
 from adavit.graphs.stem import stem_tensors
 from adavit.model import AdaViT, load_checkpoint, resize
-from adavit.model.checkpoint import read_classes, read_crop
-from adavit.reading import read_labels
-from adavit.runtime.session import load
+from adavit.runtime.loading import load
 from adavit.tensorrt.options import BuildOptions
 
-__all__ = ["ExportOptions", "check_bundle", "export_bundle"]
-
-log = logging.getLogger(__name__)
+__all__ = ["export_bundle"]
 
 Progress = Callable[[str, float], None]
 
 DEMO = demo_bundle().parent
-GENERIC = ("weights", "checkpoint", "model", "model_best", "pytorch_model", "best", "last")
-"""Names of files that tell nothing of the model."""
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What `adavit-export` is asked for; see its --help. None leaves a choice to the checkpoint."""
-
-    with_dense: bool = True
-    opset: int = 20
-    labels: Path | None = None
-    image_size: int | None = None
-    crop_ratio: float | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    heads: int | None = None
-    verify: bool = True
-    force: bool = False
-    threads: int | None = None
-    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
-    build: BuildOptions = field(default_factory=BuildOptions)
-    budgets: BudgetOptions = field(default_factory=BudgetOptions)
 
 
 def export_bundle(source: Path, output: Path, options: ExportOptions, progress: Progress) -> dict[str, Any]:
@@ -78,23 +59,23 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         AdaViTError: the checkpoint, the options or the output folder are not usable, or verification failed.
     """
     start = time.perf_counter()
-    demo, source = _is_demo(source), _checkpoint(source)
-    _refuse_bundle(source, output, options.calibration.precisions)
+    demo, source = is_demo(source), checkpoint_file(source)
+    refuse_bundle(source, output, options.calibration.precisions)
     if options.opset not in OPSETS:
         raise OptionError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     options.budgets.check()
     options.calibration.check()
-    _check_output(output, options.force)
+    check_output(output, options.force)
     progress("loading the checkpoint", 0.0)
     model = load_checkpoint(source, options.heads)
     if not model.arch.adapts:
         _check_dense_alone(source, options)
     if options.image_size is not None:
         model = resize(model, options.image_size)
-    labels = _labels(options.labels or (DEMO / "labels.txt" if demo else None), source, model.arch.classes)
-    prepare = _preprocessor(source, model, options)
+    labels = find_labels(options.labels or (DEMO / "labels.txt" if demo else None), source, model.arch.classes)
+    prepare = find_preprocessor(source, model, options)
     about: dict[str, Any] = {
-        "name": "adavit-demo" if demo else _model_name(source),
+        "name": "adavit-demo" if demo else model_name(source),
         "checkpoint": {"file": source.name, "sha256": sha256(source.read_bytes())},
     }
     if demo and options.image_size is None:
@@ -190,26 +171,6 @@ def _verified(model: AdaViT, bundle: Path, threads: int | None, progress: Progre
     return verify(model, load(bundle, threads=threads, specialise=False), progress)
 
 
-def check_bundle(
-    bundle: Path, checkpoint: Path, heads: int | None, threads: int | None, progress: Progress
-) -> dict[str, Any]:
-    """Verifies an existing bundle against a checkpoint; raises VerificationError where they differ."""
-    start = time.perf_counter()
-    progress("loading the bundle", 0.0)
-    precisions = Bundle.open(bundle).graphs
-    if "fp32" not in precisions:
-        raise InputError(f"{bundle} is {', '.join(precisions)}: compare it with fp32 by adavit-run --compare")
-    runtime = load(bundle, threads=threads, precision="fp32", specialise=False)
-    progress("loading the checkpoint", 0.0)
-    model = resize(load_checkpoint(_checkpoint(checkpoint), heads), runtime.architecture.image_size)
-    if model.arch != runtime.architecture:
-        ours, theirs = runtime.architecture.to_dict(), model.arch.to_dict()
-        differing = ", ".join(f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key])
-        raise VerificationError(f"{bundle} and {checkpoint} are of different architectures: {differing}")
-    verified = verify(model, runtime, progress)
-    return {"bundle": str(bundle), "verified": verified, "seconds": time.perf_counter() - start}
-
-
 def _check_dense_alone(source: Path, options: ExportOptions) -> None:
     """Raises OptionError where an option makes no sense for a model without policies."""
     precisions = options.calibration.precisions
@@ -229,76 +190,3 @@ def _without_policies(source: Path) -> str:
         f"{source} has no policies, so there is nothing to skip: the bundle is its dense graph alone. To train "
         f"policies: adavit-train adapt --from {source} --data ... --output ... (docs/training.md)"
     )
-
-
-def _checkpoint(source: Path) -> Path:
-    """The file of a checkpoint: the demo's where the path means that."""
-    return demo_bundle() / "fp32" / WEIGHTS if _is_demo(source) else source
-
-
-def _refuse_bundle(source: Path, output: Path, precisions: Sequence[str]) -> None:
-    """Raises InputError where a bundle is given in the place of the checkpoint that it was made of."""
-    if is_bundle(source):
-        option = "" if precisions == ("fp32",) else f" --precision {','.join(precisions)}"
-        raise InputError(
-            f"{source} is a bundle; a bundle of any precision is exported from the checkpoint: "
-            f"adavit-export CHECKPOINT --output {output}{option}"
-        )
-
-
-def _is_demo(source: Path) -> bool:
-    """Whether a checkpoint is asked for by the demo's name: a file of that name is meant first, a folder is none."""
-    return str(source) == DEMO_NAME and not source.is_file()
-
-
-def _model_name(source: Path) -> str:
-    """The model's name: the file's, or its folder's where files of every model are named so."""
-    folder = source.absolute().parent
-    if folder.name in PRECISIONS:  # the weights of a bundle
-        folder = folder.parent
-    return folder.name if source.name.split(".")[0] in GENERIC and folder.name else source.stem
-
-
-def _check_output(output: Path, force: bool) -> None:
-    if not output.parent.is_dir():
-        raise BundleError(f"{output.parent}: no such folder to write the bundle into; make it first")
-    find_folder(output)
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise BundleError(f"{output}: is there and is no folder; choose another --output")
-    if not output.exists():
-        return
-    if any(output.iterdir()) and not is_bundle(output):
-        raise BundleError(f"{output}: is a folder, but not a bundle; choose another --output")
-    if not force:
-        raise BundleError(f"{output}: already there; add --force to replace it")
-
-
-def _labels(path: Path | None, source: Path, classes: int) -> list[str]:
-    """Those of a file, else those that the checkpoint notes, else numbers."""
-    if path is None:
-        noted = read_classes(source)
-        if len(set(noted)) == len(noted) == classes:
-            return noted
-        if noted:
-            counts = source, len(noted), len(set(noted)), classes
-            log.warning("%s: %d class names (%d different) for %d classes; labels are numbers, give --labels", *counts)
-        return [str(index) for index in range(classes)]
-    labels = read_labels(path)
-    if len(labels) != classes or not all(labels) or len(set(labels)) != classes:
-        raise InputError(
-            f"{path}: {len(labels)} lines, but the model has {classes} classes; one name a line, no two alike"
-        )
-    return labels
-
-
-def _preprocessor(source: Path, model: AdaViT, options: ExportOptions) -> Preprocessor:
-    """What images go through: as asked for, as the checkpoint notes, or as is usual for ImageNet."""
-    crop_ratio = options.crop_ratio
-    if crop_ratio is None:
-        crop_ratio = read_crop(source) or Preprocessor.crop_ratio
-    if not 0.1 <= crop_ratio <= 1:
-        raise InputError(f"crop ratio {crop_ratio} is out of range; choose 0.1 to 1")
-    mean, std = options.mean or Preprocessor.mean, options.std or Preprocessor.std
-    if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
-        raise InputError(f"mean {mean} and std {std} are not usable; give three numbers each, std above 0")
-    return Preprocessor(model.arch.image_size, crop_ratio, tuple(mean), tuple(std))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from adavit.bundle.onnx_graph import IR_VERSION, PRODUCER, TYPES
+from adavit.bundle.onnx_format import IR_VERSION, PRODUCER, TYPES
 from adavit.bundle.tensors import TensorFile
 
 __all__ = ["Builder"]

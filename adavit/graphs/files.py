@@ -11,15 +11,16 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from adavit.architecture import Architecture
-from adavit.bundle.bundle import DENSE, STEM, WEIGHTS, GraphFiles, StoredFile
+from adavit.bundle.bundle import DENSE, STEM, WEIGHTS, GraphFiles
 from adavit.bundle.keys import combinations
+from adavit.bundle.stored import StoredFile
 from adavit.bundle.tensors import TensorFile
 from adavit.graphs.block import add_block
 from adavit.graphs.builder import Builder
 from adavit.graphs.dense import make_dense
 from adavit.graphs.precision import Units
 from adavit.graphs.stem import make_stem
-from adavit.model.checkpoint import sort_header
+from adavit.model.checkpoint_file import sort_header
 
 __all__ = ["write_graphs"]
 

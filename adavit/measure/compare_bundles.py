@@ -18,7 +18,8 @@ from adavit.measure.advice import Candidate, Loss, advise
 from adavit.measure.benchmark import Images, Plan, Progress, latency, versions
 from adavit.measure.compare import BATCH, Parity, Watched, check_same_model
 from adavit.measure.compare_speed import Times, measure_in_turns
-from adavit.measure.evaluate import PREPARING_IMAGES, RunOptions
+from adavit.measure.options import RunOptions
+from adavit.measure.run import PREPARING_IMAGES
 from adavit.runtime.session import Runtime
 
 __all__ = ["compare_bundles", "compare_decisions", "listed"]

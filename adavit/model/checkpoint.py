@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import pickle
-import re
-import warnings
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,24 +9,19 @@ import torch
 from torch import Tensor
 
 from adavit.bundle.tensors import DERIVED
-from adavit.errors import CheckpointError, one_line, shown
-from adavit.files import write_beside
+from adavit.errors import CheckpointError, shown
 from adavit.model.adavit import AdaViT
+from adavit.model.checkpoint_file import is_safetensors, noted_arguments, opened, read_pickle
 from adavit.model.foreign import refuse_foreign, refuse_lacking
 from adavit.model.infer import infer_architecture
 from adavit.model.names import find_weights, own_names
-from adavit.reading import open_regular, path_of
+from adavit.reading import path_of
 
 State = dict[str, Tensor]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights; those of fewer bits mean nothing without their scales."""
 SHOWN = 8
-LENGTH = 8
-"""Bytes at the start of a safetensors file: the length of the header that follows, little-endian."""
-WANTED = "give the path of a trained AdaViT (.pth or .safetensors)"
-MAX_HEADER = 100_000_000
-"""Bytes of a header that the safetensors library reads at most."""
 
 
 class Weights(NamedTuple):
@@ -89,13 +75,6 @@ def load_checkpoint(path: str | Path, heads: int | None = None) -> AdaViT:
     return model.float().eval()
 
 
-def load_safely(path: Path) -> Any:
-    """What `torch.save` wrote, where it is tensors, plain containers and `argparse.Namespace`; torch's errors."""
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(), open_regular(path) as file:
-        warnings.simplefilter("ignore")  # torch's remarks on files that are about to be refused
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
 def read_weights(path: Path) -> Weights:
     """The file's weights.
 
@@ -105,114 +84,18 @@ def read_weights(path: Path) -> Weights:
     noted: Any
     content: Any
     if is_safetensors(path):
-        with _opened(path) as file:
+        with opened(path) as file:
             names = [name for name in file.keys() if not name.startswith(DERIVED)]  # noqa: SIM118 - not a dict
             content = {name: file.get_tensor(name) for name in names}
             noted = (file.metadata() or {}).get("num_heads", "")
         noted = int(noted) if noted.isdecimal() and len(noted) < 6 else None
     else:
-        content = _read_pickle(path)
-        noted = _arguments(content).get("num_heads")
+        content = read_pickle(path)
+        noted = noted_arguments(content).get("num_heads")
     try:
         return Weights(*normalise_state(content), noted if type(noted) is int else None)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-
-
-def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do, whatever it is called: a header's length, then the header's brace.
-
-    Raises:
-        CheckpointError: it is no file, or cannot be read.
-    """
-    try:
-        with open_regular(path) as file:
-            start = file.read(LENGTH + 1)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; {WANTED}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {WANTED}") from None
-    return start[LENGTH:] == b"{" and int.from_bytes(start[:LENGTH], "little") <= MAX_HEADER
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        return load_safely(path)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"refused, it would run {refused[1]} while loading" if refused else "not a PyTorch checkpoint to trust"
-        raise CheckpointError(
-            f"{path}: {reason}; where it was made, save only the weights with torch.save(model.state_dict(), ...) "
-            "or as safetensors"
-        ) from None
-    except zipfile.BadZipFile:
-        raise CheckpointError(f"{path}: a truncated PyTorch checkpoint; copy it again") from None
-    except MemoryError:
-        raise
-    except Exception:  # of a damaged file, torch raises anything
-        raise CheckpointError(
-            f"{path}: not a PyTorch checkpoint, or a truncated one, and no safetensors; save it again"
-        ) from None
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The notes in a safetensors file; empty for other files."""
-    if not is_safetensors(path):
-        return {}
-    with _opened(path) as file:
-        return dict(file.metadata() or {})
-
-
-def read_classes(path: Path) -> list[str]:
-    """The class names noted in a safetensors file, in the order of the logits; none where there are none."""
-    try:
-        found = json.loads(read_metadata(path).get("classes", "[]"))
-    except (ValueError, RecursionError):
-        return []
-    known = isinstance(found, list) and all(isinstance(name, str) and name.strip() for name in found)
-    return [" ".join(name.split()) for name in found] if known else []
-
-
-def read_crop(path: Path) -> float | None:
-    """The share of the resized short side that evaluation keeps, where the file notes it.
-
-    Raises:
-        CheckpointError: what it notes is no share of 0.1 to 1.
-    """
-    if is_safetensors(path):
-        noted: Any = read_metadata(path).get("crop_ratio")
-    else:
-        arguments = _arguments(_read_pickle(path))
-        settings = arguments.get("settings")  # of `adavit-train`; released checkpoints have timm's name for it
-        noted = settings.get("crop") if isinstance(settings, dict) else arguments.get("crop_pct")
-    if noted is None:
-        return None
-    try:
-        crop = float(noted) if isinstance(noted, str | float | int) else nan
-    except (ValueError, OverflowError):
-        crop = nan
-    if not 0.1 <= crop <= 1:
-        raise CheckpointError(
-            f"{path}: its crop ratio is {shown(noted)}; name one of 0.1 to 1 with --crop-ratio or --crop"
-        )
-    return crop
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: a damaged safetensors file ({one_line(error)}); copy it again") from None
-
-
-def _arguments(content: Any) -> dict[str, Any]:
-    """The options that a training checkpoint notes; none where there are none."""
-    noted = content.get("args") if isinstance(content, dict) else None
-    return vars(noted) if isinstance(noted, argparse.Namespace) else {}
 
 
 def normalise_state(content: Any) -> tuple[State, str]:
@@ -281,25 +164,3 @@ def lint(state: State, model: AdaViT) -> None:
 def _listed(names: list[str]) -> str:
     first = ", ".join(names[:SHOWN])
     return first if len(names) <= SHOWN else f"{first} and {len(names) - SHOWN} more"
-
-
-def save_safetensors(model: AdaViT, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
-    """Writes the weights for release, beside first, then renamed; `load_checkpoint` reads them back.
-
-    The same weights and notes make the same bytes.
-    """
-    from safetensors.torch import save
-
-    notes = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    data = save(state, {"format": "pt", "num_heads": str(model.arch.heads), **notes})
-    with write_beside(Path(path)) as file:
-        file.write(sort_header(data))
-
-
-def sort_header(data: bytes) -> bytes:
-    """A safetensors file with its header sorted by key, since the library puts notes in an order of chance."""
-    end = LENGTH + int.from_bytes(data[:LENGTH], "little")
-    header = json.dumps(json.loads(data[LENGTH:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % LENGTH)  # tensors stay aligned
-    return len(header).to_bytes(LENGTH, "little") + header + data[end:]

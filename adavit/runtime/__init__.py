@@ -2,6 +2,7 @@
 
 from adavit.bundle.policy import Policy
 from adavit.results import Prediction, Result
-from adavit.runtime.session import Runtime, load
+from adavit.runtime.loading import load
+from adavit.runtime.session import Runtime
 
 __all__ = ["Policy", "Prediction", "Result", "Runtime", "load"]

@@ -157,10 +157,10 @@ class Backend(Protocol):
 
 
 _BACKENDS = {
-    "onnxruntime": "adavit.runtime.backends.onnxruntime:create",
-    "openvino": "adavit.runtime.backends.openvino:OpenVinoBackend",
-    "tensorrt": "adavit.runtime.backends.tensorrt:TensorRtBackend",
-    "tensorrt-rtx": "adavit.runtime.backends.tensorrt:TensorRtRtxBackend",
+    "onnxruntime": "adavit.runtime.backends.onnxruntime.backend:create",
+    "openvino": "adavit.runtime.backends.openvino.backend:OpenVinoBackend",
+    "tensorrt": "adavit.runtime.backends.tensorrt.backend:TensorRtBackend",
+    "tensorrt-rtx": "adavit.runtime.backends.tensorrt.backend:TensorRtRtxBackend",
 }
 """Name to what makes it, imported when it is asked for."""
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import finalize
 
@@ -16,146 +13,28 @@ from PIL import Image
 from adavit.architecture import Architecture
 from adavit.arguments import whole
 from adavit.bundle.bundle import Bundle
-from adavit.bundle.demo import find_bundle
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, resolve, resolve_each
 from adavit.bundle.policy import Policy
-from adavit.bundle.preprocessing import ImageLike, pictures_of
+from adavit.bundle.preprocessing import ImageLike
 from adavit.bundle.statistics import policy_at
-from adavit.cpus import usable_cpus
-from adavit.errors import BackendError, BundleError, InputError, OptionError, shown
+from adavit.errors import BackendError, BundleError, InputError, shown
 from adavit.macs import dense_macs
-from adavit.reading import path_of
 from adavit.results import Prediction, Result, checked_policy
 from adavit.runtime.backend import Backend, Options, Usage, Use, create_backend
-from adavit.runtime.choose import Choice, choose
+from adavit.runtime.choose import Choice
 from adavit.runtime.dense import DenseDispatcher, no_policies
-from adavit.runtime.dispatcher import SIDE_BY_SIDE, Dispatcher, Observer
+from adavit.runtime.dispatcher import Dispatcher, Observer
 from adavit.runtime.finite import check_logits
 from adavit.runtime.forks import renew_in_fork
-from adavit.runtime.replaced import again_if_replaced
+from adavit.runtime.inputs import checked_images
+from adavit.runtime.predictions import predict, prediction_of
 from adavit.runtime.specialise import KeptUsage, Specialiser, usage_of
 
-__all__ = ["Prediction", "Result", "Runtime", "load"]
+__all__ = ["Runtime"]
 
 Float = npt.NDArray[np.float32]
 Budget = float | Offsets
-TRIED_IMAGES = 4
-MOST_THREADS = 1024
-LARGEST = 1e15
-"""Of an image's values: far beyond any pixel, and products with weights stay within what a layer norm bears."""
-TURNS = 2
-"""Times as many pictures as run side by side are held at once."""
-
-
-def load(
-    bundle: str | Path,
-    backend: str = "onnxruntime",
-    threads: int | None = None,
-    provider: str | None = None,
-    parallel: str = "auto",
-    budget: float | None = None,
-    cuda_graphs: bool = False,
-    trust_engines: bool = False,
-    precision: str | None = None,
-    specialise: bool = True,
-    shared_pool: bool = False,
-) -> Runtime:
-    """Loads a bundle that `adavit-export` made.
-
-    Args:
-        bundle: the folder, or "demo" for the model that comes with this package.
-        backend: what runs the engines; `adavit.runtime.backend.names()` lists them. "auto" takes the fastest that
-            is installed, measured on this machine in some seconds once, and kept in the user's cache folder.
-        threads: CPU threads, by default one for each CPU that this process's affinity and cgroup quota allow.
-        provider: ONNX Runtime's execution provider, by default the CPU's; for OpenVINO the precision, "fp32" or "bf16".
-        parallel: how images share the threads. "operators" shares them inside every operator, for the lowest latency of
-            one image; "samples" gives each thread an image, for the highest throughput of batches; "auto" takes the
-            first for single images and the other for batches.
-        budget: share of the dense MACs that requests without one of their own get; by default what the trained
-            policy takes.
-        cuda_graphs: for TensorRT, make CUDA graphs of what runs again with the same shapes.
-        trust_engines: run TensorRT engines that this user did not build on this machine. They are native code, which
-            can do whatever this process can: say so only where you trust who built them.
-        precision: one that the bundle has, by default its first.
-        specialise: prepare in the background for what images use most, and remember it in the user's cache folder.
-            Results are the same to rounding. False keeps them bit-identical from call to call.
-        shared_pool: let ONNX Runtime have one thread pool for the whole process, which the first runtime decides the
-            size of. It saves up to 5 %; from then on, nobody in the process can make a session with a pool of its own.
-
-    Raises:
-        BundleError: the bundle is missing, damaged or of another version.
-        BackendError: the backend is unknown, not installed, or refuses an engine, or TensorRT engines are not trusted.
-        InputError: `threads` is not from 1 to 1024, `parallel` is unknown, the backend has no such provider (or is
-            "auto") or no CUDA graphs, or `budget` is beyond the bundle's operating points.
-
-    Example:
-        >>> import adavit, numpy as np
-        >>> runtime = adavit.load("demo")
-        >>> runtime.predict(["sneaker.jpg"], top=1)  # doctest: +SKIP
-    """
-    options = _options(threads, provider, parallel, cuda_graphs, trust_engines, shared_pool)
-    if not isinstance(specialise, bool):
-        raise OptionError(f"specialise is {shown(specialise)}: expected True or False")
-    path = find_bundle(path_of(bundle, "bundle"))
-    return again_if_replaced(path, lambda: _load(path, backend, options, budget, precision, specialise))
-
-
-def _load(
-    bundle: Path, backend: str, options: Options, budget: float | None, precision: str | None, specialise: bool
-) -> Runtime:
-    """See `load`."""
-    opened = Bundle.open(bundle)
-    offsets = resolve(budget, opened)
-    graphs = Graphs(opened, precision)
-    choice = None
-    if isinstance(backend, str) and backend == "auto":
-        if options.provider is not None:
-            raise OptionError(
-                f"provider is {shown(options.provider)}: it belongs to one backend; name that instead of 'auto'"
-            )
-        choice = choose(opened, graphs.precision, options, lambda name: _trial(opened, graphs, name, options))
-        backend = choice.backend
-    made = create_backend(backend, graphs, options)
-    return Runtime(opened, graphs, made, options, offsets, choice, specialise)
-
-
-def _options(
-    threads: object,
-    provider: object,
-    parallel: object,
-    cuda_graphs: object,
-    trust_engines: object,
-    shared_pool: object,
-) -> Options:
-    """How a backend is to run, of what a caller gave."""
-    if threads is None:
-        threads = min(usable_cpus(), MOST_THREADS)
-    if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
-        raise OptionError(f"threads is {shown(threads)}: expected a whole number from 1 to {MOST_THREADS}")
-    if not isinstance(parallel, str) or parallel not in ("auto", "operators", "samples"):
-        raise OptionError(f"parallel is {shown(parallel)}: choose 'auto', 'operators' or 'samples'")
-    if provider is not None and not isinstance(provider, str):
-        raise OptionError(f"provider is {shown(provider)}: expected a name, or None for the backend's own choice")
-    flags = {"cuda_graphs": cuda_graphs, "trust_engines": trust_engines, "shared_pool": shared_pool}
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise OptionError(f"{name} is {shown(value)}: expected True or False")
-    return Options(threads, provider, parallel, bool(cuda_graphs), bool(trust_engines), bool(shared_pool))
-
-
-def _trial(bundle: Bundle, graphs: Graphs, backend: str, options: Options) -> tuple[Callable[[], object], int]:
-    """A run to compare backends by: a few random images, one by one or, where samples run in parallel, at once.
-
-    Returns it with its number of images.
-    """
-    runtime = Runtime(bundle, graphs, create_backend(backend, graphs, options), options, specialise=False)
-    side, count = bundle.architecture.image_size, TRIED_IMAGES
-    if options.parallel == "samples":
-        count = max(TRIED_IMAGES, options.threads)
-    images = np.random.default_rng(0).standard_normal((count, 3, side, side), dtype=np.float32)
-    batches = np.array_split(images, 1 if options.parallel == "samples" else count)
-    return lambda: [runtime.run(batch) for batch in batches], count
 
 
 def _reloaded(path: str, fingerprint: str, precision: str, backend: str, options: Options, *how: Any) -> Runtime:
@@ -367,29 +246,7 @@ class Runtime:
                 operating points.
             BackendError: as of `run`.
         """
-        pictures = pictures_of(images)
-        top = whole("top", top, 1)
-        offsets = resolve(self.offsets if budget is None else budget, self.bundle)
-        at_once = TURNS * max(SIDE_BY_SIDE, self.options.threads)
-        predictions: list[Prediction] = []
-        while some := list(islice(pictures, at_once)):
-            predictions += self._predict(some, top, offsets)
-        return predictions
-
-    def _predict(self, images: Sequence[ImageLike], top: int, offsets: Offsets) -> list[Prediction]:
-        """The Predictions of pictures that are held at once."""
-        pixels: dict[int, Float] = {}
-        predictions: dict[int, Prediction] = {}
-        for position, image in enumerate(images):
-            try:
-                pixels[position] = self.preprocess(image)
-            except InputError as error:
-                predictions[position] = Prediction(error=str(error))
-        if pixels:
-            result = self.run(np.stack(list(pixels.values())), budget=offsets)
-            for row, position in enumerate(pixels):
-                predictions[position] = self.prediction(result, row, top)
-        return [predictions[position] for position in range(len(images))]
+        return predict(self, images, top, budget)
 
     def draw(self, images: Iterable[ImageLike] | ImageLike | Float, budget: float | None = None) -> Image.Image:
         """Runs images and draws what was kept of each, as `adavit.draw` does.
@@ -422,45 +279,11 @@ class Runtime:
             InputError: the result is of another model, has no such row, or no finite logits there, or `top` is no
                 whole number from 1 on.
         """
-        if not isinstance(result, Result):
-            raise InputError(f"result is {shown(result)}: expected what Runtime.run returned")
-        logits, classes = result.logits, len(self.labels)
-        if not isinstance(logits, np.ndarray) or logits.shape != (len(checked_policy(result.policy)), classes):
-            raise InputError(f"the result is of another model: its logits are not [images, {classes}]")
-        if result.architecture != self.architecture:
-            raise InputError(f"the result is of another model: its architecture is {shown(result.architecture)}")
-        row, top = whole("row", row, 0, len(logits) - 1), whole("top", top, 1)
-        result.policy.check(self.architecture, len(logits))
-        if logits.dtype.kind != "f" or not np.isfinite(logits[row]).all():
-            raise InputError(f"the result's logits of image {row} are not finite floats, but {logits.dtype}")
-        scores = np.exp(logits[row] - logits[row].max(), dtype=np.float64)
-        scores /= scores.sum()
-        best = np.argsort(-scores, kind="stable")[:top]
-        policy = result.policy[row : row + 1]
-        return Prediction(
-            tuple((self.labels[i], float(scores[i])) for i in best),
-            tuple(int(i) for i in best),
-            int(result.macs[row]),
-            policy.usage(),
-            policy=policy,
-        )
+        return prediction_of(result, row, top, self.architecture, self.labels)
 
     def _checked(self, images: Any) -> Float:
         if self._forked and not self.backend.on_host:
             raise BackendError(
                 "a runtime on a GPU does not survive a fork; load it in the child, or start children by spawn"
             )
-        side = self.architecture.image_size
-        if isinstance(images, np.ndarray):
-            images = np.asarray(images)
-        wanted = f"float32 [B, 3, {side}, {side}] with B >= 1"
-        if not isinstance(images, np.ndarray):
-            raise InputError(f"images is a {type(images).__name__}, {shown(images)}: expected a numpy array, {wanted}")
-        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, side, side) or not len(images):
-            raise InputError(f"images is {images.dtype} {list(images.shape)}: expected {wanted}")
-        largest = max(float(images.max()), -float(images.min()))  # NaN where there is one: it is both
-        if not math.isfinite(largest):
-            raise InputError("images hold NaN or infinite values; check the preprocessing")
-        if largest > LARGEST:
-            raise InputError(f"images hold values of {largest:.0e}; normalised pixels are below 10, see preprocess")
-        return np.require(images, requirements=["C", "W"])  # OpenVINO takes no memory that is read-only
+        return checked_images(images, self.architecture.image_size)

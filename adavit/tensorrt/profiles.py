@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from adavit.architecture import Architecture
 from adavit.bundle.histograms import Histogram, Statistics
-from adavit.bundle.onnx_graph import Value
+from adavit.bundle.onnx_format import Value
 
 __all__ = ["Profile", "Range", "profiles_of", "split"]
 

@@ -23,7 +23,7 @@ from adavit.bundle.graph_keys import GraphKey, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.errors import BackendError, install_hint
 from adavit.files import sha256
-from adavit.runtime.backends.cuda import Cuda
+from adavit.runtime.backends.cuda.bindings import Cuda
 from adavit.tensorrt.options import BuildOptions
 from adavit.tensorrt.profiles import Profile
 

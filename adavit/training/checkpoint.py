@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from adavit.files import write_beside
-from adavit.model.checkpoint import load_safely
+from adavit.model.checkpoint_file import load_safely
 from adavit.training.errors import TrainingError
 
 __all__ = ["VERSION", "read_checkpoint", "write_checkpoint"]

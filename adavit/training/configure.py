@@ -12,7 +12,7 @@ import torch
 from adavit.architecture import Architecture
 from adavit.cpus import usable_cpus
 from adavit.model import AdaViT
-from adavit.model.checkpoint import read_crop
+from adavit.model.notes import read_crop
 from adavit.reading import read_labels
 from adavit.training.augment import usual_crop
 from adavit.training.budget import KINDS, targets_for

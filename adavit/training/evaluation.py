@@ -17,7 +17,7 @@ from adavit.datasets.class_folders import folded
 from adavit.files import find_folder
 from adavit.model import AdaViT, load_checkpoint
 from adavit.model import policy as P
-from adavit.model.checkpoint import read_classes
+from adavit.model.notes import read_classes
 from adavit.runtime import Runtime, load
 from adavit.training.checks import check_packages
 from adavit.training.configure import choose_crop, read_class_names, set_threads

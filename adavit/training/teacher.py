@@ -14,7 +14,7 @@ from adavit.model import AdaViT, load_checkpoint
 from adavit.model import policy as P
 from adavit.model.adavit import Output
 from adavit.reading import open_regular
-from adavit.runtime.backends.onnxruntime import import_onnxruntime
+from adavit.runtime.backends.onnxruntime.process import import_onnxruntime
 from adavit.training.errors import TrainingError
 
 __all__ = ["OnnxTeacher", "Teacher", "check_teacher", "identify_teacher", "open_teacher"]

@@ -11,8 +11,9 @@ import pytest
 from cases import export, python, random_model, read_config, rewrite_stored, rewrite_text, stored_files, tiny
 from mutations import ONNX, mutated_json, mutated_message
 
-from adavit.bundle.bundle import Bundle, GraphFiles, StoredFile
+from adavit.bundle.bundle import Bundle, GraphFiles
 from adavit.bundle.graphs import Graphs
+from adavit.bundle.stored import StoredFile
 from adavit.errors import AdaViTError
 
 RUN = """

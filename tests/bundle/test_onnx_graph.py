@@ -18,7 +18,9 @@ from adavit.bundle.bundle import WEIGHTS, Bundle
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.head_weights import Quantised
 from adavit.bundle.keys import BOTH, NONE, BlockKey, Sublayers
-from adavit.bundle.onnx_graph import GraphReader, OnnxGraph, new_node
+from adavit.bundle.onnx_graph import OnnxGraph
+from adavit.bundle.onnx_read import GraphReader
+from adavit.bundle.onnx_write import new_node
 from adavit.errors import BundleError
 
 ARCH = tiny()

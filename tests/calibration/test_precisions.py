@@ -22,7 +22,7 @@ from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.calibration.cache import load_ranges
 from adavit.errors import InputError
 from adavit.runtime import Runtime
-from adavit.runtime.backends.onnxruntime import HIDING_INT8
+from adavit.runtime.backends.onnxruntime.backend import HIDING_INT8
 from adavit.runtime.specialise import usage_of
 
 Exported = Callable[..., tuple[Path, dict]]

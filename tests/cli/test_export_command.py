@@ -32,7 +32,8 @@ from adavit.cli import export
 from adavit.console.progress import Stage
 from adavit.console.stages import checking_stages, exporting_stages, running_stages
 from adavit.export import ExportOptions, check_bundle, export_bundle
-from adavit.measure.evaluate import RunOptions, run_bundle
+from adavit.measure.options import RunOptions
+from adavit.measure.run import run_bundle
 from adavit.tensorrt.options import BuildOptions
 
 

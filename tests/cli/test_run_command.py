@@ -29,7 +29,6 @@ from cases import (
 import adavit
 from adavit.cli import run
 from adavit.macs import dense_macs
-from adavit.measure import evaluate
 from adavit.runtime import Policy, Runtime
 
 SHORT = ("--iterations", 2, "--warmup", 1, "--threads", 1)
@@ -339,7 +338,7 @@ def test_wrong_inputs(tiny_bundle: Path, labelled: Path, tmp_path: Path) -> None
 
 
 def test_the_demo_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "demo_bundle", lambda: tmp_path / "bundle")
+    monkeypatch.setattr("adavit.measure.run.demo_bundle", lambda: tmp_path / "bundle")
     assert "no such bundle folder" in refusal(invoke(run, *SHORT))
 
 

@@ -84,7 +84,7 @@ def test_noted_labels_that_do_not_fit_give_way_to_numbers(
     source = tmp_path / "noted.safetensors"
     save_safetensors(model, source, {"classes": noted})
     assert (export(source, tmp_path, verify=False) / "labels.txt").read_text().split() == list(labels)
-    messages = [record.getMessage() for record in caplog.records if record.name == "adavit.export.bundle"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "adavit.export.sources"]
     assert len(messages) == (fault is not None)
     assert all(message.startswith(f"{source}: {fault}") for message in messages)
 

@@ -8,7 +8,7 @@ from cases import DENSE, quiet, random_model, tiny
 
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import OPSETS, GraphFiles
-from adavit.bundle.onnx_graph import OPERATORS
+from adavit.bundle.onnx_read import OPERATORS
 from adavit.graphs.files import write_graphs
 from adavit.graphs.precision import DENSE_SCALES, Precision, Units, input_scale
 from adavit.graphs.stem import stem_tensors

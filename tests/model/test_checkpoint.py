@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from adavit.architecture import Architecture
 from adavit.errors import CheckpointError, InputError
 from adavit.model import AdaViT, load_checkpoint, read_metadata, save_safetensors
-from adavit.model.checkpoint import load_safely, read_classes, read_crop
+from adavit.model.checkpoint_file import load_safely
+from adavit.model.notes import read_classes, read_crop
 
 State = dict[str, Any]
 
@@ -255,7 +256,7 @@ def test_whatever_reading_raises(state: State, tmp_path: Path, monkeypatch: pyte
         raise AssertionError("storage key not found")
 
     torch.save(state, tmp_path / "model.pth")
-    monkeypatch.setattr("adavit.model.checkpoint.load_safely", fail)
+    monkeypatch.setattr("adavit.model.checkpoint_file.load_safely", fail)
     assert "not a PyTorch checkpoint, or a truncated one" in fault(tmp_path / "model.pth")
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from adavit.cli import export as export_command
 from adavit.errors import CheckpointError
 from adavit.model import AdaViT, load_checkpoint, read_metadata, save_safetensors
-from adavit.model.checkpoint import read_classes, read_crop
+from adavit.model.notes import read_classes, read_crop
 from adavit.training.teacher import open_teacher
 
 State = dict[str, Any]

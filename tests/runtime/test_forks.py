@@ -16,6 +16,7 @@ import pytest
 from cases import DENSE, random_images, read_config, tiny, write_config
 
 import adavit
+from adavit.bundle.operating_points import Offsets
 
 SECONDS = 60
 """More than any child takes that does not wait for ever."""
@@ -211,7 +212,7 @@ def test_a_pickled_runtime_loads_again_in_a_spawned_process(backend: str, tiny_b
 
 def test_a_pickle_keeps_options_and_offsets(tiny_bundle: Path) -> None:
     runtime = adavit.load(tiny_bundle, threads=1, specialise=False, shared_pool=True)
-    runtime.offsets = adavit.runtime.session.Offsets(tokens=0.7, heads=(0.1, -0.2, 0.3))
+    runtime.offsets = Offsets(tokens=0.7, heads=(0.1, -0.2, 0.3))
     found = pickle.loads(pickle.dumps(runtime))
     assert (found.options, found.offsets, found.backend.name) == (runtime.options, runtime.offsets, "onnxruntime")
     assert found.graphs.precision == "fp32"

@@ -29,8 +29,9 @@ from adavit.errors import BackendError
 from adavit.model import AdaViT
 from adavit.runtime import Runtime
 from adavit.runtime.backend import Options
-from adavit.runtime.backends import cuda, onnxruntime_gpu
-from adavit.runtime.backends.onnxruntime_gpu import PLUGIN, OnnxRuntimeGpuBackend
+from adavit.runtime.backends.cuda import bindings as cuda
+from adavit.runtime.backends.onnxruntime import gpu as onnxruntime_gpu
+from adavit.runtime.backends.onnxruntime.gpu import PLUGIN, OnnxRuntimeGpuBackend
 
 
 @pytest.fixture
@@ -94,7 +95,8 @@ import adavit
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.graphs import Graphs
 from adavit.runtime.backend import Options
-from adavit.runtime.backends import cuda, onnxruntime_gpu
+from adavit.runtime.backends.cuda import bindings as cuda
+from adavit.runtime.backends.onnxruntime import gpu as onnxruntime_gpu
 cuda.import_runtime = lambda: cuda_double(Gpu())
 onnxruntime_gpu.DEVICE = "cpu"
 opened = Bundle.open(sys.argv[1])

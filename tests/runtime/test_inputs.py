@@ -22,7 +22,8 @@ from adavit.bundle.keys import BlockKey
 from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.errors import BackendError, InputError
 from adavit.runtime import Policy, Prediction, Result, Runtime, dispatcher
-from adavit.runtime.backends import onnxruntime as ort
+from adavit.runtime.backends.onnxruntime import backend as ort
+from adavit.runtime.backends.onnxruntime.slot import OnnxRuntimeSlot
 from adavit.runtime.dispatcher import Step
 
 IMAGES = random_images(tiny(), 3)
@@ -203,7 +204,7 @@ def test_an_array_that_changes_between_runs_is_read_anew(runtime: Runtime) -> No
 
 def test_a_failing_graph_leaves_a_runtime_that_works(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = adavit.load(tiny_bundle, threads=2, parallel="samples", specialise=False)
-    wanted, block = runtime.run(IMAGES).logits, ort.OnnxRuntimeSlot.block
+    wanted, block = runtime.run(IMAGES).logits, OnnxRuntimeSlot.block
 
     def fail(slot: Any, key: BlockKey, tokens: Any) -> None:
         if key.block == 1:
@@ -211,7 +212,7 @@ def test_a_failing_graph_leaves_a_runtime_that_works(tiny_bundle: Path, monkeypa
         block(slot, key, tokens)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ort.OnnxRuntimeSlot, "block", fail)
+        patched.setattr(OnnxRuntimeSlot, "block", fail)
         with pytest.raises(BackendError, match="failed"):
             runtime.run(IMAGES)
     np.testing.assert_array_equal(runtime.run(IMAGES).logits, wanted)
@@ -219,7 +220,7 @@ def test_a_failing_graph_leaves_a_runtime_that_works(tiny_bundle: Path, monkeypa
 
 def slots() -> int:
     gc.collect()
-    return sum(type(thing) is ort.OnnxRuntimeSlot for thing in gc.get_objects())
+    return sum(type(thing) is OnnxRuntimeSlot for thing in gc.get_objects())
 
 
 def test_a_failing_observer_is_told_no_more_and_nothing_is_lost(tiny_bundle: Path) -> None:

@@ -10,7 +10,7 @@ from cases import WIDE, random_images, with_weights
 import adavit
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.runtime import Policy, Runtime
-from adavit.runtime.backends import onnxruntime as ort
+from adavit.runtime.backends.onnxruntime.slot import OnnxRuntimeSlot
 from adavit.runtime.finite import check_image
 
 IMAGES = random_images(WIDE, 2)
@@ -78,13 +78,13 @@ def test_a_dense_twin_that_computes_no_numbers(copied: Path) -> None:
 
 def test_the_image_is_named_and_the_runtime_works_on(wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     runtime, odd = loaded(wide[0], "onnxruntime"), IMAGES.copy()
-    wanted, stem = runtime.run(IMAGES).logits, ort.OnnxRuntimeSlot.stem
+    wanted, stem = runtime.run(IMAGES).logits, OnnxRuntimeSlot.stem
     odd[1, 0, 0, 0] = 7
 
-    def overflowing(slot: ort.OnnxRuntimeSlot, image: np.ndarray) -> None:
+    def overflowing(slot: OnnxRuntimeSlot, image: np.ndarray) -> None:
         stem(slot, np.full_like(image, np.inf) if image[0, 0, 0, 0] == 7 else image)
 
-    monkeypatch.setattr(ort.OnnxRuntimeSlot, "stem", overflowing)
+    monkeypatch.setattr(OnnxRuntimeSlot, "stem", overflowing)
     with pytest.raises(BackendError, match="image 1 are NaN"):
         runtime.run(odd)
     np.testing.assert_array_equal(runtime.run(IMAGES).logits, wanted)

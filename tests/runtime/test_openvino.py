@@ -37,8 +37,8 @@ from adavit.errors import BackendError, BundleError, OptionError
 from adavit.export.write import describe_bundle
 from adavit.graphs.files import write_graphs
 from adavit.graphs.precision import Precision, Units
-from adavit.runtime import Policy, Runtime, session
-from adavit.runtime.backends.openvino_models import bf16_tensor_of, compute_in_bf16, unfold
+from adavit.runtime import Policy, Runtime, inputs
+from adavit.runtime.backends.openvino.models import bf16_tensor_of, compute_in_bf16, unfold
 from adavit.runtime.dispatcher import Step
 
 LINEAR = {"attn.query": "qkv", "attn.key": "qkv", "attn.value": "qkv", "attn.proj": "proj", "mlp.fc1": "fc1"} | {
@@ -97,7 +97,7 @@ def test_what_an_image_overflows_spoils_no_later_one(wide: tuple[Path, Path], mo
     policy.tokens[..., 1:100] = False  # of 145, so that rows behind the kept ones are computed
     wanted = fresh.run(random_images(WIDE, 1), policy=policy).logits
     with monkeypatch.context() as patched, pytest.raises(BackendError, match="NaN, infinite"):
-        patched.setattr(session, "LARGEST", np.inf)
+        patched.setattr(inputs, "LARGEST", np.inf)
         fresh.run(np.full((1, 3, 48, 48), 3e38, np.float32), policy=Policy.dense(WIDE, 1))
     np.testing.assert_array_equal(fresh.run(random_images(WIDE, 1), policy=policy).logits, wanted)
 

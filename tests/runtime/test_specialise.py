@@ -35,7 +35,9 @@ from adavit.errors import BackendError, InputError
 from adavit.macs import dense_macs
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.backend import Usage, Use
-from adavit.runtime.backends import onnxruntime as module
+from adavit.runtime.backends.host import matrix_bytes
+from adavit.runtime.backends.onnxruntime import choice
+from adavit.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from adavit.runtime.specialise import usage_from, usage_of, usage_to
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -256,35 +258,35 @@ def chosen(runtime: Runtime, *policies: Policy) -> set[BlockKey]:
 def test_what_saves_most_gets_the_memory(loaded: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     often, seldom = keeping((1, 3), 9), keeping((0, 2), 1)
     assert chosen(loaded, seldom, often) == keys_with((1, 3)) | keys_with((0, 2))
-    monkeypatch.setattr(module, "BYTES", sum(module.matrix_bytes(WIDE, key) for key in keys_with((1, 3))))
+    monkeypatch.setattr(choice, "BYTES", sum(matrix_bytes(WIDE, key) for key in keys_with((1, 3))))
     assert chosen(loaded, seldom, often) == keys_with((1, 3))
-    monkeypatch.setattr(module, "BYTES", 0)
+    monkeypatch.setattr(choice, "BYTES", 0)
     assert not chosen(loaded, seldom, often)
-    monkeypatch.setattr(module, "BYTES", 1 << 30)
-    monkeypatch.setattr(module, "COPIES", 0.9)
+    monkeypatch.setattr(choice, "BYTES", 1 << 30)
+    monkeypatch.setattr(choice, "COPIES", 0.9)
     found = chosen(loaded, *(keeping(heads, 9) for heads in ((0, 1, 2, 3, 4), (1, 2, 3, 4, 5))))
-    model = WIDE.depth * module.matrix_bytes(WIDE, BlockKey(0, BOTH, tuple(range(WIDE.heads))))
-    assert 0 < sum(module.matrix_bytes(WIDE, key) for key in found) <= 0.9 * model
-    monkeypatch.setattr(module, "LEAST", 1e9)
+    model = WIDE.depth * matrix_bytes(WIDE, BlockKey(0, BOTH, tuple(range(WIDE.heads))))
+    assert 0 < sum(matrix_bytes(WIDE, key) for key in found) <= 0.9 * model
+    monkeypatch.setattr(choice, "LEAST", 1e9)
     assert not chosen(loaded, seldom, often)
 
 
 def test_it_has_to_save_its_share_of_an_images_time(loaded: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     uses = usage(keeping((0, 2), 1), keeping((1, 3), 1))
-    saved = min(module.saved_macs(WIDE, use) for use in uses)
-    monkeypatch.setattr(module, "LEAST", 0.5 * saved / dense_macs(WIDE))
+    saved = min(choice.saved_macs(WIDE, use) for use in uses)
+    monkeypatch.setattr(choice, "LEAST", 0.5 * saved / dense_macs(WIDE))
     assert chosen(loaded, keeping((0, 2), 1), keeping((1, 3), 9)) == keys_with((1, 3))  # not what one in ten has
 
 
 def test_memory_goes_where_it_saves_most_by_the_byte(loaded: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = (0,), (0, 1, 2, 3, 4)
     large, small = (BlockKey(1, BOTH, heads) for heads in (many, few))
-    saves = [module.saved_macs(WIDE, Use(1, key, WIDE.tokens)) for key in (large, small)]
-    sizes = [module.matrix_bytes(WIDE, key) for key in (large, small)]
+    saves = [choice.saved_macs(WIDE, Use(1, key, WIDE.tokens)) for key in (large, small)]
+    sizes = [matrix_bytes(WIDE, key) for key in (large, small)]
     assert 10 * saves[0] > 9 * saves[1]
     assert sizes[0] > 2 * sizes[1]
-    of_all = module.matrix_bytes(WIDE, BlockKey(0, BOTH, tuple(range(WIDE.heads))))
-    monkeypatch.setattr(module, "BYTES", of_all + 2 * sizes[1] + sizes[0] - 1)
+    of_all = matrix_bytes(WIDE, BlockKey(0, BOTH, tuple(range(WIDE.heads))))
+    monkeypatch.setattr(choice, "BYTES", of_all + 2 * sizes[1] + sizes[0] - 1)
     found = {key for key in chosen(loaded, keeping(few, 9), keeping(many, 10)) if key.block}
     assert found == {BlockKey(block, BOTH, few) for block in (1, 2)}
 
@@ -293,14 +295,14 @@ def test_memory_goes_where_it_saves_most_by_the_byte(loaded: Runtime, monkeypatc
 def test_its_bytes_are_those_of_its_matrices(sublayers: Sublayers, loaded: Runtime) -> None:
     key = BlockKey(1, sublayers, (0, 2, 5))
     weights = loaded.graphs.head_weights(key)
-    assert module.matrix_bytes(WIDE, key) == sum(value.nbytes for value in weights.values() if value.ndim == 2)
+    assert matrix_bytes(WIDE, key) == sum(value.nbytes for value in weights.values() if value.ndim == 2)
 
 
 @settings(max_examples=50, deadline=None)
 @given(kept=st.integers(1, WIDE.tokens), heads=st.integers(1, WIDE.heads), attention=st.booleans(), mlp=st.booleans())
 def test_constants_always_save_something(kept: int, heads: int, attention: bool, mlp: bool) -> None:
     key = BlockKey(1, Sublayers(attention, mlp), tuple(range(heads)))
-    assert module.saved_macs(WIDE, Use(1, key, kept)) > 0
+    assert choice.saved_macs(WIDE, Use(1, key, kept)) > 0
 
 
 def test_uses_are_counted_by_the_image() -> None:
@@ -350,7 +352,7 @@ def test_after_some_images_what_they_use_is_prepared(wide: tuple[Path, Path], ow
 
 
 def test_what_images_use_later_takes_its_place(wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BYTES", sum(module.matrix_bytes(WIDE, key) for key in keys_with((1, 3))))
+    monkeypatch.setattr(choice, "BYTES", sum(matrix_bytes(WIDE, key) for key in keys_with((1, 3))))
     runtime, images = adavit.load(wide[0], threads=1), random_images(WIDE, 32)
     runtime.run(images, policy=keeping((1, 3), 32))
     soon(lambda: prepared(runtime) == keys_with((1, 3)))
@@ -494,7 +496,7 @@ def test_a_runtime_that_goes_while_something_is_prepared_stops_it(
     wide: tuple[Path, Path], own_threads: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on, count = threading.Event(), threading.Event(), []
-    prepare = module.OnnxRuntimeBackend.prepare
+    prepare = OnnxRuntimeBackend.prepare
 
     def slowly(self: Any, wanted: Any) -> None:
         begun.set()
@@ -502,7 +504,7 @@ def test_a_runtime_that_goes_while_something_is_prepared_stops_it(
         count.append(wanted)
         prepare(self, wanted)
 
-    monkeypatch.setattr(module.OnnxRuntimeBackend, "prepare", slowly)
+    monkeypatch.setattr(OnnxRuntimeBackend, "prepare", slowly)
     runtime = adavit.load(wide[0], threads=1)
     runtime.run(random_images(WIDE, 16), policy=keeping((1, 3), 16))
     assert begun.wait(SECONDS)

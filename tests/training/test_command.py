@@ -19,7 +19,7 @@ from adavit.bundle.preprocessing import Preprocessor
 from adavit.cli_train import main
 from adavit.export import ExportOptions, export_bundle
 from adavit.model import load_checkpoint, save_safetensors
-from adavit.model.checkpoint import load_safely
+from adavit.model.checkpoint_file import load_safely
 from adavit.training.loader import evaluation_batches
 from adavit.training.predict import Batches
 

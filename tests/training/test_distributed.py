@@ -9,7 +9,7 @@ import torch
 from training_cases import tiny
 
 from adavit.model import save_safetensors
-from adavit.model.checkpoint import load_safely
+from adavit.model.checkpoint_file import load_safely
 from adavit.training import start
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from double import Gpu, add_double_engines, cuda_double, trt_double
 
-from adavit.runtime.backends import cuda, tensorrt
+from adavit.runtime.backends.cuda import bindings as cuda
+from adavit.runtime.backends.tensorrt import backend as tensorrt
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ from adavit.errors import BackendError, BundleError, OptionError
 from adavit.files import sha256
 from adavit.model import AdaViT
 from adavit.runtime import Policy, Runtime
-from adavit.runtime.backends import cuda, device_backend
+from adavit.runtime.backends.cuda import backend as device_backend
+from adavit.runtime.backends.cuda import bindings as cuda
 
 TENSORRT = dict(backend="tensorrt", threads=2, trust_engines=True)
 ON_GPU = ("--backend", "tensorrt", "--trust-engines")

@@ -13,7 +13,7 @@ from double import Gpu, add_double_engines, cuda_double, trt_double
 import adavit
 from adavit.errors import BackendError
 from adavit.runtime import Runtime
-from adavit.runtime.backends import cuda
+from adavit.runtime.backends.cuda import bindings as cuda
 
 CLASSES = ("Runtime", "ICudaEngine", "IExecutionContext")
 REFIT = {"Refitter": ["refit_cuda_engine"], "OnnxParserRefitter": ["refit_from_bytes"], "Runtime": ["load_runtime"]}

@@ -16,7 +16,7 @@ from adavit.calibration.options import CalibrationOptions
 from adavit.errors import BackendError
 from adavit.measure.benchmark import Plan, latency, measure
 from adavit.runtime import Policy, Runtime
-from adavit.runtime.backends.cuda import Cuda
+from adavit.runtime.backends.cuda.bindings import Cuda
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from adavit.architecture import Architecture
 from adavit.bundle.histograms import Statistics
-from adavit.bundle.onnx_graph import Value
+from adavit.bundle.onnx_format import Value
 from adavit.tensorrt.profiles import PAYS, Profile, Range, profiles_of, split
 
 ARCH = tiny(image_size=224, patch_size=16, heads=6)

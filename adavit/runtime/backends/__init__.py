@@ -1,1 +1,1 @@
-"""One file per backend."""
+"""The backends: one file or one package each."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from adavit.errors import BackendError, one_line
-from adavit.runtime.backends.openvino_models import names_of
+from adavit.runtime.backends.openvino.models import names_of
 from adavit.runtime.forks import keep_in_fork, renew_in_fork
 from adavit.runtime.worker import WORKER
 

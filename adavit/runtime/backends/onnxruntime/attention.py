@@ -9,7 +9,9 @@ import numpy as np
 
 from adavit.bundle.head_weights import Array
 from adavit.bundle.keys import ATTENTION
-from adavit.bundle.onnx_graph import Node, OnnxGraph, new_node
+from adavit.bundle.onnx_format import Node
+from adavit.bundle.onnx_graph import OnnxGraph
+from adavit.bundle.onnx_write import new_node
 
 __all__ = ["DOMAINS", "Fused", "fuse_attention"]
 

@@ -14,10 +14,11 @@ from adavit.bundle.graphs import Graphs
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError, install_hint, one_line
 from adavit.runtime.backend import Options
-from adavit.runtime.backends.cuda import Cuda
-from adavit.runtime.backends.device import Device
-from adavit.runtime.backends.device_backend import DeviceArray, DeviceBackend, check_arrays
-from adavit.runtime.backends.onnxruntime import (
+from adavit.runtime.backends.cuda.arrays import DeviceArray, check_arrays
+from adavit.runtime.backends.cuda.backend import DeviceBackend
+from adavit.runtime.backends.cuda.bindings import Cuda
+from adavit.runtime.backends.cuda.device import Device
+from adavit.runtime.backends.onnxruntime.process import (
     GPU_PROVIDERS,
     asked_for,
     import_onnxruntime,

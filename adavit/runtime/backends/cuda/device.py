@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adavit.runtime.backends.cuda import Cuda
+from adavit.runtime.backends.cuda.bindings import Cuda
 
 __all__ = ["ALIGNMENT", "Allocation", "Device", "size_of"]
 

@@ -30,8 +30,8 @@ from adavit.runtime.head_cache import HeadCache, in_file
 try:
     import openvino
 
-    from adavit.runtime.backends.openvino_compiled import Compiled
-    from adavit.runtime.backends.openvino_models import (
+    from adavit.runtime.backends.openvino.compiled import Compiled
+    from adavit.runtime.backends.openvino.models import (
         HANDED,
         MASK,
         bf16_tensor_of,

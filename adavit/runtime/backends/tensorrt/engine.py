@@ -8,8 +8,8 @@ from typing import Any
 
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError
-from adavit.runtime.backends.device import Allocation, Device
-from adavit.runtime.backends.device_backend import DeviceArray, check_arrays
+from adavit.runtime.backends.cuda.arrays import DeviceArray, check_arrays
+from adavit.runtime.backends.cuda.device import Allocation, Device
 
 __all__ = ["TensorRtEngine"]
 

@@ -24,10 +24,10 @@ from adavit.bundle.graphs import Graphs
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError, BundleError, OptionError, install_hint
 from adavit.runtime.backend import Options
-from adavit.runtime.backends.cuda import Cuda
-from adavit.runtime.backends.device import Device
-from adavit.runtime.backends.device_backend import DeviceBackend
-from adavit.runtime.backends.tensorrt_engine import TensorRtEngine
+from adavit.runtime.backends.cuda.backend import DeviceBackend
+from adavit.runtime.backends.cuda.bindings import Cuda
+from adavit.runtime.backends.cuda.device import Device
+from adavit.runtime.backends.tensorrt.engine import TensorRtEngine
 
 __all__ = ["TensorRtBackend", "TensorRtRtxBackend"]
 
