@@ -8,11 +8,11 @@
     -> y, next_kept, next_state and next_sizes; behind the last block logits [B, C] and next_state
 
 R = B * N + 1: the tokens of all images, and one spare row that padding reads and writes. `kept` are tokens [N], heads
-[H], attention and MLP, as bool. What begins with next_ is for the next block. `limits` are what the logits of tokens, heads and sub-layers have to exceed. `next_sizes`
-are what it takes: T, A, K, U. `numbers` and the four values after it count from 0 on; their sizes say how
-much room there is, each at least 1. `state` is GOES_ON; OVERFLOWED for an image for which there was no room, or that
-wants a head which the graph does not have; NOT_FINITE where its decisions are made of NaN, infinity or huge numbers.
-What an image holds that does not go on is wrong, and takes no more room.
+[H], attention and MLP, as bool. `limits` are what the logits of tokens, heads and sub-layers have to exceed. What begins
+with next_ is for the next block; `next_sizes` are what it takes: T, A, K, U. `numbers` and the four values after it
+count from 0 on; their sizes say how much room there is, each at least 1. `state` is GOES_ON; OVERFLOWED for an image
+for which there was no room, or that wants a head which the graph does not have; NOT_FINITE where its decisions are made
+of NaN, infinity or huge numbers. What an image holds that does not go on is wrong, and takes no more room.
 
 Kept rows of all images are packed: a prefix sum gives every kept row its place in a list. Norms and linear layers run
 on packed rows, attention's products on [A, h, K, d], where padding keys are masked.
@@ -46,7 +46,7 @@ def add_batch_stem(graph: Builder, arch: Architecture) -> None:
     images = graph.input("images", ["B", 3, arch.image_size, arch.image_size])
     limits = graph.input("limits", ["B", 3])
     rows = graph.op("Reshape", add_stem(graph, arch, images), graph.ints(-1, arch.width))
-    spare = graph.constant("spare", np.zeros((1, arch.width), np.float32))
+    spare = graph.op("Expand", graph.scalar(0.0), graph.ints(1, arch.width))
     graph.output("y", graph.op("Concat", rows, spare, axis=0), ["R", arch.width])
     batch = graph.op("Shape", images, start=0, end=1)
     _add_decisions(graph, arch, 0, "y", limits, graph.op("Expand", _number(graph, GOES_ON), batch))
@@ -230,7 +230,8 @@ def _attention(
     places = graph.op("Min", graph.op("Add", first, room_tokens), graph.op("Sub", rows.room, _number(graph, 1)))
     dtype = TensorProto.FLOAT16 if precision.name == "fp16" else TensorProto.FLOAT
     padding = graph.op("Cast", graph.op("Not", graph.op("Less", room_tokens, count)), to=TensorProto.FLOAT)
-    padding = graph.op("Unsqueeze", graph.op("Mul", padding, graph.scalar(MASKED)), graph.ints(1, 2))  # [A, 1, 1, K]
+    padding = graph.op("Mul", padding, graph.scalar(MASKED))
+    padding = graph.op("Unsqueeze", graph.op("Unsqueeze", padding, graph.ints(1)), graph.ints(2))  # [A, 1, 1, K]
 
     query, key, value = (
         graph.op(
@@ -316,13 +317,12 @@ def _add_decisions(graph: Builder, arch: Architecture, block: int, y: str, limit
     tokens = graph.op("ReduceSum", tokens, graph.ints(1), keepdims=1)
     runs = graph.op("Mul", graph.op("Cast", parts[2], to=TensorProto.INT64), goes_on)  # [B, 2]
     each = graph.op("Mul", runs, tokens)
-    attention, mlp = (
-        graph.op("Slice", graph.op("ReduceSum", each, graph.ints(0), keepdims=0), graph.ints(i), graph.ints(i + 1))
-        for i in (0, 1)
-    )
-    images = graph.op("Slice", graph.op("ReduceSum", runs, graph.ints(0), keepdims=0), graph.ints(0), graph.ints(1))
-    longest = graph.op("Slice", graph.op("ReduceMax", each, graph.ints(0), keepdims=0), graph.ints(0), graph.ints(1))
-    graph.output("next_sizes", graph.op("Concat", attention, images, longest, mlp, axis=0), [4], "int64")
+    sums = graph.op("ReduceSum", each, graph.ints(0), keepdims=0)
+    images = _first(graph, graph.op("ReduceSum", runs, graph.ints(0), keepdims=0))
+    longest = _first(graph, graph.op("ReduceMax", each, graph.ints(0), keepdims=0))
+    mlp = graph.op("Slice", sums, graph.ints(1), graph.ints(2), graph.ints(0))
+    found = graph.op("Concat", _first(graph, sums), images, longest, mlp, axis=0)
+    graph.output("next_sizes", found, [4], "int64")
 
 
 def _class_tokens(graph: Builder, arch: Architecture, y: str) -> str:
@@ -341,6 +341,11 @@ def _packed(graph: Builder, selected: str, numbers: str, room: str, filling: str
     empty = graph.op("Expand", filling, size)
     found = graph.op("ScatterND", empty, graph.op("Unsqueeze", place, graph.ints(1)), numbers)
     return graph.op("Slice", found, graph.ints(0), graph.ints(-1), graph.ints(0))
+
+
+def _first(graph: Builder, values: str) -> str:
+    """The first of a vector, a vector of one."""
+    return graph.op("Slice", values, graph.ints(0), graph.ints(1), graph.ints(0))
 
 
 def _size(graph: Builder, values: str) -> str:
