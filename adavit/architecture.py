@@ -148,8 +148,8 @@ class Architecture:
         """Whether `block` has a sub-layer policy."""
         return self.sublayer_policy and block >= self.keep
 
-    def choices(self, block: int) -> int:
-        """How many heads and sub-layers `block` decides on."""
+    def policy_outputs(self, block: int) -> int:
+        """How many outputs the head and sub-layer policies of `block` have."""
         return self.adapts_heads(block) * self.heads + self.adapts_sublayers(block) * 2
 
     def to_dict(self) -> dict[str, Any]:

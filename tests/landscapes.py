@@ -9,7 +9,7 @@ from typing import Any
 from cases import tiny
 
 from adavit.bundle.operating_points import TRAINED, Offsets
-from adavit.calibration.trial import Outcome
+from adavit.calibration.offset_evaluator import Outcome
 
 KINDS = ("tokens", "heads", "sublayers")
 ALIKE = dict.fromkeys(KINDS, 1.0)
@@ -43,8 +43,8 @@ class Landscape:
 
     labels = None
 
-    def __init__(self, scales: dict[str, float], worth: dict[str, float], balance: float = 0) -> None:
-        self.scales, self.worth, self.balance = scales, worth, balance
+    def __init__(self, scales: dict[str, float], importance: dict[str, float], balance: float = 0) -> None:
+        self.scales, self.importance, self.balance = scales, importance, balance
         self.runtime: Any = type("Known", (), {"architecture": tiny()})
         self.work: Any = None
         self.ran: set[Offsets] = set()
@@ -60,7 +60,7 @@ class Landscape:
             self.ran.add(offsets)
         kept = self.kept(offsets)
         macs = 0.1 + 0.9 * (sum(kept.values()) / 3)
-        score = 1 - sum(self.worth[kind] * (1 - kept[kind]) ** 2 for kind in KINDS)
+        score = 1 - sum(self.importance[kind] * (1 - kept[kind]) ** 2 for kind in KINDS)
         score -= self.balance * spread(kept.values())
         return Outcome(macs, score, score, None, kept)
 

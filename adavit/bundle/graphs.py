@@ -72,7 +72,7 @@ class Graphs:
             raise BundleError(f"{self.path}: has no stem, since its model has no policies")
         arch = self.architecture
         inputs = (Value("images", "float32", (1, 3, arch.image_size, arch.image_size)),)
-        return self._read(self.files.stem, inputs, self._behind(-1, True))
+        return self._read(self.files.stem, inputs, self._outputs(-1, True))
 
     def block(self, block: int, sublayers: Sublayers) -> OnnxGraph:
         """A block that runs these sub-layers; see `adavit.graphs.block` for what it takes and makes."""
@@ -80,10 +80,10 @@ class Graphs:
         inputs = [Value("x", "float32", (arch.tokens, arch.width))]
         if any(sublayers) and arch.token_policy:
             inputs.append(Value("tokens", "int64", ("K",)))
-        inputs += self._handed(block, sublayers)
-        return self._read(self.files.blocks[block][sublayers], inputs, self._behind(block, any(sublayers)))
+        inputs += self._weight_inputs(block, sublayers)
+        return self._read(self.files.blocks[block][sublayers], inputs, self._outputs(block, any(sublayers)))
 
-    def _handed(self, block: int, sublayers: Sublayers) -> list[Value]:
+    def _weight_inputs(self, block: int, sublayers: Sublayers) -> list[Value]:
         """The weights that a block's graph is handed, of the types that they have in the file."""
         arch = self.architecture
         shapes: dict[str, tuple[int | str, ...]] = {
@@ -134,9 +134,9 @@ class Graphs:
     def decisions(self, block: int) -> int:
         """How many logits a block's decisions are made of: those of tokens, of heads and of sub-layers."""
         arch = self.architecture
-        return arch.tokens * arch.token_policy + arch.choices(block) if block < arch.depth else 0
+        return arch.tokens * arch.token_policy + arch.policy_outputs(block) if block < arch.depth else 0
 
-    def _behind(self, block: int, changes: bool) -> tuple[Value, ...]:
+    def _outputs(self, block: int, changes: bool) -> tuple[Value, ...]:
         """What a graph makes that runs a block, or the stem (-1)."""
         arch = self.architecture
         found = [Value("y", "float32", (arch.tokens, arch.width))] * changes

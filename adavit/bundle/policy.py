@@ -55,8 +55,12 @@ class Policy:
         if not isinstance(arch, Architecture):
             raise InputError(f"arch is {shown(arch)}: expected an Architecture, such as Runtime.architecture")
         batch = whole("batch", batch, 0, MOST_BYTES // (arch.depth * (arch.tokens + arch.heads + 2)))
-        choices = np.empty((batch, arch.depth, arch.heads + 2), bool)
-        return cls(np.empty((batch, arch.depth, arch.tokens), bool), choices[..., :-2], choices[..., -2:])
+        others = np.empty((batch, arch.depth, arch.heads + 2), bool)
+        return cls(
+            np.empty((batch, arch.depth, arch.tokens), bool),
+            others[..., :-2],
+            others[..., -2:],
+        )
 
     def masks(self) -> tuple[Bool, Bool, Bool]:
         """Tokens, heads and sub-layers; raises InputError unless they are masks of the same images and blocks."""

@@ -12,11 +12,11 @@ import numpy as np
 
 from adavit.bundle.bundle import Bundle, write_config
 from adavit.bundle.operating_points import MAX_OFFSET, NO_POLICIES, TRAINED, Budgets, Offsets, OperatingPoint
-from adavit.calibration.choose import best_stops, expected
-from adavit.calibration.meet import CLOSE, Stop
+from adavit.calibration.line_search import CLOSE, FoundPoint
+from adavit.calibration.offset_evaluator import OffsetEvaluator
 from adavit.calibration.options import DEFAULT_IMAGES, BudgetOptions
+from adavit.calibration.search import best_points, expected
 from adavit.calibration.statistics import add_statistics
-from adavit.calibration.trial import Trial
 from adavit.calibration.work import Work
 from adavit.errors import BundleError, InputError
 from adavit.runtime.loading import load
@@ -65,83 +65,85 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
         raise InputError(f"{bundle}: {NO_POLICIES}")
     most = options.budget_images or DEFAULT_IMAGES
     images = options.calibration_images, progress, most, options.labels_by_order, notes.append
-    trial, skipped = Trial.of_files(runtime, *images)
-    budgets = calibrate(trial, options.budgets, partial(progress, STAGE))
+    evaluator, skipped = OffsetEvaluator.of_files(runtime, *images)
+    budgets = calibrate(evaluator, options.budgets, partial(progress, STAGE))
     Budgets.from_dict(budgets.to_dict(), runtime.architecture.depth)  # what no reader would take is not written
     config = dict(Bundle.open(bundle).config)  # others may have written to it meanwhile
     if config["precisions"] != runtime.bundle.config["precisions"]:
         raise BundleError(f"{bundle}: was exported anew meanwhile; calibrate it again")
     config.pop("statistics", None)  # of other points
     write_config(bundle, {**config, "budgets": budgets.to_dict()})
-    add_statistics(bundle, runtime, trial.images, progress)
+    add_statistics(bundle, runtime, evaluator.images, progress)
     return {**budgets.to_dict(), "skipped": skipped, **({"notes": notes} if notes else {})}
 
 
-def calibrate(trial: Trial, asked: Sequence[float], report: Callable[[float], None] = lambda _: None) -> Budgets:
+def calibrate(
+    evaluator: OffsetEvaluator, asked: Sequence[float], report: Callable[[float], None] = lambda _: None
+) -> Budgets:
     """Operating points for the budgets asked for, the trained policy, and some between them.
 
     Args:
-        trial: runs offsets on the calibration images.
+        evaluator: runs offsets on the calibration images.
         asked: shares of the dense MACs.
         report: told the share done, which never falls.
 
     Raises:
         InputError: a budget is out of the policies' reach, or two are the trained policy's.
     """
-    work = trial.work = Work(report)
-    work.plan(len(trial), *expected(trial, len(asked)))
+    work = evaluator.work = Work(report)
+    work.plan(len(evaluator), *expected(evaluator, len(asked)))
     work.begin()
-    least, most = (trial.run(Offsets(*(3 * [end])), 1).macs for end in (-MAX_OFFSET, MAX_OFFSET))
+    least, most = (evaluator.run(Offsets(*(3 * [end])), 1).macs for end in (-MAX_OFFSET, MAX_OFFSET))
     for budget in asked:
         if not least <= budget <= most:
             raise InputError(
                 f"a budget of {budget:g} is out of reach: this model's policies can set the MACs from {least:.3f} to "
                 f"{most:.3f} of the dense ones"
             )
-    macs = trial.trained.macs
+    macs = evaluator.trained.macs
     near = [budget for budget in asked if abs(macs - budget) <= CLOSE * budget]
     if len(near) > 1:
         both = " and ".join(f"{budget:g}" for budget in near)
         raise InputError(f"budgets of {both} are all what the trained policy takes ({macs:.4f}); ask for one of them")
-    points = [OperatingPoint(near[0] if near else round(macs, 6), TRAINED, trial.trained.to_dict())]
+    points = [OperatingPoint(near[0] if near else round(macs, 6), TRAINED, evaluator.trained.to_dict())]
     if further := [budget for budget in asked if budget not in near]:
-        work.plan(*expected(trial, len(further)))
-        points += [_point(level, stop) for level, stop in best_stops(trial, further, work).items()]
+        work.plan(*expected(evaluator, len(further)))
+        points += [_point(level, point) for level, point in best_points(evaluator, further, work).items()]
         work.begin()
     points = _sorted(points)
     for _ in range(ROUNDS):
-        points = _sorted([*points, *(_astray(trial, low, high) for low, high in pairwise(points))])
+        points = _sorted([*points, *(_astray(evaluator, low, high) for low, high in pairwise(points))])
     work.end()
-    return Budgets(tuple(points), {"images": len(trial), "labelled": trial.labels is not None})
+    return Budgets(tuple(points), {"images": len(evaluator), "labelled": evaluator.labels is not None})
 
 
-def _point(budget: float, stop: Stop) -> OperatingPoint:
-    """The point at a budget; raises InputError where the stop comes not near it."""
-    macs = stop.outcome.macs
+def _point(budget: float, point: FoundPoint) -> OperatingPoint:
+    """The point at a budget; raises InputError where the offsets come not near it."""
+    macs = point.outcome.macs
     if abs(macs - budget) > FAR * budget:
         raise InputError(
             f"a budget of {budget:g} cannot be met: the nearest found is {macs:.4f}; give another, or more images"
         )
-    return OperatingPoint(budget, stop.offsets, stop.outcome.to_dict())
+    return OperatingPoint(budget, point.offsets, point.outcome.to_dict())
 
 
-def _astray(trial: Trial, low: OperatingPoint, high: OperatingPoint) -> OperatingPoint | None:
+def _astray(evaluator: OffsetEvaluator, low: OperatingPoint, high: OperatingPoint) -> OperatingPoint | None:
     """A point half-way between two, where a request there would take other MACs than it asks for."""
     line, asked = partial(low.offsets.toward, high.offsets), (low.budget + high.budget) / 2
     if high.budget - low.budget <= APART:
         return None
-    ends = [trial.run(point.offsets, SOME).macs for point in (low, high)]
+    ends = [evaluator.run(point.offsets, SOME).macs for point in (low, high)]
     wanted = asked * sum(ends) / (low.measured["macs"] + high.measured["macs"])  # of these images
     tried, place = dict(zip((0.0, 1.0), ends, strict=True)), 0.5
     for _ in range(TRIES):
-        tried[place] = trial.run(line(place), SOME).macs
+        tried[place] = evaluator.run(line(place), SOME).macs
         if abs(tried[place] - wanted) <= (ASTRAY if place == 0.5 else ASTRAY / 2) * wanted:
             break
         places = sorted(tried)
         place = float(np.interp(wanted, [tried[place] for place in places], places))
     if place == 0.5:
         return None
-    outcome = trial.run(line(place))
+    outcome = evaluator.run(line(place))
     met = abs(outcome.macs - asked) <= FAR * asked
     return OperatingPoint(asked, line(place), outcome.to_dict()) if met else None
 

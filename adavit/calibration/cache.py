@@ -11,7 +11,7 @@ import numpy as np
 
 from adavit.calibration.histogram import BINS, Histogram
 from adavit.calibration.ranges import Ranges
-from adavit.calibration.recording import Seen
+from adavit.calibration.recording import DispatchCount
 from adavit.errors import InputError
 from adavit.files import write_beside
 from adavit.reading import read_arrays
@@ -55,7 +55,7 @@ def load_ranges(path: Path) -> tuple[Ranges, Origin]:
             raise ValueError(f"its version is {about['version']!r}")
         if counts.dtype != np.int64 or counts.shape != (len(about["sites"]), BINS):
             raise ValueError("its histograms are damaged")
-        seen = {name: Seen(**values) for name, values in about["seen"].items()}
+        seen = {name: DispatchCount(**values) for name, values in about["seen"].items()}
         ranges = Ranges(int(about["images"]), seen, {}, dict(about["peaks"]))
         for row, (unit, site, width, peak) in zip(counts, about["sites"], strict=True):
             found = ranges.histograms.setdefault(unit, {})[site] = Histogram()

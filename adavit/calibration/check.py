@@ -12,7 +12,7 @@ import numpy.typing as npt
 from adavit.datasets.image_files import ImageFile, read_images
 from adavit.datasets.random_images import random_images
 from adavit.errors import AdaViTError, InputError, VerificationError
-from adavit.measure.compare import BATCH, Parity, Watched
+from adavit.measure.compare import BATCH, ObservedRuntime, Parity
 from adavit.runtime.loading import load
 from adavit.runtime.session import Runtime
 
@@ -51,7 +51,7 @@ def check_converted(
         pixels, labels = read_images(files, runtime.preprocess, MOST_IMAGES) if files else _random(runtime)
         threads = runtime.options.threads
         converted = load(runtime.bundle.path, "onnxruntime", threads, precision=precision, specialise=False)
-        first, parity = Watched(runtime), Parity(Watched(converted))
+        first, parity = ObservedRuntime(runtime), Parity(ObservedRuntime(converted))
         for start in range(0, len(pixels), BATCH):
             some = pixels[start : start + BATCH]
             parity.add(some, labels[start : start + BATCH], first.run(some))

@@ -58,7 +58,7 @@ class Decisions:
 
     @classmethod
     def of(cls, arch: Architecture, offsets: Offsets, found: Sequence[Sequence[dict[str, Float]]]) -> Decisions:
-        """From what `Watched.run` tells of images and their blocks."""
+        """From what `ObservedRuntime.run` tells of images and their blocks."""
         sizes = {"tokens": arch.tokens - 1, "heads": arch.heads, "sublayers": 2}
         margins = {kind: np.full((len(found), arch.depth, size), np.inf, np.float32) for kind, size in sizes.items()}
         for position, blocks in enumerate(found):

@@ -1,4 +1,4 @@
-"""The ranges inside the sub-layers: what was recorded runs through the fp32 graphs, every linear layer watched."""
+"""The ranges inside the sub-layers: recorded tokens run through the fp32 graphs, whose linear layers are recorded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.calibration.fp16 import halved_values
 from adavit.calibration.histogram import Histogram
 from adavit.calibration.linear import Linear, Sublayer, sublayers_of
-from adavit.calibration.recording import Recorder, Sample, Seen
+from adavit.calibration.recording import DispatchCount, Recorder, Sample
 from adavit.runtime.backends.onnxruntime.process import import_onnxruntime
 
 __all__ = ["DENSE", "Ranges", "measure_ranges"]
@@ -41,7 +41,7 @@ class Ranges:
     """
 
     images: int
-    seen: dict[str, Seen]
+    seen: dict[str, DispatchCount]
     histograms: dict[str, dict[str, Histogram]] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
 
@@ -55,10 +55,10 @@ def measure_ranges(graphs: Graphs, recorder: Recorder, progress: Progress) -> Ra
         if reservoir.samples:
             histograms = found.histograms[sublayer.name] = _histograms([sublayer])
             found.peaks[sublayer.name] = _largest_weight(graphs, sublayer)
-            _measure_sublayer(graphs, sublayer, reservoir.samples, Watch(histograms, found.peaks, sessions))
+            _measure_sublayer(graphs, sublayer, reservoir.samples, Measurements(histograms, found.peaks, sessions))
     if graphs.files.dense is not None:
         histograms = found.histograms[DENSE] = _histograms(sublayers_of(graphs.architecture))
-        _measure_dense(graphs, recorder.whole.samples, Watch(histograms, found.peaks, {}))
+        _measure_dense(graphs, recorder.whole.samples, Measurements(histograms, found.peaks, {}))
     progress("measuring ranges", 1.0)
     return found
 
@@ -75,23 +75,25 @@ def _largest_weight(graphs: Graphs, sublayer: Sublayer) -> float:
     return max(float(np.abs(tensors.array(name)).max()) for name in names)
 
 
-def _measure_sublayer(graphs: Graphs, sublayer: Sublayer, samples: Sequence[Sample], watch: Watch) -> None:
+def _measure_sublayer(
+    graphs: Graphs, sublayer: Sublayer, samples: Sequence[Sample], measurements: Measurements
+) -> None:
     """Runs what a sub-layer was dispatched with through the graphs of its block."""
     arch = graphs.architecture
     values = {linear.read: (sublayer, linear) for linear in sublayer.linears()}
-    by_graph: dict[Sublayers, tuple[Watched, Arrays]] = {}
+    by_graph: dict[Sublayers, tuple[RecordingGraph, Arrays]] = {}
     for key, rows in samples:
         if key.sublayers not in by_graph:
             graph = graphs.block(key.block, key.sublayers)
-            by_graph[key.sublayers] = Watched(graph, values, watch), graph.arrays(graphs.tensors)
-        watched, weights = by_graph[key.sublayers]
+            by_graph[key.sublayers] = RecordingGraph(graph, values, measurements), graph.arrays(graphs.tensors)
+        recording, weights = by_graph[key.sublayers]
         x = np.zeros((arch.tokens, arch.width), np.float32)
         x[: len(rows)] = rows
         kept = {"tokens": np.arange(len(rows))} if arch.token_policy else {}
-        watched.run({"x": x, **kept, **weights, **graphs.head_weights(key)})
+        recording.run({"x": x, **kept, **weights, **graphs.head_weights(key)})
 
 
-def _measure_dense(graphs: Graphs, images: Sequence[npt.NDArray[np.float32]], watch: Watch) -> None:
+def _measure_dense(graphs: Graphs, images: Sequence[npt.NDArray[np.float32]], measurements: Measurements) -> None:
     """Runs whole images [3, S, S] through the dense twin."""
     values = {
         f"blocks.{sublayer.block}.{linear.read}": (sublayer, linear)
@@ -99,22 +101,22 @@ def _measure_dense(graphs: Graphs, images: Sequence[npt.NDArray[np.float32]], wa
         for linear in sublayer.linears()
     }
     graph = graphs.dense()
-    watched, weights = Watched(graph, values, watch), graph.arrays(graphs.tensors)
+    recording, weights = RecordingGraph(graph, values, measurements), graph.arrays(graphs.tensors)
     for image in images:
-        watched.run({"images": image[None], **weights})
+        recording.run({"images": image[None], **weights})
 
 
 Sessions = dict[tuple[bytes, tuple[str, ...]], Any]
 
 
 @dataclass
-class Watch:
+class Measurements:
     """What is measured of runs.
 
     Attributes:
         histograms: of what linear layers read, by site.
         peaks: the largest magnitude that fp16 would have to hold, by sub-layer's name.
-        sessions: by model and watched values: weights are inputs, so that blocks share them.
+        sessions: by model and recorded values: weights are inputs, so that blocks share them.
     """
 
     histograms: dict[str, Histogram]
@@ -122,34 +124,36 @@ class Watch:
     sessions: Sessions
 
 
-class Watched:
+class RecordingGraph:
     """A graph whose intermediate values are outputs too.
 
     Args:
         graph: it.
         values: what linear layers read, by the name of the value.
-        watch: is told what a run shows.
+        measurements: is told what a run shows.
     """
 
-    def __init__(self, graph: OnnxGraph, values: Mapping[str, tuple[Sublayer, Linear]], watch: Watch) -> None:
+    def __init__(
+        self, graph: OnnxGraph, values: Mapping[str, tuple[Sublayer, Linear]], measurements: Measurements
+    ) -> None:
         self._sites = {name: linear.site for name, (_, linear) in values.items()}
         first = {name: sublayer for name, (sublayer, linear) in values.items() if linear == sublayer.linears()[0]}
         self._halved = halved_values(graph, first)
         self._names = tuple(sorted(self._halved))
-        self._watch = watch
+        self._measurements = measurements
         key = graph.model({}), self._names
-        if key not in watch.sessions:
-            watch.sessions[key] = _session(*key)
-        self._session = watch.sessions[key]
+        if key not in measurements.sessions:
+            measurements.sessions[key] = _session(*key)
+        self._session = measurements.sessions[key]
 
     def run(self, given: Arrays) -> None:
         """Runs the graph on its inputs and weights."""
         for name, value in zip(self._names, self._session.run(self._names, given), strict=True):
             if name in self._sites:
-                self._watch.histograms[self._sites[name]].add(value)
+                self._measurements.histograms[self._sites[name]].add(value)
             sublayer = self._halved[name].name
             peak = float(np.abs(value).max(initial=0))
-            self._watch.peaks[sublayer] = max(self._watch.peaks.get(sublayer, 0.0), peak)
+            self._measurements.peaks[sublayer] = max(self._measurements.peaks.get(sublayer, 0.0), peak)
 
 
 def _session(data: bytes, names: Sequence[str]) -> Any:

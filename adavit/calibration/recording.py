@@ -17,7 +17,7 @@ from adavit.calibration.linear import Sublayer, sublayers_of
 from adavit.runtime.dispatcher import Step
 from adavit.runtime.session import Runtime
 
-__all__ = ["Recorder", "Reservoir", "Sample", "Seen"]
+__all__ = ["DispatchCount", "Recorder", "Reservoir", "Sample"]
 
 Float = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class Reservoir(Generic[T]):
 
 
 @dataclass
-class Seen:
+class DispatchCount:
     """How often a sub-layer was dispatched, and with how many tokens in all."""
 
     samples: int = 0
@@ -88,14 +88,14 @@ class Recorder:
     seed: int = 0
     naive: bool = False
     images: int = 0
-    seen: dict[Sublayer, Seen] = field(init=False)
+    seen: dict[Sublayer, DispatchCount] = field(init=False)
     reservoirs: dict[Sublayer, Reservoir[Sample]] = field(init=False)
     whole: Reservoir[Float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.runtime.adaptive_dispatcher("calibrate")
         sublayers = sublayers_of(self.runtime.architecture)
-        self.seen = {sublayer: Seen() for sublayer in sublayers}
+        self.seen = {sublayer: DispatchCount() for sublayer in sublayers}
         self.reservoirs = {sublayer: Reservoir(self.capacity, self.seed, sublayer.name) for sublayer in sublayers}
         self.whole = Reservoir(self.capacity, self.seed, "dense")
 

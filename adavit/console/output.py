@@ -113,17 +113,17 @@ def _interrupts() -> Iterator[None]:
     if not usual or threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = []
+    signals = []
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        heard.append(number)
+    def note_signal(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
         signal.default_int_handler(number, frame)
 
-    signal.signal(signal.SIGINT, hear)
+    signal.signal(signal.SIGINT, note_signal)
     try:
         yield
     except Exception as error:
-        if heard:
+        if signals:
             raise KeyboardInterrupt from error
         raise
     finally:

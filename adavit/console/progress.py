@@ -37,12 +37,12 @@ class Stage(NamedTuple):
     Attributes:
         name: how a stage's text begins: "exporting" is that of "exporting blocks.0.mlp".
         seconds: about how long it takes for the demo, on two cores.
-        fixed: whether it takes as long for any model on any machine.
+        fixed_duration: whether it takes as long for any model on any machine.
     """
 
     name: str
     seconds: float
-    fixed: bool = False
+    fixed_duration: bool = False
 
 
 class Estimate:
@@ -59,7 +59,7 @@ class Estimate:
     def __init__(self, stages: Sequence[Stage], now: float) -> None:
         self._stages = list(stages)
         self._next = 0  # the first of them that may come yet
-        self._stage = Stage("", 0.0, fixed=True)
+        self._stage = Stage("", 0.0, fixed_duration=True)
         self._began = self._entered = self._updated = now
         self._part = self._share = 0.0
         self._taken = self._expected = 0.0  # by the stages before, as far as their lengths scale
@@ -72,14 +72,14 @@ class Estimate:
 
     def _enter(self, text: str, began: float) -> None:
         if self._stage.name:
-            if not self._stage.fixed:
+            if not self._stage.fixed_duration:
                 self._taken += began - self._entered
                 self._expected += self._stage.seconds
             self._entered = began
         coming = range(self._next, len(self._stages))
         found = next((index for index in coming if text.startswith(self._stages[index].name)), None)
         if found is None:
-            self._stage = Stage(text, 0.0, fixed=True)
+            self._stage = Stage(text, 0.0, fixed_duration=True)
         else:
             self._stage, self._next = self._stages[found], found + 1
 
@@ -89,16 +89,16 @@ class Estimate:
         if self._part >= TOLD:
             total = (self._updated - self._entered) / self._part
         else:
-            total = max(self._stage.seconds * (1.0 if self._stage.fixed else scale), OVERDUE * spent)
-        coming = (stage.seconds * (1.0 if stage.fixed else scale) for stage in self._stages[self._next :])
+            total = max(self._stage.seconds * (1.0 if self._stage.fixed_duration else scale), OVERDUE * spent)
+        coming = (stage.seconds * (1.0 if stage.fixed_duration else scale) for stage in self._stages[self._next :])
         return max(0.0, total - spent) + sum(coming)
 
     def _scale(self, now: float) -> float:
         """Seconds that stages take, over those that are expected of them."""
         taken, expected = self._taken, self._expected
-        if not self._stage.fixed and self._part >= TOLD:
+        if not self._stage.fixed_duration and self._part >= TOLD:
             taken, expected = taken + self._updated - self._entered, expected + self._part * self._stage.seconds
-        elif not self._stage.fixed and now - self._entered > self._stage.seconds:
+        elif not self._stage.fixed_duration and now - self._entered > self._stage.seconds:
             taken, expected = taken + now - self._entered, expected + self._stage.seconds
         return taken / expected if expected else 1.0
 

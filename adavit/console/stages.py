@@ -42,7 +42,7 @@ def running_stages(
     warm = Stage("warming up", 0.3)
     return [
         Stage("loading the bundle", 5.0 if backend == "auto" else 1.0),
-        *([Stage("timing operating points", 3, fixed=True)] if latency else []),
+        *([Stage("timing operating points", 3, fixed_duration=True)] if latency else []),
         Stage("running images", 0.3),
         Stage("preparing", 0.3),
         warm,
@@ -59,7 +59,7 @@ def comparing_stages(bundles: int, seconds: float | None, iterations: int | None
 
 def _measuring(seconds: float) -> Stage:
     """A measurement that ends by the clock."""
-    return Stage("measuring", seconds, fixed=True)
+    return Stage("measuring", seconds, fixed_duration=True)
 
 
 def training_stages(training: float, balancing: float, evaluating: float) -> list[Stage]:

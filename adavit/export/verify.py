@@ -223,7 +223,7 @@ def _compare_prepared(wanted: Reference, runtime: Runtime, replay: Policy | None
     try:
         return _compare(wanted, runtime, replay) if chosen else 0.0
     finally:
-        backend.keep(())
+        backend.retain(())
 
 
 def _made_by(policy: Policy, block: int) -> str:

@@ -185,7 +185,7 @@ def add_decisions(graph: Builder, arch: Architecture, block: int, x: str) -> Non
         ).values()
     )
     if found:
-        count = arch.tokens * arch.token_policy + arch.choices(block)
+        count = arch.tokens * arch.token_policy + arch.policy_outputs(block)
         decisions = graph.op("Concat", *found, axis=1) if len(found) > 1 else found[0]
         graph.output("decisions", decisions, [1, count])
 
@@ -210,7 +210,7 @@ def add_decision_logits(
         normed = add_norm(graph, arch, rows, "next.norm1", f"{site}.norm1")
         vector, offset = _selecting(graph, site, "attn.token_select")
         found["tokens"] = graph.op("Gemm", vector, normed, offset, transB=1)  # the vector first: half the time
-    first = class_tokens() if arch.choices(block) else ""
+    first = class_tokens() if arch.policy_outputs(block) else ""
     kinds = {
         "heads": ("head_select", arch.adapts_heads(block)),
         "sublayers": ("layer_select", arch.adapts_sublayers(block)),

@@ -57,12 +57,14 @@ def stem_tensors(arch: Architecture, weights: Weights) -> dict[str, Float]:
     found: dict[str, Float] = {"unfold": np.eye(UNFOLDED, dtype=np.float32).reshape(UNFOLDED, 3, 7, 7)}
     for number in (1, 2):
         name, prefix = f"attention{number}", f"tokens_to_token.attention{number}."
-        weight, bias = _behind_norm(weights, prefix, "norm1", "kqv")
+        weight, bias = _with_norm_folded(weights, prefix, "norm1", "kqv")
         weight = _centred(weight)  # what rounding left of the mean is taken away
         found[f"{name}.kqv.weight"] = weight.reshape(-1, PERFORMER_WIDTH, 3, 3) if number == 2 else weight
         found[f"{name}.kqv.bias"] = bias
         found[f"{name}.proj.bias"] = weights[f"{prefix}proj.bias"][:, None]
-        found[f"{name}.mlp.0.weight"], found[f"{name}.mlp.0.bias"] = _behind_norm(weights, prefix, "norm2", "mlp.0")
+        found[f"{name}.mlp.0.weight"], found[f"{name}.mlp.0.bias"] = _with_norm_folded(
+            weights, prefix, "norm2", "mlp.0"
+        )
         found[f"{name}.mlp.2.bias"] = weights[f"{prefix}mlp.2.bias"][:, None]
     return {DERIVED + name: np.ascontiguousarray(value) for name, value in found.items()}
 
@@ -172,7 +174,7 @@ def _deviation(graph: Builder, variance: str) -> str:
     return graph.op("Sqrt", graph.op("Add", variance, graph.scalar(1e-5)))
 
 
-def _behind_norm(weights: Weights, prefix: str, norm: str, linear: str) -> tuple[Float, Float]:
+def _with_norm_folded(weights: Weights, prefix: str, norm: str, linear: str) -> tuple[Float, Float]:
     """Weights [out, in] and bias [out, 1] of a linear layer with the scale and bias of the normalisation before it."""
     weight = weights[f"{prefix}{linear}.weight"].astype(np.float64)
     bias = weight @ weights[f"{prefix}{norm}.bias"] + weights[f"{prefix}{linear}.bias"]

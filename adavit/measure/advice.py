@@ -55,7 +55,7 @@ class Loss:
         return 100 * (centre - 2 * error), 100 * (centre + 2 * error)
 
     @property
-    def bearable(self) -> bool:
+    def acceptable(self) -> bool:
         """Whether the images show that no more than MOST_LOST is lost."""
         return self.interval[1] <= MOST_LOST
 
@@ -70,7 +70,7 @@ class Loss:
         if self.points >= MOST_LOST:
             return None
         times = 1.0
-        while not self._times(times).bearable:
+        while not self._times(times).acceptable:
             times *= 1.05
         wanted = times * self.images
         digit: int = 10 ** math.floor(math.log10(wanted))
@@ -131,7 +131,7 @@ def advise(candidates: Sequence[Candidate], runs: int) -> Advice:
     first, *others = candidates
     if runs < FEWEST_RUNS:
         return Advice(None, (f"none: {runs} runs are too few to compare speeds; measure {FEWEST_RUNS} or more",))
-    able = [first, *(other for other in others if other.loss and other.loss.bearable)]
+    able = [first, *(other for other in others if other.loss and other.loss.acceptable)]
     quickest = min(able, key=lambda one: one.ms)
     faster = [one for one in able if _faster(one, first) and not _faster(quickest, one)]
     best = min(faster, key=lambda one: one.bytes) if _faster(quickest, first) else first
@@ -178,7 +178,7 @@ def _verdict(one: Candidate, best: Candidate, first: Candidate) -> str:
         why.append("not faster")
     if loss.excessive:
         why.append(f"loses more than {MOST_LOST} points" if loss.labelled else f"more than {MOST_LOST} %; label images")
-    elif not loss.bearable and not why:
+    elif not loss.acceptable and not why:
         wanted = loss.wanted_images
         more = f"about {wanted:,} would" if wanted else "more may"
         why.append(f"{loss.images} images cannot rule out a loss of {MOST_LOST} points, {more}")

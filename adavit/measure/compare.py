@@ -20,7 +20,7 @@ from adavit.results import Result
 from adavit.runtime.dispatcher import Step
 from adavit.runtime.session import Runtime
 
-__all__ = ["BATCH", "KINDS", "Parity", "Seen", "Watched", "check_same_model"]
+__all__ = ["BATCH", "KINDS", "ObservedRun", "ObservedRuntime", "Parity", "check_same_model"]
 
 Float = npt.NDArray[np.float32]
 
@@ -40,14 +40,14 @@ def check_same_model(first: Runtime, second: Runtime) -> None:
         )
 
 
-class Seen(NamedTuple):
+class ObservedRun(NamedTuple):
     """A run, and by image and block the margins of its decisions [n] of each kind."""
 
     result: Result
     margins: list[list[dict[str, Float]]]
 
 
-class Watched:
+class ObservedRuntime:
     """A runtime that also tells the margins of its decisions: logits less their thresholds.
 
     Args:
@@ -58,7 +58,7 @@ class Watched:
         runtime.adaptive_dispatcher("compare")
         self.runtime = runtime
 
-    def run(self, images: Float, policy: Policy | None = None, budget: Offsets | None = None) -> Seen:
+    def run(self, images: Float, policy: Policy | None = None, budget: Offsets | None = None) -> ObservedRun:
         """Runs images [B, 3, S, S], under a given policy, or their own at a budget."""
         arch = self.runtime.architecture
         margins: list[list[dict[str, Float]]] = [[{} for _ in range(arch.depth)] for _ in images]
@@ -67,7 +67,7 @@ class Watched:
             if step.decisions is not None:
                 margins[step.image][step.block] = margins_of(arch, step.block, step.decisions)
 
-        return Seen(self.runtime.run(images, policy, observe, budget), margins)
+        return ObservedRun(self.runtime.run(images, policy, observe, budget), margins)
 
 
 def margins_of(arch: Architecture, block: int, decisions: Float) -> dict[str, Float]:
@@ -89,7 +89,7 @@ class Parity:
         second: what is compared with the first, the reference, whose runs `add` is given.
     """
 
-    def __init__(self, second: Watched) -> None:
+    def __init__(self, second: ObservedRuntime) -> None:
         self.arch = second.runtime.architecture
         self._second = second
         self.images = 0
@@ -106,7 +106,7 @@ class Parity:
         self._flip_margin = np.zeros(len(KINDS))
         self._drift = np.zeros((len(KINDS), 2))  # sum of squares, and the largest
 
-    def add(self, images: Float, labels: Sequence[int | None], reference: Seen) -> Result:
+    def add(self, images: Float, labels: Sequence[int | None], reference: ObservedRun) -> Result:
         """Runs images [B, 3, S, S] as the second decides, and again under the policy of the first's run on them.
 
         Returns:

@@ -16,7 +16,7 @@ from adavit.datasets.image_files import ImageFile, find_images, labels_by
 from adavit.errors import InputError, OptionError
 from adavit.measure.advice import Candidate, Loss, advise
 from adavit.measure.benchmark import Images, Plan, Progress, latency, versions
-from adavit.measure.compare import BATCH, Parity, Watched, check_same_model
+from adavit.measure.compare import BATCH, ObservedRuntime, Parity, check_same_model
 from adavit.measure.compare_speed import Times, measure_in_turns
 from adavit.measure.options import RunOptions
 from adavit.measure.run import PREPARING_IMAGES
@@ -125,9 +125,9 @@ def compare_decisions(runtimes: Sequence[Runtime], files: Sequence[ImageFile], p
     """
     for other in runtimes[1:]:
         check_same_model(runtimes[0], other)
-    first, *others = map(Watched, runtimes)
+    first, *others = map(ObservedRuntime, runtimes)
     seen = Comparison([Parity(other) for other in others], [[] for _ in runtimes])
-    done, hold, prepare = 0, _every(files, HELD_IMAGES), _every(files, PREPARING_IMAGES)
+    done, hold, prepare = 0, _evenly_spaced(files, HELD_IMAGES), _evenly_spaced(files, PREPARING_IMAGES)
     for pixels, labels in _batches(runtimes[0].preprocess, files, seen.skipped, progress):
         reference = first.run(pixels)
         results = [reference.result, *(parity.add(pixels, labels, reference) for parity in seen.parities)]
@@ -140,7 +140,7 @@ def compare_decisions(runtimes: Sequence[Runtime], files: Sequence[ImageFile], p
     return seen
 
 
-def _every(files: Sequence[ImageFile], most: int) -> Callable[[int, int], range]:
+def _evenly_spaced(files: Sequence[ImageFile], most: int) -> Callable[[int, int], range]:
     """The rows of a batch, by where it starts and its size, that are among at most so many of all images."""
     stride = math.ceil(len(files) / most)
     return lambda start, count: range(-start % stride, count, stride)

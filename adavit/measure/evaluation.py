@@ -17,8 +17,8 @@ from adavit.datasets.image_files import ImageFile
 from adavit.drawing import Sample
 from adavit.errors import InputError
 from adavit.measure.benchmark import Images, Progress
+from adavit.measure.listed_images import spread_over_classes
 from adavit.measure.options import RunOptions
-from adavit.measure.shown import spread_over_classes
 from adavit.results import Result
 from adavit.runtime.session import Runtime
 

@@ -108,9 +108,9 @@ class ProfiledBackend:
         """See `Backend.prepare`."""
         self._backend.prepare(wanted)
 
-    def keep(self, wanted: Sequence[Hashable]) -> None:
-        """See `Backend.keep`."""
-        self._backend.keep(wanted)
+    def retain(self, wanted: Sequence[Hashable]) -> None:
+        """See `Backend.retain`."""
+        self._backend.retain(wanted)
 
     def prepared(self) -> Sequence[Hashable]:
         """See `Backend.prepared`."""

@@ -132,7 +132,7 @@ class Backend(Protocol):
         """Prepares one of what `choose` returned; slots use it from the next block on."""
         ...
 
-    def keep(self, wanted: Sequence[Any]) -> None:
+    def retain(self, wanted: Sequence[Any]) -> None:
         """Lets go of what is prepared but for these."""
         ...
 

@@ -153,22 +153,22 @@ class Dispatcher:
 
     def _work(self, waiting: deque[ImageRun]) -> None:
         """Runs a block of the image that waits longest, until none waits; after a failure, none does."""
-        run = taken(waiting.popleft)
+        run = pop_or_none(waiting.popleft)
         try:
             while run is not None:
                 if run.step(alone=not waiting):
                     waiting.append(run)
-                run = taken(waiting.popleft)
+                run = pop_or_none(waiting.popleft)
         finally:
             while run is not None:
                 run.abandon()
-                run = taken(waiting.popleft)
+                run = pop_or_none(waiting.popleft)
 
-    def take_slot(self, threads: int) -> Slot:
+    def acquire_slot(self, threads: int) -> Slot:
         """What holds an image on its way, to be given back."""
-        return taken(self._slots[threads].pop) or self.backend.slot(threads)
+        return pop_or_none(self._slots[threads].pop) or self.backend.slot(threads)
 
-    def give_slot(self, threads: int, slot: Slot) -> None:
+    def release_slot(self, threads: int, slot: Slot) -> None:
         """Takes it back, for other images."""
         self._slots[threads].append(slot)
 
@@ -186,7 +186,7 @@ class Dispatcher:
         return found
 
 
-def taken(pop: Callable[[], T]) -> T | None:
+def pop_or_none(pop: Callable[[], T]) -> T | None:
     """What it takes from a list or queue, or None where none is left; from any thread."""
     try:
         return pop()
@@ -239,7 +239,7 @@ class ImageRun:
         Returns whether there is more to do.
         """
         if self._slot is None:
-            self._slot = self._dispatcher.take_slot(self._threads)
+            self._slot = self._dispatcher.acquire_slot(self._threads)
             self._slot.stem(self._images[self._position : self._position + 1])
             if not alone:
                 return True
@@ -255,7 +255,7 @@ class ImageRun:
     def abandon(self) -> None:
         """Gives back what it holds, where it is not done."""
         if self._slot is not None:
-            self._dispatcher.give_slot(self._threads, self._slot)
+            self._dispatcher.release_slot(self._threads, self._slot)
             self._slot = None
 
     def _decide(self, block: int, slot: Slot) -> None:
@@ -289,5 +289,5 @@ class ImageRun:
             ends = self._arch.tokens, self._arch.tokens + self._arch.heads
             for mask, part in zip(self._policy, np.split(self._kept, ends, 1), strict=True):
                 mask[:] = part
-        self._dispatcher.give_slot(self._threads, slot)
+        self._dispatcher.release_slot(self._threads, slot)
         self._slot = None

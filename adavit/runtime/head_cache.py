@@ -16,7 +16,7 @@ from adavit.bundle.head_weights import Arrays
 from adavit.bundle.keys import BlockKey
 from adavit.runtime.forks import renew_in_fork
 
-__all__ = ["HeadCache", "Lent", "Scratch", "in_file"]
+__all__ = ["HeadCache", "Lease", "Scratch", "in_file"]
 
 T = TypeVar("T")
 
@@ -51,8 +51,8 @@ class Scratch:
         self._used = 0
 
 
-class Lent(NamedTuple, Generic[T]):
-    """What a backend made of the weights of heads, until it is given back.
+class Lease(NamedTuple, Generic[T]):
+    """What a backend made of the weights of heads, until it is released.
 
     Attributes:
         values: by the names of a graph's inputs.
@@ -79,7 +79,7 @@ class HeadCache(Generic[T]):
 
     def __init__(self, graphs: Graphs, make: Callable[[Arrays], Mapping[str, T]], budget: int) -> None:
         self._graphs, self._make, self._budget = graphs, make, budget
-        self._kept: dict[BlockKey, tuple[Lent[T], int]] = {}
+        self._kept: dict[BlockKey, tuple[Lease[T], int]] = {}
         self._often: dict[BlockKey, int] = {}
         self._spare: list[Scratch] = []
         self._bytes = self._used = 0
@@ -91,8 +91,8 @@ class HeadCache(Generic[T]):
         """Makes the lock, in a forked child anew."""
         self._lock = threading.Lock()
 
-    def lend(self, key: BlockKey) -> Lent[T]:
-        """What is made of the weights that a block's graph is handed for a key; to be given back when it has run."""
+    def acquire(self, key: BlockKey) -> Lease[T]:
+        """What is made of the weights that a block's graph is handed for a key; to be released when it has run."""
         self._often[key] = self._often.get(key, 0) + 1
         found = self._kept.get(key)
         if found is not None:
@@ -103,25 +103,25 @@ class HeadCache(Generic[T]):
             scratch = Scratch()
         arrays = self._graphs.head_weights(key, scratch.empty)
         size = sum(array.nbytes for array in arrays.values() if not in_file(array))
-        self._release(sum(array.nbytes for array in arrays.values()))
+        self._count_used(sum(array.nbytes for array in arrays.values()))
         if not self._makes_room(key, size):
-            return Lent(self._make(arrays), arrays, scratch)
+            return Lease(self._make(arrays), arrays, scratch)
         arrays = {name: array if in_file(array) else array.copy() for name, array in arrays.items()}
-        self._give_back(scratch)
-        lent = Lent(self._make(arrays), arrays, None)
-        self._keep(key, lent, size)
-        return lent
+        self._free(scratch)
+        lease = Lease(self._make(arrays), arrays, None)
+        self._keep(key, lease, size)
+        return lease
 
-    def give_back(self, lent: Lent[T]) -> None:
-        """Takes back what was lent; nothing may use it any more."""
-        if lent.scratch is not None:
-            self._give_back(lent.scratch)
+    def release(self, lease: Lease[T]) -> None:
+        """Releases what was acquired; nothing may use it any more."""
+        if lease.scratch is not None:
+            self._free(lease.scratch)
 
-    def _give_back(self, scratch: Scratch) -> None:
+    def _free(self, scratch: Scratch) -> None:
         scratch.clear()
         self._spare.append(scratch)
 
-    def _release(self, size: int) -> None:
+    def _count_used(self, size: int) -> None:
         """Counts bytes that were used; see RELEASED."""
         self._used += size
         if self._used >= RELEASED:
@@ -143,10 +143,10 @@ class HeadCache(Generic[T]):
                 self._bytes -= self._kept.pop(other)[1]
         return True
 
-    def _keep(self, key: BlockKey, lent: Lent[T], size: int) -> None:
+    def _keep(self, key: BlockKey, lease: Lease[T], size: int) -> None:
         with self._lock:
             if key not in self._kept and self._bytes + size <= self._budget:
-                self._kept[key] = lent, size
+                self._kept[key] = lease, size
                 self._bytes += size
 
 

@@ -15,7 +15,7 @@ from adavit.cpus import usable_cpus
 from adavit.errors import OptionError, shown
 from adavit.reading import path_of
 from adavit.runtime.backend import Options, create_backend
-from adavit.runtime.choose import choose
+from adavit.runtime.fastest_backend import fastest_backend
 from adavit.runtime.replaced import again_if_replaced
 from adavit.runtime.session import Runtime
 
@@ -91,7 +91,9 @@ def _load(
             raise OptionError(
                 f"provider is {shown(options.provider)}: it belongs to one backend; name that instead of 'auto'"
             )
-        choice = choose(opened, graphs.precision, options, lambda name: _trial(opened, graphs, name, options))
+        choice = fastest_backend(
+            opened, graphs.precision, options, lambda name: _timed_run(opened, graphs, name, options)
+        )
         backend = choice.backend
     made = create_backend(backend, graphs, options)
     return Runtime(opened, graphs, made, options, offsets, choice, specialise)
@@ -121,7 +123,7 @@ def _options(
     return Options(threads, provider, parallel, bool(cuda_graphs), bool(trust_engines), bool(shared_pool))
 
 
-def _trial(bundle: Bundle, graphs: Graphs, backend: str, options: Options) -> tuple[Callable[[], object], int]:
+def _timed_run(bundle: Bundle, graphs: Graphs, backend: str, options: Options) -> tuple[Callable[[], object], int]:
     """A run to compare backends by: a few random images, one by one or, where samples run in parallel, at once.
 
     Returns it with its number of images.

@@ -22,9 +22,9 @@ from adavit.errors import BackendError, BundleError, InputError, shown
 from adavit.macs import dense_macs
 from adavit.results import Prediction, Result, checked_policy
 from adavit.runtime.backend import Backend, Options, Usage, Use, create_backend
-from adavit.runtime.choose import Choice
 from adavit.runtime.dense import DenseDispatcher, no_policies
 from adavit.runtime.dispatcher import Dispatcher, Observer
+from adavit.runtime.fastest_backend import Choice
 from adavit.runtime.finite import check_logits
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.inputs import checked_images

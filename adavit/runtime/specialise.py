@@ -68,8 +68,8 @@ def usage_from(values: Any, arch: Architecture) -> Usage:
             numbers = (threads, 1, 1024), (block, 0, arch.depth - 1), (tokens, fewest, arch.tokens)
             fits = all(type(n) is int and low <= n <= high for n, low, high in numbers)
             fits = fits and {attention, mlp} <= {0, 1} and (attention + mlp == 2 or arch.adapts_sublayers(block))
-            every = list(range(arch.heads))
-            fits = fits and heads == (sorted(set(heads) & set(every)) if arch.adapts_heads(block) else every)
+            all_heads = list(range(arch.heads))
+            fits = fits and heads == (sorted(set(heads) & set(all_heads)) if arch.adapts_heads(block) else all_heads)
             if not fits or type(often) not in (int, float) or not 0 < often <= 1:
                 raise ValueError("it is of another model")
             found[Use(threads, BlockKey(block, Sublayers(bool(attention), bool(mlp)), tuple(heads)), tokens)] = often
@@ -228,7 +228,7 @@ class Specialiser:
         there = set(self._backend.prepared())
         if there == set(wanted):
             return False
-        self._backend.keep([one for one in wanted if one in there])
+        self._backend.retain([one for one in wanted if one in there])
         for one in wanted:
             if self.closed:
                 return False

@@ -130,15 +130,15 @@ def _interrupts_later() -> Iterator[None]:
         yield
         return
     resource_tracker.ensure_running()  # else multiprocessing starts it with the first process, and lets Ctrl-C through
-    heard = []
-    handler = signal.signal(signal.SIGINT, lambda *_: heard.append(True))  # for what other threads are told
+    interrupts = []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # for what other threads are told
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
-        if heard:
+        if interrupts:
             signal.raise_signal(signal.SIGINT)
 
 

@@ -101,7 +101,7 @@ def balance(
             break
         offsets = {kind: offsets[kind] + part * step for kind, step in steps.items()}
     _set_biases(model, trained, best_offsets)
-    if world.leads:
+    if world.is_main:
         _warn_of_misses(targets, best_usage)
     return best_offsets
 
@@ -138,7 +138,7 @@ class _Decisions:
 
 def images_to_balance(train: LabelledImages, policy: PolicySettings | None) -> int:
     """How many training images each round looks at; 0 where no usage has a target to meet."""
-    return min(IMAGES, len(train.labels)) if policy and policy.pulled else 0
+    return min(IMAGES, len(train.labels)) if policy and policy.weighted_targets else 0
 
 
 def _choose(images: int, seed: int) -> list[int]:

@@ -37,24 +37,24 @@ def _between(arch: Architecture, tokens: float, heads: float) -> float:
 
 
 def targets_for(
-    arch: Architecture, policies: tuple[str, ...], budget: float, fixed: Mapping[str, float]
+    arch: Architecture, policies: tuple[str, ...], budget: float, chosen: Mapping[str, float]
 ) -> dict[str, float]:
-    """Targets that meet a budget: those fixed, and one value in common for the other kinds.
+    """Targets that meet a budget: those already chosen, and one value in common for the other kinds.
 
     Args:
         arch: the model's shapes.
         policies: the kinds that are trained, of `KINDS`.
         budget: share of the dense MACs.
-        fixed: targets already chosen.
+        chosen: targets already chosen.
 
     Raises:
         OptionError: nothing is left to choose.
         TrainingError: no value in [0, 1] meets the budget.
     """
-    free = [kind for kind in policies if kind not in fixed]
+    free = [kind for kind in policies if kind not in chosen]
 
     def share(value: float) -> float:
-        return expected_share(arch, {**fixed, **dict.fromkeys(free, value)})
+        return expected_share(arch, {**chosen, **dict.fromkeys(free, value)})
 
     low, high = share(0.0), share(1.0)
     if not free:
@@ -68,4 +68,4 @@ def targets_for(
     for _ in range(BISECTIONS):
         middle = (bottom + top) / 2
         bottom, top = (middle, top) if share(middle) < budget else (bottom, middle)
-    return {**{kind: fixed[kind] for kind in policies if kind in fixed}, **dict.fromkeys(free, (bottom + top) / 2)}
+    return {**{kind: chosen[kind] for kind in policies if kind in chosen}, **dict.fromkeys(free, (bottom + top) / 2)}

@@ -55,7 +55,7 @@ def choose_crop(given: float | None, path: Path | None, side: int) -> float:
 
 def choose_teacher(options: Options, source: AdaViT, arch: Architecture, policy: PolicySettings) -> Teacher | None:
     """The model to learn from, if anything is to be learnt: --teacher, or the weights to start from."""
-    if options["logit_weight"] == 0 and not policy.listens:
+    if options["logit_weight"] == 0 and not policy.distils_features:
         return None
     if not options["teacher"]:
         if source.arch.classes != arch.classes:
@@ -64,9 +64,9 @@ def choose_teacher(options: Options, source: AdaViT, arch: Architecture, policy:
         teacher: Teacher = source
     else:
         teacher = open_teacher(options["teacher"], arch)
-    if policy.listens and isinstance(teacher, OnnxTeacher):
+    if policy.distils_features and isinstance(teacher, OnnxTeacher):
         raise click.UsageError("an ONNX teacher gives logits alone; leave --attention-weight and --hidden-weight at 0")
-    if policy.listens and isinstance(teacher, AdaViT) and teacher.arch.tokens != arch.tokens:
+    if policy.distils_features and isinstance(teacher, AdaViT) and teacher.arch.tokens != arch.tokens:
         raise TrainingError(
             f"the teacher has {teacher.arch.tokens} tokens, the student {arch.tokens}: they have nothing to compare "
             "inside; leave --attention-weight and --hidden-weight at 0"
@@ -92,14 +92,14 @@ def choose_policies(text: str) -> tuple[str, ...]:
 
 def policy_settings(options: Options, arch: Architecture, kinds: tuple[str, ...]) -> PolicySettings:
     """How the policies of these kinds are trained."""
-    fixed = {kind: options[f"{OPTION_NAMES[kind]}_target"] for kind in KINDS}
-    fixed = {kind: target for kind, target in fixed.items() if target is not None}
-    if stray := set(fixed) - set(kinds):
+    chosen = {kind: options[f"{OPTION_NAMES[kind]}_target"] for kind in KINDS}
+    chosen = {kind: target for kind, target in chosen.items() if target is not None}
+    if stray := set(chosen) - set(kinds):
         raise click.UsageError(f"--{OPTION_NAMES[stray.pop()]}-target: that policy is not among --policies")
     if options["budget"] is not None:
-        targets = targets_for(arch, kinds, options["budget"], fixed)
+        targets = targets_for(arch, kinds, options["budget"], chosen)
     else:
-        targets = {**dict.fromkeys(kinds, PUBLISHED_TARGET), **fixed}
+        targets = {**dict.fromkeys(kinds, PUBLISHED_TARGET), **chosen}
     return PolicySettings(
         targets=targets,
         weights={kind: options[f"{OPTION_NAMES[kind]}_weight"] for kind in kinds},

@@ -78,21 +78,23 @@ class Trainer(RunState):
         """Trains from the current step to the last one."""
         settings, arch = self.settings, self.model.arch
         batches = TrainingBatches(train, settings, arch.image_size, self.world, workers)
-        log = Log(self.folder / LOG, self.step - (self.unfinished is not None)) if self.world.leads else None
+        log = Log(self.folder / LOG, self.step - (self.unfinished is not None)) if self.world.is_main else None
 
         def note(entry: Record) -> None:
             if entry and log:
                 log.write({"step": self.step, "epoch": self.step / batches.per_epoch, **entry})
 
         def save() -> None:
-            if self.world.leads:
+            if self.world.is_main:
                 self.save(self.step // batches.per_epoch)
 
         first = self.step
-        with self._parts() as (forward, heard):
+        with self._parts() as (forward, recordings):
             for images, targets in batches.iterate(self.step, settings.steps):
                 with _compiler_errors():
-                    terms = self._update(forward, heard, images.to(self.world.device), targets.to(self.world.device))
+                    terms = self._update(
+                        forward, recordings, images.to(self.world.device), targets.to(self.world.device)
+                    )
                 self.step += 1
                 reporter.progress("training", (self.step - first) / (settings.steps - first))
                 learnt = {"learning_rate": learning_rate(self.step - 1, settings), **terms}
@@ -132,20 +134,20 @@ class Trainer(RunState):
         """The module to call, parallel where there are more processes, and recordings where they are compared."""
         policy = self.settings.policy
         with ExitStack() as stack:
-            heard = None
-            if policy and policy.listens and isinstance(self.teacher, AdaViT):
-                heard = stack.enter_context(record(self.model)), stack.enter_context(record(self.teacher))
+            recordings = None
+            if policy and policy.distils_features and isinstance(self.teacher, AdaViT):
+                recordings = stack.enter_context(record(self.model)), stack.enter_context(record(self.teacher))
             module: torch.nn.Module = self.model
             if self.world.size > 1:
                 module = DistributedDataParallel(module)
             if self.settings.compile:
                 module.compile()
-            yield module, heard
+            yield module, recordings
 
     def _update(
         self,
         forward: torch.nn.Module,
-        heard: tuple[Recording, Recording] | None,
+        recordings: tuple[Recording, Recording] | None,
         images: Tensor,
         targets: Tensor,
     ) -> dict[str, float]:
@@ -153,7 +155,7 @@ class Trainer(RunState):
         set_learning_rate(self.optimiser, learning_rate(self.step, self.settings))
         bf16 = self.settings.precision == "bf16"
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
-            terms, usages = self._terms(forward, heard, images, targets)
+            terms, usages = self._terms(forward, recordings, images, targets)
         total = sum(terms.values(), start=torch.zeros((), device=self.world.device))
         self._require_finite(total, terms)
         self.optimiser.zero_grad(set_to_none=True)
@@ -166,7 +168,7 @@ class Trainer(RunState):
     def _terms(
         self,
         forward: torch.nn.Module,
-        heard: tuple[Recording, Recording] | None,
+        recordings: tuple[Recording, Recording] | None,
         images: Tensor,
         targets: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -180,7 +182,7 @@ class Trainer(RunState):
         if self.teacher is not None:
             with torch.no_grad():
                 taught = self.teacher(images, decide=None)
-            terms |= objective.distillation_terms(output, taught, heard, self.model.arch.heads, self.settings)
+            terms |= objective.distillation_terms(output, taught, recordings, self.model.arch.heads, self.settings)
         return terms, {f"training_{kind}": float(mean.detach()) for kind, mean in usage.items()}
 
     def _noisy_decide(self, policy: PolicySettings) -> GumbelDecide:
@@ -211,7 +213,7 @@ class Trainer(RunState):
 
     def _balance(self, train: LabelledImages, progress: Progress) -> dict[str, float]:
         """Moves the averaged decisions to the targets of the kinds whose usage has a weight; the offsets."""
-        targets = self.settings.policy.pulled if self.settings.policy else {}
+        targets = self.settings.policy.weighted_targets if self.settings.policy else {}
         found = balance(self.average, targets, train, self.settings, self.world, progress) if targets else {}
         return {f"offset_{kind}": offset for kind, offset in found.items()}
 

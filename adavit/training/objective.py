@@ -32,14 +32,14 @@ def usage_terms(output: Output, usage: Usage, settings: PolicySettings) -> Terms
 
 
 def distillation_terms(
-    student: Output, teacher: Output, heard: tuple[Recording, Recording] | None, heads: int, settings: Settings
+    student: Output, teacher: Output, recordings: tuple[Recording, Recording] | None, heads: int, settings: Settings
 ) -> Terms:
     """Soft labels, class-token attention of the kept heads, class-token states of the kept sub-layers.
 
     Args:
         student: its output.
         teacher: its output for the same images.
-        heard: recordings of both forwards, where more than logits is compared.
+        recordings: recordings of both forwards, where more than logits is compared.
         heads: of every block.
         settings: the weights.
     """
@@ -48,13 +48,13 @@ def distillation_terms(
         loss = losses.logit_distillation(student.logits, teacher.logits, settings.distillation_temperature)
         terms["distil_logits"] = settings.logit_weight * loss
     policy, blocks = settings.policy, range(len(student.policies))
-    if heard is None or policy is None:
+    if recordings is None or policy is None:
         return terms
     if policy.attention_weight > 0:
         per_block = [
             losses.attention_distillation(
-                heard[0].attention(i, heads, student.policies[i]),
-                heard[1].attention(i, heads),
+                recordings[0].attention(i, heads, student.policies[i]),
+                recordings[1].attention(i, heads),
                 student.policies[i].heads,
             )
             for i in blocks
@@ -63,7 +63,7 @@ def distillation_terms(
     if policy.hidden_weight > 0:
         per_sublayer = [
             losses.hidden_distillation(
-                heard[0].states[2 * i + s], heard[1].states[2 * i + s], _kept(student.policies[i], s)
+                recordings[0].states[2 * i + s], recordings[1].states[2 * i + s], _kept(student.policies[i], s)
             )
             for i in blocks
             for s in (0, 1)

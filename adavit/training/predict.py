@@ -59,13 +59,13 @@ class Predictions:
         """What the images used."""
         return Policy(self.tokens, self.heads, self.sublayers)
 
-    def target_usage(self, keep: int) -> dict[str, float]:
+    def target_usage(self, first_adapted: int) -> dict[str, float]:
         """Mean usages as the targets of training count them; see `usage.measure_usage`.
 
-        Patch tokens of all blocks; heads and sub-layers of the blocks from `keep` on, heads weighted by the
+        Patch tokens of all blocks; heads and sub-layers of the blocks from `first_adapted` on, heads weighted by the
         sub-layers that run. `policy.usage()` is the usage that the runtime reports.
         """
-        heads, sublayers = self.heads[:, keep:].mean(-1), self.sublayers[:, keep:]
+        heads, sublayers = self.heads[:, first_adapted:].mean(-1), self.sublayers[:, first_adapted:]
         running = sublayers.sum(-1)
         return {
             "tokens": float(self.tokens[..., 1:].mean()),

@@ -46,7 +46,7 @@ class Data:
 
     def __init__(self, options: Options, world: World) -> None:
         set_threads(options)
-        if world.leads:
+        if world.is_main:
             check_packages("matplotlib", "safetensors")
             check_output(options["output"], (CHECKPOINT, WEIGHTS, PLOT), options["resume"])
         if options["batch"] % world.size or (options["mixup"] and options["batch"] // world.size % 2):
@@ -77,7 +77,7 @@ def train_dense(options: Options, progress: console.Progress) -> None:
         teacher = open_teacher(options["teacher"], arch) if options["teacher"] else None
         settings = run_settings(options, arch, len(data.train.labels), None, teacher)
         sources = _sources(options, data, teacher)
-        if source and not options["image_size"] and world.leads:
+        if source and not options["image_size"] and world.is_main:
             _warn_of_shrinking(data.pictures, arch.image_size)
         _run(Trainer(model, settings, world, options["output"], teacher, sources), data, options, progress)
 
@@ -90,7 +90,7 @@ def train_adaptive(options: Options, progress: console.Progress) -> None:
         kinds = choose_policies(options["policies"])
         arch = start.adaptive_shapes(source.arch, kinds, data.classes, options["patch_size"])
         policy = policy_settings(options, arch, kinds)
-        if policy.listens and options["token_drop"]:
+        if policy.distils_features and options["token_drop"]:
             raise click.UsageError(
                 "--token-drop leaves a teacher nothing to compare inside; "
                 "leave --attention-weight and --hidden-weight at 0"
@@ -104,7 +104,7 @@ def train_adaptive(options: Options, progress: console.Progress) -> None:
 
 def _run(trainer: Trainer, data: Data, options: Options, progress: console.Progress) -> None:
     """Trains, then writes the plot and the averaged weights."""
-    folder, leads = options["output"], trainer.world.leads
+    folder, is_main = options["output"], trainer.world.is_main
     if options["resume"]:
         trainer.resume()
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,26 +116,26 @@ def _run(trainer: Trainer, data: Data, options: Options, progress: console.Progr
         progress.clear()
         click.echo(console.printable(line), err=True)
 
-    if leads:
+    if is_main:
         warn_of_full_disk(folder, sum(weight.nbytes for weight in trainer.model.parameters()))
         teacher = options["teacher"] or options["source"] if trainer.teacher else None
         for line in run_lines(trainer, data.train, data.test, data.pictures, teacher):
             say(line)
-    reporter = Reporter(progress, say) if leads else Reporter()
+    reporter = Reporter(progress, say) if is_main else Reporter()
     progress.expect(expected_stages(trainer, data.train, data.test, intervals))
     try:
         trainer.run(data.train, data.test, intervals, options["workers"], reporter)
         progress.clear()
-        if leads:
+        if is_main:
             _finish(trainer, data.train.classes, folder)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_after_interrupt(trainer)) from None
-    if leads:
+    if is_main:
         say(f"next: {_next_step(trainer, options)}")
 
 
 def _after_interrupt(trainer: Trainer) -> str:
-    if not trainer.world.leads:
+    if not trainer.world.is_main:
         return ""
     if trainer.saved is None:
         return "nothing is saved yet"

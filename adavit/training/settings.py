@@ -42,12 +42,12 @@ class PolicySettings:
     learning_rate_scale: float = 10.0
 
     @property
-    def listens(self) -> bool:
+    def distils_features(self) -> bool:
         """Whether it learns from the inside of a teacher, not from its logits alone."""
         return max(self.attention_weight, self.hidden_weight) > 0
 
     @property
-    def pulled(self) -> dict[str, float]:
+    def weighted_targets(self) -> dict[str, float]:
         """The targets of the kinds whose usage has a weight."""
         return {kind: target for kind, target in self.targets.items() if self.weights[kind] > 0}
 
@@ -93,7 +93,7 @@ class Settings:
     @property
     def distils(self) -> bool:
         """Whether there is anything to learn from a teacher."""
-        return self.logit_weight > 0 or (self.policy is not None and self.policy.listens)
+        return self.logit_weight > 0 or (self.policy is not None and self.policy.distils_features)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""

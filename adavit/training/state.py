@@ -116,7 +116,7 @@ class RunState:
         ):
             if change := describe_change(then, now):
                 raise TrainingError(f"{path}: the run to resume has other {words}: {change}; give the same options")
-        if not hasattr(begun, "sources") and self.world.leads:
+        if not hasattr(begun, "sources") and self.world.is_main:
             message = f"{path}: does not note its images and its teacher; make sure that they are the same"
             warnings.warn(message, stacklevel=2)
 

@@ -12,10 +12,10 @@ from cases import export, picture, pictures_in, quiet, random_model, read_config
 import adavit
 from adavit.bundle.operating_points import Budgets, Offsets
 from adavit.calibration import budgets as calibration
-from adavit.calibration import trial as module
+from adavit.calibration import offset_evaluator as module
 from adavit.calibration.budgets import add_budgets
+from adavit.calibration.offset_evaluator import OffsetEvaluator
 from adavit.calibration.options import BudgetOptions
-from adavit.calibration.trial import Trial
 from adavit.errors import BundleError, InputError, OptionError
 from adavit.runtime import Runtime
 
@@ -34,7 +34,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def middle(bundle: Path, photos: Path) -> float:
     """A budget below the trained policy's that the pictures can meet."""
     runtime = adavit.load(bundle, threads=1)
-    tried, _ = Trial.of_files(runtime, (photos,), quiet)
+    tried, _ = OffsetEvaluator.of_files(runtime, (photos,), quiet)
     return round(0.4 * tried.run(Offsets(-99, -99, -99)).macs + 0.6 * tried.trained.macs, 3)
 
 
@@ -161,8 +161,8 @@ def test_a_model_without_policies_is_refused_before_its_images_are_read(tmp_path
 
 
 def test_many_images_are_drawn_from_all_of_them(runtime: Runtime, photos: Path) -> None:
-    drawn, _ = Trial.of_files(runtime, (photos,), quiet, 18)
-    again, _ = Trial.of_files(runtime, (photos,), quiet, 18)
+    drawn, _ = OffsetEvaluator.of_files(runtime, (photos,), quiet, 18)
+    again, _ = OffsetEvaluator.of_files(runtime, (photos,), quiet, 18)
     assert len(drawn) == 18
     assert drawn.labels is not None
     assert again.labels is not None
@@ -176,10 +176,10 @@ def test_no_more_images_are_held_than_memory_is_for(
     image = 4 * 3 * tiny().image_size ** 2
     for memory, held in ((20 * image, 20), (5 * image, 16), (99 * image, 24)):  # as few as budgets need, in any case
         monkeypatch.setattr(module, "MOST_BYTES", memory)
-        assert len(Trial.of_files(runtime, (photos,), quiet)[0]) == held
+        assert len(OffsetEvaluator.of_files(runtime, (photos,), quiet)[0]) == held
 
 
 def test_labels_count_where_every_image_has_one(runtime: Runtime, photos: Path, tmp_path: Path) -> None:
     picture(99).save(tmp_path / "unlabelled.png")
-    both, _ = Trial.of_files(runtime, (photos, tmp_path / "unlabelled.png"), quiet)
+    both, _ = OffsetEvaluator.of_files(runtime, (photos, tmp_path / "unlabelled.png"), quiet)
     assert (len(both), both.labels) == (25, None)

@@ -35,7 +35,7 @@ from adavit.calibration.linear import Sublayer, sublayers_of
 from adavit.calibration.mixed import Loss, Measure, Search
 from adavit.calibration.options import CalibrationOptions
 from adavit.calibration.ranges import Ranges
-from adavit.calibration.recording import Seen
+from adavit.calibration.recording import DispatchCount
 from adavit.cli import export as command
 from adavit.datasets.image_files import ImageFile, read_images
 from adavit.errors import InputError, OptionError
@@ -231,7 +231,7 @@ def test_the_precision_that_calibration_allows(
     precision: str, reached: int, peak: float, found: str, reason: str | None
 ) -> None:
     few, every = Sublayer(1, "mlp"), sublayers_of(WIDE)
-    seen = {sublayer.name: Seen(reached if sublayer == few else 9, 99) for sublayer in every}
+    seen = {sublayer.name: DispatchCount(reached if sublayer == few else 9, 99) for sublayer in every}
     ranges = Ranges(9, seen, peaks={**{sublayer.name: 1.0 for sublayer in every}, few.name: peak})
     assigned = assign(WIDE, ranges, precision)
     assert assigned.pop(few) == Assignment(found, reason)

@@ -12,11 +12,11 @@ from landscapes import ALIKE, ASKED, KINDS, SCALES, Landscape, Part
 
 from adavit.bundle.operating_points import TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.calibration import budgets as calibration
-from adavit.calibration import choose
+from adavit.calibration import search
 from adavit.calibration.budgets import calibrate
-from adavit.calibration.meet import CLOSE, even, meet
-from adavit.calibration.trial import Outcome
-from adavit.calibration.walk import Walk, moves_by_unit
+from adavit.calibration.greedy_walk import GreedyWalk, moves_by_unit
+from adavit.calibration.line_search import CLOSE, even_line, point_at_macs
+from adavit.calibration.offset_evaluator import Outcome
 from adavit.calibration.work import Work
 from adavit.errors import InputError
 
@@ -60,17 +60,17 @@ class Trap(Landscape):
 
 def test_what_pays_at_first_does_not_spoil_the_end() -> None:
     trap: Any = Trap(ALIKE, ALIKE)
-    walk = Walk(trap, TRAINED, -1, 0.04, moves_by_unit(tiny()))
-    while walk.here.outcome.macs > 0.25 and walk.onward():
+    walk = GreedyWalk(trap, TRAINED, -1, 0.04, moves_by_unit(tiny()))
+    while walk.last.outcome.macs > 0.25 and walk.step():
         pass
-    assert walk.here.outcome.score < 0.1
+    assert walk.last.outcome.score < 0.1
     assert points_of(trap, [0.25, 0.5])[0.25].measured["agreement"] > 0.24
 
 
 @given(st.tuples(*[st.floats(0.3, 3)] * 3), st.tuples(*[st.floats(0.1, 10)] * 3), st.floats(0, 10))
 @settings(max_examples=8, deadline=None, derandomize=True)
-def test_points_are_no_worse_than_the_same_offset_for_all(scales: Any, worth: Any, balance: float) -> None:
-    land = Landscape(dict(zip(KINDS, scales, strict=True)), dict(zip(KINDS, worth, strict=True)), balance)
+def test_points_are_no_worse_than_the_same_offset_for_all(scales: Any, importance: Any, balance: float) -> None:
+    land = Landscape(dict(zip(KINDS, scales, strict=True)), dict(zip(KINDS, importance, strict=True)), balance)
     trained, points = land.trained.score, points_of(land, ASKED)
     for point in (points[budget] for budget in ASKED):
         low, high = -50.0, 50.0
@@ -103,9 +103,9 @@ def is_even(offsets: Offsets) -> bool:
 @pytest.mark.parametrize(("lead", "taken"), [(0.02, True), (0.008, False), (-0.008, False)])
 def test_what_may_be_luck_is_not_taken(lead: float, taken: bool) -> None:
     land: Any = Unsure(lead, noise=0.1)  # of 100 images: a standard error of 0.01
-    walk = Walk(land, TRAINED, -1, 0.03, moves_by_unit(tiny()))
-    assert walk.onward()
-    assert is_even(walk.here.offsets) == (not taken)
+    walk = GreedyWalk(land, TRAINED, -1, 0.03, moves_by_unit(tiny()))
+    assert walk.step()
+    assert is_even(walk.last.offsets) == (not taken)
     points = points_of(land, [0.3, 0.8])
     assert {is_even(points[budget].offsets) for budget in (0.3, 0.8)} == {not taken}
 
@@ -161,14 +161,17 @@ def test_what_is_good_at_a_budget_is_tried_at_all_others(good: int, monkeypatch:
     land: Any = Landscape(ALIKE, {"tokens": 1.0, "heads": 10.0, "sublayers": 1.0})
     land.work = Work(lambda _: None)
     levels = [0.3, 0.5, 0.7]
-    land.work.plan(*choose.expected(land, len(levels)))
+    land.work.plan(*search.expected(land, len(levels)))
     keeps, drops = Offsets(-2.0, 2.0, -2.0), Offsets(1.0, -2.0, 1.0)  # the heads, which are dear
-    places = {level: meet(land, even(land, keeps if level == levels[good] else drops), level) for level in levels}
-    monkeypatch.setattr(choose, "_place", lambda trial, walk, level: places[level])
-    for level, stop in choose.best_stops(land, levels, land.work).items():
-        wanted = meet(land, even(land, keeps), level).outcome
-        assert stop.outcome.macs == pytest.approx(level, rel=CLOSE)
-        assert stop.outcome.score > wanted.score - 0.01
+    places = {
+        level: point_at_macs(land, even_line(land, keeps if level == levels[good] else drops), level)
+        for level in levels
+    }
+    monkeypatch.setattr(search, "_place", lambda evaluator, walk, level: places[level])
+    for level, point in search.best_points(land, levels, land.work).items():
+        wanted = point_at_macs(land, even_line(land, keeps), level).outcome
+        assert point.outcome.macs == pytest.approx(level, rel=CLOSE)
+        assert point.outcome.score > wanted.score - 0.01
 
 
 def test_a_budget_of_the_trained_policy_is_the_trained_policy() -> None:

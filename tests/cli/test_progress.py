@@ -10,7 +10,7 @@ import pytest
 
 from adavit.console.progress import GAPS, OFF, Estimate, Progress, Stage, time_left
 
-STAGES = [Stage("reading", 1.0), Stage("exporting", 4.0), Stage("measuring", 5.0, fixed=True)]
+STAGES = [Stage("reading", 1.0), Stage("exporting", 4.0), Stage("measuring", 5.0, fixed_duration=True)]
 
 
 class Terminal(io.StringIO):

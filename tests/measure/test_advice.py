@@ -84,23 +84,23 @@ def test_errors_are_paired_by_image() -> None:
 @pytest.mark.parametrize(("lost", "gained", "images"), [(0, 1, 1), (1, 0, 1), (4, 0, 20), (0, 4, 20), (0, 0, 20)])
 def test_a_handful_of_images_shows_neither_gain_nor_loss(lost: int, gained: int, images: int) -> None:
     loss = Loss(lost, gained, images)
-    assert not loss.bearable and not loss.excessive and "within noise" in str(loss)
+    assert not loss.acceptable and not loss.excessive and "within noise" in str(loss)
 
 
 def test_few_images_prove_nothing() -> None:
     for few, many in ((100, 1000), (300, 3000)):
-        assert not Loss(0, 0, few).bearable and Loss(0, 0, many).bearable
-        assert not Loss(0, 0, few, labelled=False).bearable and Loss(0, 0, many, labelled=False).bearable
+        assert not Loss(0, 0, few).acceptable and Loss(0, 0, many).acceptable
+        assert not Loss(0, 0, few, labelled=False).acceptable and Loss(0, 0, many, labelled=False).acceptable
         assert not Loss(1, 0, few).excessive
 
 
 @pytest.mark.parametrize("loss", [Loss(20, 18, 1000), Loss(0, 0, 20), Loss(0, 0, 20, labelled=False)])
 def test_as_many_images_as_are_said_to_do_it_do_it(loss: Loss) -> None:
     wanted = loss.wanted_images
-    assert wanted is not None and not loss.bearable
+    assert wanted is not None and not loss.acceptable
     share = [part / loss.images for part in (loss.lost, loss.gained)]
-    assert Loss(*(wanted * part for part in share), wanted, loss.labelled).bearable
-    assert not Loss(*(wanted / 2 * part for part in share), wanted / 2, loss.labelled).bearable
+    assert Loss(*(wanted * part for part in share), wanted, loss.labelled).acceptable
+    assert not Loss(*(wanted / 2 * part for part in share), wanted / 2, loss.labelled).acceptable
 
 
 def test_no_number_of_images_makes_a_large_loss_small() -> None:

@@ -11,7 +11,7 @@ from adavit.measure.benchmark import Measurement, Plan, latency, measure, summar
 from adavit.runtime import Policy, Runtime
 
 
-class Watched:
+class RecordingRuntime:
     """A runtime that notes what it is asked to run."""
 
     def __init__(self, runtime: Runtime) -> None:
@@ -29,10 +29,10 @@ class Watched:
 
 
 def test_the_dense_twin_alternates_on_the_same_images(runtime: Runtime) -> None:
-    watched, images = Watched(runtime), random_images(tiny(), 3)
-    found = measure(watched, images, Plan(batch=2, iterations=3, warmup=1))  # type: ignore[arg-type]
+    recording, images = RecordingRuntime(runtime), random_images(tiny(), 3)
+    found = measure(recording, images, Plan(batch=2, iterations=3, warmup=1))  # type: ignore[arg-type]
     assert (len(found.adaptive_ms), len(found.dense_ms)) == (3, 3)
-    calls = watched.calls[1:]  # the first call loads the dense twin
+    calls = recording.calls[1:]  # the first call loads the dense twin
     assert [kind for kind, _, _ in calls] == ["adaptive", "dense"] * 4
     for position, wanted in enumerate(([0, 1], [2, 0], [1, 2], [0, 1])):
         for _, given, _ in calls[2 * position : 2 * position + 2]:
@@ -40,9 +40,9 @@ def test_the_dense_twin_alternates_on_the_same_images(runtime: Runtime) -> None:
 
 
 def test_a_policy_stays_with_its_images(runtime: Runtime) -> None:
-    watched, images, policy = Watched(runtime), random_images(tiny(), 3), random_policy(tiny(), 3, seed=1)
-    measure(watched, images, Plan(batch=2, iterations=2, warmup=0, dense=False), policy)  # type: ignore[arg-type]
-    for (kind, _, given), wanted in zip(watched.calls, ([0, 1], [2, 0]), strict=True):
+    recording, images, policy = RecordingRuntime(runtime), random_images(tiny(), 3), random_policy(tiny(), 3, seed=1)
+    measure(recording, images, Plan(batch=2, iterations=2, warmup=0, dense=False), policy)  # type: ignore[arg-type]
+    for (kind, _, given), wanted in zip(recording.calls, ([0, 1], [2, 0]), strict=True):
         assert kind == "adaptive"
         assert given is not None
         assert_same_policy(given, policy[np.array(wanted)])

@@ -16,16 +16,16 @@ from adavit.cli import run
 from adavit.errors import LONGEST_MESSAGE, BackendError, InputError
 from adavit.runtime import Runtime
 from adavit.runtime import backend as backends
-from adavit.runtime import choose as choosing
+from adavit.runtime import fastest_backend as selection
 from adavit.runtime.backend import Options
 from adavit.runtime.cache import facts, kept_at, recall, remember
-from adavit.runtime.choose import Choice, choose
+from adavit.runtime.fastest_backend import Choice, fastest_backend
 
 
 @pytest.fixture(autouse=True)
 def _at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty cache folder, and measurements that take no time."""
-    monkeypatch.setattr(choosing, "SECONDS", 0.0)
+    monkeypatch.setattr(selection, "SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ class Stage:
         self.asked: list[str] = []
         self.milliseconds = milliseconds
         self.now = 0.0
-        monkeypatch.setattr(choosing, "names", lambda: sorted(milliseconds))
-        monkeypatch.setattr(choosing, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(selection, "names", lambda: sorted(milliseconds))
+        monkeypatch.setattr(selection, "perf_counter", lambda: self.now)
 
     def prepare(self, name: str) -> Any:
         self.asked.append(name)
@@ -61,14 +61,14 @@ def files(cache: Path) -> list[Path]:
 
 def test_the_fastest_is_taken_and_kept(opened: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch, slow=8.0, fast=4.0, absent=None)
-    first = choose(opened, "fp32", Options(1), stage.prepare)
+    first = fastest_backend(opened, "fp32", Options(1), stage.prepare)
     assert (first.backend, first.cached) == ("fast", False)
     assert first.milliseconds == pytest.approx({"fast": 2.0, "slow": 4.0})
     assert first.skipped == {"absent": "absent is not installed"}
     assert [str(path) for path in files(cache)] == [first.path]
     assert "fast, the fastest here: fast 2.00 ms an image, slow 4.00 ms an image (measured now, kept in" in str(first)
     asked = list(stage.asked)
-    again = choose(opened, "fp32", Options(1), stage.prepare)
+    again = fastest_backend(opened, "fp32", Options(1), stage.prepare)
     assert (again.backend, again.cached, again.path) == ("fast", True, first.path)
     assert again.milliseconds == first.milliseconds
     assert stage.asked == asked
@@ -92,7 +92,7 @@ def test_the_best_of_some_rounds_counts_and_the_first_runs_do_not(
 
         return uneven, images
 
-    found = choose(opened, "fp32", Options(1), prepare)
+    found = fastest_backend(opened, "fp32", Options(1), prepare)
     assert found.backend == "disturbed"
     assert found.milliseconds == pytest.approx({"steady": 2.5, "disturbed": 2.0})
 
@@ -102,27 +102,31 @@ def test_a_backend_that_loads_but_does_not_run_is_skipped(opened: Bundle, monkey
         raise BackendError("out of memory")
 
     stage = Stage(monkeypatch, runs=5.0, broken=1.0)
-    found = choose(opened, "fp32", Options(1), lambda name: (refuse, 1) if name == "broken" else stage.prepare(name))
+    found = fastest_backend(
+        opened, "fp32", Options(1), lambda name: (refuse, 1) if name == "broken" else stage.prepare(name)
+    )
     assert (found.backend, found.skipped) == ("runs", {"broken": "out of memory"})
 
 
 def test_none_at_all(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="no backend runs this bundle: a is not installed; b is not installed"):
-        choose(opened, "fp32", Options(1), Stage(monkeypatch, a=None, b=None).prepare)
+        fastest_backend(opened, "fp32", Options(1), Stage(monkeypatch, a=None, b=None).prepare)
 
 
 @pytest.mark.openvino
 def test_what_a_choice_depends_on(opened: Bundle, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch, a=1.0)
-    choose(opened, "fp32", Options(1), stage.prepare)
+    fastest_backend(opened, "fp32", Options(1), stage.prepare)
     for options in (Options(2), Options(1, parallel="samples")):
-        assert not choose(opened, "fp32", options, stage.prepare).cached
-        assert choose(opened, "fp32", options, stage.prepare).cached
-    assert not choose(opened, "int8", Options(1), stage.prepare).cached
-    assert choose(opened, "fp32", Options(1, shared_pool=True), stage.prepare).cached, "of the command and of load"
+        assert not fastest_backend(opened, "fp32", options, stage.prepare).cached
+        assert fastest_backend(opened, "fp32", options, stage.prepare).cached
+    assert not fastest_backend(opened, "int8", Options(1), stage.prepare).cached
+    assert fastest_backend(opened, "fp32", Options(1, shared_pool=True), stage.prepare).cached, (
+        "of the command and of load"
+    )
     config = json.loads((bundle / "config.json").read_text())
     (bundle / "config.json").write_text(json.dumps({**config, "name": "another"}))
-    assert not choose(Bundle.open(bundle), "fp32", Options(1), stage.prepare).cached
+    assert not fastest_backend(Bundle.open(bundle), "fp32", Options(1), stage.prepare).cached
     versions = facts(opened, Options(1))["versions"]
     assert {"onnxruntime", "openvino"} <= set(versions)
     for name, value in (
@@ -134,8 +138,8 @@ def test_what_a_choice_depends_on(opened: Bundle, bundle: Path, monkeypatch: pyt
         ("__version__", "9.9.9"),
     ):
         monkeypatch.setattr(f"adavit.runtime.cache.{name}", value)
-        assert not choose(opened, "fp32", Options(1), stage.prepare).cached, name
-        assert choose(opened, "fp32", Options(1), stage.prepare).cached, name
+        assert not fastest_backend(opened, "fp32", Options(1), stage.prepare).cached, name
+        assert fastest_backend(opened, "fp32", Options(1), stage.prepare).cached, name
 
 
 def damage(path: Path) -> Iterator[str]:
@@ -158,22 +162,22 @@ def test_a_damaged_file_is_measured_again(
     opened: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = Stage(monkeypatch, a=1.0, b=2.0)
-    choose(opened, "fp32", Options(1), stage.prepare)
+    fastest_backend(opened, "fp32", Options(1), stage.prepare)
     (path,) = files(cache)
     for text in damage(path):
         path.write_text(text)
         caplog.clear()
-        again = choose(opened, "fp32", Options(1), stage.prepare)
+        again = fastest_backend(opened, "fp32", Options(1), stage.prepare)
         assert (again.backend, again.cached) == ("a", False), text[:80]
         assert "it is replaced" in caplog.text
-        assert choose(opened, "fp32", Options(1), stage.prepare).cached
+        assert fastest_backend(opened, "fp32", Options(1), stage.prepare).cached
 
 
 def test_a_cache_that_cannot_be_written(
     opened: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("a file, not a folder")
-    found = choose(opened, "fp32", Options(1), Stage(monkeypatch, a=1.0).prepare)
+    found = fastest_backend(opened, "fp32", Options(1), Stage(monkeypatch, a=1.0).prepare)
     assert (found.backend, found.cached, found.path) == ("a", False, None)
     assert "is not kept" in caplog.text
     assert "not kept" in str(found)
@@ -270,7 +274,7 @@ def test_what_is_timed(parallel: str, sizes: list[int], tiny_bundle: Path, monke
         ran.append(len(images))
         return run_images(runtime, images, *given)
 
-    monkeypatch.setattr(choosing, "names", lambda: ["onnxruntime"])
+    monkeypatch.setattr(selection, "names", lambda: ["onnxruntime"])
     monkeypatch.setattr(Runtime, "run", noted)
     choice = adavit.load(tiny_bundle, backend="auto", threads=2, parallel=parallel).choice
     assert choice is not None

@@ -16,7 +16,7 @@ IMAGES = random_images(WIDE, 1)
 EVERY = tuple(range(WIDE.heads))
 
 
-class Watched:
+class RecordingSlot:
     """A slot that notes what its image runs."""
 
     def __init__(self, slot: Any, ran: list[tuple[BlockKey, int]]) -> None:
@@ -46,8 +46,8 @@ class Watching:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def slot(self, threads: int) -> Watched:
-        return Watched(self.inner.slot(threads), self.ran)
+    def slot(self, threads: int) -> RecordingSlot:
+        return RecordingSlot(self.inner.slot(threads), self.ran)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ import adavit
 from adavit.bundle.operating_points import Offsets
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.macs import dense_macs
-from adavit.measure.compare import Watched
+from adavit.measure.compare import ObservedRuntime
 from adavit.runtime import Policy
 from adavit.runtime import dense as dense_module
 
@@ -80,8 +80,8 @@ def test_predictions(plain: tuple[Path, Path]) -> None:
 
 
 def test_the_fastest_backend_is_found(plain: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adavit.runtime.choose.SECONDS", 0.01)
-    monkeypatch.setattr("adavit.runtime.choose.ROUNDS", 1)
+    monkeypatch.setattr("adavit.runtime.fastest_backend.SECONDS", 0.01)
+    monkeypatch.setattr("adavit.runtime.fastest_backend.ROUNDS", 1)
     runtime = adavit.load(plain[0], "auto", threads=1)
     assert runtime.choice is not None
     assert {"onnxruntime"} <= set(runtime.choice.milliseconds)
@@ -106,7 +106,7 @@ def test_what_needs_policies_says_so(plain: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match="no policies, so there is nothing to observe"):
         runtime.run(IMAGES, observe=print)
     with pytest.raises(InputError, match="nothing to compare; adavit-train adapt trains policies"):
-        Watched(runtime)
+        ObservedRuntime(runtime)
 
 
 def test_what_is_damaged(plain: tuple[Path, Path], tmp_path: Path) -> None:

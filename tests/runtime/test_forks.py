@@ -142,7 +142,7 @@ def test_a_child_prepares_by_a_thread_of_its_own(tiny_bundle: Path, tmp_path: Pa
     wanted = runtime.run(images).logits  # from here on the parent prepares
 
     def work() -> bytes:
-        runtime.backend.keep(())
+        runtime.backend.retain(())
         found = runtime.run(images).logits
         until = monotonic() + SECONDS / 2
         while not runtime.backend.prepared() and monotonic() < until:

@@ -85,7 +85,7 @@ def test_what_is_prepared_computes_the_same(name: str, loaded: Runtime) -> None:
             assert_same_policy(result.policy, policy)
             np.testing.assert_allclose(result.logits, logits, atol=1e-4, rtol=0)
     finally:
-        loaded.backend.keep(())
+        loaded.backend.retain(())
     assert not loaded.backend.prepared()
     np.testing.assert_allclose(loaded.run(images).logits, logits, atol=1e-4, rtol=0)
 

@@ -36,7 +36,7 @@ class Counted:
     def takes(self, key: BlockKey) -> bool:
         """Whether a key's weights have to be taken."""
         before = len(self.made)
-        self.cache.give_back(self.cache.lend(key))
+        self.cache.release(self.cache.acquire(key))
         return len(self.made) > before
 
 
@@ -87,12 +87,12 @@ def test_rare_sets_are_cut_into_memory_that_is_used_again(graphs: Graphs) -> Non
     counted = Counted(graphs, 1 << 30)
     for key in KEYS[:2]:
         counted.takes(key)
-    first, second = counted.cache.lend(KEYS[2]), counted.cache.lend(KEYS[3])
+    first, second = counted.cache.acquire(KEYS[2]), counted.cache.acquire(KEYS[3])
     assert not np.shares_memory(first.arrays["fc1"], second.arrays["fc1"])  # two threads have one each
     np.testing.assert_array_equal(first.arrays["fc1"], graphs.head_weights(KEYS[2])["fc1"])
     before = np.asarray(first.arrays["fc1"])
-    counted.cache.give_back(first)
-    third = counted.cache.lend(KEYS[4])
+    counted.cache.release(first)
+    third = counted.cache.acquire(KEYS[4])
     assert np.shares_memory(before, third.arrays["fc1"])
     np.testing.assert_array_equal(second.arrays["fc1"], graphs.head_weights(KEYS[3])["fc1"])
 
@@ -135,10 +135,10 @@ def test_many_threads_get_what_one_gets(graphs: Graphs) -> None:
     def work(seed: int) -> None:
         together.wait(60)
         for number in np.random.default_rng(seed).integers(0, len(KEYS), 100):
-            lent = counted.cache.lend(KEYS[number])
-            np.testing.assert_array_equal(lent.values["heads"], KEYS[number].heads)
-            np.testing.assert_array_equal(lent.values["fc1"], wanted[number])
-            counted.cache.give_back(lent)
+            lease = counted.cache.acquire(KEYS[number])
+            np.testing.assert_array_equal(lease.values["heads"], KEYS[number].heads)
+            np.testing.assert_array_equal(lease.values["fc1"], wanted[number])
+            counted.cache.release(lease)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))

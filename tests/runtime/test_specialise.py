@@ -118,7 +118,7 @@ def test_every_architecture(arch: Architecture, tmp_path: Path) -> None:
 
 def test_decisions_and_logits_stay(loaded: Runtime) -> None:
     images = random_images(WIDE, 4)
-    loaded.backend.keep(())
+    loaded.backend.retain(())
     before = loaded.run(images)
     assert loaded.specialise(before.policy) > 0
     after = loaded.run(images)
@@ -130,7 +130,7 @@ def test_decisions_and_logits_stay(loaded: Runtime) -> None:
 def test_thresholds_are_the_requests(loaded: Runtime) -> None:
     images = random_images(WIDE, 5)
     points = [Offsets(), Offsets(tokens=1.0, heads=-0.5), Offsets(sublayers=(-1.0, 0.0, 1.0))]
-    loaded.backend.keep(())
+    loaded.backend.retain(())
     wanted = [loaded.run(images, budget=offsets).policy for offsets in points]
     loaded.specialise(Policy.concatenate(wanted))
     with ThreadPoolExecutor(4) as pool:
@@ -153,7 +153,7 @@ def test_many_images_at_once_from_many_threads(loaded: Runtime) -> None:
 
 def test_images_run_while_what_they_use_is_replaced(loaded: Runtime) -> None:
     images = random_images(WIDE, 6)
-    loaded.backend.keep(())
+    loaded.backend.retain(())
     wanted, done = loaded.run(images), threading.Event()
 
     def replace() -> None:
@@ -183,7 +183,7 @@ def test_a_later_call_replaces_what_was_prepared(loaded: Runtime) -> None:
     assert loaded.specialise(keeping((0, 1))) == WIDE.depth
     assert loaded.specialise(keeping((4, 5))) == WIDE.depth
     assert prepared(loaded) == keys_with((4, 5))
-    loaded.backend.keep(())
+    loaded.backend.retain(())
     assert not loaded.backend.prepared()
 
 

@@ -116,8 +116,8 @@ class HostBackend(ABC, Generic[Model]):
         with self._lock:
             self.constant = {**self.constant, wanted: model}
 
-    def keep(self, wanted: Sequence[Prepared]) -> None:
-        """See `Backend.keep`."""
+    def retain(self, wanted: Sequence[Prepared]) -> None:
+        """See `Backend.retain`."""
         with self._lock:
             self.constant = {prepared: self.constant[prepared] for prepared in wanted if prepared in self.constant}
 

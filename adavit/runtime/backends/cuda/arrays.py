@@ -30,7 +30,7 @@ class DeviceArray:
     @classmethod
     def empty(cls, device: Device, shape: tuple[int, ...], dtype: str = "float32") -> DeviceArray:
         """An array that nothing was written to."""
-        return cls(device.memory.take(size_of(shape, dtype)), shape, dtype)
+        return cls(device.memory.acquire(size_of(shape, dtype)), shape, dtype)
 
     @property
     def address(self) -> int:

@@ -106,8 +106,8 @@ class DeviceBackend(ABC):
     def prepare(self, wanted: Hashable) -> None:  # noqa: B027  (there is nothing to do)
         """See `Backend.prepare`: nothing is chosen."""
 
-    def keep(self, wanted: Sequence[Hashable]) -> None:  # noqa: B027  (there is nothing to do)
-        """See `Backend.keep`: nothing is prepared."""
+    def retain(self, wanted: Sequence[Hashable]) -> None:  # noqa: B027  (there is nothing to do)
+        """See `Backend.retain`: nothing is prepared."""
 
     def prepared(self) -> Sequence[Hashable]:
         """See `Backend.prepared`: nothing."""

@@ -47,7 +47,7 @@ class Allocation:
         self.size = size
 
     def __del__(self) -> None:
-        self._pool.give_back(self.address, self.size)
+        self._pool.release(self.address, self.size)
 
     def as_array(self, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
         """Host memory as an array that keeps the allocation."""
@@ -73,7 +73,7 @@ class Pool:
         self._lock = threading.RLock()  # an allocation may be given back while one is taken, by the garbage collector
         self._closed = False
 
-    def take(self, size: int) -> Allocation:
+    def acquire(self, size: int) -> Allocation:
         """An allocation of at least `size` bytes."""
         size = max(1, -(-size // ALIGNMENT)) * ALIGNMENT
         with self._lock:
@@ -81,7 +81,7 @@ class Pool:
             address = spare.pop() if spare else int(self._cuda.call(self._allocate, size))
         return Allocation(self, address, size)
 
-    def give_back(self, address: int, size: int) -> None:
+    def release(self, address: int, size: int) -> None:
         """Keeps memory for the next one who asks."""
         with self._lock:
             if not self._closed:
@@ -130,7 +130,7 @@ class Device:
         """What execution contexts share, since one stream runs one engine at a time."""
         with self.lock:
             if self._scratch is None or self._scratch.size < self._scratch_size:
-                self._scratch = self.memory.take(self._scratch_size)
+                self._scratch = self.memory.acquire(self._scratch_size)
             return self._scratch
 
     def copy(self, target: int, source: int, size: int, kind: str) -> None:
@@ -146,7 +146,7 @@ class Device:
                 event, _ = self._uploads.popleft()
                 self.cuda.call("cudaEventSynchronize", event)
                 self._events.append(event)
-            staged = self.pinned.take(array.nbytes)
+            staged = self.pinned.acquire(array.nbytes)
             staged.as_array(array.shape, array.dtype.name)[...] = array
             self.copy(address, staged.address, array.nbytes, "HostToDevice")
             self._uploads.append((self._recorded(), staged))
@@ -155,7 +155,7 @@ class Device:
         """Copies (address, size) pairs to pinned memory and waits until they are there."""
         with self.lock:
             self.begin()
-            fetched = [self.pinned.take(size) for _, size in sources]
+            fetched = [self.pinned.acquire(size) for _, size in sources]
             for allocation, (address, size) in zip(fetched, sources, strict=True):
                 self.copy(allocation.address, address, size, "DeviceToHost")
             first, last = self._first, self._recorded()

@@ -44,7 +44,7 @@ class DeviceSlot:
         """See `Slot.block`."""
         given = {"x": self._x}
         if any(key.sublayers):
-            given |= self._backend.heads.lend(key).values  # on the device, in memory of their own
+            given |= self._backend.heads.acquire(key).values  # on the device, in memory of their own
             if self._arch.token_policy:
                 self._backend.device.upload(tokens, self._kept.address)
                 given["tokens"] = self._kept.first(len(tokens))

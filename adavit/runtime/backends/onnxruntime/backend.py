@@ -138,12 +138,12 @@ class OnnxRuntimeBackend(HostBackend[Any]):
         trim_heap()
         self._add(wanted, session)
 
-    def keep(self, wanted: Sequence[Prepared]) -> None:
-        """See `Backend.keep`."""
+    def retain(self, wanted: Sequence[Prepared]) -> None:
+        """See `Backend.retain`."""
         with self._lock:
-            super().keep(wanted)
+            super().retain(wanted)
             for slot in self._slots:
-                slot.let_go()
+                slot.drop_unprepared()
 
     def rounded(self, tokens: int) -> int:
         """See `Backend.rounded`: as many."""

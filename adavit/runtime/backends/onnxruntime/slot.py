@@ -75,15 +75,15 @@ class OnnxRuntimeSlot(HostSlot):
 
     def _run_with_heads(self, bound: Bound, key: BlockKey) -> None:
         """Runs a session that takes the weights of heads."""
-        lent = self._backend.heads.lend(key)
-        for name, value in lent.values.items():
+        lease = self._backend.heads.acquire(key)
+        for name, value in lease.values.items():
             bound.binding.bind_ortvalue_input(name, value)
         try:
             self._run(bound)
         finally:
-            for name in lent.values:  # bindings would keep more weights than the cache does
+            for name in lease.values:  # bindings would keep more weights than the cache does
                 bound.binding.bind_ortvalue_input(name, self._blank)
-            self._backend.heads.give_back(lent)
+            self._backend.heads.release(lease)
 
     def _shared(self, key: BlockKey) -> Bound:
         """The session that takes all weights as inputs, bound to those that all heads share."""
@@ -102,7 +102,7 @@ class OnnxRuntimeSlot(HostSlot):
             found = self._prepared[key] = self._bind(session, {}, key.block + 1)
         return found
 
-    def let_go(self) -> None:
+    def drop_unprepared(self) -> None:
         """Drops what holds sessions that are no longer prepared; any thread may ask for it."""
         there = {prepared.key for prepared in self._backend.constant if prepared.threads == self._threads}
         self._prepared = {key: bound for key, bound in list(self._prepared.items()) if key in there}

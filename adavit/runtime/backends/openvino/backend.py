@@ -252,7 +252,7 @@ class OpenVinoSlot(HostSlot):
         constant = self._backend.constant.get(Prepared(self._threads, key))
         compiled = constant or self._backend.shared(key.block, key.sublayers, self._threads)
         tensors = self._bind(key, compiled, constant is None).copy()
-        lent = None if constant else self._backend.heads.lend(key)
+        lease = None if constant else self._backend.heads.acquire(key)
         count = len(tokens)
         rows = self._backend.rounded(count)
         for position, name in enumerate(compiled.names):
@@ -262,13 +262,13 @@ class OpenVinoSlot(HostSlot):
                 tensors[position] = self._indices(rows)
             elif name == MASK:
                 tensors[position] = mask_of(count, rows)
-            elif lent and name in lent.values:
-                tensors[position] = lent.values[name]
+            elif lease and name in lease.values:
+                tensors[position] = lease.values[name]
         try:
             compiled.run(key.block, tensors)
         finally:
-            if lent:
-                self._backend.heads.give_back(lent)
+            if lease:
+                self._backend.heads.release(lease)
         self._coming = key.block + 1
 
     def _bind(self, key: BlockKey, compiled: Compiled, takes_weights: bool) -> list[Any]:

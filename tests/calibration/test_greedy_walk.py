@@ -9,9 +9,9 @@ from cases import tiny
 from landscapes import ALIKE, SCALES, Landscape, Part, Recorded
 
 from adavit.bundle.operating_points import TRAINED, Offsets
-from adavit.calibration.meet import CLOSE, even, meet
-from adavit.calibration.trial import Outcome
-from adavit.calibration.walk import Walk, moves_by_unit
+from adavit.calibration.greedy_walk import GreedyWalk, moves_by_unit
+from adavit.calibration.line_search import CLOSE, even_line, point_at_macs
+from adavit.calibration.offset_evaluator import Outcome
 from adavit.calibration.work import Work
 
 
@@ -19,12 +19,12 @@ def test_doubt_is_the_standard_error_of_the_difference() -> None:
     scores = np.random.default_rng(0).random((2, 50))
     first, second = (Outcome(macs, s.mean(), 1, None, {}, s) for macs, s in zip((0.5, 0.4), scores, strict=True))
     error = np.std(scores[1] - scores[0]) / 50**0.5
-    assert first.doubt(second) == second.doubt(first) == pytest.approx(error)
-    assert first.doubt(first) == first.doubt(replace(second, scores=None)) == 0
+    assert first.standard_error(second) == second.standard_error(first) == pytest.approx(error)
+    assert first.standard_error(first) == first.standard_error(replace(second, scores=None)) == 0
     land: Any = Landscape(ALIKE, ALIKE)
     land.run = lambda offsets, count=None, like=None: first
-    walk = Walk(land, TRAINED, -1, 0.02, moves_by_unit(tiny()))
-    assert walk.won(second) == pytest.approx((scores[1].mean() - scores[0].mean() - error) / 0.1)
+    walk = GreedyWalk(land, TRAINED, -1, 0.02, moves_by_unit(tiny()))
+    assert walk.gain_per_macs(second) == pytest.approx((scores[1].mean() - scores[0].mean() - error) / 0.1)
 
 
 @pytest.mark.parametrize(("part", "power"), [(0.7, 1.0), (0.97, 1.0), (1.03, 1.0), (1.3, 1.0), (1.0, 1.05)])
@@ -33,7 +33,7 @@ def test_the_trained_policy_is_moved_to_any_budget_although_few_images_differ_fr
     part: float, power: float, level: float
 ) -> None:
     land: Any = Part(part, power)
-    assert meet(land, even(land, TRAINED), level).outcome.macs == pytest.approx(level, rel=CLOSE)
+    assert point_at_macs(land, even_line(land, TRAINED), level).outcome.macs == pytest.approx(level, rel=CLOSE)
 
 
 class NoTokens(Landscape):
@@ -43,28 +43,28 @@ class NoTokens(Landscape):
         return super().run(replace(offsets, tokens=0.0), count, like)
 
     def record(self, offsets: Offsets, count: int) -> Recorded:
-        return Recorded(Landscape(self.scales, self.worth), offsets, count)
+        return Recorded(Landscape(self.scales, self.importance), offsets, count)
 
 
 def test_a_step_that_goes_no_further_is_not_taken() -> None:
     land: Any = NoTokens(ALIKE, ALIKE)
-    walk = Walk(land, TRAINED, -1, 0.015, moves_by_unit(tiny()))
-    while walk.here.outcome.macs > 0.45 and walk.onward():
+    walk = GreedyWalk(land, TRAINED, -1, 0.015, moves_by_unit(tiny()))
+    while walk.last.outcome.macs > 0.45 and walk.step():
         pass
-    assert walk.here.outcome.macs == pytest.approx(0.45, abs=0.03)
-    assert max(np.diff([stop.outcome.macs for stop in walk.stops])) < 0
+    assert walk.last.outcome.macs == pytest.approx(0.45, abs=0.03)
+    assert max(np.diff([point.outcome.macs for point in walk.points])) < 0
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_steps_are_about_a_step_and_ends_are_reached(sign: int) -> None:
     land: Any = Landscape(SCALES[1], ALIKE)
-    walk, end = Walk(land, TRAINED, sign, 0.02, moves_by_unit(tiny())), 0.12 if sign < 0 else 0.98
-    while sign * (end - walk.here.outcome.macs) > 0 and walk.onward():
+    walk, end = GreedyWalk(land, TRAINED, sign, 0.02, moves_by_unit(tiny())), 0.12 if sign < 0 else 0.98
+    while sign * (end - walk.last.outcome.macs) > 0 and walk.step():
         pass
-    steps = sign * np.diff([stop.outcome.macs for stop in walk.stops])
+    steps = sign * np.diff([point.outcome.macs for point in walk.points])
     assert min(steps) > 0
     assert max(steps) <= 0.04
-    assert sign * (walk.here.outcome.macs - end) >= 0
+    assert sign * (walk.last.outcome.macs - end) >= 0
     assert len(land.ran) < 150
 
 

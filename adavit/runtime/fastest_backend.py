@@ -14,7 +14,7 @@ from adavit.errors import AdaViTError, BackendError, one_line
 from adavit.runtime.backend import Options, names
 from adavit.runtime.cache import facts, kept_at, recall, remember
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "fastest_backend"]
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Choice:
         return f"{self.backend}, the fastest here: {listed} (measured {'before' if self.cached else 'now'}, {kept})"
 
 
-def choose(bundle: Bundle, precision: str, options: Options, prepare: Prepare) -> Choice:
+def fastest_backend(bundle: Bundle, precision: str, options: Options, prepare: Prepare) -> Choice:
     """The fastest backend for a bundle on this machine, measured unless that has been done before.
 
     Args:

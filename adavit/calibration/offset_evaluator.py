@@ -18,11 +18,11 @@ from adavit.calibration.work import Work
 from adavit.datasets.image_files import find_calibration_images
 from adavit.errors import InputError
 from adavit.macs import dense_macs
-from adavit.measure.compare import KINDS, Watched
+from adavit.measure.compare import KINDS, ObservedRuntime
 from adavit.results import Result
 from adavit.runtime.session import Runtime
 
-__all__ = ["Outcome", "Trial"]
+__all__ = ["OffsetEvaluator", "Outcome"]
 
 MOST_BYTES = 512 << 20
 """Of preprocessed images."""
@@ -55,7 +55,7 @@ class Outcome:
     usage: dict[str, float]
     scores: npt.NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
 
-    def doubt(self, other: Outcome) -> float:
+    def standard_error(self, other: Outcome) -> float:
         """The standard error of the difference in score between this outcome and another on the same images."""
         if self.scores is None or other.scores is None:
             return 0.0
@@ -75,7 +75,7 @@ class Runs(NamedTuple):
     usage: npt.NDArray[np.float64]
 
 
-class Trial:
+class OffsetEvaluator:
     """Images, and what is wanted of them.
 
     Args:
@@ -110,7 +110,7 @@ class Trial:
         most: int = DEFAULT_IMAGES,
         by_order: bool = False,
         note: Callable[[str], None] | None = None,
-    ) -> tuple[Trial, list[str]]:
+    ) -> tuple[OffsetEvaluator, list[str]]:
         """The images at `paths`, a random part of them if they are more than `most`, and what could not be read.
 
         Their labels, by `by_order`, and what is noted are as of `find_calibration_images`.
@@ -153,7 +153,7 @@ class Trial:
         if self._recorded is None or (self._recorded.offsets, len(self._recorded)) != (offsets, count):
             runs, margins = [], []
             for start in range(0, count, RECORDED):
-                result, found = self._watched.run(self.images[start : min(start + RECORDED, count)], budget=offsets)
+                result, found = self._observed.run(self.images[start : min(start + RECORDED, count)], budget=offsets)
                 runs.append(_runs_of(result))
                 margins += found
                 self.work.ran(len(found))
@@ -173,8 +173,8 @@ class Trial:
         return self._outcome(self._first(offsets, len(self) if count is None else min(count, len(self)), like))
 
     @cached_property
-    def _watched(self) -> Watched:
-        return Watched(self.runtime)
+    def _observed(self) -> ObservedRuntime:
+        return ObservedRuntime(self.runtime)
 
     @cached_property
     def _classes(self) -> npt.NDArray[np.intp]:

@@ -1,6 +1,6 @@
 import pytest
 
-from adavit.measure.shown import spread_over_classes
+from adavit.measure.listed_images import spread_over_classes
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from math import inf
 from adavit.architecture import Architecture
 from adavit.bundle.operating_points import Offsets
 from adavit.calibration.decisions import Decisions, Unit, shifted, units_of
-from adavit.calibration.meet import Stop, cross
-from adavit.calibration.trial import Outcome, Trial
+from adavit.calibration.line_search import FoundPoint, crossing
+from adavit.calibration.offset_evaluator import OffsetEvaluator, Outcome
 
-__all__ = ["COMPARED", "Move", "Walk", "moves_by_kind", "moves_by_unit"]
+__all__ = ["COMPARED", "GreedyWalk", "Move", "moves_by_kind", "moves_by_unit"]
 
 COMPARED, FIRST = 512, 128
 """Images that steps are compared on by default, and how many of them run first."""
@@ -46,11 +46,11 @@ def _with_all(moves: list[Move], units: list[Unit]) -> list[Move]:
     return [*moves, tuple(units)] if len(moves) > 1 else moves
 
 
-class Walk:
+class GreedyWalk:
     """A walk in one direction.
 
     Args:
-        trial: runs offsets.
+        evaluator: runs offsets.
         start: where it begins.
         sign: -1 to smaller budgets, 1 to larger.
         step: share of the dense MACs that a step is to take.
@@ -58,27 +58,33 @@ class Walk:
         compared: images that steps are compared on.
 
     Attributes:
-        stops: where it has been, the start first, as `compared` images tell.
+        points: where it has been, the start first, as `compared` images tell.
         compared: as given.
     """
 
     def __init__(
-        self, trial: Trial, start: Offsets, sign: int, step: float, moves: Sequence[Move], compared: int = COMPARED
+        self,
+        evaluator: OffsetEvaluator,
+        start: Offsets,
+        sign: int,
+        step: float,
+        moves: Sequence[Move],
+        compared: int = COMPARED,
     ) -> None:
-        self._trial, self._sign, self._step, self.compared = trial, sign, step, compared
+        self._evaluator, self._sign, self._step, self.compared = evaluator, sign, step, compared
         self._values = dict.fromkeys(moves, inf)
         self._answers = dict.fromkeys(moves, 1.0)  # the MACs that the last step took, relative to the prediction
         self._predicted = dict.fromkeys(moves, 0.0)
-        self.stops = [Stop(start, trial.run(start, compared))]
+        self.points = [FoundPoint(start, evaluator.run(start, compared))]
 
-    def onward(self) -> bool:
+    def step(self) -> bool:
         """Takes the best step; returns whether there is one."""
-        decisions = self._trial.record(self.here.offsets, self.compared)
+        decisions = self._evaluator.record(self.last.offsets, self.compared)
         fresh: dict[Move, Offsets] = {}
         while self._values:
             move = max(self._values, key=lambda move: self._values[move])
             if move in fresh:
-                self.stops.append(Stop(fresh[move], self._trial.run(fresh[move], self.compared, decisions)))
+                self.points.append(FoundPoint(fresh[move], self._evaluator.run(fresh[move], self.compared, decisions)))
                 return True
             offsets = self._further(move, decisions)
             least = max((self._values[other] for other in fresh), default=-inf)
@@ -90,15 +96,15 @@ class Walk:
         return False
 
     @property
-    def here(self) -> Stop:
-        """The last stop."""
-        return self.stops[-1]
+    def last(self) -> FoundPoint:
+        """The last point."""
+        return self.points[-1]
 
-    def won(self, there: Outcome, doubts: float = -1.0) -> float:
+    def gain_per_macs(self, there: Outcome, standard_errors: float = -1.0) -> float:
         """The score that a step there wins, per MAC, and some standard errors of it."""
         count = None if there.scores is None else len(there.scores)
-        here = self._trial.run(self.here.offsets, count)
-        return (there.score - here.score + doubts * there.doubt(here)) / abs(there.macs - here.macs)
+        here = self._evaluator.run(self.last.offsets, count)
+        return (there.score - here.score + standard_errors * there.standard_error(here)) / abs(there.macs - here.macs)
 
     def _further(self, move: Move, decisions: Decisions) -> Offsets | None:
         """About a step further, or as far as it goes; None where that is too little."""
@@ -112,13 +118,13 @@ class Walk:
         """What a step surely wins, on few images if that is below `least` at best; None where it goes no further."""
         value = -inf
         for count in (FIRST, self.compared):
-            found = self._trial.run(offsets, count, decisions)
-            went = self._sign * (found.macs - self._trial.run(self.here.offsets, count).macs)
+            found = self._evaluator.run(offsets, count, decisions)
+            went = self._sign * (found.macs - self._evaluator.run(self.last.offsets, count).macs)
             self._answers[move] = min(2.0, max(0.25, went / self._predicted[move]))
             if went < LEAST * self._step:
                 return None
-            value = self.won(found)
-            if self.won(found, 1.0) < least:
+            value = self.gain_per_macs(found)
+            if self.gain_per_macs(found, 1.0) < least:
                 break
         return value
 
@@ -132,4 +138,4 @@ def _change(decisions: Decisions, move: Move, sign: int, macs: float) -> float:
     def predicted(by: float) -> float:
         return decisions.macs(shifted(decisions.offsets, depth, dict.fromkeys(move, by)))
 
-    return cross(predicted, *ends, macs)
+    return crossing(predicted, *ends, macs)
