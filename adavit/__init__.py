@@ -10,6 +10,7 @@ TYPE_CHECKING = False  # as type checkers read it; typing would take a while to 
 if TYPE_CHECKING:
     from typing import Any
 
+    from adavit.api import compare, export_bundle
     from adavit.drawing import draw
     from adavit.errors import (
         AdaViTError,
@@ -32,9 +33,13 @@ __all__ = [
     "Result",
     "Runtime",
     "VerificationError",
+    "compare",
     "draw",
+    "export_bundle",
     "load",
 ]
+MODULES = {"compare": "api", "draw": "drawing", "export_bundle": "api"}
+"""Where a public name is, unless it is an error or of the runtime."""
 
 
 def __getattr__(name: str) -> Any:
@@ -43,7 +48,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"adavit.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'adavit' has no attribute {name!r}")
-    module = "drawing" if name == "draw" else "errors" if name.endswith("Error") else "runtime"
+    module = MODULES.get(name, "errors" if name.endswith("Error") else "runtime")
     return getattr(import_module(f"adavit.{module}"), name)
 
 

@@ -13,7 +13,7 @@ from adavit import console
 from adavit.bundle.demo import names_demo
 from adavit.calibration.options import BudgetOptions, CalibrationOptions
 from adavit.console.notes import echo_notes, export_notes
-from adavit.console.options.export import CALIBRATING, CALIBRATION_IMAGES, EXPORT_EXAMPLES, EXPORTING, export_options
+from adavit.console.options.export import CALIBRATION_IMAGES, EXPORT_EXAMPLES, EXPORTING, export_options
 from adavit.console.options.run import OPERATING, RUN_EXAMPLES, run_options
 from adavit.console.precision import compare_lines, precision_lines
 from adavit.console.progress import Stage
@@ -126,9 +126,6 @@ def _export(
     if source is None or output is None:
         raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")
     _refuse({"against"}, "an export is verified against its CHECKPOINT, leave out")
-    if options["calibration"].precisions == ("fp32",):
-        images = () if options["budgets"].budgets else CALIBRATION_IMAGES
-        _refuse({*CALIBRATING, *images}, "nothing is calibrated in fp32, give a --precision or leave out")
     return export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
 
 

@@ -17,12 +17,21 @@ __all__ = [
     "VerificationError",
     "bounded",
     "install_hint",
+    "missing_package",
     "one_line",
     "printable",
     "raise_interrupt",
     "shown",
 ]
 
+EXTRAS = {
+    "torch": "export",
+    "onnx": "export",
+    "safetensors": "export",
+    "onnxruntime": "cpu",
+    "matplotlib": "train",
+}
+"""Optional packages, and the extra that brings each."""
 LONGEST_MESSAGE = 500
 LONGEST_QUOTE = 300
 LONGEST_VALUE = 80
@@ -87,6 +96,17 @@ def one_line(error: Exception) -> str:
 def install_hint(extra: str) -> str:
     """How to install an extra of this package, from an index or from a clone of the repository."""
     return f"pip install 'adavit[{extra}]' (in a clone: pip install '.[{extra}]')"
+
+
+def missing_package(error: ModuleNotFoundError, extra: str | None = None) -> str | None:
+    """What to do where an optional package is not installed; None for any other module.
+
+    Args:
+        error: of its import.
+        extra: what to install, by default the least that brings the package.
+    """
+    package = (error.name or "").split(".")[0]
+    return f"{package} is not installed; run: {install_hint(extra or EXTRAS[package])}" if package in EXTRAS else None
 
 
 class AdaViTError(Exception):

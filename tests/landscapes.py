@@ -46,7 +46,7 @@ class Landscape:
     def __init__(self, scales: dict[str, float], importance: dict[str, float], balance: float = 0) -> None:
         self.scales, self.importance, self.balance = scales, importance, balance
         self.runtime: Any = type("Known", (), {"architecture": tiny()})
-        self.work: Any = None
+        self.progress: Any = None
         self.ran: set[Offsets] = set()
         self.trained = self.run(TRAINED)
 

@@ -1,5 +1,7 @@
 """What a reader meets first: links that lead somewhere, licences, and one version everywhere."""
 
+import ast
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -8,6 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 
+import adavit
 from adavit.version import __version__
 
 REPOSITORY = Path(__file__).parent.parent
@@ -79,3 +82,22 @@ def test_the_citation_is_of_the_paper() -> None:
     assert [author["family-names"] for author in paper["authors"]] == [
         "Meng", "Li", "Chen", "Lan", "Wu", "Jiang", "Lim",
     ]  # fmt: skip
+
+
+def test_the_page_on_python_names_options_that_there_are() -> None:
+    page = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
+    options = {name: set(inspect.signature(getattr(adavit, name)).parameters) for name in ("export_bundle", "compare")}
+    calls = [node for block in FENCE.findall(page) for node in ast.walk(ast.parse(code(block)))]
+    named = {
+        (ast.unparse(call.func), word.arg) for call in calls if isinstance(call, ast.Call) for word in call.keywords
+    }
+    asked = {(name, word) for name, word in named if name.startswith("adavit.")}
+    assert asked and not {(name, word) for name, word in asked if word not in options[name.removeprefix("adavit.")]}
+    table = page.split("| option | what |")[1].split("\n\n")[0]
+    rows = {word for row in table.splitlines()[2:] for word in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert rows and rows <= options["export_bundle"]
+
+
+def code(block: str) -> str:
+    """What is between the fences."""
+    return "\n".join(block.strip().splitlines()[1:-1])

@@ -2,18 +2,27 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from cases import python
 
-from adavit import files
 from adavit.files import find_folder, folder_beside, write_beside
 from adavit.reading import open_regular, read_regular
 
 
 class Stopped(BaseException):
     """Stands for an error, or for Ctrl-C."""
+
+
+def host() -> str:
+    """How the names of what this process writes tell its host."""
+    with TemporaryDirectory() as place, suppress(Stopped), folder_beside(Path(place, "a")) as folder:
+        found = folder.name.split(".")[-3]
+        raise Stopped
+    return found
 
 
 def names(folder: Path) -> list[str]:
@@ -115,7 +124,6 @@ def test_a_failure_between_the_renames_puts_the_old_folder_back(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from adavit import files
 from adavit.files import folder_beside
 
 path, when, number = sys.argv[1:]
@@ -156,24 +164,29 @@ def test_a_kill_at_any_rename_leaves_the_old_folder_or_none(
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
-    other = tmp_path / f".a.00000000.{files._host()}.{os.getppid()}.tmp"
+    other = tmp_path / f".a.00000000.{host()}.{os.getppid()}.tmp"
     other.mkdir()
     write(tmp_path / "a", "new")
     assert other.is_dir()
 
 
+ELSEWHERE = """
+import os, platform, sys
+from pathlib import Path
+from adavit.files import folder_beside
+module, name = sys.argv[2].split(".")
+setattr({"os": os, "platform": platform}[module], name, lambda *_: sys.argv[3])
+with folder_beside(Path(sys.argv[1])):
+    os._exit(1)
+"""
+
+
 @pytest.mark.parametrize(("attribute", "value"), [("platform.node", "other"), ("os.readlink", "pid:[1]")])
-def test_what_another_host_or_container_writes_is_left_alone(
-    attribute: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ours = f".a.00000000.{files._host()}.999999999.tmp"
-    files._host.cache_clear()
-    monkeypatch.setattr(attribute, lambda *_: value)
-    theirs = f".a.00000000.{files._host()}.999999999.tmp"
-    monkeypatch.undo()
-    files._host.cache_clear()
-    for left in (ours, theirs):
-        (tmp_path / left).mkdir()
+def test_what_another_host_or_container_writes_is_left_alone(attribute: str, value: str, tmp_path: Path) -> None:
+    (tmp_path / f".a.00000000.{host()}.999999999.tmp").mkdir()
+    elsewhere = python(ELSEWHERE, tmp_path / "a", attribute, value)
+    (theirs,) = (name for name in names(tmp_path) if host() not in name)
+    assert elsewhere.returncode != 0
     write(tmp_path / "a", "new")
     assert names(tmp_path) == [theirs, "a"]
 
@@ -247,7 +260,7 @@ def test_what_others_named_alike_is_theirs(name: str, tmp_path: Path) -> None:
 
 
 def test_what_an_earlier_process_of_this_number_left_is_swept_up(tmp_path: Path) -> None:
-    (tmp_path / f".a.00000000.{files._host()}.{os.getpid()}.tmp").mkdir()
+    (tmp_path / f".a.00000000.{host()}.{os.getpid()}.tmp").mkdir()
     with folder_beside(tmp_path / "a"), folder_beside(tmp_path / "a"):  # two at once in this process
         assert len(names(tmp_path)) == 2
     assert names(tmp_path) == ["a"]

@@ -49,13 +49,20 @@ def test_the_public_names() -> None:
         "Result",
         "Runtime",
         "VerificationError",
+        "compare",
         "draw",
+        "export_bundle",
         "load",
     ]
     assert all(getattr(adavit, name).__doc__ for name in adavit.__all__)
     for name in adavit.__all__:
         if name.endswith("Error"):
             assert issubclass(getattr(adavit, name), adavit.AdaViTError)
+
+
+def test_no_public_name_is_that_of_a_module() -> None:
+    modules = {path.with_suffix("").name for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not modules & set(adavit.__all__)
 
 
 def test_running_needs_neither_torch_nor_onnx(tiny_bundle: Path) -> None:
@@ -90,7 +97,7 @@ FLOORS = (
     {"measure", "tensorrt"},
     {"calibration"},
     {"console", "export"},
-    {"training"},
+    {"api", "training"},
     {"__init__", "cli", "cli_train"},
 )
 """The rooms of the house, each with what it may import on the floors below."""

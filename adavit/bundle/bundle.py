@@ -175,7 +175,7 @@ class Bundle:
         if not isinstance(precision, str) or precision not in self.graphs:
             raise InputError(
                 f"{self.path} is not in precision {shown(precision)}; it has {', '.join(self.graphs)}: choose one of "
-                "them, or export it again with --precision"
+                "them, or export it again with that `precision`"
             )
         return self.graphs[precision]
 

@@ -171,12 +171,13 @@ def find_engine_set(bundle: Bundle, machine: Machine, precision: str, trust_engi
         return min(trusted, key=lambda engines: engines.hardware_compatible)
     command = f"adavit-export {bundle.path} --target {machine.flavour}"
     if machine.flavour == "tensorrt-rtx":
-        command += f" --compute-capability {machine.compute_capability}"
+        capability = machine.compute_capability
+        command = f"adavit-export {bundle.path} --target tensorrt-rtx --compute-capability {capability}"
     if found:
         raise BackendError(
             f"{bundle.path}: its engines {found[0].key} came with it and were not built by this user on this machine; "
-            f"TensorRT engines are native code: if you trust who built them, give --trust-engines (trust_engines=True "
-            f"to adavit.load), else build them here, run: {command}"
+            f"TensorRT engines are native code: if you trust who built them, give "
+            f"`trust_engines=True`, else build them here, run: {command}"
         )
     there = "; ".join(str(engines) for engines in sets if engines.flavour == machine.flavour)
     raise BackendError(

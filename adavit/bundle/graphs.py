@@ -104,7 +104,7 @@ class Graphs:
         """The dense twin: images [B, 3, S, S] -> logits [B, C]."""
         arch = self.architecture
         if self.files.dense is None:
-            raise BundleError(f"{self.path}: has no dense twin; export again, without --no-dense")
+            raise BundleError(f"{self.path}: has no dense twin; export again, without `with_dense=False`")
         inputs = (Value("images", "float32", ("B", 3, arch.image_size, arch.image_size)),)
         return self._read(self.files.dense, inputs, (Value("logits", "float32", ("B", arch.classes)),))
 

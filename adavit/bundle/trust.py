@@ -50,7 +50,7 @@ def remember_built(fingerprint: str, key: str) -> None:
         except (OSError, ValueError) as error:
             why = f"{path.parent} cannot be written: {getattr(error, 'strerror', None) or error}"
     if not built_here(fingerprint):
-        log.warning("not remembered that the engines were built here (%s); run them with --trust-engines", why)
+        log.warning("not remembered that the engines were built here (%s); run them with `trust_engines=True`", why)
 
 
 def _record(fingerprint: str) -> Path | None:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from adavit.bundle.bundle import Bundle, write_config
+from adavit.bundle.card import renew_points
 from adavit.bundle.operating_points import MAX_OFFSET, NO_POLICIES, TRAINED, Budgets, Offsets, OperatingPoint
 from adavit.calibration.line_search import CLOSE, FoundPoint
 from adavit.calibration.offset_evaluator import OffsetEvaluator
 from adavit.calibration.options import DEFAULT_IMAGES, BudgetOptions
 from adavit.calibration.search import best_points, expected
+from adavit.calibration.search_progress import SearchProgress
 from adavit.calibration.statistics import add_statistics
-from adavit.calibration.work import Work
 from adavit.errors import BundleError, InputError
 from adavit.runtime.loading import load
 
@@ -73,6 +74,7 @@ def add_budgets(bundle: Path, options: BudgetOptions, threads: int | None, progr
         raise BundleError(f"{bundle}: was exported anew meanwhile; calibrate it again")
     config.pop("statistics", None)  # of other points
     write_config(bundle, {**config, "budgets": budgets.to_dict()})
+    renew_points(bundle, budgets)
     add_statistics(bundle, runtime, evaluator.images, progress)
     return {**budgets.to_dict(), "skipped": skipped, **({"notes": notes} if notes else {})}
 
@@ -90,9 +92,9 @@ def calibrate(
     Raises:
         InputError: a budget is out of the policies' reach, or two are the trained policy's.
     """
-    work = evaluator.work = Work(report)
-    work.plan(len(evaluator), *expected(evaluator, len(asked)))
-    work.begin()
+    progress = evaluator.progress = SearchProgress(report)
+    progress.plan(len(evaluator), *expected(evaluator, len(asked)))
+    progress.begin()
     least, most = (evaluator.run(Offsets(*(3 * [end])), 1).macs for end in (-MAX_OFFSET, MAX_OFFSET))
     for budget in asked:
         if not least <= budget <= most:
@@ -107,13 +109,13 @@ def calibrate(
         raise InputError(f"budgets of {both} are all what the trained policy takes ({macs:.4f}); ask for one of them")
     points = [OperatingPoint(near[0] if near else round(macs, 6), TRAINED, evaluator.trained.to_dict())]
     if further := [budget for budget in asked if budget not in near]:
-        work.plan(*expected(evaluator, len(further)))
-        points += [_point(level, point) for level, point in best_points(evaluator, further, work).items()]
-        work.begin()
+        progress.plan(*expected(evaluator, len(further)))
+        points += [_point(level, point) for level, point in best_points(evaluator, further, progress).items()]
+        progress.begin()
     points = _sorted(points)
     for _ in range(ROUNDS):
-        points = _sorted([*points, *(_astray(evaluator, low, high) for low, high in pairwise(points))])
-    work.end()
+        points = _sorted([*points, *(point_between(evaluator, low, high) for low, high in pairwise(points))])
+    progress.end()
     return Budgets(tuple(points), {"images": len(evaluator), "labelled": evaluator.labels is not None})
 
 
@@ -127,7 +129,7 @@ def _point(budget: float, point: FoundPoint) -> OperatingPoint:
     return OperatingPoint(budget, point.offsets, point.outcome.to_dict())
 
 
-def _astray(evaluator: OffsetEvaluator, low: OperatingPoint, high: OperatingPoint) -> OperatingPoint | None:
+def point_between(evaluator: OffsetEvaluator, low: OperatingPoint, high: OperatingPoint) -> OperatingPoint | None:
     """A point half-way between two, where a request there would take other MACs than it asks for."""
     line, asked = partial(low.offsets.toward, high.offsets), (low.budget + high.budget) / 2
     if high.budget - low.budget <= APART:

@@ -47,7 +47,7 @@ def load_ranges(path: Path) -> tuple[Ranges, Origin]:
         InputError: no such file, or not a calibration cache.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such calibration cache; give --calibration-images to make one")
+        raise InputError(f"{path}: no such calibration cache; give `calibration_images` to make one")
     try:
         counts, described = read_arrays(path, ("counts", "about"), MAX_BYTES)
         about = json.loads(str(described))

@@ -72,7 +72,7 @@ class Calibration:
             The files, and a report.
 
         Raises:
-            InputError: the images or the cache are not usable, or `--max-drop` cannot be met.
+            InputError: the images or the cache are not usable, or `max_drop` cannot be met.
         """
         ranges, measured = self._measured
         report = {**measured, "notes": self._notes, "method": None if precision == "fp16" else self._options.method}
@@ -135,13 +135,13 @@ class Calibration:
         origin["images"] = _hash_files([file.path for file in files])
         report: dict[str, Any] = {"cache": str(cache), "reused": False, "skipped": []}
         if cache.exists() or not files:
-            ranges, of = load_ranges(cache)
-            if of.get("model") != origin["model"]:
+            ranges, cached = load_ranges(cache)
+            if cached.get("model") != origin["model"]:
                 raise InputError(
                     f"{cache}: calibrated for another model, or other export options; delete it, or name another file "
-                    "with --calibration-cache"
+                    "with `calibration_cache`"
                 )
-            if not files or of == origin:
+            if not files or cached == origin:
                 return ranges, report | {"reused": True, "images": ranges.images}
             log.warning("%s: of other images or settings; calibrating again", cache)
         recorder, report["skipped"] = self._recorded()

@@ -125,8 +125,8 @@ class Search:
                 break
         else:
             raise InputError(
-                f"--max-drop {self._max_drop:g} cannot be met: the best was a drop of {best:.2f} points, "
-                f"with up to all of {len(order)} sub-layers in fp16; allow more, or export with --precision fp16"
+                f"`max_drop={self._max_drop:g}` cannot be met: the best was a drop of {best:.2f} points, "
+                f"with up to all of {len(order)} sub-layers in fp16; allow more, or export with `precision='fp16'`"
             )
         for one in reversed(back[:-1]):
             fewer = [other for other in back if other != one]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from adavit.bundle.operating_points import TRAINED, Offsets
 from adavit.calibration.decisions import Decisions
 from adavit.calibration.options import DEFAULT_IMAGES, FEWEST_IMAGES
-from adavit.calibration.work import Work
+from adavit.calibration.search_progress import SearchProgress
 from adavit.datasets.image_files import find_calibration_images
 from adavit.errors import InputError
 from adavit.macs import dense_macs
@@ -85,7 +85,7 @@ class OffsetEvaluator:
 
     Attributes:
         images: as given.
-        work: counts the images that run.
+        progress: counts the images that run.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class OffsetEvaluator:
     ) -> None:
         self.runtime = runtime
         self.labels = labels
-        self.work = Work(lambda _: None)
+        self.progress = SearchProgress(lambda _: None)
         self.images = images
         self._runs: dict[Offsets, Runs] = {}
         self._recorded: Decisions | None = None
@@ -156,7 +156,7 @@ class OffsetEvaluator:
                 result, found = self._observed.run(self.images[start : min(start + RECORDED, count)], budget=offsets)
                 runs.append(_runs_of(result))
                 margins += found
-                self.work.ran(len(found))
+                self.progress.ran(len(found))
             if offsets not in self._runs:
                 self._runs[offsets] = _joined(runs)
             self._recorded = Decisions.of(self.runtime.architecture, offsets, margins)
@@ -209,7 +209,7 @@ class OffsetEvaluator:
         for start in range(0, len(chosen), BATCH):
             rows = chosen[start : start + BATCH]
             runs.append(_runs_of(self.runtime.run(self.images[rows], budget=offsets)))
-            self.work.ran(len(rows))
+            self.progress.ran(len(rows))
         return _joined(runs)
 
     def _outcome(self, runs: Runs) -> Outcome:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from adavit.arguments import choice, flag, number, whole
 from adavit.bundle.bundle import PRECISIONS
 from adavit.errors import OptionError, shown
 
@@ -41,8 +43,24 @@ class CalibrationOptions:
         """The precisions that are calibrated: all but fp32."""
         return tuple(name for name in self.precisions if name != "fp32")
 
+    def set_for_calibration(self, images: bool) -> list[str]:
+        """The options that only a calibration follows, and that are not as by default.
+
+        Args:
+            images: whether that is of the images too, which budgets are also calibrated on.
+        """
+        names = {"calibration_cache", "samples", "method", "max_drop", "seed"}
+        names |= {"calibration_images", "labels_by_order"} if images else set()
+        return [
+            field.name for field in fields(self) if field.name in names and getattr(self, field.name) != field.default
+        ]
+
     def check(self) -> None:
-        """Raises OptionError where the options do not fit together."""
+        """Raises OptionError where an option is out of range, or does not fit another."""
+        whole("samples", self.samples, 16, 4096)
+        choice("method", self.method, METHODS)
+        number("max_drop", self.max_drop, 0, 100)
+        whole("seed", self.seed, 0)
         names: Any = self.precisions
         if not isinstance(names, tuple) or not names or not set(names) <= set(PRECISIONS):
             raise OptionError(f"`precision` is {shown(names)}: choose from {', '.join(PRECISIONS)}")
@@ -72,10 +90,14 @@ class BudgetOptions:
         return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
 
     def check(self) -> None:
-        """Raises OptionError where the options do not make sense."""
+        """Raises OptionError where an option makes no sense, or does not fit another."""
+        flag("labels_by_order", self.labels_by_order)
+        if self.budget_images is not None:
+            whole("budget_images", self.budget_images, 0)
         for budget in self.budgets:
-            if not 0 < budget <= 1:
-                raise OptionError(f"`budgets`: {budget:g} is no share of the dense MACs; give numbers such as 0.3,0.5")
+            if not isinstance(budget, Real) or not 0 < budget <= 1:
+                found = f"{budget:g}" if isinstance(budget, Real) else shown(budget)
+                raise OptionError(f"`budgets`: {found} is no share of the dense MACs; give numbers such as 0.3,0.5")
         if len(set(self.budgets)) != len(self.budgets):
             raise OptionError("`budgets`: a budget is given twice")
         if self.budgets and not self.calibration_images:

@@ -19,7 +19,7 @@ from adavit.calibration.decisions import units_of
 from adavit.calibration.greedy_walk import COMPARED, GreedyWalk, moves_by_kind, moves_by_unit
 from adavit.calibration.line_search import FoundPoint, Line, even_line, point_at_macs
 from adavit.calibration.offset_evaluator import OffsetEvaluator
-from adavit.calibration.work import Work
+from adavit.calibration.search_progress import SearchProgress
 
 __all__ = ["best_points", "expected"]
 
@@ -41,24 +41,26 @@ def expected(evaluator: OffsetEvaluator, budgets: int) -> list[float]:
     return [*walks, *[6.0 * some] * budgets, budgets * (2.0 * some + 2 * every), budgets * (2.0 * compared + every)]
 
 
-def best_points(evaluator: OffsetEvaluator, budgets: Sequence[float], work: Work) -> dict[float, FoundPoint]:
+def best_points(
+    evaluator: OffsetEvaluator, budgets: Sequence[float], progress: SearchProgress
+) -> dict[float, FoundPoint]:
     """By ascending budget, the offsets that score best there, and what they do on all images."""
     budgets = sorted(budgets)
-    work.begin()
+    progress.begin()
     down = _down(evaluator, budgets[0])
     base = _best_point(down).offsets
-    work.begin()
+    progress.begin()
     up = _up(evaluator, base, budgets[-1])
     part = _part(evaluator, SOME)
     lines = {offsets: even_line(evaluator, offsets) for offsets in (TRAINED, base)}
     evens: dict[float, list[FoundPoint]] = {}
     found: dict[float, FoundPoint] = {}
     for level in budgets:
-        work.begin()
+        progress.begin()
         evens[level] = [_roughly(evaluator, line, level) for line in lines.values()]
-        place = _place(evaluator, down if level < evaluator.trained.macs else up, level)
+        place = point_on_walk(evaluator, down if level < evaluator.trained.macs else up, level)
         found[level] = _better([*evens[level], place], level * part)
-    work.begin()
+    progress.begin()
     for order in (budgets, budgets[::-1]):
         for source, level in pairwise(order):
             if found[source] in evens[source]:
@@ -110,7 +112,7 @@ def _roughly(evaluator: OffsetEvaluator, line: Line, level: float) -> FoundPoint
     return point_at_macs(evaluator, line, level, SOME, ROUGHLY)
 
 
-def _place(evaluator: OffsetEvaluator, walk: GreedyWalk, level: float) -> FoundPoint:
+def point_on_walk(evaluator: OffsetEvaluator, walk: GreedyWalk, level: float) -> FoundPoint:
     """Where a walk takes so many MACs, or its end where it does not."""
     points, here = sorted(walk.points, key=lambda point: point.outcome.macs), level * _part(evaluator, walk.compared)
     for low, high in pairwise(points):

@@ -37,7 +37,7 @@ def add_statistics(folder: Path, runtime: Runtime, images: npt.NDArray[np.float3
         parts = []
         for start in starts:
             parts.append(runtime.run(images[start : start + BATCH], budget=offsets).policy)
-            progress("recording policies", (done + (start + BATCH) / len(images)) / len(points))
+            progress("recording policies", (done + min(1.0, (start + BATCH) / len(images))) / len(points))
         policies.append(type(parts[0]).concatenate(parts))
     stored = write_statistics(folder, policies)
     write_config(folder, {**bundle.config, "statistics": vars(stored)})

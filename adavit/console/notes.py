@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from adavit.console.output import in_flags
 from adavit.errors import bounded
 
 __all__ = ["echo_notes", "export_notes"]
@@ -15,7 +16,7 @@ __all__ = ["echo_notes", "export_notes"]
 def echo_notes(command: str, notes: Iterable[str]) -> None:
     """Prints notes on stderr, each once."""
     for note in dict.fromkeys(notes):
-        click.echo(f"{command}: note: {bounded(note)}", err=True)
+        click.echo(f"{command}: note: {bounded(in_flags(note))}", err=True)
 
 
 def export_notes(report: dict[str, Any]) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
+import re
 import shlex
 import shutil
 import signal
@@ -22,7 +24,7 @@ import click
 import cloup
 
 from adavit.console.progress import Progress
-from adavit.errors import AdaViTError, InputError, OptionError, bounded, install_hint, printable
+from adavit.errors import AdaViTError, InputError, OptionError, bounded, missing_package, printable
 from adavit.files import check_place, write_beside
 
 __all__ = [
@@ -31,20 +33,16 @@ __all__ = [
     "check_targets",
     "end_lines",
     "export_lines",
+    "in_flags",
     "printable",
     "table",
     "write_json",
 ]
 
-MODULES = {  # An optional package that is missing, and the extra that brings it.
-    "torch": "export",
-    "onnx": "export",
-    "safetensors": "export",
-    "onnxruntime": "cpu",
-    "matplotlib": "train",
-}
-
-
+OPTION = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
+"""An option in a message, in Python's words, with its value or without."""
+FLAGS = {"with_dense=False": "--no-dense"}
+"""Options that the commands spell otherwise than by `in_flags`'s rule."""
 NARROWEST = 40
 """Columns of a help text at least; a narrower terminal wraps it."""
 OUT_OF_MEMORY = "out of memory; use a smaller --batch, smaller or fewer images"
@@ -74,21 +72,20 @@ class Command(cloup.Command):
             if isinstance(stream, io.TextIOWrapper):  # names that its encoding lacks are no reason to stop
                 stream.reconfigure(errors="backslashreplace")
         try:
-            with warnings.catch_warnings(), _interrupts():
+            with warnings.catch_warnings(), _logged(ctx.info_name), _interrupts():
                 warnings.showwarning = partial(_warn, ctx.info_name)
                 return super().invoke(ctx)
         except click.UsageError as error:
             raise _in_one_line(error) from None
         except OptionError as error:
-            raise click.UsageError(str(error)) from None
+            raise click.UsageError(in_flags(str(error))) from None
         except AdaViTError as error:
-            message = str(error)
+            message = in_flags(str(error))
         except ModuleNotFoundError as error:
-            package = (error.name or "").split(".")[0]
-            if package not in MODULES:
+            hint = missing_package(error, "train" if ctx.find_root().info_name == "adavit-train" else None)
+            if hint is None:
                 raise
-            extra = "train" if ctx.find_root().info_name == "adavit-train" else MODULES[package]
-            message = f"{package} is not installed; run: {install_hint(extra)}"
+            message = hint
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -153,7 +150,41 @@ def _drop_output() -> None:
 
 
 def _warn(command: str | None, message: Warning | str, *_: Any) -> None:
-    click.echo(f"{command}: warning: {bounded(str(message))}", err=True)
+    click.echo(f"{command}: warning: {bounded(in_flags(str(message)))}", err=True)
+
+
+@contextmanager
+def _logged(command: str | None) -> Iterator[None]:
+    """Prints what this package logs as warnings of the command."""
+
+    class Printed(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            _warn(command, record.getMessage())
+
+    log, handler = logging.getLogger("adavit"), Printed(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def in_flags(message: str) -> str:
+    """A message with the options that it names in Python's words, in backticks, as flags.
+
+    `calibration_images` becomes --calibration-images, `force=True` --force, `verify=False` --no-verify, and
+    `max_drop=0.2` --max-drop 0.2.
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found[1].replace("_", "-"), found[2]
+        if spelled := FLAGS.get(found[0].strip("`")):
+            return spelled
+        if value in ("True", None):
+            return f"--{name}"
+        return f"--no-{name}" if value == "False" else f"--{name} " + value.strip("'")
+
+    return OPTION.sub(flag, message)
 
 
 def _disk_message(error: OSError) -> str:

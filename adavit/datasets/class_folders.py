@@ -80,7 +80,7 @@ def misfit(folders: Sequence[str], labels: Sequence[str], unfit: str = UNFIT) ->
     if _are_numbers(folders):
         advice += f", or 0 to {len(labels) - 1}"
     elif len(folders) == len(labels):
-        advice += ", or give --labels-by-order if they are the classes in sorted order"
+        advice += ", or give `labels_by_order=True` if they are the classes in sorted order"
     such = f", such as {shown(labels[0])}" if labels else ""
     stranger = min(folders, key=lambda name: bool(NUMBER.fullmatch(name)))
     return ClassFolderError(f"class folder {shown(stranger)} {unfit.format(len(labels))}{such}; {advice}")

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adavit.bundle.bundle import OPSETS, Bundle, GraphFiles
+from adavit.bundle.bundle import Bundle, GraphFiles
+from adavit.bundle.card import renew_points
 from adavit.bundle.demo import demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
 from adavit.calibration.budgets import add_budgets
@@ -18,6 +19,7 @@ from adavit.calibration.statistics import IMAGES, add_statistics
 from adavit.datasets.image_files import find_calibration_images, read_images
 from adavit.errors import OptionError
 from adavit.export.options import ExportOptions
+from adavit.export.published import check_published, published, published_notes, without_results
 from adavit.export.sources import (
     check_output,
     checkpoint_file,
@@ -61,10 +63,8 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
     start = time.perf_counter()
     demo, source = is_demo(source), checkpoint_file(source)
     refuse_bundle(source, output, options.calibration.precisions)
-    if options.opset not in OPSETS:
-        raise OptionError(f"opset {options.opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
-    options.budgets.check()
-    options.calibration.check()
+    options.check()
+    check_published(options.license, options.datasets)
     check_output(output, options.force)
     progress("loading the checkpoint", 0.0)
     model = load_checkpoint(source, options.heads)
@@ -78,12 +78,19 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "name": "adavit-demo" if demo else model_name(source),
         "checkpoint": {"file": source.name, "sha256": sha256(source.read_bytes())},
     }
-    if demo and options.image_size is None:
-        about["budgets"] = Bundle.open(demo_bundle()).config["budgets"]  # of the same weights
+    shipped, as_shipped = Bundle.open(demo_bundle()) if demo else None, _as_shipped(options)
+    known = published(source, options.license, options.datasets)
+    card: dict[str, Any] = {}
+    if shipped:
+        card = shipped.config["card"] if as_shipped else without_results(shipped.config["card"])
+        if options.image_size is None:
+            about["budgets"] = shipped.config["budgets"]  # of the same weights
+    if card := card | known:
+        about["card"] = card
     precisions = options.calibration.precisions
     calibrated: dict[str, Any] = {}
     with folder_beside(output) as folder:
-        graphs = {"fp32": _write_fp32(folder, model, _notes(model, labels, prepare), options, progress)}
+        graphs = {"fp32": _write_fp32(folder, model, _notes(model, labels, prepare, known), options, progress)}
 
         def describe(names: Sequence[str]) -> dict[str, Any]:
             files = [graphs[name] for name in names]
@@ -106,6 +113,8 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
             if "fp32" not in precisions:
                 shutil.rmtree(folder / "fp32")
             config = describe(precisions)
+        if shipped and shipped.budgets and as_shipped:
+            renew_points(folder, shipped.budgets)
         budgets = add_budgets(folder, options.budgets, options.threads, progress)
         if model.arch.adapts and options.budgets.calibration_images and not options.budgets.budgets:
             _record_policies(folder, options, progress)
@@ -145,13 +154,20 @@ def _engine_sets(folder: Path, options: BuildOptions, progress: Progress) -> dic
     return add_engines(folder, options, progress)
 
 
-def _notes(model: AdaViT, labels: Sequence[str], prepare: Preprocessor) -> dict[str, str]:
+def _as_shipped(options: ExportOptions) -> bool:
+    """Whether an export of the demo is what its results were measured on."""
+    changed = options.image_size, options.crop_ratio, options.mean, options.std
+    return options.calibration.precisions[0] == "fp32" and not any(changed)
+
+
+def _notes(model: AdaViT, labels: Sequence[str], prepare: Preprocessor, known: Mapping[str, Any]) -> dict[str, str]:
     """What the weights' file notes, for exports of that file."""
     return {
         "format": "pt",
         "num_heads": str(model.arch.heads),
         "classes": json.dumps(labels),
         "crop_ratio": str(prepare.crop_ratio),
+        **published_notes(known),
     }
 
 
@@ -175,14 +191,16 @@ def _check_dense_alone(source: Path, options: ExportOptions) -> None:
     """Raises OptionError where an option makes no sense for a model without policies."""
     precisions = options.calibration.precisions
     if not options.with_dense:
-        raise OptionError(f"{source} has no policies: its bundle is its dense graph alone; leave out --no-dense")
+        raise OptionError(
+            f"{source} has no policies: its bundle is its dense graph alone; leave out `with_dense=False`"
+        )
     if precisions != ("fp32",):
         raise OptionError(
-            f"{source} has no policies: only what policies dispatch is calibrated; leave out --precision "
-            f"{','.join(precisions)}, and quantise the bundle's fp32/dense.onnx with another tool"
+            f"{source} has no policies: only what policies dispatch is calibrated; leave out "
+            f"`precision` {','.join(precisions)}, and quantise the bundle's fp32/dense.onnx with another tool"
         )
     if options.budgets.budgets:
-        raise OptionError(f"{source} has no policies, and so takes the same MACs at any budget; leave out --budgets")
+        raise OptionError(f"{source} has no policies, and so takes the same MACs at any budget; leave out `budgets`")
 
 
 def _without_policies(source: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,10 +39,9 @@ def checkpoint_file(source: Path) -> Path:
 def refuse_bundle(source: Path, output: Path, precisions: Sequence[str]) -> None:
     """Raises InputError where a bundle is given in the place of the checkpoint that it was made of."""
     if is_bundle(source):
-        option = "" if precisions == ("fp32",) else f" --precision {','.join(precisions)}"
         raise InputError(
             f"{source} is a bundle; a bundle of any precision is exported from the checkpoint: "
-            f"adavit-export CHECKPOINT --output {output}{option}"
+            f"adavit-export CHECKPOINT --output {output} --precision {','.join(precisions)}"
         )
 
 
@@ -66,13 +64,13 @@ def check_output(output: Path, force: bool) -> None:
         raise BundleError(f"{output.parent}: no such folder to write the bundle into; make it first")
     find_folder(output)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise BundleError(f"{output}: is there and is no folder; choose another --output")
+        raise BundleError(f"{output}: is there and is no folder; choose another `output`")
     if not output.exists():
         return
     if any(output.iterdir()) and not is_bundle(output):
-        raise BundleError(f"{output}: is a folder, but not a bundle; choose another --output")
+        raise BundleError(f"{output}: is a folder, but not a bundle; choose another `output`")
     if not force:
-        raise BundleError(f"{output}: already there; add --force to replace it")
+        raise BundleError(f"{output}: already there; give `force=True` to replace it")
 
 
 def find_labels(path: Path | None, source: Path, classes: int) -> list[str]:
@@ -83,7 +81,7 @@ def find_labels(path: Path | None, source: Path, classes: int) -> list[str]:
             return noted
         if noted:
             counts = source, len(noted), len(set(noted)), classes
-            log.warning("%s: %d class names (%d different) for %d classes; labels are numbers, give --labels", *counts)
+            log.warning("%s: %d class names (%d different) for %d classes; labels are numbers, give `labels`", *counts)
         return [str(index) for index in range(classes)]
     labels = read_labels(path)
     if len(labels) != classes or not all(labels) or len(set(labels)) != classes:
@@ -98,9 +96,5 @@ def find_preprocessor(source: Path, model: AdaViT, options: ExportOptions) -> Pr
     crop_ratio = options.crop_ratio
     if crop_ratio is None:
         crop_ratio = read_crop(source) or Preprocessor.crop_ratio
-    if not 0.1 <= crop_ratio <= 1:
-        raise InputError(f"crop ratio {crop_ratio} is out of range; choose 0.1 to 1")
     mean, std = options.mean or Preprocessor.mean, options.std or Preprocessor.std
-    if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
-        raise InputError(f"mean {mean} and std {std} are not usable; give three numbers each, std above 0")
-    return Preprocessor(model.arch.image_size, crop_ratio, tuple(mean), tuple(std))
+    return Preprocessor(model.arch.image_size, crop_ratio, mean, std)

@@ -158,7 +158,7 @@ def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Refe
     if not chosen:
         raise VerificationError(
             f"none of {DRAWS} random images keeps every decision {MARGIN:g} clear of its threshold, so rounding alone "
-            "may flip some; check the decision heads, or export with --no-verify"
+            "may flip some; check the decision heads, or export with `verify=False`"
         )
     return chosen
 
@@ -249,6 +249,8 @@ def _same_decisions(graph: str, arch: Architecture, step: Step, wanted: Referenc
 
 
 def _difference(graph: str, found: Float, wanted: Float) -> float:
+    if not np.isfinite(found).all():
+        raise VerificationError(f"{graph}: makes values that are not finite")
     worst = float(np.abs(found - wanted).max()) if found.shape == wanted.shape else np.inf
     if not worst <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
         raise VerificationError(f"{graph}: differs from the checkpoint by up to {worst:.3g}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import LABELS, MODEL_TYPE, PREPROCESSING, SCHEMA_VERSION, GraphFiles, write_config
+from adavit.bundle.card import CARD, front_matter
 from adavit.bundle.preprocessing import Preprocessor
 from adavit.files import sha256
 from adavit.macs import dense_macs, outside_macs
@@ -20,13 +21,13 @@ __all__ = ["describe_bundle"]
 
 _PACKAGES = ("torch", "onnx", "numpy")
 _ADAPTIVE = (
-    "image-classification, vision-transformer, adaptive-computation, onnx",
+    ["image-classification", "vision-transformer", "adaptive-computation", "onnx"],
     "An adaptive vision transformer ([AdaViT](https://arxiv.org/abs/2111.15668)). For each image, its policies choose\n"
     "tokens, attention heads and sub-layers. What they drop is not computed.",
     "measures its speed, also against the dense twin, which computes everything.",
 )
 _DENSE = (
-    "image-classification, vision-transformer, onnx",
+    ["image-classification", "vision-transformer", "onnx"],
     "A vision transformer as one ONNX graph. It has no policies, and computes everything for every image.",
     "measures its speed.",
 )
@@ -49,7 +50,8 @@ def describe_bundle(
         arch: the model's shapes.
         labels: one per class.
         preprocessor: what images go through.
-        about: name, checkpoint and whatever else belongs into `config.json`.
+        about: name, checkpoint and whatever else belongs into `config.json`, such as `card`, further metadata of the
+            model card.
 
     Returns:
         `config.json`'s content.
@@ -75,7 +77,7 @@ def describe_bundle(
             **{package: metadata.version(package) for package in _PACKAGES},
         },
     }
-    (folder / "README.md").write_text(_card(config, graphs, labels), encoding="utf-8")
+    (folder / CARD).write_text(_card(config, graphs, labels), encoding="utf-8")
     write_config(folder, config)
     return config
 
@@ -85,12 +87,13 @@ def _card(config: dict[str, Any], graphs: Sequence[GraphFiles], labels: Sequence
     sizes = ", ".join(f"{files.precision} ({files.bytes / 1e6:.1f} MB)" for files in graphs)
     policies = [kind for kind in ("token", "head", "sublayer") if arch[f"{kind}_policy"]]
     tags, model, measures = _ADAPTIVE if policies else _DENSE
-    return f"""---
-library_name: adavit
-pipeline_tag: image-classification
-tags: [{tags}]
----
-# {config["name"]}
+    metadata = {
+        "library_name": "adavit",
+        "pipeline_tag": "image-classification",
+        "tags": tags,
+        **config.get("card", {}),
+    }
+    return f"""{front_matter(metadata)}# {config["name"]}
 
 {model}
 

@@ -66,7 +66,7 @@ class Loss:
 
     @property
     def wanted_images(self) -> int | None:
-        """About as many images would show a bearable loss, if as large a part changed; None where they would not."""
+        """About as many images would show an acceptable loss, if as large a part changed; None where they would not."""
         if self.points >= MOST_LOST:
             return None
         times = 1.0

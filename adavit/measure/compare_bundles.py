@@ -59,10 +59,7 @@ def listed(bundles: Sequence[Path], precision: str | None) -> list[tuple[Path, s
         names = bundle.graphs if precision is None else [bundle.files_of(precision).precision]
         found += [(path, name) for name in names]
     if len(found) < 2:
-        raise OptionError(
-            "--compare takes two BUNDLEs or more, or one in several precisions, such as --compare fp32 int8 "
-            "--images photos/"
-        )
+        raise OptionError("a comparison takes two bundles or more, or one in several precisions")
     return found
 
 
@@ -180,8 +177,8 @@ def _twin(runtime: Runtime, asked: bool | None) -> bool:
     there = runtime.graphs.files.dense is not None
     if asked and not there:
         raise InputError(
-            f"{runtime.bundle.path}: exported without its dense twin; export again without --no-dense, or "
-            "leave out --dense"
+            f"{runtime.bundle.path}: exported without its dense twin; export again without `with_dense=False`, "
+            "or leave out `dense=True`"
         )
     return there and asked is not False
 

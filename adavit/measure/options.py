@@ -29,7 +29,7 @@ LOADING = (
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What `adavit-run` is asked for; see its --help."""
+    """What `adavit-run` is asked for; see `adavit-run --help`."""
 
     images: tuple[Path, ...] = ()
     batch: int = 1
@@ -67,7 +67,7 @@ class RunOptions:
             return self
         notes.append(
             f"samples run in parallel, each on one thread: a batch of {self.batch} uses {used} of {threads} "
-            "threads, and so does the dense twin here; give a larger --batch, or --parallel operators"
+            "threads, and so does the dense twin here; give a larger `batch`, or `parallel='operators'`"
         )
         return replace(self, threads=used)
 

@@ -39,7 +39,7 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     folder, demo = path or demo_bundle(), path is None or names_demo(path)
     given = options.images or ((demo_bundle().parent / "images",) if demo else ())
     if options.draw and not given:
-        raise OptionError("--draw draws images, and random input has none; give --images too")
+        raise OptionError("`draw` draws images, and random input has none; give `images` too")
     notes: list[str] = []
     options = options.with_used_threads(notes)
     progress("loading the bundle", 0.0)
@@ -48,9 +48,10 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     if options.dense or profiles:
         runtime.adaptive_dispatcher("profile" if profiles else "compare with a dense twin")
         if not has_twin(runtime):
-            without = "--profile" if profiles else "--dense"
+            without = "`profile`" if profiles else "`dense=True`"
             raise InputError(
-                f"{folder}: exported without its dense twin; export again without --no-dense, or leave out {without}"
+                f"{folder}: exported without its dense twin; export again without `with_dense=False`, "
+                f"or leave out {without}"
             )
     replayed = Policy.load(options.replay_policy) if options.replay_policy else None
     files = find_images(given, runtime.labels, options.labels_by_order, notes.append)

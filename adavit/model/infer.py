@@ -63,7 +63,7 @@ def infer_architecture(state: Mapping[str, Tensor], heads: int | None = None) ->
     elif heads is None:
         if width % USUAL_HEAD_WIDTH:
             raise CheckpointError(
-                f"nothing tells the number of heads (no head policy, width {width} not a multiple of 64); give --heads"
+                f"nothing tells the number of heads (no head policy, width {width} not a multiple of 64); give `heads`"
             )
         heads = width // USUAL_HEAD_WIDTH
     try:

@@ -40,7 +40,5 @@ def read_crop(path: Path) -> float | None:
     except (ValueError, OverflowError):
         crop = nan
     if not 0.1 <= crop <= 1:
-        raise CheckpointError(
-            f"{path}: its crop ratio is {shown(noted)}; name one of 0.1 to 1 with --crop-ratio or --crop"
-        )
+        raise CheckpointError(f"{path}: its crop ratio is {shown(noted)}; give one from 0.1 to 1")
     return crop

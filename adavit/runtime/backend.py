@@ -178,7 +178,7 @@ def create_backend(name: str, graphs: Graphs, options: Options) -> Backend:
         OptionError: it has no CUDA graphs to make, or no such provider on any machine.
     """
     if not isinstance(name, str) or name not in _BACKENDS:
-        gpu = "; for an NVIDIA GPU give backend='onnxruntime' and provider='CUDAExecutionProvider'"
+        gpu = "; for an NVIDIA GPU give `backend='onnxruntime'` and `provider='CUDAExecutionProvider'`"
         hint = gpu if isinstance(name, str) and name.lower() in ("cuda", "gpu") else ""
         raise BackendError(f"unknown backend {shown(name)}; choose one of {', '.join(names())}{hint}")
     if options.cuda_graphs and not name.startswith("tensorrt"):

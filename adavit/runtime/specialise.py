@@ -225,14 +225,14 @@ class Specialiser:
 
     def _make(self, wanted: Sequence[Hashable]) -> bool:
         """Prepares all of these and lets go of others; returns whether anything changed."""
-        there = set(self._backend.prepared())
-        if there == set(wanted):
+        prepared = set(self._backend.prepared())
+        if prepared == set(wanted):
             return False
-        self._backend.retain([one for one in wanted if one in there])
+        self._backend.retain([one for one in wanted if one in prepared])
         for one in wanted:
             if self.closed:
                 return False
-            if one not in there:
+            if one not in prepared:
                 with undisturbed:
                     self._backend.prepare(one)
         return True

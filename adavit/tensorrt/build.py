@@ -97,7 +97,7 @@ def _add_set(
             for engine, about in made.items()
         ],
     }
-    _describe(folder, key, entry)
+    replace_set(folder, key, entry)
     remember_built(read_engine_set(key, entry).fingerprint, key)
     return key, report
 
@@ -114,7 +114,7 @@ def _workers(
             described = pool.submit(worker.describe)
         yield pool, described.result()
     except BrokenProcessPool:
-        raise BackendError(f"the {flavour} builder died; if memory ran out, build with fewer --jobs") from None
+        raise BackendError(f"the {flavour} builder died; if memory ran out, build with fewer `jobs`") from None
     except BaseException:
         for process in list(pool._processes.values()):  # none is worth waiting for; later Pythons have kill_workers()
             process.kill()
@@ -187,7 +187,7 @@ def _free_place(bundle: Bundle, key: str) -> Path:
     return bundle.path / FOLDER / (key if key not in taken else f"{key}-again")
 
 
-def _describe(folder: Path, key: str, entry: dict[str, Any]) -> None:
+def replace_set(folder: Path, key: str, entry: dict[str, Any]) -> None:
     """Puts a set into `config.json`, then removes the folder of the set it replaces."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     replaced = config.setdefault("engine_sets", {}).get(key)

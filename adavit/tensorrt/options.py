@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from adavit.arguments import choice, flag, whole
+from adavit.bundle.engine_sets import FLAVOURS
 from adavit.errors import OptionError
 
 __all__ = ["BuildOptions"]
@@ -22,10 +24,13 @@ UNSUPPORTED = {
 }
 """What a flavour cannot do, and why or what else does it."""
 
+RANGES = {"workspace": (1, 1 << 20), "builder_optimization_level": (0, 5), "max_batch": (1, 4096), "jobs": (1, 64)}
+"""The least and the most of each number."""
+
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What `adavit-export --target` is asked for; see its --help."""
+    """What `adavit-export --target` is asked for; see `adavit-export --help`."""
 
     target: tuple[str, ...] = ()
     compute_capability: tuple[int, ...] = ()
@@ -50,7 +55,8 @@ class BuildOptions:
         return build
 
     def check(self) -> None:
-        """Raises OptionError where a flavour cannot do what is asked, or no target is there to do it for."""
+        """Raises OptionError where an option is out of range, a flavour lacks it, or no target is there to use it."""
+        self._check_ranges()
         if not self.target:
             if self != BuildOptions():
                 raise OptionError("options for building TensorRT engines without a `target`; add one")
@@ -61,3 +67,14 @@ class BuildOptions:
             for option, why in UNSUPPORTED[target].items():
                 if getattr(self, option):
                     raise OptionError(f"{target} has no `{option}`: {why}")
+
+    def _check_ranges(self) -> None:
+        for target in self.target:
+            choice("target", target, sorted(FLAVOURS))
+        for capability in self.compute_capability:
+            whole("compute_capability", capability, 10, 999)
+        for name in ("hardware_compatible", "version_compatible", "strip_weights"):
+            flag(name, getattr(self, name))
+        for name, (least, most) in RANGES.items():
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), least, most)

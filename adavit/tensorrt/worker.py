@@ -159,7 +159,7 @@ def build(job: Job) -> dict[str, Any]:
     except worker.refused as error:
         raise _refusal(job.key.name, _parser_error(trt, data, typed) or f"it ({error})") from None
     layers = [{"name": layer.name, "type": layer.type.name, "precision": _precision(layer)} for layer in parts[1]]
-    config = _config(worker, job.profiles)
+    config = builder_config(worker, job.profiles)
     try:
         blob = bytes(loaders.EngineBytesFromNetwork(parts, config, worker.timing_cache)())
     except worker.refused as error:
@@ -199,7 +199,7 @@ def _known_capabilities(trt: Any) -> list[int]:
     return sorted(int(name[2:]) for name in names if name.startswith("SM"))
 
 
-def _config(worker: _Worker, profiles: list[Profile]) -> Any:
+def builder_config(worker: _Worker, profiles: list[Profile]) -> Any:
     """Polygraphy's loader of the builder's configuration."""
     trt, loaders, options = worker.trt, worker.loaders, worker.options
     made = []

@@ -24,10 +24,10 @@ from adavit.training.configure import (
 )
 from adavit.training.data import open_images
 from adavit.training.distributed import World, join_world
-from adavit.training.found import Pictures, expected_stages, measure_pictures, run_lines
 from adavit.training.log import Reporter, read_log
 from adavit.training.loop import LOG, Intervals, Trainer
 from adavit.training.plot import plot_log
+from adavit.training.run_summary import Pictures, expected_stages, measure_pictures, run_lines
 from adavit.training.state import CHECKPOINT
 from adavit.training.teacher import Teacher, identify_teacher, open_teacher
 

@@ -172,7 +172,7 @@ def test_a_bundle_without_its_dense_twin(bundle: Path) -> None:
     config = read_config(bundle)
     del config["precisions"]["fp32"]["dense"]
     write_config(bundle, config)
-    assert "has no dense twin; export again, without --no-dense" in fault(bundle)
+    assert "has no dense twin; export again, without `with_dense=False`" in fault(bundle)
 
 
 def changed(config: Any, path: str, value: Any) -> None:

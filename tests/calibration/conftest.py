@@ -36,7 +36,7 @@ def cache(calibrated: tuple[Path, dict]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle(calibrated: tuple[Path, dict]) -> Path:
+def converted(calibrated: tuple[Path, dict]) -> Path:
     """That bundle."""
     return calibrated[0]
 

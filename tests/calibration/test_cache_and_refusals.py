@@ -57,11 +57,13 @@ def precisions_of(bundle: Path, precision: str) -> dict[str, str]:
     }
 
 
-def test_a_cache_serves_other_precisions_and_methods(exported: Exported, busy: Path, bundle: Path, cache: Path) -> None:
+def test_a_cache_serves_other_precisions_and_methods(
+    exported: Exported, busy: Path, converted: Path, cache: Path
+) -> None:
     other, report = exported(busy, "int8", calibration_cache=cache, method="percentile")
     found = report["calibration"]["int8"]
     assert (found["reused"], found["method"], found["images"]) == (True, "percentile", 32)
-    scales, wanted = (load_file(b / "int8" / "model.safetensors") for b in (other, bundle))
+    scales, wanted = (load_file(b / "int8" / "model.safetensors") for b in (other, converted))
     smaller = [name for name in scales if name.endswith("input_scale") and scales[name] < wanted[name]]
     assert len(smaller) > 4 * WIDE.depth
     assert all(np.array_equal(scales[name], wanted[name]) for name in wanted if not name.endswith("input_scale"))
@@ -281,8 +283,8 @@ NOISE = random_images(WIDE, 48, seed=3)
 INT8 = {sublayer: Assignment("int8") for sublayer in sublayers_of(WIDE)}
 
 
-def test_a_loss_is_what_a_precision_changes(bundle: Path) -> None:
-    runtimes = {p: adavit.load(bundle, threads=1, precision=p, specialise=False) for p in ("fp32", "int8")}
+def test_a_loss_is_what_a_precision_changes(converted: Path) -> None:
+    runtimes = {p: adavit.load(converted, threads=1, precision=p, specialise=False) for p in ("fp32", "int8")}
     wanted, found = (runtime.run(NOISE).logits for runtime in runtimes.values())
     same = wanted.argmax(1) == found.argmax(1)
     assert 0 < same.sum() < len(NOISE)
@@ -303,8 +305,8 @@ def test_a_loss_is_what_a_precision_changes(bundle: Path) -> None:
     assert Measure(make, wanted, NOISE, gained).loss(INT8).drop == pytest.approx(-100 * (1 - same.mean())) != 0
 
 
-def test_what_is_not_finite_is_the_worst_loss(bundle: Path, tmp_path: Path) -> None:
-    broken = shutil.copytree(bundle, tmp_path / "broken")
+def test_what_is_not_finite_is_the_worst_loss(converted: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(converted, tmp_path / "broken")
     with_weights(broken, "blocks.1.mlp.fc1.bias", np.nan, "int8")
     runtime = adavit.load(broken, threads=1, precision="int8", specialise=False)
     wanted = np.zeros((len(NOISE), WIDE.classes), np.float32)
@@ -394,7 +396,7 @@ def test_what_was_put_back_for_little_is_taken_back() -> None:
 
 
 def test_a_bound_that_cannot_be_met_says_what_was_the_best() -> None:
-    with pytest.raises(InputError, match=r"--max-drop 0.2 cannot be met: the best was a drop of 0.30 points"):
+    with pytest.raises(InputError, match=r"`max_drop=0.2` cannot be met: the best was a drop of 0.30 points"):
         search({"a": 1.0, "b": 2.0}, bound=0.2, rest=0.3).run()
     with pytest.raises(InputError, match=r"the best was a drop of 0.50 points, with up to all of 2 sub-layers"):
         search({"a": 1.0, "b": -0.5}, bound=0.2, rest=1.0).run()  # which b makes worse in fp16

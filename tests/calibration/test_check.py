@@ -18,9 +18,9 @@ from adavit.runtime import Runtime
 
 
 @pytest.fixture
-def runtime(bundle: Path, tmp_path: Path) -> Runtime:
+def runtime(converted: Path, tmp_path: Path) -> Runtime:
     """A copy of the bundle in fp32."""
-    copy = shutil.copytree(bundle, tmp_path / "copy")
+    copy = shutil.copytree(converted, tmp_path / "copy")
     return adavit.load(copy, threads=1, precision="fp32", specialise=False)
 
 

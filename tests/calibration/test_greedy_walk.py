@@ -12,7 +12,7 @@ from adavit.bundle.operating_points import TRAINED, Offsets
 from adavit.calibration.greedy_walk import GreedyWalk, moves_by_unit
 from adavit.calibration.line_search import CLOSE, even_line, point_at_macs
 from adavit.calibration.offset_evaluator import Outcome
-from adavit.calibration.work import Work
+from adavit.calibration.search_progress import SearchProgress
 
 
 def test_doubt_is_the_standard_error_of_the_difference() -> None:
@@ -70,16 +70,16 @@ def test_steps_are_about_a_step_and_ends_are_reached(sign: int) -> None:
 
 def test_the_share_of_work_never_falls_whatever_the_parts_take() -> None:
     shares: list[float] = []
-    work = Work(shares.append)
-    work.ran(5)
+    progress = SearchProgress(shares.append)
+    progress.ran(5)
     assert not shares  # nothing is planned yet
-    work.plan(10, 20, 30)
+    progress.plan(10, 20, 30)
     for took in (2, 40, 15):
-        work.begin()
+        progress.begin()
         for _ in range(took):
-            work.ran(1)
+            progress.ran(1)
     assert shares == sorted(shares)
     assert shares[1] == pytest.approx(7 / 62, rel=0.2)
     assert 0.7 < shares[-1] < 1
-    work.end()
+    progress.end()
     assert shares[-1] == 1

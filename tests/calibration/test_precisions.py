@@ -67,9 +67,9 @@ def test_fp32_goes_where_it_is_not_asked_for_and_the_first_is_the_default(
 
 
 @precisions
-def test_decisions_and_classes_stay_close(bundle: Path, precision: str) -> None:
+def test_decisions_and_classes_stay_close(converted: Path, precision: str) -> None:
     images = random_images(WIDE, 16, seed=9)
-    wanted, runtime = loaded(bundle).run(images), loaded(bundle, precision)
+    wanted, runtime = loaded(converted).run(images), loaded(converted, precision)
     found = runtime.run(images, policy=wanted.policy)
     allowed = {"fp16": 0.01, "int8": 0.35}[precision]
     assert np.abs(found.logits - wanted.logits).max() < allowed * np.abs(wanted.logits).max()
@@ -79,15 +79,15 @@ def test_decisions_and_classes_stay_close(bundle: Path, precision: str) -> None:
 
 
 @precisions
-def test_the_dense_twin_stays_close(bundle: Path, precision: str) -> None:
+def test_the_dense_twin_stays_close(converted: Path, precision: str) -> None:
     images = random_images(WIDE, 4, seed=9)
-    wanted, found = loaded(bundle).run_dense(images), loaded(bundle, precision).run_dense(images)
+    wanted, found = loaded(converted).run_dense(images), loaded(converted, precision).run_dense(images)
     assert np.abs(found - wanted).max() < {"fp16": 0.01, "int8": 0.35}[precision] * np.abs(wanted).max()
 
 
 @precisions
-def test_batches_and_prepared_blocks_compute_the_same(bundle: Path, precision: str) -> None:
-    images, runtime = random_images(WIDE, 6), loaded(bundle, precision)
+def test_batches_and_prepared_blocks_compute_the_same(converted: Path, precision: str) -> None:
+    images, runtime = random_images(WIDE, 6), loaded(converted, precision)
     together = runtime.run(images)
     for image, logits in zip(images, together.logits, strict=True):
         np.testing.assert_allclose(runtime.run(image[None]).logits[0], logits, atol=1e-4)
@@ -102,11 +102,11 @@ def test_batches_and_prepared_blocks_compute_the_same(bundle: Path, precision: s
     assert different.max() < 0.05 * np.abs(together.logits).max()
 
 
-def test_norms_softmax_and_sums_stay_float32_in_fp16(bundle: Path) -> None:
-    for name, file in stored_files(bundle, "fp16").items():
+def test_norms_softmax_and_sums_stay_float32_in_fp16(converted: Path) -> None:
+    for name, file in stored_files(converted, "fp16").items():
         if name == "weights":
             continue
-        graph = onnx.shape_inference.infer_shapes(onnx.load(bundle / file), strict_mode=True).graph
+        graph = onnx.shape_inference.infer_shapes(onnx.load(converted / file), strict_mode=True).graph
         values = (*graph.value_info, *graph.input, *graph.output)
         kinds = {value.name: value.type.tensor_type.elem_type for value in values}
         kinds |= {value.name: value.data_type for value in graph.initializer}
@@ -125,8 +125,8 @@ def test_norms_softmax_and_sums_stay_float32_in_fp16(bundle: Path) -> None:
         assert halved >= linear[name.rpartition(".")[2]], name
 
 
-def test_weights_of_linear_layers_alone_are_converted(bundle: Path) -> None:
-    wanted, halves, codes = (weights_of(bundle, precision) for precision in ("fp32", "fp16", "int8"))
+def test_weights_of_linear_layers_alone_are_converted(converted: Path) -> None:
+    wanted, halves, codes = (weights_of(converted, precision) for precision in ("fp32", "fp16", "int8"))
     linear = {f"blocks.{block}.{name}" for block in range(WIDE.depth) for name in LINEAR}
     for name, value in wanted.items():
         layer, _, kind = name.rpartition(".")
@@ -140,8 +140,8 @@ def test_weights_of_linear_layers_alone_are_converted(bundle: Path) -> None:
             assert np.abs(codes[name] * scale[:, None] - value).max() <= 0.5 * scale.max() * (1 + 1e-5)
 
 
-def test_the_largest_code_is_the_largest_value_of_calibration(bundle: Path, cache: Path) -> None:
-    (ranges, _), tensors = load_ranges(cache), weights_of(bundle, "int8")
+def test_the_largest_code_is_the_largest_value_of_calibration(converted: Path, cache: Path) -> None:
+    (ranges, _), tensors = load_ranges(cache), weights_of(converted, "int8")
     found = {name for name in tensors if name.endswith(".input_scale")}
     wanted = {
         f"{'dense.' if unit == 'dense' else ''}{site}.input_scale": histogram.peak / 127
@@ -162,8 +162,8 @@ def session(model: bytes, optimised: Path | None = None) -> Any:
     return ort.InferenceSession(model, options, ["CPUExecutionProvider"], disabled_optimizers=HIDING_INT8)
 
 
-def test_onnx_runtime_multiplies_codes_where_they_are_constants(bundle: Path, tmp_path: Path) -> None:
-    graphs = Graphs(Bundle.open(bundle), "int8")
+def test_onnx_runtime_multiplies_codes_where_they_are_constants(converted: Path, tmp_path: Path) -> None:
+    graphs = Graphs(Bundle.open(converted), "int8")
     block, dense = graphs.block(1, BOTH), graphs.dense()
     handed = graphs.quantised_head_weights(BlockKey(1, BOTH, (0, 2, 3)))
     for graph, constants, products in ((block, handed, 4), (dense, {}, 6 * WIDE.depth)):
@@ -205,8 +205,8 @@ def assert_openvino_computes_the_same(bundle: Path, precision: str) -> None:
 
 
 @precisions
-def test_openvino_computes_the_same(bundle: Path, precision: str) -> None:
-    assert_openvino_computes_the_same(bundle, precision)
+def test_openvino_computes_the_same(converted: Path, precision: str) -> None:
+    assert_openvino_computes_the_same(converted, precision)
 
 
 def test_openvino_takes_models_without_a_bias_of_queries(exported: Exported, pictures: Path, tmp_path: Path) -> None:
@@ -215,11 +215,11 @@ def test_openvino_takes_models_without_a_bias_of_queries(exported: Exported, pic
     assert_openvino_computes_the_same(exported(source, "int8", calibration_images=(pictures,))[0], "int8")
 
 
-def test_older_opsets_do(exported: Exported, busy: Path, cache: Path, bundle: Path) -> None:
+def test_older_opsets_do(exported: Exported, busy: Path, cache: Path, converted: Path) -> None:
     older, _ = exported(busy, "fp16", "int8", opset=17, calibration_cache=cache)
     images = random_images(WIDE, 2)
     for precision in ("fp16", "int8"):
-        wanted = loaded(bundle, precision).run(images)
+        wanted = loaded(converted, precision).run(images)
         found = loaded(older, precision).run(images, policy=wanted.policy)
         np.testing.assert_allclose(found.logits, wanted.logits, atol=0.05)
 
@@ -236,7 +236,7 @@ def test_tokens_may_be_larger_than_fp16_holds(exported: Exported, pictures: Path
     np.testing.assert_allclose(half.run_dense(images), wide.run_dense(images), atol=0.01)
 
 
-def test_the_same_seed_gives_the_same_bytes(bundle: Path, busy: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(converted: Path, busy: Path, pictures: Path, tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
@@ -248,6 +248,6 @@ export_bundle(source, output, ExportOptions(verify=False, threads=1, calibration
 """
     done = python(code, busy, tmp_path / "again", pictures)
     assert done.returncode == 0, done.stderr
-    again, before = (read_config(folder)["precisions"]["int8"] for folder in (tmp_path / "again", bundle))
+    again, before = (read_config(folder)["precisions"]["int8"] for folder in (tmp_path / "again", converted))
     assert again == before
     assert (tmp_path / "again.calibration.npz").is_file()

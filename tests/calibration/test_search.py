@@ -17,7 +17,7 @@ from adavit.calibration.budgets import calibrate
 from adavit.calibration.greedy_walk import GreedyWalk, moves_by_unit
 from adavit.calibration.line_search import CLOSE, even_line, point_at_macs
 from adavit.calibration.offset_evaluator import Outcome
-from adavit.calibration.work import Work
+from adavit.calibration.search_progress import SearchProgress
 from adavit.errors import InputError
 
 
@@ -159,16 +159,16 @@ def test_what_loses_nothing_is_given_up_for_what_gains(budget: float) -> None:
 @pytest.mark.parametrize("good", [0, 1, 2])
 def test_what_is_good_at_a_budget_is_tried_at_all_others(good: int, monkeypatch: pytest.MonkeyPatch) -> None:
     land: Any = Landscape(ALIKE, {"tokens": 1.0, "heads": 10.0, "sublayers": 1.0})
-    land.work = Work(lambda _: None)
+    land.progress = SearchProgress(lambda _: None)
     levels = [0.3, 0.5, 0.7]
-    land.work.plan(*search.expected(land, len(levels)))
+    land.progress.plan(*search.expected(land, len(levels)))
     keeps, drops = Offsets(-2.0, 2.0, -2.0), Offsets(1.0, -2.0, 1.0)  # the heads, which are dear
     places = {
         level: point_at_macs(land, even_line(land, keeps if level == levels[good] else drops), level)
         for level in levels
     }
-    monkeypatch.setattr(search, "_place", lambda evaluator, walk, level: places[level])
-    for level, point in search.best_points(land, levels, land.work).items():
+    monkeypatch.setattr(search, "point_on_walk", lambda evaluator, walk, level: places[level])
+    for level, point in search.best_points(land, levels, land.progress).items():
         wanted = point_at_macs(land, even_line(land, keeps), level).outcome
         assert point.outcome.macs == pytest.approx(level, rel=CLOSE)
         assert point.outcome.score > wanted.score - 0.01
@@ -187,7 +187,7 @@ def test_points_that_come_upon_the_trained_policy_leave_one_of_it(
     zeros: Offsets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     land: Any = Landscape(ALIKE, ALIKE)
-    monkeypatch.setattr(calibration, "_astray", lambda *_: OperatingPoint(0.56, zeros, {}))
+    monkeypatch.setattr(calibration, "point_between", lambda *_: OperatingPoint(0.56, zeros, {}))
     found = calibrate(land, [0.3, 0.8])
     assert Budgets.from_dict(found.to_dict(), tiny().depth) == found
     assert found.trained.budget == pytest.approx(0.55)

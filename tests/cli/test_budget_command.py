@@ -1,6 +1,7 @@
 """`adavit-export --budgets`, `adavit-run --budget` and `--latency-ms`, end to end."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +75,31 @@ def test_the_budget_is_shown(dialled: Path) -> None:
     assert "budget      75.0% of the dense MACs, on average" in shown
 
 
-def slow(taken: list[float]) -> Any:
-    """Stands for the clock: what the timed points take."""
-    return lambda *_: np.array(taken)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
+    """Stands for the clock: what the three points take, by their offsets."""
+
+    def take(milliseconds: list[float]) -> None:
+        times = dict(zip((-1000.0, 0.0, 1000.0), milliseconds, strict=True))
+        monkeypatch.setattr(latency, "time_run", lambda run: times[run.keywords["budget"].tokens])
+        monkeypatch.setattr(latency, "SECONDS", 1e-9)
+
+    return take
 
 
 @pytest.mark.parametrize(
     ("asked", "budget"), [(2, 0.1), (3, 0.3), (4, 0.5), (7, 1.0)], ids=["least", "between", "a point", "most"]
 )
-def test_a_latency(asked: float, budget: float, dialled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_medians", slow([2.0, 4.0, 7.0]))
+def test_a_latency(asked: float, budget: float, dialled: Path, clock: Callable[[list[float]], None]) -> None:
+    clock([2.0, 4.0, 7.0])
     values = report(dialled, "--latency-ms", asked)
     assert values["budget"]["macs"] == pytest.approx(budget)
     macs = adavit.load(dialled, threads=1, budget=values["budget"]["macs"]).offsets
     assert values["budget"]["offsets"]["tokens"] == macs.tokens
 
 
-def test_a_latency_out_of_range(dialled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_medians", slow([2.0, 1.5, 7.0]))  # the second is noise
+def test_a_latency_out_of_range(dialled: Path, clock: Callable[[list[float]], None]) -> None:
+    clock([2.0, 1.5, 7.0])  # the second is noise
     for asked in (1.9, 7.1):
         message = refusal(invoke(run, dialled, *SHORT, "--latency-ms", asked, "--batch", 2))
         assert f"a latency of {asked:g} ms is out of range: with batch 2 and 1 threads" in message
@@ -100,9 +108,9 @@ def test_a_latency_out_of_range(dialled: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("asked", "budget"), [(2, 0.5), (4.5, 0.75), (7, 1.0)])
 def test_a_larger_budget_that_seems_faster_is_noise(
-    asked: float, budget: float, dialled: Path, monkeypatch: pytest.MonkeyPatch
+    asked: float, budget: float, dialled: Path, clock: Callable[[list[float]], None]
 ) -> None:
-    monkeypatch.setattr(latency, "_medians", slow([2.0, 1.5, 7.0]))
+    clock([2.0, 1.5, 7.0])
     assert report(dialled, "--latency-ms", asked)["budget"]["macs"] == pytest.approx(budget)
 
 
@@ -137,13 +145,22 @@ def test_points_take_turns_on_all_images(dialled: Path, monkeypatch: pytest.Monk
         np.testing.assert_array_equal(np.concatenate(given)[:6], images[[0, 1, 2, 3, 4, 0]])
 
 
-def test_few_of_many_points_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_of_many_points_are_timed(dialled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[float] = []
+
+    def time_of(run: Any) -> float:
+        timed.append(run.keywords["budget"].tokens)
+        return 100 + timed[-1]
+
+    monkeypatch.setattr(latency, "time_run", time_of)
+    monkeypatch.setattr(latency, "SECONDS", 1e-9)
     points = [point(0.01 * n, float(n - 50)) for n in range(1, 101)]
     budgets = Budgets.from_dict({"points": points, "calibration": {}}, tiny().depth)
-    found = [chosen.budget for chosen in latency._spread(budgets.points)]
-    assert len(found) == latency.TIMED
-    assert (found[0], found[-1]) == (0.01, 1.0)
-    assert found == sorted(found)
+    runtime = adavit.load(dialled, threads=1)
+    found = latency.budget_for_latency(runtime, budgets, random_images(tiny(), 1), 1, 100.5, quiet)
+    assert found == pytest.approx(0.505)
+    assert len(set(timed)) == latency.TIMED
+    assert (min(timed), max(timed)) == (-49, 50)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_options_reach_the_bundle(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_an_existing_bundle_needs_force(checkpoint: Path, bundle: Path) -> None:
     message = refusal(invoke(export, checkpoint, "-o", bundle))
-    assert message == f"adavit-export: error: {bundle}: already there; add --force to replace it\n"
+    assert message == f"adavit-export: error: {bundle}: already there; give --force to replace it\n"
     assert "dense" in stored_files(bundle)
     assert invoke(export, checkpoint, "-o", bundle, "--force", "--threads", 1, "--no-dense").exit_code == 0
     assert "dense" not in stored_files(bundle)
@@ -291,7 +291,8 @@ def test_a_bundle_is_no_checkpoint(bundle: Path, tmp_path: Path) -> None:
     for options in ([], ["--precision", "int8"], ["--precision", "fp16", "--calibration-images", images]):
         message = refusal(invoke(export, bundle, "-o", tmp_path / "other", *options))
         assert f"{bundle} is a bundle; a bundle of any precision is exported from the checkpoint" in message
-        command = f"adavit-export CHECKPOINT --output {tmp_path}/other {' '.join(options[:2])}".strip()
+        precision = " ".join(options[:2] or ["--precision", "fp32"])
+        command = f"adavit-export CHECKPOINT --output {tmp_path}/other {precision}"
         assert message.endswith(f": {command}\n")
     assert not (tmp_path / "other").exists()
 

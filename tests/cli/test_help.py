@@ -10,7 +10,7 @@ from cases import invoke, python
 from adavit.cli import export, run
 
 HEADINGS = {
-    "adavit-run": ["Input", "Operating point", "Measurement", "Output", "Backend", "Instead of a run", "Other options"],
+    "adavit-run": ["Input", "Operating point", "Measurement", "Output", "Backend", "Compare bundles", "Other options"],
     "adavit-export": [
         "Bundle", "Checks", "Budgets, and images to calibrate on", "Precision, calibrated on --calibration-images",
         "TensorRT", "Report and threads", "Other options",

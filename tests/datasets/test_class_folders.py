@@ -143,7 +143,7 @@ def test_a_class_without_images_is_named(lost: str, tmp_path: Path) -> None:
 
 def test_the_order_is_noted_and_told(tmp_path: Path) -> None:
     folder = place(tmp_path / "set", "one/a.png", "two/b.png")
-    with pytest.raises(InputError, match="or give --labels-by-order if they are the classes in sorted order"):
+    with pytest.raises(InputError, match="or give `labels_by_order=True` if they are the classes in sorted order"):
         found(folder, ["x", "y"])
     labels, notes = found(folder, ["x", "y"], by_order=True)
     assert labels == {"one/a.png": 0, "two/b.png": 1}

@@ -117,7 +117,7 @@ def test_heads_are_64_wide_where_nothing_tells(tmp_path: Path) -> None:
 def test_heads_can_be_given_or_noted(tmp_path: Path) -> None:
     model, path = without_heads(tmp_path, width=48, heads=4)
     assert "nothing tells the number of heads" in fault(path)
-    assert "--heads" in fault(path)
+    assert "give `heads`" in fault(path)
     assert_loads(path, model, heads=4)
     torch.save({"model": model.state_dict(), "args": Namespace(num_heads=4)}, path)
     assert_loads(path, model)
@@ -343,7 +343,7 @@ def test_the_crop_is_read_where_it_is_noted(model: AdaViT, state: State, tmp_pat
         assert read_crop(own) is None
     for wrong in (0.0, 7, float("nan"), "wide", [0.9], 10**400):
         torch.save({"state_dict": state, "args": Namespace(crop_pct=wrong)}, own)
-        with pytest.raises(CheckpointError, match=r"its crop ratio is .*; name one of 0\.1 to 1 with --crop"):
+        with pytest.raises(CheckpointError, match=r"its crop ratio is .*; give one from 0\.1 to 1"):
             read_crop(own)
 
 

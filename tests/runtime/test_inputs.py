@@ -263,7 +263,7 @@ def test_threads_that_make_no_sense(threads: Any, tiny_bundle: Path) -> None:
 def test_unknown_names(tiny_bundle: Path) -> None:
     with pytest.raises(BackendError, match=r"unknown backend 'nope'; choose one of .*onnxruntime"):
         adavit.load(tiny_bundle, backend="nope")
-    with pytest.raises(BackendError, match="give backend='onnxruntime' and provider='CUDAExecutionProvider'"):
+    with pytest.raises(BackendError, match="give `backend='onnxruntime'` and `provider='CUDAExecutionProvider'`"):
         adavit.load(tiny_bundle, backend="cuda")
     with pytest.raises(BackendError, match=r"no provider 'NopeProvider' here; it has .*CPUExecutionProvider"):
         adavit.load(tiny_bundle, provider="NopeProvider")

@@ -49,7 +49,7 @@ def test_neither(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
     pretend(monkeypatch, imports=False)
     message = fault(tiny_bundle)
     assert "ONNX Runtime is not installed; run: pip install 'adavit[cpu]' (in a clone: pip install '.[cpu]')" in message
-    assert "provider='CUDAExecutionProvider' (adavit-run --provider CUDAExecutionProvider)" in message
+    assert "the extra gpu, and `provider='CUDAExecutionProvider'`" in message
 
 
 def test_one_that_is_broken(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:

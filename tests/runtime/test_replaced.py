@@ -27,15 +27,15 @@ def replace(bundle: Path, name: str) -> None:
 
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_bundle_that_is_replaced_while_it_is_read(times: int, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, names = reading._config_text, [f"new{number}" for number in range(times)]
+    read, names = reading.read_regular, [f"new{number}" for number in range(times)]
 
-    def replaced_behind(folder: Path) -> str:
-        text = read(folder)
+    def replaced_behind(path: Path, most: int) -> bytes:
+        content = read(path, most)
         if names:
             replace(bundle, names.pop(0))
-        return text
+        return content
 
-    monkeypatch.setattr(reading, "_config_text", replaced_behind)
+    monkeypatch.setattr(reading, "read_regular", replaced_behind)
     loaded = adavit.load(bundle, threads=1)
     assert (loaded.bundle.name, loaded.labels[0]) == (f"new{times - 1}", f"new{times - 1}")
 

@@ -331,7 +331,7 @@ def test_classes_in_another_order_and_case_are_refused(tmp_path: Path, idx_folde
 
 @pytest.mark.parametrize(
     ("work", "words"),
-    [("_update", "nothing is saved yet"), ("_balance", "go on with --resume (step 3 is saved)")],
+    [("set_learning_rate", "nothing is saved yet"), ("balance", "go on with --resume (step 3 is saved)")],
 )
 def test_an_interrupt_says_what_is_saved(
     work: str, words: str, tmp_path: Path, idx_folder: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
@@ -341,7 +341,7 @@ def test_an_interrupt_says_what_is_saved(
 
     run = ("adapt", "--data", idx_folder, "--from", dense, "-o", tmp_path / "run", *SHORT)
     with monkeypatch.context() as patch:
-        patch.setattr(f"adavit.training.loop.Trainer.{work}", interrupted)
+        patch.setattr(f"adavit.training.loop.{work}", interrupted)
         found = call(*run)
     assert found.exit_code == 130
     assert found.stderr.splitlines()[-1] == f"adavit-train: interrupted; {words}"

@@ -170,7 +170,7 @@ def test_folders_are_matched_with_known_classes_and_hidden_files_left_out(tmp_pa
     images = open_images(numbered, "test", classes=[f"class {i}" for i in range(11)])
     assert (sorted(set(images.labels.tolist())), images.labels_by) == (list(range(11)), "number")
     assert images.labels.tolist()[4:6] == [10, 10]  # of 0, 1, 10
-    with pytest.raises(DataError, match=r"'Cat' is not one of the 2 known classes.*give --labels-by-order"):
+    with pytest.raises(DataError, match=r"'Cat' is not one of the 2 known classes.*give `labels_by_order=True`"):
         open_images(root, "test", classes=["owl", "newt"])
     with pytest.warns(UserWarning, match="its 2 class folders fit no label, and count as the classes in sorted order"):
         images = open_images(root, "test", classes=["owl", "newt"], by_order=True)

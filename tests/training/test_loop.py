@@ -1,7 +1,9 @@
 """Runs: resumed ones end where uninterrupted ones do, and the policies reach their targets."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch._inductor.config
 from training_cases import tiny, write_idx_set
 
 from adavit.model import load_checkpoint
-from adavit.training import start
+from adavit.training import loop, start
 from adavit.training.data import open_images
 from adavit.training.distributed import World
 from adavit.training.errors import TrainingError
@@ -55,6 +57,17 @@ class Killed(BaseException):
     pass
 
 
+def mortal(work: Callable[..., Any], now: Callable[[], bool]) -> Callable[..., Any]:
+    """What does some work, but once it is time is killed instead."""
+
+    def killed(*arguments: Any) -> Any:
+        if now():
+            raise Killed
+        return work(*arguments)
+
+    return killed
+
+
 @pytest.mark.parametrize("killed_at", [5, 8, 11])
 def test_killed_and_resumed_ends_with_the_same_weights(
     tmp_path: Path, idx_folder: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
@@ -62,16 +75,10 @@ def test_killed_and_resumed_ends_with_the_same_weights(
     whole = trainer(tmp_path / "whole")
     run(whole, idx_folder)
     victim = trainer(tmp_path / "victim")
-    update = victim._update
-
-    def mortal(*arguments: object) -> dict[str, float]:
-        if victim.step == killed_at:
-            raise Killed
-        return update(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(victim, "_update", mortal)
-    with pytest.raises(Killed):
-        run(victim, idx_folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "set_learning_rate", mortal(loop.set_learning_rate, lambda: victim.step == killed_at))
+        with pytest.raises(Killed):
+            run(victim, idx_folder)
     resumed = trainer(tmp_path / "victim")
     resumed.resume()
     assert resumed.step == killed_at // 5 * 5
@@ -82,26 +89,21 @@ def test_killed_and_resumed_ends_with_the_same_weights(
     assert read_log(tmp_path / "whole/log.jsonl") == read_log(tmp_path / "victim/log.jsonl")
 
 
-@pytest.mark.parametrize("stage", ["_balance", "evaluate", "save"])
+@pytest.mark.parametrize("stage", ["balance", "evaluate", "save"])
 def test_killed_after_the_last_step_is_resumed_there(
     tmp_path: Path, idx_folder: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, victim = trainer(tmp_path / "whole"), trainer(tmp_path / "victim")
     run(whole, idx_folder)
-    work = getattr(victim, stage)
-
-    def mortal(*arguments: object) -> object:
-        if victim.step == victim.saved == 12:
-            raise Killed
-        return work(*arguments)
-
-    monkeypatch.setattr(victim, stage, mortal)
-    with pytest.raises(Killed):
-        run(victim, idx_folder)
+    where: Any = loop if stage == "balance" else victim
+    with monkeypatch.context() as patch:
+        patch.setattr(where, stage, mortal(getattr(where, stage), lambda: victim.step == victim.saved == 12))
+        with pytest.raises(Killed):
+            run(victim, idx_folder)
     resumed = trainer(tmp_path / "victim")
     resumed.resume()
     assert resumed.step == 12
-    monkeypatch.setattr(resumed, "_update", None)  # no step is left
+    monkeypatch.setattr(loop, "set_learning_rate", None)  # no step is left
     run(resumed, idx_folder)
     expected, found = whole.average.state_dict(), resumed.average.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -176,10 +178,10 @@ def test_what_the_compiler_says_becomes_one_line(
 ) -> None:
     one = trainer(tmp_path / "run")
 
-    def fail(*_: object) -> dict[str, float]:
+    def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(one, "_update", fail)
+    monkeypatch.setattr(loop, "set_learning_rate", fail)
     error: RuntimeError = torch._dynamo.exc.Unsupported("no compiler\nhere")
     with pytest.raises(TrainingError, match=r"cannot be compiled here \(no compiler here.*leave --compile out"):
         run(one, idx_folder)

@@ -159,7 +159,8 @@ def test_weights_of_heads_are_put_on_the_device_once(built: Path, runtime: Runti
     arch = runtime.architecture
     on_gpu, images, policy = adavit.load(built, **TENSORRT), random_images(arch, 1), random_policy(arch, 1, 0)
     policy.sublayers[:] = True
-    on_gpu.run(images, policy)
+    for _ in range(2):  # a set of heads is kept from its second use on
+        on_gpu.run(images, policy)
     gpu.calls.clear()
     on_gpu.run(images, policy)
     kept = (8 * policy.tokens.sum(2)).ravel().tolist()

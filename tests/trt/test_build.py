@@ -43,7 +43,7 @@ from adavit.calibration.options import CalibrationOptions
 from adavit.cli import export as export_command
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.export import ExportOptions, export_bundle
-from adavit.files import _host, sha256
+from adavit.files import folder_beside, sha256
 from adavit.tensorrt import build, worker
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
@@ -220,7 +220,7 @@ def test_a_hostile_set_that_is_replaced_takes_nothing_along(file: str, bundle: P
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"1")
     before = sorted(bundle.rglob("*"))
-    build._describe(bundle, "old", {"engines": []})
+    build.replace_set(bundle, "old", {"engines": []})
     assert sorted(bundle.rglob("*")) == before
     assert read_config(bundle)["engine_sets"] == {"old": {"engines": []}}
 
@@ -285,7 +285,7 @@ def test_a_compute_capability_that_the_builder_does_not_know(tiny_bundle: Path) 
     options = BuildOptions(target=("tensorrt-rtx",), compute_capability=(99,))
     with pytest.raises(BackendError, match=r"does not build for compute capability 99; it does for 75, 80, 86"):
         add_engines(tiny_bundle, options, quiet)
-    with pytest.raises(InputError, match="no --timing-cache"):
+    with pytest.raises(InputError, match="no `timing_cache`"):
         add_engines(tiny_bundle, BuildOptions(target=("tensorrt-rtx",), timing_cache=Path("x")), quiet)
 
 
@@ -321,7 +321,7 @@ def test_every_option_reaches_the_builder(tmp_path: Path) -> None:
         built = SimpleNamespace(
             trt=trt, loaders=loaders, options=BuildOptions(**options), timing_cache=timing_cache, set_capabilities=None
         )
-        worker._config(built, [{"x": ((1, 4), (2, 4), (9, 4))}])  # type: ignore[arg-type]
+        worker.builder_config(built, [{"x": ((1, 4), (2, 4), (9, 4))}])  # type: ignore[arg-type]
         return asked
 
     plain = {
@@ -353,7 +353,7 @@ def test_engines_are_for_every_gpu_that_is_named() -> None:
 def test_a_builder_that_dies_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(bundle.rglob("*"))
     monkeypatch.setattr(build, "worker", SimpleNamespace(start=worker.start, describe=os.abort))
-    with pytest.raises(BackendError, match="the tensorrt-rtx builder died; if memory ran out, build with fewer --jobs"):
+    with pytest.raises(BackendError, match="the tensorrt-rtx builder died; if memory ran out, build with fewer `jobs`"):
         add_engines(bundle, RTX, quiet)
     assert sorted(bundle.rglob("*")) == before
 
@@ -371,7 +371,10 @@ def test_an_altered_file_is_not_built(bundle: Path, name: str) -> None:
 def test_a_build_that_was_killed_leaves_nothing_that_matters(bundle: Path) -> None:
     (key,) = add_engines(bundle, RTX, quiet)
     folder = bundle / "tensorrt" / key
-    killed = f".{key}-again.00000000.{_host()}.999999999.tmp"  # while it was building
+    with pytest.raises(KeyboardInterrupt), folder_beside(bundle / "a") as one:
+        host = one.name.split(".")[-3]
+        raise KeyboardInterrupt
+    killed = f".{key}-again.00000000.{host}.999999999.tmp"  # while it was building
     shutil.copytree(folder, folder.with_name(killed))
     shutil.copytree(folder, folder.with_name(f"{key}-again"))  # killed before it was described
     assert_complete(bundle, add_engines(bundle, RTX, quiet))

@@ -48,7 +48,7 @@ def assert_refused(bundle: Path, gpu: Gpu) -> str:
 def test_engines_that_came_with_a_bundle_are_refused(built: Path, gpu: Gpu) -> None:
     message = assert_refused(built, gpu)
     assert "double came with it and were not built by this user on this machine" in message
-    assert "give --trust-engines (trust_engines=True to adavit.load)" in message
+    assert "if you trust who built them, give `trust_engines=True`, else" in message
     assert message.endswith(f"run: adavit-export {built} --target tensorrt")
 
 
@@ -159,7 +159,7 @@ def test_where_nothing_can_be_remembered_there_is_one_warning(
     remember_built("0" * 64, "double")
     assert not built_here("0" * 64)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
-    assert all("run them with --trust-engines" in record.message for record in caplog.records)
+    assert all("run them with `trust_engines=True`" in record.message for record in caplog.records)
 
 
 def test_auto_says_why_it_left_them_out(built: Path, gpu: Gpu) -> None:

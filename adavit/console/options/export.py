@@ -14,11 +14,9 @@ from adavit.console.options.precision import calibration_options
 from adavit.console.options.tensorrt import build_options
 from adavit.console.options.types import Finite, Threads
 
-__all__ = ["CALIBRATING", "CALIBRATION_IMAGES", "EXPORTING", "EXPORT_EXAMPLES", "export_options"]
+__all__ = ["CALIBRATION_IMAGES", "EXPORTING", "EXPORT_EXAMPLES", "export_options"]
 
 PATH = click.Path(path_type=Path)
-CALIBRATING = ("calibration_cache", "samples", "method", "max_drop", "seed")
-"""Options that only an export in another precision than fp32 follows."""
 CALIBRATION_IMAGES = ("calibration_images", "labels_by_order")
 EXPORTING = (
     "with_dense",
@@ -28,10 +26,16 @@ EXPORTING = (
     "crop_ratio",
     "mean",
     "std",
+    "license",
+    "datasets",
     "verify",
     "force",
     "precisions",
-    *CALIBRATING,
+    "calibration_cache",
+    "samples",
+    "method",
+    "max_drop",
+    "seed",
 )
 """Options that only an export of a checkpoint follows."""
 EXPORT_EXAMPLES = """
@@ -87,6 +91,19 @@ BUNDLE = option_group(
     ),
     click.option(
         "--heads", type=click.IntRange(1), metavar="N", help="Attention heads, where the checkpoint does not tell."
+    ),
+    click.option(
+        "--license",
+        metavar="ID",
+        help="The weights' licence, for the model card, such as apache-2.0.  [default: as noted]",
+    ),
+    click.option(
+        "--dataset",
+        "datasets",
+        metavar="ID",
+        multiple=True,
+        help="A data set of the Hugging Face Hub that the weights learned from, for the card; repeat it for more.  "
+        "[default: as noted]",
     ),
     click.option("--opset", type=int, metavar="N", default=20, show_default=True, help="ONNX operator set."),
 )

@@ -135,8 +135,8 @@ BACKEND = option_group(
         help="TensorRT: run engines that were not built on this machine. They are native code.",
     ),
 )
-INSTEAD = option_group(
-    "Instead of a run",
+COMPARISON = option_group(
+    "Compare bundles",
     click.option(
         "--compare",
         is_flag=True,
@@ -148,6 +148,6 @@ INSTEAD = option_group(
 
 def run_options(command: Function) -> Function:
     """Adds the options to the command."""
-    for group in (INSTEAD, BACKEND, OUTPUT, MEASUREMENT, OPERATING_POINT, INPUT):
+    for group in (COMPARISON, BACKEND, OUTPUT, MEASUREMENT, OPERATING_POINT, INPUT):
         command = group(command)
     return command

@@ -23,7 +23,7 @@ _pool_threads: int | None = None
 
 def asked_for(provider: str) -> str:
     """How a provider is asked for, from Python and on the command line."""
-    return f"provider={provider!r} (adavit-run --provider {provider})"
+    return f"`provider={provider!r}`"
 
 
 CUDA = asked_for("CUDAExecutionProvider")

@@ -104,8 +104,8 @@ class OnnxRuntimeSlot(HostSlot):
 
     def drop_unprepared(self) -> None:
         """Drops what holds sessions that are no longer prepared; any thread may ask for it."""
-        there = {prepared.key for prepared in self._backend.constant if prepared.threads == self._threads}
-        self._prepared = {key: bound for key, bound in list(self._prepared.items()) if key in there}
+        prepared_keys = {prepared.key for prepared in self._backend.constant if prepared.threads == self._threads}
+        self._prepared = {key: bound for key, bound in list(self._prepared.items()) if key in prepared_keys}
 
     def _run(self, bound: Bound) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["Work"]
+__all__ = ["SearchProgress"]
 
 LONGER = 1.1
 """What a part is expected to take, of what it has taken, once that is more than was expected."""
@@ -12,7 +12,7 @@ NEARLY = 0.99
 """The share that is reported at most before the end."""
 
 
-class Work:
+class SearchProgress:
     """Counts images that ran, against what the parts of a search are expected to take.
 
     A part that takes less, or more, makes the rest shorter, or longer; the share that is reported never falls.

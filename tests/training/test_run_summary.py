@@ -15,8 +15,8 @@ from adavit.model import load_checkpoint
 from adavit.training import start
 from adavit.training.data import open_images
 from adavit.training.distributed import World
-from adavit.training.found import expected_stages, measure_pictures
 from adavit.training.loop import Intervals, Trainer
+from adavit.training.run_summary import expected_stages, measure_pictures
 from adavit.training.settings import PolicySettings, Settings
 
 SHAPES = ("--width", 16, "--heads", 2, "--depth", 1)
