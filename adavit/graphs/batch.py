@@ -8,11 +8,11 @@
     -> y, next_kept, next_state and next_sizes; behind the last block logits [B, C] and next_state
 
 R = B * N + 1: the tokens of all images, and one spare row that padding reads and writes. `kept` are tokens [N], heads
-[H], attention and MLP, as bool. `limits` are what the logits of tokens, heads and sub-layers have to exceed. What begins
-with next_ is for the next block; `next_sizes` are what it takes: T, A, K, U. `numbers` and the four values after it
-count from 0 on; their sizes say how much room there is, each at least 1. `state` is GOES_ON; OVERFLOWED for an image
-for which there was no room, or that wants a head which the graph does not have; NOT_FINITE where its decisions are made
-of NaN, infinity or huge numbers. What an image holds that does not go on is wrong, and takes no more room.
+[H], attention and MLP, as bool. `limits` are what the logits of tokens, heads and sub-layers have to exceed. Names with
+next_ are for the next block; `next_sizes` are what it takes: T, A, K, U. `numbers` and the four values after it count
+from 0 on; their sizes say how much room there is, each at least 1. `state` is GOES_ON; OVERFLOWED for an image for
+which there was no room, or that wants a head which the graph does not have; NOT_FINITE where its decisions are made of
+NaN, infinity or huge numbers. What an image holds that does not go on is wrong, and takes no more room.
 
 Kept rows of all images are packed: a prefix sum gives every kept row its place in a list. Norms and linear layers run
 on packed rows, attention's products on [A, h, K, d], where padding keys are masked.
