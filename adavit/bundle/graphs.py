@@ -115,7 +115,7 @@ class Graphs:
         """The stem of a batch; see `adavit.graphs.batch`."""
         arch = self.architecture
         inputs = Value("images", "float32", ("B", 3, arch.image_size, arch.image_size)), LIMITS
-        outputs = Value("y", "float32", ("R", arch.width)), *self._for_next_block()
+        outputs = Value("y", "float32", ("R", arch.width)), *self._for_block(0)
         return self._read(self._batch(0), inputs, outputs)
 
     def batch_block(self, block: int) -> OnnxGraph:
@@ -134,7 +134,7 @@ class Graphs:
             outputs = [Value("logits", "float32", ("B", arch.classes)), Value("next_state", "int64", ("B",))]
         else:
             inputs.append(LIMITS)
-            outputs = [Value("y", "float32", ("R", arch.width)), *self._for_next_block()]
+            outputs = [Value("y", "float32", ("R", arch.width)), *self._for_block(block + 1)]
         return self._read(self._batch(block + 1), inputs, outputs)
 
     def _batch(self, position: int) -> StoredFile:
@@ -146,8 +146,11 @@ class Graphs:
     def _policy_width(self) -> int:
         return self.architecture.tokens + self.architecture.heads + 2
 
-    def _for_next_block(self) -> list[Value]:
+    def _for_block(self, block: int) -> list[Value]:
+        """What a graph of a batch makes for the next block."""
+        count = self.decisions(block)
         return [
+            *([Value("next_decisions", "float32", ("B", count))] if count else []),
             Value("next_kept", "bool", ("B", self._policy_width)),
             Value("next_state", "int64", ("B",)),
             Value("next_sizes", "int64", (4,)),

@@ -1,18 +1,19 @@
 """A batch as graphs, one for the stem and one for each block: each image has its own policy, and kept rows alone run.
 
     images [B, 3, S, S], limits [B, 3]
-    -> y [R, D], next_kept [B, M], next_state [B], next_sizes [4]
+    -> y [R, D], next_decisions [B, M'], next_kept [B, M], next_state [B], next_sizes [4]
 
     x [R, D], kept [B, M], state [B], limits [B, 3], numbers [R], attention_rows [T], attention_images [A],
     attention_tokens [K], mlp_rows [U], and the weights of the h heads that the graph has, as a block's graphs take them
-    -> y, next_kept, next_state and next_sizes; behind the last block logits [B, C] and next_state
+    -> y, next_decisions, next_kept, next_state and next_sizes; behind the last block logits [B, C] and next_state
 
 R = B * N + 1: the tokens of all images, and one spare row that padding reads and writes. `kept` are tokens [N], heads
-[H], attention and MLP, as bool. `limits` are what the logits of tokens, heads and sub-layers have to exceed. Names with
-next_ are for the next block; `next_sizes` are what it takes: T, A, K, U. `numbers` and the four values after it count
-from 0 on; their sizes say how much room there is, each at least 1. `state` is GOES_ON; OVERFLOWED for an image for
-which there was no room, or that wants a head which the graph does not have; NOT_FINITE where its decisions are made of
-NaN, infinity or huge numbers. What an image holds that does not go on is wrong, and takes no more room.
+[H], attention and MLP, as bool; `next_decisions` are the logits of those that have a policy. `limits` are what logits
+of tokens, heads and sub-layers have to exceed. Names with next_ are for the next block; `next_sizes` are what it takes:
+T, A, K, U. `numbers` and the four values after it count from 0 on; their sizes say how much room there is, each at
+least 1. `state` is GOES_ON; OVERFLOWED for an image for which there was no room, or that wants a head which the graph
+does not have; NOT_FINITE where its decisions are made of NaN, infinity or huge numbers. What an image holds that does
+not go on is wrong, and takes no more room.
 
 Kept rows of all images are packed: a prefix sum gives every kept row its place in a list. Norms and linear layers run
 on packed rows, attention's products on [A, h, K, d], where padding keys are masked.
@@ -291,7 +292,7 @@ def _add_decisions(graph: Builder, arch: Architecture, block: int, y: str, limit
     rows = graph.op("Slice", y, graph.ints(0), graph.ints(-1), graph.ints(0))
     logits = add_decision_logits(graph, arch, block, rows, lambda: _class_tokens(graph, arch, y))
     sizes = {"tokens": arch.tokens, "heads": arch.heads, "sublayers": 2}
-    parts, finite = [], []
+    parts, made = [], []
     for column, (kind, size) in enumerate(sizes.items()):
         if kind not in logits:
             shape = graph.op("Concat", batch, graph.ints(size), axis=0)
@@ -300,16 +301,18 @@ def _add_decisions(graph: Builder, arch: Architecture, block: int, y: str, limit
         found = graph.op("Reshape", logits[kind], graph.ints(-1, size))
         limit = graph.op("Slice", limits, graph.ints(column), graph.ints(column + 1), graph.ints(1))
         parts.append(graph.op("Greater", found, limit))
-        finite.append(found)
+        made.append(found)
     if arch.token_policy:
         parts[0] = graph.op("Or", parts[0], graph.constant("class_token", np.arange(arch.tokens)[None] == 0))
     kept = graph.op("Concat", *parts, axis=1)
-    graph.output("next_kept", kept, ["B", sum(sizes.values())], "bool")
-    if finite:
-        largest = [graph.op("ReduceMax", graph.op("Abs", found), graph.ints(1), keepdims=0) for found in finite]
-        found = graph.op("Max", *largest) if len(largest) > 1 else largest[0]
-        huge = graph.op("Cast", graph.op("Not", graph.op("Less", found, graph.scalar(LARGEST))), to=TensorProto.INT64)
+    if made:
+        decisions = graph.op("Concat", *made, axis=1) if len(made) > 1 else made[0]
+        count = arch.tokens * arch.token_policy + arch.policy_outputs(block)
+        graph.output("next_decisions", decisions, ["B", count])
+        largest = graph.op("ReduceMax", graph.op("Abs", "next_decisions"), graph.ints(1), keepdims=0)
+        huge = graph.op("Cast", graph.op("Not", graph.op("Less", largest, graph.scalar(LARGEST))), to=TensorProto.INT64)
         state = graph.op("Max", state, graph.op("Mul", huge, _number(graph, NOT_FINITE)))
+    graph.output("next_kept", kept, ["B", sum(sizes.values())], "bool")
     graph.output("next_state", state, ["B"], "int64")
     goes_on = graph.op("Cast", graph.op("Equal", "next_state", _number(graph, GOES_ON)), to=TensorProto.INT64)
     goes_on = graph.op("Unsqueeze", goes_on, graph.ints(1))
