@@ -130,11 +130,12 @@ class Graphs:
         ]
         if not arch.adapts_heads(block):
             inputs.append(Value("heads", "int64", ("h",)))
+        outputs = [Value("y", "float32", ("R", arch.width))]
         if last:
-            outputs = [Value("logits", "float32", ("B", arch.classes)), Value("next_state", "int64", ("B",))]
+            outputs += [Value("logits", "float32", ("B", arch.classes)), Value("next_state", "int64", ("B",))]
         else:
             inputs.append(LIMITS)
-            outputs = [Value("y", "float32", ("R", arch.width)), *self._for_block(block + 1)]
+            outputs += self._for_block(block + 1)
         return self._read(self._batch(block + 1), inputs, outputs)
 
     def _batch(self, position: int) -> StoredFile:

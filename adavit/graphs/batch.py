@@ -5,7 +5,7 @@
 
     x [R, D], kept [B, M], state [B], limits [B, 3], numbers [R], attention_rows [T], attention_images [A],
     attention_tokens [K], mlp_rows [U], and the weights of the h heads that the graph has, as a block's graphs take them
-    -> y, next_decisions, next_kept, next_state and next_sizes; behind the last block logits [B, C] and next_state
+    -> y, next_decisions, next_kept, next_state and next_sizes; behind the last block y, logits [B, C] and next_state
 
 R = B * N + 1: the tokens of all images, and one spare row that padding reads and writes. `kept` are tokens [N], heads
 [H], attention and MLP, as bool; `next_decisions` are the logits of those that have a policy. `limits` are what logits
@@ -68,11 +68,11 @@ def add_batch_block(graph: Builder, arch: Architecture, block: int, precisions: 
     state, x = _attention(graph, arch, block, x, rows, policy, heads, state, precisions["attention"])
     rows = Rows(graph, arch, policy.selected("mlp", state), numbers, graph.input("mlp_rows", ["U"], "int64"))
     state, y = _mlp(graph, arch, block, x, rows, heads, state, precisions["mlp"])
+    graph.output("y", y, ["R", arch.width])
     if last:
-        add_head(graph, arch, _class_tokens(graph, arch, y), "B")
+        add_head(graph, arch, _class_tokens(graph, arch, "y"), "B")
         graph.output("next_state", state, ["B"], "int64")
     else:
-        graph.output("y", y, ["R", arch.width])
         _add_decisions(graph, arch, block + 1, "y", limits, state)
 
 

@@ -12,10 +12,13 @@ import numpy.typing as npt
 
 from adavit.bundle.policy import Policy
 
-__all__ = ["Finished", "Lane", "Room", "rooms_of"]
+__all__ = ["GOES_ON", "NOT_FINITE", "OVERFLOWED", "BatchBackend", "Finished", "Lane", "Room", "rooms_of"]
 
 Float = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
+
+GOES_ON, OVERFLOWED, NOT_FINITE = range(3)
+"""States of an image, as graphs of batches have them."""
 
 
 class Room(NamedTuple):
@@ -87,10 +90,32 @@ class Lane(Protocol):
         """Runs a block."""
         ...
 
+    def decisions(self, block: int) -> Float:
+        """The logits of a block's decisions [B, M'], M' of tokens, heads and sub-layers as far as it has policies."""
+        ...
+
     def tokens(self) -> Float:
         """The tokens [B, N, D]: waits for them."""
         ...
 
     def finish(self) -> Finished:
         """What the batch left: waits for it."""
+        ...
+
+
+class BatchBackend(Protocol):
+    """Runs a bundle's graphs of batches; one object per runtime, any thread may call it.
+
+    Attributes:
+        most_images: of a lane.
+    """
+
+    most_images: int
+
+    def acquire(self, batch: int) -> Lane:
+        """A lane for so many images, until it is released."""
+        ...
+
+    def release(self, lane: Lane) -> None:
+        """Takes a lane back."""
         ...
