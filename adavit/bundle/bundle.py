@@ -68,6 +68,7 @@ class GraphFiles:
         stem: images to tokens; None in a model without policies.
         blocks: for each block, by the sub-layers that run.
         dense: the dense twin, if there is one.
+        batch: the stem and the blocks for a batch of images, for devices; empty in a model without policies.
     """
 
     precision: str
@@ -76,11 +77,12 @@ class GraphFiles:
     stem: StoredFile | None
     blocks: tuple[Mapping[Sublayers, StoredFile], ...]
     dense: StoredFile | None
+    batch: tuple[StoredFile, ...] = ()
 
     def files(self) -> list[StoredFile]:
         """All of them."""
         graphs = [self.stem, *(file for block in self.blocks for file in block.values()), self.dense]
-        return [self.weights, *(file for file in graphs if file)]
+        return [self.weights, *(file for file in graphs if file), *self.batch]
 
     @property
     def bytes(self) -> int:
@@ -93,6 +95,7 @@ class GraphFiles:
         if self.stem:
             found["stem"] = vars(self.stem)
             found["blocks"] = [{key.name: vars(file) for key, file in block.items()} for block in self.blocks]
+            found["batch"] = [vars(file) for file in self.batch]
         return found | ({"dense": vars(self.dense)} if self.dense else {})
 
 
@@ -267,8 +270,9 @@ def _graph_files(precision: str, values: dict[str, Any], arch: Architecture) -> 
     weights = _stored("weights", values["weights"], MAX_WEIGHTS)
     stem = _stored("stem", values["stem"], MAX_GRAPH) if "stem" in values else None
     dense = _stored("dense", values["dense"], MAX_GRAPH) if "dense" in values else None
-    blocks = values.get("blocks", [])
-    if (stem is not None, len(blocks)) != (arch.adapts, arch.depth * arch.adapts) or not (stem or dense):
+    blocks, batch = values.get("blocks", []), values.get("batch", [])
+    counts = (arch.adapts, arch.depth * arch.adapts, (arch.depth + 1) * arch.adapts)
+    if (stem is not None, len(blocks), len(batch)) != counts or not (stem or dense):
         raise ValueError(f"the graphs of {precision} are not those of its architecture")
     found = []
     for number, block in enumerate(blocks):
@@ -276,7 +280,8 @@ def _graph_files(precision: str, values: dict[str, Any], arch: Architecture) -> 
         if set(block) != set(wanted):
             raise ValueError(f"block {number} has graphs for {shown(sorted(block))}")
         found.append({key: _stored(name, block[name], MAX_GRAPH) for name, key in wanted.items()})
-    files = GraphFiles(precision, values["opset"], weights, stem, tuple(found), dense)
+    batches = tuple(_stored("batch", file, MAX_GRAPH) for file in batch)
+    files = GraphFiles(precision, values["opset"], weights, stem, tuple(found), dense, batches)
     paths = {PurePosixPath(file.file) for file in files.files()}
     if len(paths) != len(files.files()) or {path.parent for path in paths} != {PurePosixPath(precision)}:
         raise ValueError(f"its graphs and weights of {precision} are not each a file in that folder")

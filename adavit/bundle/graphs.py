@@ -11,7 +11,7 @@ import numpy as np
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import Bundle, GraphFiles
 from adavit.bundle.head_weights import Arrays, Empty, Quantised, head_weights, quantised_head_weights
-from adavit.bundle.keys import BlockKey, Sublayers
+from adavit.bundle.keys import BOTH, BlockKey, Sublayers
 from adavit.bundle.onnx_format import Value
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.bundle.onnx_read import GraphReader
@@ -25,6 +25,9 @@ __all__ = ["Graphs"]
 
 DECIDING = ("norm1", "select")
 """Parts of the names of weights that decisions are made with."""
+ROOM = {"numbers": "R", "attention_rows": "T", "attention_images": "A", "attention_tokens": "K", "mlp_rows": "U"}
+"""What counts from 0 on in a block of a batch, and how far."""
+LIMITS = Value("limits", "float32", ("B", 3))
 SMALL_VALUE, SMALL_COST = 1 << 20, 1 << 30
 """Elements of a value, and multiply-accumulates of a graph, that are never too many."""
 MOST_DECIDING = 1e15
@@ -108,6 +111,52 @@ class Graphs:
         inputs = (Value("images", "float32", ("B", 3, arch.image_size, arch.image_size)),)
         return self._read(self.files.dense, inputs, (Value("logits", "float32", ("B", arch.classes)),))
 
+    def batch_stem(self) -> OnnxGraph:
+        """The stem of a batch; see `adavit.graphs.batch`."""
+        arch = self.architecture
+        inputs = Value("images", "float32", ("B", 3, arch.image_size, arch.image_size)), LIMITS
+        outputs = Value("y", "float32", ("R", arch.width)), *self._for_block(0)
+        return self._read(self._batch(0), inputs, outputs)
+
+    def batch_block(self, block: int) -> OnnxGraph:
+        """A block of a batch; see `adavit.graphs.batch` for what it takes and makes."""
+        arch, last = self.architecture, block + 1 == self.architecture.depth
+        inputs = [
+            Value("x", "float32", ("R", arch.width)),
+            Value("kept", "bool", ("B", self._policy_width)),
+            Value("state", "int64", ("B",)),
+            *(Value(name, "int64", (size,)) for name, size in ROOM.items()),
+            *self._weight_inputs(block, BOTH),
+        ]
+        if not arch.adapts_heads(block):
+            inputs.append(Value("heads", "int64", ("h",)))
+        outputs = [Value("y", "float32", ("R", arch.width))]
+        if last:
+            outputs += [Value("logits", "float32", ("B", arch.classes)), Value("next_state", "int64", ("B",))]
+        else:
+            inputs.append(LIMITS)
+            outputs += self._for_block(block + 1)
+        return self._read(self._batch(block + 1), inputs, outputs)
+
+    def _batch(self, position: int) -> StoredFile:
+        if not self.files.batch:
+            raise BundleError(f"{self.path}: has no graphs for batches, since its model has no policies")
+        return self.files.batch[position]
+
+    @property
+    def _policy_width(self) -> int:
+        return self.architecture.tokens + self.architecture.heads + 2
+
+    def _for_block(self, block: int) -> list[Value]:
+        """What a graph of a batch makes for the next block."""
+        count = self.decisions(block)
+        return [
+            *([Value("next_decisions", "float32", ("B", count))] if count else []),
+            Value("next_kept", "bool", ("B", self._policy_width)),
+            Value("next_state", "int64", ("B",)),
+            Value("next_sizes", "int64", (4,)),
+        ]
+
     def head_weights(self, key: BlockKey, empty: Empty = np.empty) -> Arrays:
         """What a block's graph is handed for a key; int8 weights as float32."""
         return head_weights(self.architecture, self.tensors, key, empty)
@@ -166,10 +215,11 @@ class Graphs:
         if (form := graph.form) in self._checked:
             return
         arch = self.architecture
-        rows = {"tokens": arch.tokens, "heads": arch.heads}
+        rows = {"tokens": arch.tokens, "heads": arch.heads, "state": 3}
         limits = Limits(arch.memory // 2 + SMALL_VALUE, 8 * dense_macs(arch) + SMALL_COST)
         for tokens, heads, batch in ((arch.tokens, arch.heads, 1), (1, 1, 2)):
             channels = heads * arch.head_width
             sizes = {"K": tokens, "h": heads, "c": channels, "3c": 3 * channels, "B": batch}
-            graph.check(sizes, rows, limits)
+            sizes |= {"R": batch * arch.tokens + 1, "T": tokens, "A": 1, "U": tokens}
+            graph.check(sizes, rows | {name: sizes[size] for name, size in ROOM.items()}, limits)
         self._checked.add(form)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from adavit.bundle.head_weights import Quantised
 from adavit.bundle.onnx_format import IR_VERSION, PRODUCER, Node, Value, Weight
 from adavit.bundle.onnx_write import codes_of, constant_field, new_node, tensor_field, value_field, values_of
-from adavit.bundle.operators import Known
+from adavit.bundle.operators import WHOLE, Known, whole
 from adavit.bundle.protobuf import bytes_field, number_field
 from adavit.bundle.shapes import Limits, infer
 from adavit.bundle.tensors import TensorFile
@@ -60,7 +60,8 @@ class OnnxGraph:
 
         def known(value: Value) -> Known:
             shape = tuple(sizes[size] if isinstance(size, str) else size for size in value.shape)
-            return Known(value.dtype, shape, None, rows.get(value.name))
+            bounds = (0, 1) if value.dtype == "bool" else (0, rows[value.name] - 1) if value.name in rows else None
+            return Known(value.dtype, shape, None, bounds)
 
         made = {value.name: known(value) for value in self.inputs}
         made |= {name: _constant_value(weight) for name, weight in self.weights.items()}
@@ -141,8 +142,8 @@ class OnnxGraph:
 
 def _constant_value(weight: Weight) -> Known:
     """What is known of a constant; of whole numbers inside the graph, all."""
-    if weight.dtype != "int64" or weight.tensor:
+    if weight.dtype not in WHOLE or weight.tensor:
         return Known(weight.dtype, weight.shape)
-    values = tuple(np.frombuffer(weight.data, "<i8").tolist())
-    below = max(values) + 1 if values and min(values) >= 0 else None
-    return Known("int64", weight.shape, values, below)
+    values = np.frombuffer(weight.data, np.dtype(weight.dtype).newbyteorder("<"))
+    bounds = (int(values.min()), int(values.max())) if len(values) else None
+    return whole(weight.shape, bounds, values, weight.dtype)

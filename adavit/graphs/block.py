@@ -17,7 +17,7 @@ What the linear layers read has names, which calibration finds it by: qkv.input,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -26,7 +26,16 @@ from adavit.bundle.keys import ATTENTION, Sublayers
 from adavit.graphs.builder import Builder
 from adavit.graphs.precision import Precision
 
-__all__ = ["add_attention", "add_block", "add_decisions", "add_head", "add_mlp", "add_norm", "add_update"]
+__all__ = [
+    "add_attention",
+    "add_block",
+    "add_decision_logits",
+    "add_decisions",
+    "add_head",
+    "add_mlp",
+    "add_norm",
+    "add_update",
+]
 
 
 def add_block(
@@ -170,18 +179,46 @@ def add_update(
 
 def add_decisions(graph: Builder, arch: Architecture, block: int, x: str) -> None:
     """Adds the logits of a block's decisions on x [N, D]: the output decisions [1, M], if there are any."""
-    site, found = f"blocks.{block}", []
-    if arch.token_policy:
-        normed = add_norm(graph, arch, x, "next.norm1", f"{site}.norm1")
-        vector, offset = _selecting(graph, site, "attn.token_select")
-        found.append(graph.op("Gemm", vector, normed, offset, transB=1))  # the vector first: half the time
-    first = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0)) if arch.policy_outputs(block) else ""
-    names = ["head_select"] * arch.adapts_heads(block) + ["layer_select"] * arch.adapts_sublayers(block)
-    found += [graph.op("Gemm", first, *_selecting(graph, site, name), transB=1) for name in names]
+    found = list(
+        add_decision_logits(
+            graph, arch, block, x, lambda: graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0))
+        ).values()
+    )
     if found:
         count = arch.tokens * arch.token_policy + arch.policy_outputs(block)
         decisions = graph.op("Concat", *found, axis=1) if len(found) > 1 else found[0]
         graph.output("decisions", decisions, [1, count])
+
+
+def add_decision_logits(
+    graph: Builder, arch: Architecture, block: int, rows: str, class_tokens: Callable[[], str]
+) -> dict[str, str]:
+    """Adds the logits of a block's decisions, by their kinds, as far as it has policies.
+
+    Args:
+        graph: where to add.
+        arch: the model's shapes.
+        block: its position.
+        rows: the tokens of all images, [B * N, D].
+        class_tokens: adds the class tokens [B, D].
+
+    Returns:
+        tokens [1, B * N], heads [B, H], sublayers [B, 2].
+    """
+    site, found = f"blocks.{block}", {}
+    if arch.token_policy:
+        normed = add_norm(graph, arch, rows, "next.norm1", f"{site}.norm1")
+        vector, offset = _selecting(graph, site, "attn.token_select")
+        found["tokens"] = graph.op("Gemm", vector, normed, offset, transB=1)  # the vector first: half the time
+    first = class_tokens() if arch.policy_outputs(block) else ""
+    kinds = {
+        "heads": ("head_select", arch.adapts_heads(block)),
+        "sublayers": ("layer_select", arch.adapts_sublayers(block)),
+    }
+    for kind, (name, adapts) in kinds.items():
+        if adapts:
+            found[kind] = graph.op("Gemm", first, *_selecting(graph, site, name), transB=1)
+    return found
 
 
 def _selecting(graph: Builder, site: str, name: str) -> tuple[str, str]:
@@ -192,9 +229,9 @@ def _selecting(graph: Builder, site: str, name: str) -> tuple[str, str]:
     return weight, bias
 
 
-def add_head(graph: Builder, arch: Architecture, classes: str) -> None:
+def add_head(graph: Builder, arch: Architecture, classes: str, batch: int | str = 1) -> None:
     """Adds the model's head: the class tokens [B, D] behind the last block to the output logits [B, C]."""
     normed = add_norm(graph, arch, classes, "norm", "norm")
     logits = graph.op("Gemm", normed, graph.weight("head.weight", "head.weight"), transB=1)
     logits = graph.op("Add", logits, graph.weight("head.bias", "head.bias"))
-    graph.output("logits", logits, ["B" if classes == "classes" else 1, arch.classes])
+    graph.output("logits", logits, [batch, arch.classes])

@@ -27,7 +27,7 @@ def make_dense(graph: Builder, arch: Architecture, units: Units) -> None:
         rows = add_mlp(graph, arch, block, rows, weights, mlp, prefix=f"blocks.{block}.")
     tokens = graph.op("Reshape", rows, graph.ints(-1, arch.tokens, arch.width))
     graph.op("Gather", tokens, graph.constant("first", np.int64(0)), axis=1, name="classes")
-    add_head(graph, arch, "classes")
+    add_head(graph, arch, "classes", "B")
 
 
 def _matrix(graph: Builder, precision: Precision, tensor: str) -> str:

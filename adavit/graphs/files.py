@@ -12,9 +12,10 @@ from safetensors.numpy import save
 
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import DENSE, STEM, WEIGHTS, GraphFiles
-from adavit.bundle.keys import combinations
+from adavit.bundle.keys import BOTH, combinations
 from adavit.bundle.stored import StoredFile
 from adavit.bundle.tensors import TensorFile
+from adavit.graphs.batch import add_batch_block, add_batch_stem
 from adavit.graphs.block import add_block
 from adavit.graphs.builder import Builder
 from adavit.graphs.dense import make_dense
@@ -58,7 +59,7 @@ def write_graphs(
     weights = _write(folder, f"{precision}/{WEIGHTS}", data)
     parsed = TensorFile.parse(data, weights.file)
     units = units or Units()
-    total = 1 + sum(len(combinations(arch, block)) for block in range(arch.depth))
+    total = 2 + arch.depth + sum(len(combinations(arch, block)) for block in range(arch.depth))
     done = 0
 
     def write(name: str, kind: str, make: Callable[[Builder], None]) -> StoredFile:
@@ -69,8 +70,9 @@ def write_graphs(
         progress(f"exporting {precision}", min(1.0, done / total))
         return _write(folder, f"{precision}/{name}", builder.build())
 
-    stem, blocks = None, []
+    stem, blocks, batch = None, [], []
     if arch.adapts:
+        batch.append(write("batch.stem.onnx", "batch_stem", lambda builder: add_batch_stem(builder, arch)))
         stem = write(STEM, "stem", lambda builder: make_stem(builder, arch))
         for block in range(arch.depth):
             blocks.append(
@@ -83,10 +85,17 @@ def write_graphs(
                     for key in combinations(arch, block)
                 }
             )
+            batch.append(
+                write(
+                    f"batch.{block}.onnx",
+                    "batch",
+                    lambda builder: add_batch_block(builder, arch, block, units.of(block, BOTH)),  # noqa: B023
+                )
+            )
     dense = None
     if with_dense or not arch.adapts:
         dense = write(DENSE, "dense", lambda builder: make_dense(builder, arch, units))
-    return GraphFiles(precision, opset, weights, stem, tuple(blocks), dense)
+    return GraphFiles(precision, opset, weights, stem, tuple(blocks), dense, tuple(batch))
 
 
 def _write(folder: Path, file: str, data: bytes) -> StoredFile:

@@ -30,7 +30,7 @@ from adavit.runtime.finite import check_decisions, check_image
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.worker import worker_pool
 
-__all__ = ["Dispatcher", "Observer", "Step", "thresholds"]
+__all__ = ["Dispatcher", "Observer", "Step", "deciding_columns", "thresholds"]
 
 Float = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -74,7 +74,7 @@ def thresholds(offsets: Offsets, arch: Architecture) -> list[Float]:
 
 
 @lru_cache(512)
-def decided(arch: Architecture, block: int) -> slice | npt.NDArray[np.int64]:
+def deciding_columns(arch: Architecture, block: int) -> slice | npt.NDArray[np.int64]:
     """Which of a row of tokens, heads and sub-layers [N + H + 2] a block decides; it keeps all others."""
     heads, end = arch.tokens, arch.tokens + arch.heads
     parts = [range(arch.tokens)] * arch.token_policy
@@ -267,7 +267,7 @@ class ImageRun:
         if self._observe is not None:
             self._observe(Step(self._position, block, slot.tokens(), logits, kept))
         if not self._follows:
-            row[decided(self._arch, block)] = kept
+            row[deciding_columns(self._arch, block)] = kept
             row[0] = True
 
     def _run(self, block: int, slot: Slot) -> None:
