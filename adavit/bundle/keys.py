@@ -6,7 +6,17 @@ from typing import NamedTuple
 
 from adavit.architecture import Architecture
 
-__all__ = ["ATTENTION", "BOTH", "NONE", "BlockKey", "Sublayers", "combinations"]
+__all__ = [
+    "ATTENTION",
+    "BETWEEN",
+    "BOTH",
+    "NONE",
+    "STATE_BEHIND",
+    "STATE_BETWEEN",
+    "BlockKey",
+    "Sublayers",
+    "combinations",
+]
 
 
 class Sublayers(NamedTuple):
@@ -25,6 +35,9 @@ class Sublayers(NamedTuple):
 
 ATTENTION = ("projected", "mixed")
 """The names of the first and the last node between which a graph mixes tokens: from norm1(x) [K, D] to [K, c]."""
+
+BETWEEN, STATE_BETWEEN, STATE_BEHIND = "x_between", "state_between", "state_behind"
+"""What a graph of a batch has between attention and MLP, tokens and states, and states behind the MLP."""
 
 BOTH, NONE = Sublayers(True, True), Sublayers(False, False)
 

@@ -80,6 +80,30 @@ class OnnxGraph:
         """The weights that lie in the weights' file, by their names in the graph."""
         return {name: tensors.array(weight.tensor) for name, weight in self.weights.items() if weight.tensor}
 
+    def cut(self, name: str, given: Sequence[Value], outputs: Sequence[Value]) -> OnnxGraph:
+        """The part that makes some of its values from others.
+
+        Args:
+            name: of the part.
+            given: values inside that the part is given, beside the graph's own inputs.
+            outputs: values inside that it makes.
+
+        Raises:
+            BundleError: the graph makes no such value.
+        """
+        wanted, nodes = {value.name for value in outputs}, []
+        known = {value.name for value in given}
+        for node in reversed(self.nodes):
+            if not wanted.isdisjoint(node.outputs) and known.isdisjoint(node.outputs):
+                nodes.append(node)
+                wanted.update(node.inputs)
+        made = {made for node in nodes for made in node.outputs}
+        weights = {name: weight for name, weight in self.weights.items() if name in wanted}
+        inputs = tuple(value for value in (*given, *self.inputs) if value.name in wanted and value.name not in made)
+        if lacking := wanted - made - set(weights) - {value.name for value in inputs} - {""}:
+            raise BundleError(f"graph {self.name} makes no {min(lacking)}; export again")
+        return OnnxGraph(name, self.opset, tuple(reversed(nodes)), weights, inputs, tuple(outputs))
+
     def _names(self) -> set[str]:
         """Of all values."""
         made = {name for node in self.nodes for name in node.outputs}

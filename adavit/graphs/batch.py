@@ -28,6 +28,7 @@ import numpy as np
 from onnx import TensorProto
 
 from adavit.architecture import Architecture
+from adavit.bundle.keys import BETWEEN, STATE_BEHIND, STATE_BETWEEN
 from adavit.graphs.block import add_decision_logits, add_head, add_norm, add_update
 from adavit.graphs.builder import Builder
 from adavit.graphs.precision import Precision
@@ -61,11 +62,12 @@ def add_batch_block(graph: Builder, arch: Architecture, block: int, precisions: 
     limits = "" if last else graph.input("limits", ["B", 3])
     numbers = graph.input("numbers", ["R"], "int64")
     heads = Heads(graph, arch, block, policy.heads)
-    state = graph.op("Max", policy.state, heads.missing(policy))
+    state = graph.op("Max", policy.state, heads.missing(policy, "attention"))
     rows = Rows(
         graph, arch, policy.selected("attention", state), numbers, graph.input("attention_rows", ["T"], "int64")
     )
     state, x = _attention(graph, arch, block, x, rows, policy, heads, state, precisions["attention"])
+    state = graph.op("Max", state, heads.missing(policy, "mlp"))
     rows = Rows(graph, arch, policy.selected("mlp", state), numbers, graph.input("mlp_rows", ["U"], "int64"))
     state, y = _mlp(graph, arch, block, x, rows, heads, state, precisions["mlp"])
     graph.output("y", y, ["R", arch.width])
@@ -107,10 +109,9 @@ class Policies:
         """The tokens [B, N] that a sub-layer runs on."""
         return self._graph.op("Mul", self.tokens, self.runs(sublayer, state))
 
-    def either(self) -> str:
-        """Which images run any sub-layer, [B]."""
-        found = self._graph.op("Max", *self._runs.values())
-        return self._graph.op("Squeeze", found, self._graph.ints(1))
+    def wants(self, sublayer: str) -> str:
+        """Which images want a sub-layer, [B]."""
+        return self._graph.op("Squeeze", self._runs[sublayer], self._graph.ints(1))
 
 
 class Heads:
@@ -131,11 +132,12 @@ class Heads:
         self.numbers = graph.input("heads", ["h"], "int64")
         self._there = graph.op("Gather", kept, self.numbers, axis=1)
 
-    def missing(self, policy: Policies) -> str:
-        """OVERFLOWED for images that want one that is not there, [B]."""
+    def missing(self, policy: Policies, sublayer: str) -> str:
+        """OVERFLOWED for images that run a sub-layer and want one that is not there, [B]."""
         graph = self._graph
         wanted, found = (graph.op("ReduceSum", value, graph.ints(1), keepdims=0) for value in (self._kept, self._there))
-        lack = graph.op("Mul", graph.op("Min", graph.op("Sub", wanted, found), _number(graph, 1)), policy.either())
+        lack = graph.op("Min", graph.op("Sub", wanted, found), _number(graph, 1))
+        lack = graph.op("Mul", lack, policy.wants(sublayer))
         return graph.op("Mul", lack, _number(graph, OVERFLOWED))
 
     def masked(self, x: str, images: str, dtype: int) -> str:
@@ -188,9 +190,10 @@ class Rows:
         """Gathers them: [R, D] -> [T, D]."""
         return self._graph.op("Gather", x, self.list, axis=0)
 
-    def back(self, x: str, rows: str) -> str:
+    def back(self, x: str, rows: str, name: str | None = None) -> str:
         """Puts them back: x [R, D]."""
-        return self._graph.op("ScatterND", x, self._graph.op("Unsqueeze", self.list, self._graph.ints(1)), rows)
+        places = self._graph.op("Unsqueeze", self.list, self._graph.ints(1))
+        return self._graph.op("ScatterND", x, places, rows, name=name)
 
 
 def _attention(
@@ -262,7 +265,8 @@ def _attention(
     too_long = graph.op("Greater", rows.counts, size_tokens)
     lacks = graph.op("Cast", graph.op("Or", no_image, too_long), to=TensorProto.INT64)
     lacks = graph.op("Mul", graph.op("Mul", lacks, runs), _number(graph, OVERFLOWED))
-    return graph.op("Max", state, rows.overflowed(), lacks), rows.back(x, after)
+    state = graph.op("Max", state, rows.overflowed(), lacks, name=STATE_BETWEEN)
+    return state, rows.back(x, after, BETWEEN)
 
 
 def _mlp(
@@ -283,7 +287,7 @@ def _mlp(
     hidden = graph.op("Add", hidden, graph.weight("mlp.fc1.bias", f"{site}.mlp.fc1.bias"))
     hidden = graph.gelu(hidden, "fc2.input", precision.dtype)
     after = add_update(graph, block, "mlp", "fc2", hidden, fc2, before, precision, "")
-    return graph.op("Max", state, rows.overflowed()), rows.back(x, after)
+    return graph.op("Max", state, rows.overflowed(), name=STATE_BEHIND), rows.back(x, after)
 
 
 def _add_decisions(graph: Builder, arch: Architecture, block: int, y: str, limits: str, state: str) -> None:

@@ -69,7 +69,7 @@ def thresholds(offsets: Offsets, arch: Architecture) -> list[Float]:
     sizes, found = (1, arch.tokens - 1, arch.heads, 2), []
     for block, (tokens, heads, sublayers) in enumerate(zip(*offsets.by_block(arch.depth), strict=True)):
         every = np.array([-np.inf, TOKEN_LOGIT - tokens, -heads, -sublayers], np.float32).repeat(sizes)
-        found.append(every[decided(arch, block)])
+        found.append(every[deciding_columns(arch, block)])
     return found
 
 
