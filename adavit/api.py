@@ -191,7 +191,7 @@ def compare(
     backend: str = "onnxruntime",
     provider: str | None = None,
     specialise: bool = True,
-    cuda_graphs: bool = False,
+    dispatch: str = "auto",
     trust_engines: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def compare(
         backend: what runs the graphs, as for `adavit.load`.
         provider: of ONNX Runtime or OpenVINO, as for `adavit.load`.
         specialise: prepare for what the images use most, before the measurement.
-        cuda_graphs: as for `adavit.load`.
+        dispatch: how batches are driven on a GPU, as for `adavit.load`.
         trust_engines: as for `adavit.load`.
         progress: called with the stage and the share of it that is done, from 0 to 1.
 
@@ -247,7 +247,7 @@ def compare(
         backend=backend,
         provider=provider,
         parallel=choice("parallel", parallel, ("auto", "operators", "samples")),
-        cuda_graphs=flag("cuda_graphs", cuda_graphs),
+        dispatch=choice("dispatch", dispatch, ("auto", "exact", "capacity", "conditional")),
         trust_engines=flag("trust_engines", trust_engines),
         dense=None if dense is None else flag("dense", dense),
         specialise=flag("specialise", specialise),

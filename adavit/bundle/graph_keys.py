@@ -31,7 +31,7 @@ __all__ = [
 Constants = Mapping[str, np.ndarray | Quantised]
 
 PARTS = ("attention", "mlp", "decisions")
-"""Of a block, in the order they run; the last block's "decisions" are the logits of the classes."""
+"""Of a block, in the order they run; behind the last block, "decisions" are the logits of the classes."""
 
 
 class GraphKey(NamedTuple):
@@ -103,7 +103,7 @@ def read_graph(graphs: Graphs, key: GraphKey) -> OnnxGraph:
     if key.block is None:
         return graphs.dense()
     whole = graphs.batch_block(key.block)
-    return whole if key.part is None else _part(graphs, whole, key.block, key.part)
+    return whole if key.part is None else _part(graphs, whole, key.part)
 
 
 def constants_of(graphs: Graphs, key: GraphKey, graph: OnnxGraph, heads: tuple[int, ...] | None = None) -> Constants:
@@ -118,15 +118,12 @@ def constants_of(graphs: Graphs, key: GraphKey, graph: OnnxGraph, heads: tuple[i
     return found
 
 
-def _part(graphs: Graphs, whole: OnnxGraph, block: int, part: str) -> OnnxGraph:
+def _part(graphs: Graphs, whole: OnnxGraph, part: str) -> OnnxGraph:
     """Cuts a part from a block's graph."""
-    made = {name for node in whole.nodes for name in node.outputs}
-    behind = Value(STATE_BEHIND if STATE_BEHIND in made else "next_state", "int64", ("B",))
-    y = Value("y", "float32", ("R", graphs.architecture.width))
+    y, behind = Value("y", "float32", ("R", graphs.architecture.width)), Value(STATE_BEHIND, "int64", ("B",))
     between = [Value(BETWEEN, *y[1:]), Value(STATE_BETWEEN, *behind[1:])]
     if part == "attention":
         return whole.cut(f"{whole.name}_attention", [], between)
     if part == "mlp":
         return whole.cut(f"{whole.name}_mlp", between, [y, behind])
-    left = [value for value in whole.outputs if value not in (y, behind)]
-    return whole.cut(f"{whole.name}_decisions", [y, behind], left)
+    return whole.cut(f"{whole.name}_decisions", [y, behind], [value for value in whole.outputs if value != y])

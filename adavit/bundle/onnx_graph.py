@@ -6,8 +6,8 @@ written anew from what was read.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,10 @@ class OnnxGraph:
         if lacking := wanted - made - set(weights) - {value.name for value in inputs} - {""}:
             raise BundleError(f"graph {self.name} makes no {min(lacking)}; export again")
         return OnnxGraph(name, self.opset, tuple(reversed(nodes)), weights, inputs, tuple(outputs))
+
+    def without(self, constants: Collection[str]) -> OnnxGraph:
+        """The same graph; inputs of these names are not inputs any more, since what runs it holds them."""
+        return replace(self, inputs=tuple(value for value in self.inputs if value.name not in constants))
 
     def _names(self) -> set[str]:
         """Of all values."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from adavit.files import write_beside
 from adavit.user_folder import user_folder
 
-__all__ = ["built_here", "remember_built"]
+__all__ = ["built_here", "private", "remember_built"]
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,13 @@ def built_here(fingerprint: str) -> bool:
     A record that others may have written is not believed.
     """
     path = _record(fingerprint)
+    return path is not None and private(path)
+
+
+def private(path: Path) -> bool:
+    """Whether a file is there that, like its two folders, is this user's, and nobody else may write."""
     try:
-        return path is not None and stat.S_ISREG(path.lstat().st_mode) and all(map(_own, (path, *path.parents[:2])))
+        return stat.S_ISREG(path.lstat().st_mode) and all(map(_own, (path, *path.parents[:2])))
     except (OSError, ValueError):
         return False
 

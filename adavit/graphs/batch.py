@@ -73,7 +73,7 @@ def add_batch_block(graph: Builder, arch: Architecture, block: int, precisions: 
     graph.output("y", y, ["R", arch.width])
     if last:
         add_head(graph, arch, _class_tokens(graph, arch, "y"), "B")
-        graph.output("next_state", state, ["B"], "int64")
+        graph.output("next_state", graph.op("Max", state, state), ["B"], "int64")
     else:
         _add_decisions(graph, arch, block + 1, "y", limits, state)
 
@@ -317,7 +317,7 @@ def _add_decisions(graph: Builder, arch: Architecture, block: int, y: str, limit
         huge = graph.op("Cast", graph.op("Not", graph.op("Less", largest, graph.scalar(LARGEST))), to=TensorProto.INT64)
         state = graph.op("Max", state, graph.op("Mul", huge, _number(graph, NOT_FINITE)))
     graph.output("next_kept", kept, ["B", sum(sizes.values())], "bool")
-    graph.output("next_state", state, ["B"], "int64")
+    graph.output("next_state", graph.op("Max", state, state) if not made else state, ["B"], "int64")
     goes_on = graph.op("Cast", graph.op("Equal", "next_state", _number(graph, GOES_ON)), to=TensorProto.INT64)
     goes_on = graph.op("Unsqueeze", goes_on, graph.ints(1))
     tokens = graph.op("Cast", parts[0], to=TensorProto.INT64)

@@ -163,7 +163,7 @@ def _batches(
 
 def _load(bundles: Sequence[tuple[Path, str]], options: RunOptions) -> list[Runtime]:
     (path, precision), *others = bundles
-    reference = {"backend": "onnxruntime", "provider": None, "cuda_graphs": False, "trust_engines": False}
+    reference = {"backend": "onnxruntime", "provider": None, "dispatch": "auto", "trust_engines": False}
     first = options.load(path, precision=precision, **reference)
     runtimes = [first]
     for path, precision in others:

@@ -19,7 +19,7 @@ LOADING = (
     "provider",
     "parallel",
     "budget",
-    "cuda_graphs",
+    "dispatch",
     "trust_engines",
     "precision",
 )
@@ -39,7 +39,7 @@ class RunOptions:
     backend: str = "onnxruntime"
     provider: str | None = None
     parallel: str = "auto"
-    cuda_graphs: bool = False
+    dispatch: str = "auto"
     trust_engines: bool = False
     record_policy: Path | None = None
     replay_policy: Path | None = None

@@ -1,11 +1,14 @@
-"""What the dispatcher asks of a backend: slots, which hold one image each and run its blocks."""
+"""What the dispatcher asks of a backend on the host: slots, which hold one image each and run its blocks.
+
+Those on a device run batches, see `adavit.runtime.batch`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +16,7 @@ import numpy.typing as npt
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.keys import BlockKey
 from adavit.errors import BackendError, OptionError, shown
+from adavit.runtime.batch import BatchBackend
 
 __all__ = ["Backend", "Options", "Slot", "Usage", "Use", "create_backend", "names"]
 
@@ -29,7 +33,7 @@ class Options:
         provider: the backend's own name of what executes, such as ONNX Runtime's CPUExecutionProvider.
         parallel: "auto", "operators" to share the threads inside every operator, or "samples" to run an image on each
             thread.
-        cuda_graphs: whether engines that run again with the same shapes become CUDA graphs (TensorRT).
+        dispatch: how batches are driven on a GPU: "auto" or one of `adavit.runtime.batch.WAYS`.
         trust_engines: whether TensorRT engines may run that this user did not build on this machine.
         shared_pool: whether ONNX Runtime may have one thread pool for the whole process.
     """
@@ -37,7 +41,7 @@ class Options:
     threads: int
     provider: str | None = None
     parallel: str = "auto"
-    cuda_graphs: bool = False
+    dispatch: str = "auto"
     trust_engines: bool = False
     shared_pool: bool = False
 
@@ -99,15 +103,15 @@ class Slot(Protocol):
 
 
 class Backend(Protocol):
-    """Runs a bundle's graphs; one object per runtime, any thread may call it.
+    """Runs a bundle's graphs on the host; one object per runtime, any thread may call it.
 
     Attributes:
         name: as it is asked for.
-        on_host: whether slots are in the host's memory, so that fetching from them costs nothing.
+        on_host: True.
     """
 
     name: str
-    on_host: bool
+    on_host: Literal[True]
 
     def slot(self, threads: int) -> Slot:
         """A new slot, whose image runs on so many threads."""
@@ -170,19 +174,20 @@ def names() -> list[str]:
     return sorted(_BACKENDS)
 
 
-def create_backend(name: str, graphs: Graphs, options: Options) -> Backend:
+def create_backend(name: str, graphs: Graphs, options: Options) -> Backend | BatchBackend:
     """The backend called `name`, for a bundle's graphs of a precision.
 
     Raises:
         BackendError: it is unknown or not installed.
-        OptionError: it has no CUDA graphs to make, or no such provider on any machine.
+        OptionError: it runs no batches on a device, or there is no such provider on any machine.
     """
     if not isinstance(name, str) or name not in _BACKENDS:
         gpu = "; for an NVIDIA GPU give `backend='onnxruntime'` and `provider='CUDAExecutionProvider'`"
         hint = gpu if isinstance(name, str) and name.lower() in ("cuda", "gpu") else ""
         raise BackendError(f"unknown backend {shown(name)}; choose one of {', '.join(names())}{hint}")
-    if options.cuda_graphs and not name.startswith("tensorrt"):
-        raise OptionError(f"{name} has no CUDA graphs; they are for the backends tensorrt and tensorrt-rtx")
     module, attribute = _BACKENDS[name].split(":")
-    factory: Callable[[Graphs, Options], Backend] = getattr(import_module(module), attribute)
-    return factory(graphs, options)
+    factory: Callable[[Graphs, Options], Backend | BatchBackend] = getattr(import_module(module), attribute)
+    made = factory(graphs, options)
+    if options.dispatch != "auto" and made.on_host:
+        raise OptionError(f"`dispatch` is how batches are driven on a GPU; {name} runs on the CPU here, leave it out")
+    return made

@@ -5,20 +5,40 @@ See `adavit.graphs.batch` for what the graphs take and make.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from adavit.bundle.policy import Policy
 
-__all__ = ["GOES_ON", "NOT_FINITE", "OVERFLOWED", "BatchBackend", "Finished", "Lane", "Room", "rooms_of"]
+__all__ = [
+    "CAPACITY",
+    "CONDITIONAL",
+    "EXACT",
+    "GOES_ON",
+    "NOT_FINITE",
+    "OVERFLOWED",
+    "WAYS",
+    "BatchBackend",
+    "Finished",
+    "Lane",
+    "Room",
+    "Rooms",
+    "rooms_of",
+]
 
 Float = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
 GOES_ON, OVERFLOWED, NOT_FINITE = range(3)
 """States of an image, as graphs of batches have them."""
+
+WAYS = EXACT, CAPACITY, CONDITIONAL = "exact", "capacity", "conditional"
+"""How a batch is driven. Exact: the host fetches how much room each block takes. Capacity: room is planned, and nothing
+is fetched before the end. Conditional: so, too, and what no image of the batch runs is skipped on the device."""
 
 
 class Room(NamedTuple):
@@ -42,14 +62,18 @@ class Room(NamedTuple):
         return cls(*(max(1, size) for size in sizes.tolist()))
 
 
-def rooms_of(policy: Policy) -> list[Room]:
+Rooms = tuple[Room, ...]
+"""Of all blocks."""
+
+
+def rooms_of(policy: Policy) -> Rooms:
     """The room that each block takes for a policy."""
     tokens = policy.tokens.sum(2)  # [B, L]
     each = tokens[:, :, None] * policy.sublayers  # [B, L, 2]
     sums, longest = each.sum(0), each.max(0)
     images = policy.sublayers[:, :, 0].sum(0)
     sizes = np.stack([sums[:, 0], images, longest[:, 0], sums[:, 1]], 1)
-    return [Room.of(row) for row in sizes]
+    return tuple(Room.of(row) for row in sizes)
 
 
 class Finished(NamedTuple):
@@ -58,7 +82,7 @@ class Finished(NamedTuple):
     Attributes:
         logits: [B, C].
         kept: the policy, bool [L, B, N + H + 2]; that which was given, where one was followed.
-        state: of each image, see `adavit.graphs.batch`, [B].
+        state: of each image, [B].
     """
 
     logits: Float
@@ -67,18 +91,20 @@ class Finished(NamedTuple):
 
 
 class Lane(Protocol):
-    """The memory of a batch of so many images on a device, and what runs it there; for other batches afterwards.
+    """The memory of a batch on a device, and what runs it there; for other batches afterwards.
 
-    One thread uses a lane at a time.
+    One thread uses a lane at a time. A batch is either started, and its blocks run one by one, or launched; then it is
+    finished.
     """
 
-    def start(self, images: Float, limits: Float, kept: Bool | None) -> None:
+    def start(self, images: Float, limits: Float, kept: Bool | None, every_head: bool) -> None:
         """Takes a batch and runs the stem.
 
         Args:
             images: [B, 3, S, S].
             limits: what each block's decisions have to exceed, [L, B, 3].
             kept: a policy to follow instead, [L, B, N + H + 2].
+            every_head: run the blocks' engines that leave no head out.
         """
         ...
 
@@ -98,6 +124,10 @@ class Lane(Protocol):
         """The tokens [B, N, D]: waits for them."""
         ...
 
+    def launch(self, images: Float, limits: Float, rooms: Rooms, way: str) -> None:
+        """Takes a batch and runs all of it without waiting, by capacity or conditionally."""
+        ...
+
     def finish(self) -> Finished:
         """What the batch left: waits for it."""
         ...
@@ -107,15 +137,37 @@ class BatchBackend(Protocol):
     """Runs a bundle's graphs of batches; one object per runtime, any thread may call it.
 
     Attributes:
+        name: as it is asked for.
+        on_host: False.
         most_images: of a lane.
+        usual_heads: for each block, the heads that its engine has; None where all have all.
     """
 
+    name: str
+    on_host: Literal[False]
     most_images: int
+    usual_heads: tuple[tuple[int, ...], ...] | None
 
-    def acquire(self, batch: int) -> Lane:
-        """A lane for so many images, until it is released."""
+    def lane(self, batch: int) -> AbstractContextManager[Lane]:
+        """A lane for so many images; it is given back in the end, and left alone after a failure."""
         ...
 
-    def release(self, lane: Lane) -> None:
-        """Takes a lane back."""
+    def why_not(self, way: str) -> str | None:
+        """Why a way cannot be gone here; None where it can."""
+        ...
+
+    def dense(self, images: Float) -> Float:
+        """The logits [B, C] that the dense twin makes of images [B, 3, S, S].
+
+        Raises:
+            BundleError: there is no dense twin, or it is not the one that was exported.
+        """
+        ...
+
+    def timings(self) -> Mapping[str, float]:
+        """Milliseconds since the last call: "enqueue_ms" on the host, "gpu_ms" on the device, "sync_ms" waiting."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """What executes, by name and version, for reports."""
         ...

@@ -1,12 +1,16 @@
 """Batches on a device: a block of all images is one run, whatever each of them keeps.
 
-Decisions are made on the device. After each block the host fetches how much room the next one takes, for the whole
-batch at once: a batch waits as often as the model has blocks, and once more for the logits.
+Decisions are made on the device. A batch goes one of three ways, see `adavit.runtime.batch.WAYS`. Results are always
+exact: images for which there was no room, or that want heads which engines leave out, run again by themselves, with as
+much room as they take and with all heads.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,20 +18,51 @@ import numpy.typing as npt
 from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.bundle.operating_points import Offsets
 from adavit.bundle.policy import Policy
-from adavit.runtime.batch import NOT_FINITE, BatchBackend, Finished, Lane, rooms_of
+from adavit.runtime.batch import EXACT, NOT_FINITE, OVERFLOWED, BatchBackend, Finished, Lane, Room, Rooms, rooms_of
+from adavit.runtime.capacity_tables import CapacityTables
 from adavit.runtime.dispatcher import Observer, Step, deciding_columns
 from adavit.runtime.finite import check_logits, not_finite
+from adavit.runtime.ways import Ways
 
-__all__ = ["BatchDispatcher", "limits_of"]
+__all__ = ["BatchDispatcher", "Ran", "limits_of"]
 
 Float = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
+NOTED = 1024
+"""Batches of which it is known how they went."""
+
+
+class Ran(NamedTuple):
+    """How a batch went.
+
+    Attributes:
+        way: one of WAYS.
+        images: how many.
+        rooms: what blocks were given.
+        overflowed: images that ran again.
+        again: what blocks were given for these.
+    """
+
+    way: str
+    images: int
+    rooms: Rooms
+    overflowed: int = 0
+    again: Rooms = ()
+
 
 def limits_of(offsets: Sequence[Offsets], depth: int) -> Float:
     """What the logits of each block's decisions have to exceed: tokens, heads, sub-layers [L, B, 3]."""
-    found = np.array([one.by_block(depth) for one in offsets], np.float32)  # [B, 3, L]
-    return np.array([TOKEN_LOGIT, 0, 0], np.float32) - found.transpose(2, 0, 1)
+    distinct = set(offsets)
+    if len(distinct) == 1:
+        return np.broadcast_to(_limits(distinct.pop(), depth)[:, None], (depth, len(offsets), 3))
+    return np.stack([_limits(one, depth) for one in offsets], 1)
+
+
+@lru_cache(256)
+def _limits(offsets: Offsets, depth: int) -> Float:
+    """Those of an image, [L, 3]."""
+    return np.array([TOKEN_LOGIT, 0, 0], np.float32) - np.array(offsets.by_block(depth), np.float32).T
 
 
 class BatchDispatcher:
@@ -36,10 +71,16 @@ class BatchDispatcher:
     Args:
         arch: the model's shapes.
         backend: runs them.
+        ways: chooses one for each batch.
+        tables: how much room batches take.
+
+    Attributes:
+        ran: how the last batches went, the oldest first.
     """
 
-    def __init__(self, arch: Architecture, backend: BatchBackend) -> None:
-        self.arch, self.backend = arch, backend
+    def __init__(self, arch: Architecture, backend: BatchBackend, ways: Ways, tables: CapacityTables) -> None:
+        self.arch, self.backend, self._ways, self._tables = arch, backend, ways, tables
+        self.ran: deque[Ran] = deque(maxlen=NOTED)
 
     def run(
         self,
@@ -50,41 +91,105 @@ class BatchDispatcher:
     ) -> tuple[Float, Policy]:
         """Runs images; see `Dispatcher.run`. An observer is shown all images of a block, then those of the next."""
         batch, most = len(images), self.backend.most_images
-        limits = limits_of([offsets] * batch if isinstance(offsets, Offsets) else offsets, self.arch.depth)
+        each = [offsets] * batch if isinstance(offsets, Offsets) else offsets
+        limits = limits_of(each, self.arch.depth)
         logits = np.empty((batch, self.arch.classes), np.float32)
         used = Policy.empty(self.arch, batch) if replay is None else replay
         for start in range(0, batch, most):
             some = slice(start, min(start + most, batch))
-            follow = None if replay is None else replay[some]
-            finished = self._run(images[some], limits[:, some], follow, observe, start)
+            if replay is None and observe is None:
+                finished = self._fastest(images[some], limits[:, some], each[some])
+            else:
+                follow = None if replay is None else replay[some]
+                finished = self._exact(images[some], limits[:, some], follow, observe, start)
             self._check(finished, start)
             logits[some] = finished.logits
             if replay is None:
-                ends = self.arch.tokens, self.arch.tokens + self.arch.heads
-                for mask, part in zip(used.masks(), np.split(finished.kept.swapaxes(0, 1), ends, 2), strict=True):
-                    mask[some] = part
+                self._fill(used, some, finished.kept)
         return logits, used
 
-    def _run(
-        self, images: Float, limits: Float, follow: Policy | None, observe: Observer | None, start: int
+    def _fill(self, policy: Policy, some: slice, kept: Bool) -> None:
+        """Puts what was kept, [L, B, N + H + 2], into a policy."""
+        rows, first = kept.swapaxes(0, 1), 0
+        for mask in policy.masks():
+            mask[some] = rows[:, :, first : first + mask.shape[2]]
+            first += mask.shape[2]
+
+    def _fastest(self, images: Float, limits: Float, offsets: Sequence[Offsets]) -> Finished:
+        """Runs a batch the way that is chosen for it."""
+        way = self._ways.choose(len(images), lambda way: self._run(way, images, limits, offsets))
+        return self._run(way, images, limits, offsets)
+
+    def _run(self, way: str, images: Float, limits: Float, offsets: Sequence[Offsets]) -> Finished:
+        """Runs a batch some way."""
+        if way == EXACT:
+            return self._exact(images, limits)
+        rooms = self._tables.rooms(offsets)
+        with self.backend.lane(len(images)) as lane:
+            lane.launch(images, limits, rooms, way)
+            finished = lane.finish()
+        over = np.flatnonzero(finished.state == OVERFLOWED)
+        again = self._again(finished, over, images, limits) if len(over) else ()
+        self._tables.note(offsets, finished.kept if len(over) else None)
+        self.ran.append(Ran(way, len(images), rooms, len(over), again))
+        return finished
+
+    def _exact(
+        self,
+        images: Float,
+        limits: Float,
+        follow: Policy | None = None,
+        observe: Observer | None = None,
+        start: int = 0,
     ) -> Finished:
-        """Runs as many images as a lane takes, exactly."""
-        lane = self.backend.acquire(len(images))
-        try:
-            kept = None if follow is None else np.concatenate(follow.masks(), 2).swapaxes(0, 1)
-            rooms = None if follow is None else rooms_of(follow)
-            lane.start(images, limits, kept)
+        """Runs a batch, block by block, each with as much room as it takes."""
+        every_head = observe is not None  # who looks on sees every image once
+        finished, rooms = self._pass(images, limits, follow, observe, start, every_head)
+        over = np.flatnonzero(finished.state == OVERFLOWED)
+        again = self._again(finished, over, images, limits, follow) if len(over) else ()
+        self.ran.append(Ran(EXACT, len(images), rooms, len(over), again))
+        return finished
+
+    def _again(
+        self,
+        finished: Finished,
+        over: npt.NDArray[np.int64],
+        images: Float,
+        limits: Float,
+        follow: Policy | None = None,
+    ) -> Rooms:
+        """Runs some of a batch's images once more, exactly and with all heads; returns what blocks were given."""
+        policy = None if follow is None else follow[over]
+        found, rooms = self._pass(images[over], limits[:, over], policy, None, 0, True)
+        finished.logits[over], finished.state[over] = found.logits, found.state
+        finished.kept[:, over] = found.kept
+        return rooms
+
+    def _pass(
+        self,
+        images: Float,
+        limits: Float,
+        follow: Policy | None,
+        observe: Observer | None,
+        start: int,
+        every_head: bool,
+    ) -> tuple[Finished, Rooms]:
+        """Runs images with the room that each block turns out to take; a policy that is followed tells beforehand."""
+        kept = None if follow is None else np.concatenate(follow.masks(), 2).swapaxes(0, 1)
+        known, taken = None if follow is None else rooms_of(follow), []
+        with self.backend.lane(len(images)) as lane:
+            lane.start(images, limits, kept, every_head)
             for block in range(self.arch.depth):
                 if observe is not None:
                     self._show(observe, lane, block, limits[block], start)
-                lane.block(block, rooms[block] if rooms else lane.room(block))
+                room: Room = known[block] if known else lane.room(block)
+                lane.block(block, room)
+                taken.append(room)
             finished = lane.finish()
             if observe is not None:
                 for image, tokens in enumerate(lane.tokens(), start):
                     observe(Step(image, self.arch.depth, tokens, None, None))
-            return finished
-        finally:
-            self.backend.release(lane)
+        return finished, tuple(taken)
 
     def _show(self, observe: Observer, lane: Lane, block: int, limits: Float, start: int) -> None:
         """Shows every image before a block."""

@@ -12,6 +12,7 @@ from adavit.bundle.operating_points import Offsets
 from adavit.bundle.policy import Policy
 from adavit.errors import InputError
 from adavit.runtime.backend import Backend, Float
+from adavit.runtime.batch import BatchBackend
 from adavit.runtime.dispatcher import SIDE_BY_SIDE, Observer
 from adavit.runtime.finite import check_logits
 
@@ -34,7 +35,7 @@ class DenseDispatcher:
         backend: runs it.
     """
 
-    def __init__(self, graphs: Graphs, backend: Backend) -> None:
+    def __init__(self, graphs: Graphs, backend: Backend | BatchBackend) -> None:
         self._arch, self._path = graphs.architecture, graphs.path
         self._backend = backend
 

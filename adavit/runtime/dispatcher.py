@@ -282,7 +282,7 @@ class ImageRun:
         if self._observe is not None:
             self._observe(Step(self._position, self._arch.depth, slot.tokens(), None, None))
         check_decisions(self._position, self._decided)
-        check_image(self._position, logits, slot.tokens() if self._dispatcher.backend.on_host else None)
+        check_image(self._position, logits, slot.tokens())
         if not self._follows:
             ends = self._arch.tokens, self._arch.tokens + self._arch.heads
             for mask, part in zip(self._policy, np.split(self._kept, ends, 1), strict=True):

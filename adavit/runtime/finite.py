@@ -20,19 +20,16 @@ class NotFiniteError(BackendError):
     """Engines computed values that are NaN, infinite or too large."""
 
 
-def check_image(position: int, logits: npt.NDArray[Any], tokens: npt.NDArray[Any] | None = None) -> None:
+def check_image(position: int, logits: npt.NDArray[Any], tokens: npt.NDArray[Any]) -> None:
     """Checks what an image's run left: logits [1, C], and tokens [N, D] behind the last block.
 
     Sub-layers add to the tokens, so that what was not finite in any of them is not finite at the end. Norms and the
-    softmax would hide it from the logits. From a device, where they are None, fetching them would take too long; each
-    block's decisions are made of them, and checked.
+    softmax would hide it from the logits.
 
     Raises:
         NotFiniteError: there are values that are NaN, infinite or too large.
     """
-    if tokens is not None and not (
-        tokens.max() < LARGEST and tokens.min() > -LARGEST
-    ):  # NaN is both, where there is one
+    if not (tokens.max() < LARGEST and tokens.min() > -LARGEST):  # NaN is both, where there is one
         raise not_finite(f"the tokens of image {position} are")
     if not np.isfinite(logits).all():
         raise not_finite(f"the logits of image {position} are")

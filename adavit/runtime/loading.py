@@ -16,9 +16,11 @@ from adavit.cpus import usable_cpus
 from adavit.errors import OptionError, shown
 from adavit.reading import path_of
 from adavit.runtime.backend import Options, create_backend
+from adavit.runtime.batch import WAYS
 from adavit.runtime.fastest_backend import fastest_backend
 from adavit.runtime.replaced import again_if_replaced
 from adavit.runtime.session import Runtime
+from adavit.runtime.ways import AUTO
 
 __all__ = ["load"]
 
@@ -33,7 +35,7 @@ def load(
     provider: str | None = None,
     parallel: str = "auto",
     budget: float | None = None,
-    cuda_graphs: bool = False,
+    dispatch: str = "auto",
     trust_engines: bool = False,
     precision: str | None = None,
     specialise: bool = True,
@@ -52,7 +54,10 @@ def load(
             first for single images and the other for batches.
         budget: share of the dense MACs that requests without one of their own get; by default what the trained
             policy takes.
-        cuda_graphs: for TensorRT, make CUDA graphs of what runs again with the same shapes.
+        dispatch: how batches are driven on a GPU (see docs/tensorrt.md). "exact" fetches after each block how much the
+            next one takes. "capacity" plans that, and runs a batch as one CUDA graph. "conditional" skips on the device
+            what no image of a batch wants. "auto" takes the fastest, measured once for each batch size, and kept in the
+            user's cache folder. Results are the same.
         trust_engines: run TensorRT engines that this user did not build on this machine. They are native code, which
             can do whatever this process can: say so only where you trust who built them.
         precision: one that the bundle has, by default its first.
@@ -66,14 +71,14 @@ def load(
         BundleError: the bundle is missing, damaged or of another version.
         BackendError: the backend is unknown, not installed, or refuses an engine, or TensorRT engines are not trusted.
         InputError: `threads` is not from 1 to 1024, `parallel` is unknown, the backend has no such provider (or is
-            "auto") or no CUDA graphs, or `budget` is beyond the bundle's operating points.
+            "auto"), `dispatch` is unknown or cannot be had, or `budget` is beyond the bundle's operating points.
 
     Example:
         >>> import adavit, numpy as np
         >>> runtime = adavit.load("demo")
         >>> runtime.predict(["sneaker.jpg"], top=1)  # doctest: +SKIP
     """
-    options = _options(threads, provider, parallel, cuda_graphs, trust_engines, shared_pool)
+    options = _options(threads, provider, parallel, dispatch, trust_engines, shared_pool)
     flag("specialise", specialise)
     path = find_bundle(path_of(bundle, "bundle"))
     return again_if_replaced(path, lambda: _load(path, backend, options, budget, precision, specialise))
@@ -104,7 +109,7 @@ def _options(
     threads: object,
     provider: object,
     parallel: object,
-    cuda_graphs: object,
+    dispatch: object,
     trust_engines: object,
     shared_pool: object,
 ) -> Options:
@@ -117,8 +122,11 @@ def _options(
         raise OptionError(f"parallel is {shown(parallel)}: choose 'auto', 'operators' or 'samples'")
     if provider is not None and not isinstance(provider, str):
         raise OptionError(f"provider is {shown(provider)}: expected a name, or None for the backend's own choice")
-    given = {"cuda_graphs": cuda_graphs, "trust_engines": trust_engines, "shared_pool": shared_pool}
-    return Options(threads, provider, parallel, **{name: flag(name, value) for name, value in given.items()})
+    if not isinstance(dispatch, str) or dispatch not in (AUTO, *WAYS):
+        raise OptionError(f"dispatch is {shown(dispatch)}: choose {', '.join(map(repr, (AUTO, *WAYS)))}")
+    given = {"trust_engines": trust_engines, "shared_pool": shared_pool}
+    flags = {name: flag(name, value) for name, value in given.items()}
+    return Options(threads, provider, parallel, dispatch, **flags)
 
 
 def _timed_run(bundle: Bundle, graphs: Graphs, backend: str, options: Options) -> tuple[Callable[[], object], int]:

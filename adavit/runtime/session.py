@@ -22,6 +22,9 @@ from adavit.errors import BackendError, BundleError, InputError, shown
 from adavit.macs import dense_macs
 from adavit.results import Prediction, Result, checked_policy
 from adavit.runtime.backend import Backend, Options, Usage, Use, create_backend
+from adavit.runtime.batch import BatchBackend
+from adavit.runtime.batch_dispatcher import BatchDispatcher
+from adavit.runtime.capacity_tables import CapacityTables
 from adavit.runtime.dense import DenseDispatcher, no_policies
 from adavit.runtime.dispatcher import Dispatcher, Observer
 from adavit.runtime.fastest_backend import Choice
@@ -30,6 +33,7 @@ from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.inputs import checked_images
 from adavit.runtime.predictions import predict, prediction_of
 from adavit.runtime.specialise import KeptUsage, Specialiser, usage_of
+from adavit.runtime.ways import Ways
 
 __all__ = ["Runtime"]
 
@@ -46,6 +50,19 @@ def _reloaded(path: str, fingerprint: str, precision: str, backend: str, options
     return Runtime(bundle, graphs, create_backend(backend, graphs, options), options, *how)
 
 
+def _dispatcher(
+    graphs: Graphs, backend: Backend | BatchBackend, options: Options
+) -> Dispatcher | BatchDispatcher | DenseDispatcher:
+    """What runs a bundle's graphs."""
+    bundle, arch = graphs.bundle, graphs.architecture
+    if not arch.adapts:
+        return DenseDispatcher(graphs, backend)
+    if backend.on_host:
+        return Dispatcher(graphs, backend, options)
+    tables = CapacityTables(bundle)
+    return BatchDispatcher(arch, backend, Ways(bundle, graphs.precision, options, backend, tables.planned), tables)
+
+
 class Runtime:
     """A loaded bundle; every method may be called from many threads at once.
 
@@ -59,14 +76,14 @@ class Runtime:
         offsets: added to the decision logits of requests without a budget; may be replaced at any time.
         choice: why this backend, where it was chosen by "auto".
         graphs: what runs, in one precision.
-        dispatcher: runs the graphs; a model without policies has a `DenseDispatcher`, which runs its dense graph.
+        dispatcher: runs the graphs; on a GPU, a `BatchDispatcher`; of a model without policies, a `DenseDispatcher`.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         graphs: Graphs,
-        backend: Backend,
+        backend: Backend | BatchBackend,
         options: Options,
         offsets: Offsets = TRAINED,
         choice: Choice | None = None,
@@ -78,15 +95,15 @@ class Runtime:
         self.options = options
         self.offsets = offsets
         self.choice = choice
-        self.dispatcher: Dispatcher | DenseDispatcher = (
-            Dispatcher(graphs, backend, options) if bundle.architecture.adapts else DenseDispatcher(graphs, backend)
-        )
+        self.dispatcher = _dispatcher(graphs, backend, options)
         self._in_background = specialise
-        kept = KeptUsage(bundle, options, backend.name, graphs.precision)
-        self._specialiser = Specialiser(backend, specialise and bundle.architecture.adapts, kept.remember)
-        if specialise and bundle.architecture.adapts:
-            self._specialiser.start(kept.recall() or self._usual())
-        finalize(self, self._specialiser.stop)
+        self._specialiser: Specialiser | None = None
+        if backend.on_host and bundle.architecture.adapts:
+            kept = KeptUsage(bundle, options, backend.name, graphs.precision)
+            self._specialiser = Specialiser(backend, specialise, kept.remember)
+            if specialise:
+                self._specialiser.start(kept.recall() or self._usual())
+            finalize(self, self._specialiser.stop)
         self._forked = False
         renew_in_fork(self)
 
@@ -151,7 +168,8 @@ class Runtime:
                 raise InputError("a recorded policy leaves nothing to a budget; give one of them")
         offsets = resolve_each(self.offsets if budget is None else budget, self.bundle, len(images))
         logits, used = self.dispatcher.run(images, offsets, policy, observe)
-        self._specialiser.note(used, self.options.threads_of(len(images)))
+        if self._specialiser:
+            self._specialiser.note(used, self.options.threads_of(len(images)))
         return Result(logits, used, self.architecture, self.bundle.preprocessor)
 
     def specialise(self, policy: Policy, batch: int | None = None) -> int:
@@ -171,7 +189,7 @@ class Runtime:
             InputError: the policy is not of this model, or of no image, or `batch` is no whole number from 1 on.
         """
         checked_policy(policy).check(self.architecture, len(policy))
-        if not self.architecture.adapts:
+        if self._specialiser is None:
             return 0
         sizes = (1, len(policy)) if batch is None else (whole("batch", batch, 1),)
         threads = set(map(self.options.threads_of, sizes))
@@ -180,7 +198,7 @@ class Runtime:
             usage |= usage_of(policy, number)
         return self._specialiser.specialise(usage, len(policy))
 
-    def adaptive_dispatcher(self, purpose: str) -> Dispatcher:
+    def adaptive_dispatcher(self, purpose: str) -> Dispatcher | BatchDispatcher:
         """The dispatcher, for work that needs policies.
 
         Args:
@@ -189,9 +207,9 @@ class Runtime:
         Raises:
             InputError: the model has no policies.
         """
-        if isinstance(self.dispatcher, Dispatcher):
-            return self.dispatcher
-        raise no_policies(self.bundle.path, purpose)
+        if isinstance(self.dispatcher, DenseDispatcher):
+            raise no_policies(self.bundle.path, purpose)
+        return self.dispatcher
 
     @property
     def dense_macs(self) -> int:

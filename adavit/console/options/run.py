@@ -128,7 +128,13 @@ BACKEND = option_group(
         show_default=True,
         help="Prepare for what the images use most, before the measurement.",
     ),
-    click.option("--cuda-graphs", is_flag=True, help="TensorRT: make CUDA graphs of what runs again."),
+    click.option(
+        "--dispatch",
+        type=click.Choice(["auto", "exact", "capacity", "conditional"]),
+        default="auto",
+        show_default=True,
+        help="How batches are driven on a GPU. auto measures the ways, once for each batch size, and takes the fastest.",
+    ),
     click.option(
         "--trust-engines",
         is_flag=True,

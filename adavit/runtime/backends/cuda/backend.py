@@ -1,47 +1,56 @@
-"""What backends on a GPU share: images stay on the device, one engine runs a block, and decisions alone come back."""
+"""What backends on a device share: lanes, each with a batch on its way, and engines, made once for all of them."""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
 from adavit.bundle.graph_keys import DENSE_GRAPH, GraphKey, graph_keys
 from adavit.bundle.graphs import Graphs
-from adavit.runtime.backend import Float, Usage
-from adavit.runtime.backends.cuda.arrays import DeviceArray, DeviceEngine
-from adavit.runtime.backends.cuda.device import Device
-from adavit.runtime.backends.cuda.heads import HeadUploads
-from adavit.runtime.backends.cuda.slot import DeviceSlot
+from adavit.errors import BackendError
+from adavit.runtime.backends.cuda.bindings import Cuda
+from adavit.runtime.backends.cuda.captures import Captures
+from adavit.runtime.backends.cuda.lane import DeviceEngine, DeviceLane
+from adavit.runtime.batch import EXACT, Float, Lane
 from adavit.runtime.forks import renew_in_fork
-from adavit.runtime.head_cache import HeadCache
 
 __all__ = ["DeviceBackend"]
 
-HEADS = 256 << 20
-"""Bytes of the weights of heads that are kept on the device, beside one copy of what all heads share."""
+LANES = 4
+"""Batches on their way at once; others wait for one to be done."""
 
 
 class DeviceBackend(ABC):
-    """What `Backend` says, for a device; a backend adds its name, `versions`, and how an engine is made.
+    """What `BatchBackend` says; a backend adds its name, `versions`, `stream`, and how an engine is made.
 
-    Once nothing refers to it, its engines are closed, and what they ran on is freed.
+    Once nothing refers to it, its lanes and engines are closed, and what they ran on is freed.
 
     Args:
         graphs: what to run.
-        device: where.
+        cuda: the CUDA runtime.
+        captures: makes CUDA graphs, and knows why not.
+        most_images: of a lane.
+
+    Attributes:
+        at_close: is called behind all else.
     """
 
     on_host = False
+    usual_heads: tuple[tuple[int, ...], ...] | None = None
 
-    def __init__(self, graphs: Graphs, device: Device) -> None:
-        self.graphs, self.device = graphs, device
-        self._opened: list[DeviceEngine] = []
-        self._finalizer = weakref.finalize(self, _close, device, self._opened)
-        self._engines: dict[GraphKey, DeviceEngine] = {}
-        self.heads = HeadCache(graphs, HeadUploads(device, graphs.architecture.head_width), HEADS)
+    def __init__(self, graphs: Graphs, cuda: Cuda, captures: Captures, most_images: int) -> None:
+        self.graphs, self.cuda, self.captures, self.most_images = graphs, cuda, captures, most_images
+        self._lock = threading.RLock()
+        self._engines: dict[tuple[GraphKey, bool], DeviceEngine] = {}
+        self._lanes = LanePool()
+        self.at_close: list[Callable[[], object]] = []
+        self._finalizer = weakref.finalize(self, _close, self._lanes.spare, self._engines, self.at_close)
+        self._times = {"enqueue_ms": 0.0, "gpu_ms": 0.0, "sync_ms": 0.0}
         renew_in_fork(self)
 
     def after_fork(self) -> None:
@@ -54,10 +63,14 @@ class DeviceBackend(ABC):
             self.graphs.check_deciding()
         for key in graph_keys(self.graphs.files):
             if key != DENSE_GRAPH or not self.graphs.architecture.adapts:
-                self.engine(key)
+                self.engine(key, False)
 
     @abstractmethod
-    def _open(self, key: GraphKey) -> DeviceEngine:
+    def stream(self) -> tuple[int, bool]:
+        """The stream of a new lane, and whether it is the lane's own, to be destroyed with it."""
+
+    @abstractmethod
+    def open(self, key: GraphKey, every_head: bool) -> DeviceEngine:
         """Makes the engine of a graph.
 
         Raises:
@@ -65,68 +78,111 @@ class DeviceBackend(ABC):
             BackendError: it does not run here.
         """
 
-    def engine(self, key: GraphKey) -> DeviceEngine:
-        """The engine of a graph, made once; see `_open`."""
-        found = self._engines.get(key)
-        if found is None:
-            with self.device.lock:
-                found = self._engines.get(key)
-                if found is None:
-                    found = self._open(key)
-                    self._opened.append(found)
-                    self._engines[key] = found
+    def engine(self, key: GraphKey, every_head: bool) -> DeviceEngine:
+        """The engine of a graph, made once; see `open`."""
+        which = key, every_head and self.usual_heads is not None
+        with self._lock:
+            found = self._engines.get(which)
+            if found is None:
+                found = self._engines[which] = self.open(*which)
         return found
 
-    def slot(self, threads: int) -> DeviceSlot:
-        """See `Backend.slot`."""
-        return DeviceSlot(self)
+    @contextmanager
+    def lane(self, batch: int) -> Iterator[Lane]:
+        """See `BatchBackend.lane`."""
+        with self._some_lane(batch) as lane:
+            yield lane
 
     def dense(self, images: Float) -> Float:
         """See `Backend.dense`: as many images at once as the engine is for."""
-        engine, logits = self.engine(DENSE_GRAPH), np.empty((len(images), self.graphs.architecture.classes), np.float32)
-        for start in range(0, len(images), engine.most_images):
-            some = images[start : start + engine.most_images]
-            given = DeviceArray.empty(self.device, some.shape)
-            made = DeviceArray.empty(self.device, (len(some), logits.shape[1]))
-            with self.device.lock:
-                self.device.upload(np.ascontiguousarray(some), given.address)
-                engine.run({"images": given, "logits": made})
-            logits[start : start + len(some)] = self.fetch(made)
+        most = min(self.most_images, self.engine(DENSE_GRAPH, False).most_images)
+        logits = np.empty((len(images), self.graphs.architecture.classes), np.float32)
+        for start in range(0, len(images), most):
+            some = images[start : start + most]
+            with self._some_lane(len(some)) as lane:
+                logits[start : start + len(some)] = lane.dense(some)
         return logits
 
-    def fetch(self, array: DeviceArray) -> Float:
-        """An array's values on the host, once all that was enqueued before is done."""
-        (found,) = self.device.fetch([(array.address, array.nbytes)])
-        return found.as_array(array.shape, array.dtype)
+    def why_not(self, way: str) -> str | None:
+        """See `BatchBackend.why_not`."""
+        return None if way == EXACT else self.captures.why_not(way)
 
-    def choose(self, usage: Usage) -> Sequence[Hashable]:
-        """See `Backend.choose`: nothing."""
-        return []
-
-    def prepare(self, wanted: Hashable) -> None:  # noqa: B027  (there is nothing to do)
-        """See `Backend.prepare`: nothing is chosen."""
-
-    def retain(self, wanted: Sequence[Hashable]) -> None:  # noqa: B027  (there is nothing to do)
-        """See `Backend.retain`: nothing is prepared."""
-
-    def prepared(self) -> Sequence[Hashable]:
-        """See `Backend.prepared`: nothing."""
-        return []
-
-    def rounded(self, tokens: int) -> int:
-        """See `Backend.rounded`: as many."""
-        return tokens
+    def add_times(self, enqueue_ms: float, gpu_ms: float, sync_ms: float) -> None:
+        """Counts the times of a batch."""
+        with self._lock:
+            for name, value in (("enqueue_ms", enqueue_ms), ("gpu_ms", gpu_ms), ("sync_ms", sync_ms)):
+                self._times[name] += value
 
     def timings(self) -> dict[str, float]:
-        """See `Backend.timings`."""
-        return self.device.timings()
+        """See `BatchBackend.timings`."""
+        with self._lock:
+            found, self._times = self._times, dict.fromkeys(self._times, 0.0)
+        return found
+
+    @contextmanager
+    def _some_lane(self, batch: int) -> Iterator[DeviceLane]:
+        lane = self._lanes.take(batch)
+        try:
+            if lane is None:
+                size = min(self.most_images, 1 << (batch - 1).bit_length())
+                lane = DeviceLane(weakref.proxy(self), size)
+            yield lane
+        except BaseException:
+            self._lanes.give_back(None)
+            if lane is not None:
+                with suppress(BackendError):  # after some failures, nothing can be freed any more
+                    lane.close()
+            raise
+        self._lanes.give_back(lane)
 
 
-def _close(device: Device, engines: list[DeviceEngine]) -> None:
-    """Frees engines, then what they ran on."""
-    with device.lock:
-        device.synchronise()
-        for engine in engines:
-            engine.close()
-        engines.clear()
-        device.close()
+class LanePool:
+    """Lanes that nothing uses, and how many there are in all.
+
+    Attributes:
+        spare: the lanes.
+    """
+
+    def __init__(self) -> None:
+        self.spare: list[DeviceLane] = []
+        self._in_use = 0
+        self._changed = threading.Condition()
+
+    def take(self, batch: int) -> DeviceLane | None:
+        """The smallest spare lane for so many images, or None where one may be made; waits where all are in use."""
+        with self._changed:
+            while self._in_use >= LANES:
+                self._changed.wait()
+            self._in_use += 1
+            fitting = [lane for lane in self.spare if lane.most >= batch]
+            if fitting:
+                found = min(fitting, key=lambda lane: lane.most)
+                self.spare.remove(found)
+                return found
+            too_many = self.spare[: max(0, self._in_use + len(self.spare) - LANES)]
+            del self.spare[: len(too_many)]
+        for lane in too_many:
+            lane.close()
+        return None
+
+    def give_back(self, lane: DeviceLane | None) -> None:
+        """Takes a lane back, or the place of one that failed."""
+        with self._changed:
+            self._in_use -= 1
+            if lane is not None:
+                self.spare.append(lane)
+            self._changed.notify()
+
+
+def _close(
+    lanes: list[DeviceLane], engines: dict[tuple[GraphKey, bool], DeviceEngine], last: list[Callable[[], object]]
+) -> None:
+    """Frees lanes, then engines, then what they ran on."""
+    for lane in lanes:
+        lane.close()
+    lanes.clear()
+    for engine in engines.values():
+        engine.close()
+    engines.clear()
+    for call in last:
+        call()

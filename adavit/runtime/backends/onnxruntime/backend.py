@@ -139,7 +139,7 @@ class OnnxRuntimeBackend(HostBackend[Any]):
             fused = fuse_attention(graph, self.graphs.head_weights(wanted.key), len(heads))
         weights = fused.weights if fused else self.graphs.quantised_head_weights(wanted.key)
         constants = graph.arrays(self.graphs.tensors) | dict(weights)
-        session = self._session(graph, constants, wanted.threads, fused)
+        session = self.session(graph, constants, wanted.threads, fused)
         self.graphs.tensors.release()
         trim_heap()
         self._add(wanted, session)
@@ -167,9 +167,9 @@ class OnnxRuntimeBackend(HostBackend[Any]):
         return found
 
     def _make(self, graph: OnnxGraph, constants: Callable[[], Constants], threads: int) -> Any:
-        return self._session(graph, constants(), threads)
+        return self.session(graph, constants(), threads)
 
-    def _session(
+    def session(
         self,
         graph: OnnxGraph,
         constants: Constants,

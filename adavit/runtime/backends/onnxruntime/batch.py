@@ -6,131 +6,170 @@ device would make.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import ModuleType
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from adavit.architecture import Architecture
+from adavit.bundle.graph_keys import PARTS, STEM_GRAPH, GraphKey, constants_of, read_graph
 from adavit.bundle.graphs import Graphs
-from adavit.bundle.keys import BOTH, BlockKey
-from adavit.bundle.onnx_graph import OnnxGraph
+from adavit.bundle.keys import BETWEEN, STATE_BEHIND, STATE_BETWEEN
 from adavit.errors import BackendError, one_line
 from adavit.runtime.backend import Options
 from adavit.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from adavit.runtime.batch import Bool, Finished, Float, Room
+from adavit.runtime.batch import CONDITIONAL, Bool, Finished, Float, Room, Rooms
 
 __all__ = ["OnnxRuntimeBatchBackend"]
 
+Values = dict[str, npt.NDArray[Any]]
 
-class OnnxRuntimeBatchBackend(OnnxRuntimeBackend):
-    """As `OnnxRuntimeBackend`, with lanes for batches.
+
+class OnnxRuntimeBatchBackend:
+    """See `BatchBackend`.
 
     Args:
         graphs: what to run.
         options: as of `OnnxRuntimeBackend`.
+        usual_heads: for each block, the heads that its engine has; None for all.
+        most_images: of a lane.
     """
 
-    most_images = 32
+    name = "onnxruntime"
+    on_host = False
 
-    def __init__(self, graphs: Graphs, options: Options) -> None:
-        super().__init__(graphs, options)
-        self.sessions = [self._batch_session(graphs.batch_stem(), {})]
-        every = tuple(range(graphs.architecture.heads))
-        for block in range(graphs.architecture.depth):
-            weights = dict(graphs.quantised_head_weights(BlockKey(block, BOTH, every)))
-            weights["heads"] = np.array(every, np.int64)
-            self.sessions.append(self._batch_session(graphs.batch_block(block), weights))
+    def __init__(
+        self,
+        graphs: Graphs,
+        options: Options,
+        usual_heads: tuple[tuple[int, ...], ...] | None = None,
+        most_images: int = 32,
+    ) -> None:
+        self.graphs, self.usual_heads, self.most_images = graphs, usual_heads, most_images
+        self._sessions: dict[tuple[GraphKey, bool], Any] = {}
+        self._maker, self._threads = OnnxRuntimeBackend(graphs, options), options.threads
 
-    def _batch_session(self, graph: OnnxGraph, weights: Mapping[str, Any]) -> Any:
-        return self._session(graph, graph.arrays(self.graphs.tensors) | dict(weights), self._options.threads)
+    @contextmanager
+    def lane(self, batch: int) -> Iterator[CpuLane]:
+        """See `BatchBackend.lane`."""
+        yield CpuLane(self, batch)
 
-    def acquire(self, batch: int) -> CpuLane:
-        """See `BatchBackend.acquire`."""
-        return CpuLane(self.ort, self.graphs.architecture, self.sessions, batch)
+    def why_not(self, way: str) -> str | None:
+        """See `BatchBackend.why_not`."""
+        return None
 
-    def release(self, lane: CpuLane) -> None:
-        """See `BatchBackend.release`."""
+    def dense(self, images: Float) -> Float:
+        """See `BatchBackend.dense`."""
+        return self._maker.dense(images)
+
+    def timings(self) -> dict[str, float]:
+        """See `BatchBackend.timings`: nothing was measured."""
+        return {}
+
+    def versions(self) -> dict[str, str]:
+        """See `BatchBackend.versions`."""
+        return self._maker.versions()
+
+    def run(self, key: GraphKey, every_head: bool, given: Values) -> Values:
+        """Runs a graph on what it takes of some values; returns what it makes."""
+        session = self._session(key, every_head)
+        names = [value.name for value in session.get_outputs()]
+        inputs = {value.name: given[value.name] for value in session.get_inputs()}
+        try:
+            return dict(zip(names, session.run(names, inputs), strict=True))
+        except Exception as error:
+            raise BackendError(f"graph {key.name} failed: {one_line(error)}") from error
+
+    def _session(self, key: GraphKey, every_head: bool) -> Any:
+        found = self._sessions.get((key, every_head))
+        if found is None:
+            graph = read_graph(self.graphs, key)
+            usual = self.usual_heads and key.block is not None and not every_head
+            heads = self.usual_heads[key.block] if usual and self.usual_heads and key.block is not None else None
+            constants = constants_of(self.graphs, key, graph, heads)
+            found = self._sessions[key, every_head] = self._maker.session(graph, constants, self._threads)
+        return found
 
 
 class CpuLane:
-    """See `Lane`: arrays that sessions are bound to.
+    """See `Lane`.
 
     Args:
-        ort: the bindings.
-        arch: the model's shapes.
-        sessions: of the stem and the blocks.
+        backend: runs its graphs.
         batch: images.
     """
 
-    def __init__(self, ort: ModuleType, arch: Architecture, sessions: list[Any], batch: int) -> None:
-        self._handle, self._sessions, self._arch = ort.OrtValue.ortvalue_from_numpy, sessions, arch
-        rows, width = batch * arch.tokens + 1, arch.tokens + arch.heads + 2
-        self._numbers = np.arange(rows)
-        self._rows = [np.empty((rows, arch.width), np.float32) for _ in range(2)]
-        self._kept = np.empty((arch.depth, batch, width), bool)
-        self._unused = np.empty((batch, width), bool)
-        self._state = np.empty((arch.depth + 2, batch), np.int64)
-        self._sizes = np.empty((arch.depth, 4), np.int64)
-        self._decisions: dict[int, Float] = {}
-        self._y = self._rows[0]
-        self._logits = np.empty((batch, arch.classes), np.float32)
-        self._follows = False
+    def __init__(self, backend: OnnxRuntimeBatchBackend, batch: int) -> None:
+        self._backend, self._arch, self._batch = backend, backend.graphs.architecture, batch
+        self._numbers = np.arange(batch * self._arch.tokens + 1)
+        self._values: Values = {}
+        self._kept: list[Bool] = []
+        self._follow: Bool | None = None
+        self._every_head = False
 
-    def start(self, images: Float, limits: Float, kept: Bool | None) -> None:
+    def start(self, images: Float, limits: Float, kept: Bool | None, every_head: bool) -> None:
         """See `Lane.start`."""
-        self._limits, self._follows, self._decisions = limits, kept is not None, {}
-        if kept is not None:
-            self._kept[:] = kept
-        self._run(0, {"images": images}, self._rows[0])
+        self._limits, self._follow, self._every_head, self._kept = limits, kept, every_head, []
+        self._values = {"images": images, "limits": np.ascontiguousarray(limits[0])}
+        self._run(STEM_GRAPH)
+        self._pass_on(0)
 
     def room(self, block: int) -> Room:
         """See `Lane.room`."""
-        return Room.of(self._sizes[block])
+        return Room.of(self._values["sizes"])
 
     def block(self, block: int, room: Room) -> None:
         """See `Lane.block`."""
-        given = {
-            "x": self._rows[block % 2],
-            "kept": self._kept[block],
-            "state": self._state[block],
-            "numbers": self._numbers,
-            **{name: self._numbers[:size] for name, size in room._asdict().items()},
-        }
-        self._run(block + 1, given, self._rows[(block + 1) % 2])
+        self._give(block, room)
+        self._run(GraphKey("block", block))
+        self._pass_on(block + 1)
 
-    def _run(self, coming: int, given: dict[str, npt.NDArray[Any]], y: Float) -> None:
-        """Runs the stem or a block, behind which a block is to come."""
-        session, last = self._sessions[coming], coming == self._arch.depth
-        self._y = y
-        made: dict[str, npt.NDArray[Any]] = {"y": y, "next_state": self._state[coming], "logits": self._logits}
-        if not last:
-            given["limits"] = np.ascontiguousarray(self._limits[coming])
-            made["next_kept"] = self._unused if self._follows else self._kept[coming]
-            made["next_sizes"] = self._sizes[coming]
-        binding = session.io_binding()
-        for value in session.get_inputs():
-            binding.bind_ortvalue_input(value.name, self._handle(given[value.name]))
-        for value in session.get_outputs():
-            if value.name == "next_decisions":
-                made[value.name] = np.empty((len(self._logits), value.shape[1]), np.float32)
-                self._decisions[coming] = made[value.name]
-            binding.bind_ortvalue_output(value.name, self._handle(made[value.name]))
-        try:
-            session.run_with_iobinding(binding)
-        except Exception as error:
-            raise BackendError(f"a graph failed: {one_line(error)}") from error
+    def launch(self, images: Float, limits: Float, rooms: Rooms, way: str) -> None:
+        """See `Lane.launch`."""
+        self.start(images, limits, None, False)
+        for block, room in enumerate(rooms):
+            if way != CONDITIONAL:
+                self.block(block, room)
+                continue
+            self._give(block, room)
+            values, sizes = self._values, self._values["sizes"]
+            values[BETWEEN], values[STATE_BETWEEN] = values["x"], values["state"]
+            if sizes[1]:
+                self._run(GraphKey("block", block, PARTS[0]))
+            values["y"], values[STATE_BEHIND] = values[BETWEEN], values[STATE_BETWEEN]
+            if sizes[3]:
+                self._run(GraphKey("block", block, PARTS[1]))
+            self._run(GraphKey("block", block, PARTS[2]))
+            self._pass_on(block + 1)
 
     def decisions(self, block: int) -> Float:
         """See `Lane.decisions`."""
-        return self._decisions.get(block, np.empty((len(self._logits), 0), np.float32))
+        return self._values.get("next_decisions", np.empty((self._batch, 0), np.float32))
 
     def tokens(self) -> Float:
         """See `Lane.tokens`."""
-        return self._y[:-1].reshape(-1, self._arch.tokens, self._arch.width)
+        return self._values["x"][:-1].reshape(-1, self._arch.tokens, self._arch.width)
 
     def finish(self) -> Finished:
         """See `Lane.finish`."""
-        return Finished(self._logits, self._kept, self._state[self._arch.depth])
+        return Finished(self._values["logits"], np.stack(self._kept), self._values["state"])
+
+    def _give(self, block: int, room: Room) -> None:
+        """Puts what a block takes where graphs find it."""
+        self._values |= {name: self._numbers[:size] for name, size in room._asdict().items()}
+        if block + 1 < self._arch.depth:
+            self._values["limits"] = np.ascontiguousarray(self._limits[block + 1])
+        self._values["numbers"] = self._numbers
+
+    def _run(self, key: GraphKey) -> None:
+        self._values |= self._backend.run(key, self._every_head and key.block is not None, self._values)
+
+    def _pass_on(self, coming: int) -> None:
+        """Makes what was made what the next block takes."""
+        values = self._values
+        values["x"], values["state"] = values["y"], values["next_state"]
+        if coming < self._arch.depth:
+            values["kept"] = values["next_kept"] if self._follow is None else np.ascontiguousarray(self._follow[coming])
+            values["sizes"] = values["next_sizes"]
+            self._kept.append(values["kept"])

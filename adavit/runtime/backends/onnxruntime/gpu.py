@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from adavit.bundle.graph_keys import GraphKey, read_graph
+from adavit.bundle.graph_keys import GraphKey, constants_of, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError, install_hint, one_line
 from adavit.runtime.backend import Options
-from adavit.runtime.backends.cuda.arrays import DeviceArray, check_arrays
 from adavit.runtime.backends.cuda.backend import DeviceBackend
 from adavit.runtime.backends.cuda.bindings import Cuda
-from adavit.runtime.backends.cuda.device import Device
+from adavit.runtime.backends.cuda.captures import Captures
 from adavit.runtime.backends.onnxruntime.process import (
     GPU_PROVIDERS,
     asked_for,
@@ -32,6 +32,8 @@ PLUGIN = GPU_PROVIDERS[-1]
 """TensorRT-RTX, from a package of its own that is registered with ONNX Runtime."""
 ON_STREAM = GPU_PROVIDERS[:-1]
 """Providers that enqueue on a stream they are given; the plugin has its own, and is waited for."""
+MOST_IMAGES = 32
+"""Of a run."""
 DEVICE = "cuda"
 """ONNX Runtime's name of the memory."""
 
@@ -60,22 +62,31 @@ class OnnxRuntimeGpuBackend(DeviceBackend):
                 f"for a GPU run: pip uninstall -y onnxruntime && {install_hint('gpu')}; "
                 f"then give {asked_for(self._provider)}"
             )
-        super().__init__(graphs, Device(Cuda()))
+        cuda = Cuda()
+        self._stream = int(cuda.call("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking))
+        no_parts = "ONNX Runtime's sessions run on one stream; conditional dispatch is for tensorrt and tensorrt-rtx"
+        super().__init__(graphs, cuda, Captures(cuda, no_parts), MOST_IMAGES)
+        self.at_close.append(partial(cuda.call, "cudaStreamDestroy", self._stream))
         self._shares_pool = options.shared_pool
         if self._shares_pool:
             share_pool(self._ort, options.threads)
         self.open_engines()
 
-    def _open(self, key: GraphKey) -> OnnxRuntimeGpuEngine:
-        """See `DeviceBackend._open`: a session whose weights, but those of heads, are constants."""
+    def stream(self) -> tuple[int, bool]:
+        """See `DeviceBackend`: that of all sessions."""
+        return self._stream, False
+
+    def open(self, key: GraphKey, every_head: bool) -> OnnxRuntimeGpuEngine:
+        """See `DeviceBackend.open`: a session whose weights are constants."""
         graph = read_graph(self.graphs, key)
-        model = graph.model(graph.arrays(self.graphs.tensors))
+        constants = constants_of(self.graphs, key, graph)
         try:
-            session = self._session(model)
+            session = self._session(graph.model(constants))
         except Exception as error:
             raise BackendError(f"ONNX Runtime refuses graph {key.name}: {one_line(error)}") from None
         require_provider(session, key.name, self._provider)
-        return OnnxRuntimeGpuEngine(self._ort, self.device, session, key.name, graph, self._provider in ON_STREAM)
+        on_stream = self._provider in ON_STREAM
+        return OnnxRuntimeGpuEngine(self._ort, self.cuda, session, key.name, graph.without(constants), on_stream)
 
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version and the provider in use."""
@@ -102,53 +113,85 @@ class OnnxRuntimeGpuBackend(DeviceBackend):
             options.add_provider_for_devices(self._plugins, {})
             return self._ort.InferenceSession(model, options)
         on_stream = self._provider in ON_STREAM
-        settings = {"user_compute_stream": str(int(self.device.stream))} if on_stream else {}
+        settings = {"user_compute_stream": str(self._stream)} if on_stream else {}
         return self._ort.InferenceSession(model, options, providers=[(self._provider, settings)], enable_fallback=0)
 
 
 class OnnxRuntimeGpuEngine:
-    """A session, bound to memory on the device.
+    """A session; see `DeviceEngine`.
 
     Args:
         ort: the bindings.
-        device: where the memory is.
+        cuda: the CUDA runtime.
         session: of the graph.
         name: for messages.
-        graph: what is computed.
-        on_stream: whether the session runs on the device's stream; else all that was enqueued is waited for.
+        graph: what is computed, without what is constant.
+        on_stream: whether the session runs on the lanes' stream; else all that was enqueued is waited for.
     """
 
-    most_images = 32
+    most_images = MOST_IMAGES
 
-    def __init__(
-        self, ort: ModuleType, device: Device, session: Any, name: str, graph: OnnxGraph, on_stream: bool
-    ) -> None:
-        self.graph = graph
-        self._device, self._session, self._name, self._on_stream = device, session, name, on_stream
-        self._options = ort.RunOptions()
+    def __init__(self, ort: ModuleType, cuda: Cuda, session: Any, name: str, graph: OnnxGraph, on_stream: bool) -> None:
+        self.graph, self.session, self.name = graph, session, name
+        self.cuda, self.on_stream = cuda, on_stream
+        self.options = ort.RunOptions()
         if on_stream:
-            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def scratch(self, batch: int) -> int:
+        """See `DeviceEngine`: ONNX Runtime has memory of its own."""
+        return 0
+
+    def runner(self, scratch: int, size: int) -> OnnxRuntimeGpuRunner:
+        """See `DeviceEngine`."""
+        return OnnxRuntimeGpuRunner(self)
 
     def close(self) -> None:
-        """Frees the session."""
-        self._session = None
+        """See `DeviceEngine`."""
+        self.session = None
 
-    def run(self, arrays: Mapping[str, DeviceArray]) -> None:
-        """See `DeviceEngine.run`."""
-        check_arrays(self._name, (*self.graph.inputs, *self.graph.outputs), arrays)
-        with self._device.lock, self._device.enqueuing():
-            binding = self._session.io_binding()
-            binds = [(binding.bind_input, value.name) for value in self.graph.inputs]
-            binds += [(binding.bind_output, value.name) for value in self.graph.outputs]
-            for bind, name in binds:
-                array = arrays[name]
-                bind(name, DEVICE, 0, np.dtype(array.dtype), list(array.shape), array.address)
-            if not self._on_stream:
-                self._device.synchronise()
-            try:
-                self._session.run_with_iobinding(binding, self._options)
-            except Exception as error:
-                raise BackendError(f"graph {self._name} failed: {one_line(error)}") from error
+
+class OnnxRuntimeGpuRunner:
+    """A session, bound to a lane's memory; see `Runner`.
+
+    Args:
+        engine: the session's.
+    """
+
+    def __init__(self, engine: OnnxRuntimeGpuEngine) -> None:
+        self._engine = engine
+        self._binding = engine.session.io_binding()
+        self._inputs = [value.name for value in engine.graph.inputs]
+        self._addresses: Mapping[str, int] = {}
+        self._types = {value.name: np.dtype(value.dtype) for value in (*engine.graph.inputs, *engine.graph.outputs)}
+
+    def bind(self, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """See `Runner`."""
+        self._addresses = addresses
+        for name, address in addresses.items():
+            bind = self._binding.bind_input if name in self._inputs else self._binding.bind_output
+            bind(name, DEVICE, 0, self._types[name], list(shapes[name]), address)
+
+    def run(self, room: Mapping[str, int], stream: int) -> None:
+        """See `Runner`."""
+        engine = self._engine
+        for name, size in room.items():
+            if name in self._addresses:
+                self._binding.bind_input(name, DEVICE, 0, self._types[name], [size], self._addresses[name])
+        if not engine.on_stream:
+            engine.cuda.call("cudaStreamSynchronize", stream)
+        try:
+            engine.session.run_with_iobinding(self._binding, engine.options)
+        except Exception as error:
+            raise BackendError(f"graph {engine.name} failed: {one_line(error)}") from error
+
+    def captures(self) -> bool:
+        """See `Runner`: sessions allocate memory and synchronise as they like."""
+        return False
+
+    def close(self) -> None:
+        """See `Runner`."""
+        self._binding = None
 
 
 def _plugin_devices(ort: ModuleType) -> list[Any]:

@@ -1,8 +1,4 @@
-"""TensorRT and TensorRT-RTX on NVIDIA GPUs: activations stay on the device, decisions alone come back.
-
-All engines run on one stream and share one scratch memory. Each was built from one graph of the bundle, and takes the
-weights of the kept heads as inputs.
-"""
+"""TensorRT and TensorRT-RTX on NVIDIA GPUs: each engine was built from one of the bundle's graphs for batches."""
 
 from __future__ import annotations
 
@@ -19,15 +15,15 @@ from adavit.bundle.engine_sets import (
     source_of,
     this_platform,
 )
-from adavit.bundle.graph_keys import GraphKey, read_graph
+from adavit.bundle.graph_keys import GraphKey, constants_of, read_graph
 from adavit.bundle.graphs import Graphs
-from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError, BundleError, OptionError, install_hint
 from adavit.runtime.backend import Options
 from adavit.runtime.backends.cuda.backend import DeviceBackend
 from adavit.runtime.backends.cuda.bindings import Cuda
-from adavit.runtime.backends.cuda.device import Device
-from adavit.runtime.backends.tensorrt.engine import TensorRtEngine
+from adavit.runtime.backends.cuda.captures import Captures
+from adavit.runtime.backends.tensorrt.engine import Source, TensorRtEngine
+from adavit.runtime.backends.tensorrt.jit import Jit
 
 __all__ = ["TensorRtBackend", "TensorRtRtxBackend"]
 
@@ -57,16 +53,24 @@ class TensorRtBackend(DeviceBackend):
         self._machine = Machine(self.name, version, this_platform(), cuda.compute_capability())
         self._bundle = graphs.bundle
         self._set = find_engine_set(self._bundle, self._machine, graphs.precision, options.trust_engines)
-        self._makes_graphs = options.cuda_graphs
         self._messages = Messages()
         self._logger = _logger(trt, self._messages)
         self._runtime = self._make_runtime()
-        super().__init__(graphs, Device(cuda))
+        self._jit: Jit | None = None
+        no_parts = None if self._set.conditional else f"the engine set has no parts of blocks; {self._rebuild()} --conditional"
+        self.usual_heads = self._set.usual_heads(graphs.architecture)
+        super().__init__(graphs, cuda, Captures(cuda, no_parts), self._set.max_batch)
+        self._finish_engines()
         self.open_engines()
 
-    def _open(self, key: GraphKey) -> TensorRtEngine:
-        """See `DeviceBackend._open`: the bytes that are hashed are the bytes that are deserialised."""
-        graph, stored = read_graph(self.graphs, key), self._set.engines.get(key)
+    def stream(self) -> tuple[int, bool]:
+        """See `DeviceBackend`: a new one."""
+        flags = self.cuda.runtime.cudaStreamNonBlocking
+        return int(self.cuda.call("cudaStreamCreateWithFlags", flags)), True
+
+    def open(self, key: GraphKey, every_head: bool) -> TensorRtEngine:
+        """See `DeviceBackend.open`: the bytes that are hashed are the bytes that are deserialised."""
+        graph, stored = read_graph(self.graphs, key), self._set.engine(key, every_head)
         if stored is None:
             raise BundleError(f"{self._bundle.path}: {self._set.key} has no engine {key.name}; {self._rebuild()}")
         if stored.source != source_of(self.graphs.files, key):
@@ -74,9 +78,11 @@ class TensorRtBackend(DeviceBackend):
         engine = self._runtime.deserialize_cuda_engine(self._bundle.read_stored(stored))
         if engine is None:
             raise BackendError(f"TensorRT does not read engine {key.name}{self._messages.taken()}; {self._rebuild()}")
+        constants = constants_of(self.graphs, key, graph, stored.heads)
         if self._set.stripped:
-            self._refit(engine, key, graph)
-        return TensorRtEngine(self.device, self._trt, engine, key.name, graph, self._makes_graphs, self._messages.taken)
+            self._refit(engine, key, graph.model(constants))
+        left = graph.without(constants)
+        return TensorRtEngine(engine, Source(self._trt, key.name, left, self._messages.taken, self._jit))
 
     def versions(self) -> dict[str, str]:
         """TensorRT's version, the GPU's compute capability, and the set of engines in use."""
@@ -99,11 +105,13 @@ class TensorRtBackend(DeviceBackend):
             )
         return runtime
 
-    def _refit(self, engine: Any, key: GraphKey, graph: OnnxGraph) -> None:
+    def _finish_engines(self) -> None:
+        """Prepares to finish engines, where they are not finished."""
+
+    def _refit(self, engine: Any, key: GraphKey, model: bytes) -> None:
         """Puts the bundle's weights into an engine that was built without them."""
         refitter = self._trt.Refitter(engine, self._logger)
         parser = self._trt.OnnxParserRefitter(refitter, self._logger)
-        model = graph.model(graph.arrays(self.graphs.tensors))
         if not parser.refit_from_bytes(model) or not refitter.refit_cuda_engine():
             raise BackendError(f"engine {key.name} takes no weights{self._messages.taken()}; {self._rebuild()}")
 
@@ -115,6 +123,11 @@ class TensorRtRtxBackend(TensorRtBackend):
     """The same with TensorRT-RTX."""
 
     name = "tensorrt-rtx"
+
+    def _finish_engines(self) -> None:
+        name = f"{self._set.fingerprint[:16]}-{self._machine.version}-{self._machine.compute_capability}"
+        self._jit = Jit(self._trt, name)
+        self.at_close.append(self._jit.keep)
 
 
 def import_tensorrt(flavour: str) -> Any:

@@ -1,167 +1,165 @@
-"""A TensorRT engine, its execution context, and its CUDA graphs."""
+"""A TensorRT engine, and its execution contexts, one for each lane."""
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.errors import BackendError
-from adavit.runtime.backends.cuda.arrays import DeviceArray, check_arrays
-from adavit.runtime.backends.cuda.device import Allocation, Device
+from adavit.runtime.backends.tensorrt.jit import Jit
+from adavit.runtime.batch import Room
 
-__all__ = ["TensorRtEngine"]
+__all__ = ["TensorRtEngine", "Source"]
 
 Shape = tuple[int, ...]
+Profile = Mapping[str, tuple[Shape, Shape]]
+"""The least and the largest shape of each input."""
 
-HOT = 3
-"""Runs of the same shapes at the same addresses after which they become a CUDA graph."""
-GRAPHS = 32
-"""CUDA graphs of an engine."""
-COUNTED = 4096
-"""Different runs of an engine that are counted."""
+
+@dataclass(frozen=True)
+class Source:
+    """What an engine comes from.
+
+    Attributes:
+        trt: the bindings.
+        name: for messages.
+        graph: what it was built from, without what is constant in it.
+        logged: what TensorRT had to say, in brackets.
+        jit: what finishes RTX engines; None of others.
+    """
+
+    trt: Any
+    name: str
+    graph: OnnxGraph
+    logged: Callable[[], str]
+    jit: Jit | None
 
 
 class TensorRtEngine:
-    """An engine with one execution context: one stream runs one run of it after the other.
+    """An engine; see `DeviceEngine`.
 
     Args:
-        device: where it runs.
-        trt: the bindings.
-        engine: TensorRT's engine.
-        name: for messages.
-        graph: what it was built from.
-        graphs: whether what is run again and again becomes CUDA graphs.
-        logged: what TensorRT had to say, in brackets.
+        engine: TensorRT's.
+        source: what it comes from.
 
     Raises:
         BackendError: the engine has other tensors than the graph.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        trt: Any,
-        engine: Any,
-        name: str,
-        graph: OnnxGraph,
-        graphs: bool,
-        logged: Callable[[], str],
-    ) -> None:
-        self.graph = graph
-        self._device, self._cuda, self._stream = device, device.cuda, device.stream
-        self._trt, self._engine, self._name, self._logged = trt, engine, name, logged
-        self._makes_graphs = graphs
-        self._inputs, self._outputs = ([v.name for v in values] for values in (graph.inputs, graph.outputs))
-        wanted = {*self._inputs, *self._outputs}
+    def __init__(self, engine: Any, source: Source) -> None:
+        self.graph, self._engine, self._source = source.graph, engine, source
+        inputs = [value.name for value in source.graph.inputs]
+        wanted = {*inputs, *(value.name for value in source.graph.outputs)}
         tensors = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
-        if tensors != wanted or any(engine.get_tensor_location(one) != trt.TensorLocation.DEVICE for one in wanted):
-            raise BackendError(f"engine {name} has other inputs or outputs than the bundle's graph; build it again")
-        self._profiles: list[dict[str, tuple[Shape, Shape]]] = [
-            {one: _limits(engine, one, index) for one in self._inputs}
-            for index in range(engine.num_optimization_profiles)
+        location = source.trt.TensorLocation.DEVICE
+        if tensors != wanted or any(engine.get_tensor_location(one) != location for one in wanted):
+            raise BackendError(
+                f"engine {source.name} has other inputs or outputs than the bundle's graph; build it again"
+            )
+        self._profiles: list[Profile] = [
+            {one: _limits(engine, one, index) for one in inputs} for index in range(engine.num_optimization_profiles)
         ]
-        device.reserve(int(engine.device_memory_size_v2))
-        self._context: Any = None
-        self._scratch: Allocation | None = None
-        self._profile: int | None = None
-        self._shapes: dict[str, Shape] = {}
-        self._runs: Counter[tuple[Any, ...]] = Counter()
-        self._graphs: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
     @property
     def most_images(self) -> int:
-        """See `DeviceEngine`."""
+        """See `DeviceEngine`; only of graphs that take images."""
         return max(profile["images"][1][0] for profile in self._profiles)
 
-    def run(self, arrays: Mapping[str, DeviceArray]) -> None:
-        """See `DeviceEngine.run`; what it enqueues is done when something that depends on it is fetched."""
-        check_arrays(self._name, (*self.graph.inputs, *self.graph.outputs), arrays)
-        shapes = {name: arrays[name].shape for name in self._inputs}
-        addresses = {name: arrays[name].address for name in (*self._inputs, *self._outputs)}
-        with self._device.lock, self._device.enqueuing():
-            self._run(shapes, addresses)
+    def scratch(self, batch: int) -> int:
+        """See `DeviceEngine`: of the profiles, since any may be in use."""
+        return int(self._engine.device_memory_size_v2)
+
+    def runner(self, scratch: int, size: int) -> TensorRtRunner:
+        """See `DeviceEngine`."""
+        source, engine = self._source, self._engine
+        if source.jit is None:
+            strategy = source.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = engine.create_execution_context(strategy)
+        else:
+            context = source.jit.context(engine)
+        if context is None:
+            raise BackendError(f"TensorRT made no execution context of engine {source.name}{source.logged()}")
+        context.set_device_memory(scratch, size)
+        return TensorRtRunner(context, source, self._profiles)
 
     def close(self) -> None:
-        """Frees the graphs, the context and the engine, in this order; nothing may be running."""
-        for graph in self._graphs.values():
-            self._cuda.call("cudaGraphExecDestroy", graph)
-        self._graphs.clear()
-        self._context = None
+        """See `DeviceEngine`."""
         self._engine = None
 
-    def _run(self, shapes: dict[str, Shape], addresses: dict[str, int]) -> None:
-        if not self._makes_graphs:
-            self._enqueue(shapes, addresses)
-            return
-        key = (self._device.scratch.address, *shapes.values(), *addresses.values())
-        if (graph := self._graphs.get(key)) is not None:
-            self._graphs.move_to_end(key)
-            self._cuda.call("cudaGraphLaunch", graph, self._stream)
-            return
-        self._enqueue(shapes, addresses)
-        if len(self._runs) >= COUNTED:
-            self._runs.clear()
-        self._runs[key] += 1
-        if self._runs[key] == HOT:
-            self._capture(key)
 
-    def _enqueue(self, shapes: dict[str, Shape], addresses: dict[str, int]) -> None:
-        if self._context is None:
-            self._context = self._new_context()
-        scratch = self._device.scratch
-        if self._scratch is not scratch:
-            self._scratch = scratch
-            self._context.set_device_memory(scratch.address, scratch.size)
-        self._choose_profile(shapes)
-        for name, shape in shapes.items():
-            if self._shapes.get(name) != shape:
-                self._check(self._context.set_input_shape(name, shape), f"the shape {list(shape)} of {name}")
-                self._shapes[name] = shape
+class TensorRtRunner:
+    """An execution context; see `Runner`.
+
+    Args:
+        context: TensorRT's, with memory.
+        source: what it comes from.
+        profiles: the engine's.
+    """
+
+    def __init__(self, context: Any, source: Source, profiles: list[Profile]) -> None:
+        self._context, self._source, self._profiles = context, source, profiles
+        self._inputs = [value.name for value in source.graph.inputs]
+        self._profile: int | None = None
+        self._wanted = 0
+        self._addresses: dict[str, int] = {}
+        self._shapes: dict[str, Shape] = {}
+        self._fixed: dict[str, Shape] = {}
+        self._stream = 0
+
+    def bind(self, addresses: Mapping[str, int], shapes: Mapping[str, Shape]) -> None:
+        """See `Runner`."""
         for name, address in addresses.items():
-            self._check(self._context.set_tensor_address(name, address), f"the address of {name}")
-        self._check(self._context.execute_async_v3(self._stream), "to run")
+            if self._addresses.get(name) != address:
+                self._check(self._context.set_tensor_address(name, address), f"the address of {name}")
+                self._addresses[name] = address
+        self._fixed = {name: shapes[name] for name in self._inputs if name not in Room._fields}
+        fixed = list(self._fixed.items())
+        fitting = [
+            index
+            for index, profile in enumerate(self._profiles)
+            if all(_within(shape, *profile[name]) for name, shape in fixed)
+            and all(shapes[name] <= profile[name][1] for name in self._inputs if name in Room._fields)
+        ]
+        if not fitting:
+            found = ", ".join(f"{name} {list(shapes[name])}" for name in self._inputs)
+            raise BackendError(f"engine {self._source.name} was not built for such shapes: {found}; build it again")
+        self._wanted = fitting[0]
 
-    def _new_context(self) -> Any:
-        """An execution context without device memory of its own; raises BackendError where TensorRT makes none."""
-        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if context is None:
-            raise BackendError(f"TensorRT made no execution context of engine {self._name}{self._logged()}")
-        return context
+    def run(self, room: Mapping[str, int], stream: int) -> None:
+        """See `Runner`."""
+        context, shapes = self._context, self._shapes
+        if self._profile != self._wanted:
+            self._check(context.set_optimization_profile_async(self._wanted, stream), "its profile")
+            self._profile = self._wanted
+            shapes.clear()
+        for name, shape in self._fixed.items():
+            if shapes.get(name) != shape:
+                self._set_shape(name, shape)
+        for name in self._inputs:
+            size = room.get(name)
+            if size is not None and shapes.get(name) != (size,):
+                self._set_shape(name, (size,))
+        self._stream = stream
+        self._check(context.execute_async_v3(stream), "to run")
 
-    def _choose_profile(self, shapes: dict[str, Shape]) -> None:
-        """Switches to the first profile that the shapes are within, unless they are within the one in use."""
-        profiles = self._profiles
-        candidates = range(len(profiles)) if self._profile is None else (self._profile, *range(len(profiles)))
-        for index in candidates:
-            if all(_within(shape, *profiles[index][name]) for name, shape in shapes.items()):
-                break
-        else:
-            found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-            raise BackendError(f"engine {self._name} was not built for such shapes: {found}; build it again")
-        if index != self._profile:
-            self._check(self._context.set_optimization_profile_async(index, self._stream), f"profile {index}")
-            self._profile, self._shapes = index, {}
+    def captures(self) -> bool:
+        """See `Runner`."""
+        asked = getattr(self._context, "is_stream_capturable", None)  # of TensorRT-RTX
+        return asked is None or bool(asked(self._stream))
 
-    def _capture(self, key: tuple[Any, ...]) -> None:
-        """Makes a graph of the run that was just enqueued."""
-        mode = self._cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._cuda.call("cudaStreamBeginCapture", self._stream, mode)
-        try:
-            self._check(self._context.execute_async_v3(self._stream), "to run into a CUDA graph")
-        finally:
-            graph = self._cuda.call("cudaStreamEndCapture", self._stream)
-        self._graphs[key] = self._cuda.call("cudaGraphInstantiate", graph, 0)
-        self._cuda.call("cudaGraphDestroy", graph)
-        del self._runs[key]
-        if len(self._graphs) > GRAPHS:
-            self._device.synchronise()
-            self._cuda.call("cudaGraphExecDestroy", self._graphs.popitem(last=False)[1])
+    def close(self) -> None:
+        """See `Runner`."""
+        self._context = None
+
+    def _set_shape(self, name: str, shape: Shape) -> None:
+        self._check(self._context.set_input_shape(name, shape), f"the shape {list(shape)} of {name}")
+        self._shapes[name] = shape
 
     def _check(self, done: bool, what: str) -> None:
         if not done:
-            raise BackendError(f"engine {self._name}: TensorRT refuses {what}{self._logged()}")
+            raise BackendError(f"engine {self._source.name}: TensorRT refuses {what}{self._source.logged()}")
 
 
 def _limits(engine: Any, name: str, profile: int) -> tuple[Shape, Shape]:
