@@ -217,6 +217,8 @@ def _copied(step: Step) -> Step:
 def _compare_prepared(wanted: Reference, runtime: Runtime, replay: Policy | None) -> float:
     """Compares an image once more, with what the backend prepares for it."""
     backend, usage = runtime.backend, usage_of(wanted.policy, runtime.options.threads_of(1))
+    if not backend.on_host:
+        return 0.0
     chosen = backend.choose(usage)
     for one in chosen:
         backend.prepare(one)

@@ -8,13 +8,14 @@ from itertools import pairwise
 from statistics import median
 from threading import get_ident
 from time import perf_counter_ns
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from adavit.architecture import Architecture
 from adavit.bundle.keys import BlockKey
 from adavit.runtime.backend import Backend, Float, Index, Slot, Usage
+from adavit.runtime.batch import Room
 
-__all__ = ["FETCH", "GRAPH", "Event", "ProfiledBackend", "block_part"]
+__all__ = ["FETCH", "GRAPH", "Event", "ProfiledBackend", "Recorder", "block_part"]
 
 COSTED = 1000
 """Calls without work, to see what noting one costs."""
@@ -34,6 +35,7 @@ class Event(NamedTuple):
         key: what a block ran, or None.
         kept: how many tokens a block kept.
         computed: how many it computed.
+        room: what a block of a batch was given.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Event(NamedTuple):
     key: BlockKey | None = None
     kept: int = 0
     computed: int = 0
+    room: Room | None = None
 
 
 def block_part(block: int) -> str:
@@ -52,18 +55,11 @@ def block_part(block: int) -> str:
     return f"block {block}"
 
 
-class ProfiledBackend:
-    """Passes everything on to a backend, and notes the calls of its slots while it is recording.
+class Recorder:
+    """Notes calls while it is recording."""
 
-    Args:
-        arch: the model's shapes.
-        backend: does the work.
-    """
-
-    def __init__(self, arch: Architecture, backend: Backend) -> None:
-        self.name, self.on_host, self.arch = backend.name, backend.on_host, arch
+    def __init__(self) -> None:
         self._events: list[Event] | None = None
-        self._backend = backend
 
     @contextmanager
     def recording(self) -> Iterator[list[Event]]:
@@ -86,11 +82,26 @@ class ProfiledBackend:
 
     def cost(self) -> float:
         """Nanoseconds that it takes to note a call."""
-        slot = ProfiledSlot(self, _NoSlot())  # type: ignore[arg-type]
         with self.recording() as events:
             for _ in range(COSTED):
-                slot.decisions()
+                self.timed(Event("nothing", 0, 0, 0), int)
         return median(later.end - earlier.end for earlier, later in pairwise(events))
+
+
+class ProfiledBackend(Recorder):
+    """Passes everything on to a backend, and notes the calls of its slots while it is recording.
+
+    Args:
+        arch: the model's shapes.
+        backend: does the work.
+    """
+
+    on_host: Literal[True] = True
+
+    def __init__(self, arch: Architecture, backend: Backend) -> None:
+        super().__init__()
+        self.name, self.arch = backend.name, arch
+        self._backend = backend
 
     def slot(self, threads: int) -> Slot:
         """See `Backend.slot`."""
@@ -169,10 +180,3 @@ class ProfiledSlot:
     def _fetched(self, name: str, part: str, call: Callable[[], Float]) -> Float:
         found: Float = self._backend.timed(Event(name, 0, 0, 0, part, FETCH), call)
         return found
-
-
-class _NoSlot:
-    """Computes nothing."""
-
-    def decisions(self) -> None:
-        """See `Slot.decisions`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from threading import get_ident
@@ -13,11 +14,13 @@ import numpy as np
 
 from adavit.architecture import Architecture
 from adavit.bundle.policy import Policy
-from adavit.macs import block_macs, dense_macs, outside_macs
+from adavit.macs import batch_macs, block_macs, dense_macs, outside_macs
 from adavit.measure.benchmark import Images, Plan, Progress, batches, repeat
 from adavit.measure.breakdown import BETWEEN, IDLE, Breakdown
 from adavit.measure.profile import FETCH, GRAPH, Event, ProfiledBackend, block_part
+from adavit.measure.profile_batches import ProfiledBatches
 from adavit.measure.trace import write_trace
+from adavit.runtime.batch import EXACT
 from adavit.runtime.session import Runtime
 
 __all__ = ["profile"]
@@ -63,8 +66,13 @@ def profile(
         InputError: the model has no policies.
     """
     runtime.adaptive_dispatcher("profile")
-    timing = ProfiledBackend(runtime.architecture, runtime.backend)
-    timed = Runtime(runtime.bundle, runtime.graphs, timing, runtime.options, runtime.offsets, specialise=False)
+    backend, how = runtime.backend, runtime.options
+    timing: ProfiledBackend | ProfiledBatches
+    if backend.on_host:
+        timing = ProfiledBackend(runtime.architecture, backend)
+    else:  # exact, since other ways have no calls to time
+        timing, how = ProfiledBatches(backend), replace(how, dispatch=EXACT)
+    timed = Runtime(runtime.bundle, runtime.graphs, timing, how, runtime.offsets, specialise=False)
     timed.run_dense(images[: plan.batch])
     feed = batches(images, plan.batch, policy)
     warmup = max(plan.warmup, -(-len(images) // plan.batch))  # every set of heads is bound by then
@@ -104,13 +112,15 @@ def asked_macs(arch: Architecture, policy: Policy) -> dict[str, int]:
     return {"stem": stem, **{block_part(index): macs for index, macs in enumerate(blocks)}}
 
 
-def padding_macs(arch: Architecture, event: Event) -> int:
-    """MACs that a block computes of tokens beyond those that are kept."""
+def padding_macs(arch: Architecture, event: Event, asked: int) -> int:
+    """MACs that a block computes beyond those that are asked for: of tokens, and in a batch also of dropped heads."""
+    if event.room is not None:
+        return batch_macs(arch, *event.room) - asked
     if event.key is None:
         return 0
     _, (attention, mlp), heads = event.key
-    computed, asked = (block_macs(arch, n, len(heads), attention, mlp) for n in (event.computed, event.kept))
-    return computed - asked
+    computed, kept = (block_macs(arch, n, len(heads), attention, mlp) for n in (event.computed, event.kept))
+    return computed - kept
 
 
 def _report(runtime: Runtime, plan: Plan, turns: list[Turn], noted: float) -> dict[str, Any]:
@@ -130,9 +140,10 @@ def _report(runtime: Runtime, plan: Plan, turns: list[Turn], noted: float) -> di
     kept = [turn for turn in turns if milliseconds(turn.run) <= longest]
     for turn in kept:
         spent.add(turn.run, turn.calls)
-        asked.update(asked_macs(arch, turn.policy))
+        wanted = asked_macs(arch, turn.policy)
+        asked.update(wanted)
         for event in turn.calls:
-            padding[event.part] += padding_macs(arch, event)
+            padding[event.part] += padding_macs(arch, event, wanted.get(event.part, 0))
     speed = dense_macs(arch) * plan.batch / dense  # MACs per millisecond
 
     def row(part: str) -> dict[str, Any]:

@@ -39,9 +39,7 @@ class Ways:
         OptionError: capacity is asked for, and the bundle does not tell.
     """
 
-    def __init__(
-        self, bundle: Bundle, precision: str, options: Options, backend: BatchBackend, planned: bool
-    ) -> None:
+    def __init__(self, bundle: Bundle, precision: str, options: Options, backend: BatchBackend, planned: bool) -> None:
         self._bundle, self._options, self._backend, self._planned = bundle, options, backend, planned
         self._precision = precision
         self._chosen: dict[int, str] = {}

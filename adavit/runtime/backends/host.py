@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class HostBackend(ABC, Generic[Model]):
         constant: what is prepared; replaced as a whole.
     """
 
-    on_host = True
+    on_host: Literal[True] = True
 
     def __init__(self, graphs: Graphs, options: Options) -> None:
         self.graphs = graphs

@@ -7,6 +7,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Literal
 
 import numpy as np
 
@@ -40,7 +41,8 @@ class DeviceBackend(ABC):
         at_close: is called behind all else.
     """
 
-    on_host = False
+    on_host: Literal[False] = False
+    name: str
     usual_heads: tuple[tuple[int, ...], ...] | None = None
 
     def __init__(self, graphs: Graphs, cuda: Cuda, captures: Captures, most_images: int) -> None:
@@ -48,7 +50,7 @@ class DeviceBackend(ABC):
         self._lock = threading.RLock()
         self._engines: dict[tuple[GraphKey, bool], DeviceEngine] = {}
         self._lanes = LanePool()
-        self.at_close: list[Callable[[], object]] = []
+        self.at_close: list[Callable[[], object]] = [captures.close]
         self._finalizer = weakref.finalize(self, _close, self._lanes.spare, self._engines, self.at_close)
         self._times = {"enqueue_ms": 0.0, "gpu_ms": 0.0, "sync_ms": 0.0}
         renew_in_fork(self)

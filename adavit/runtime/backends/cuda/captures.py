@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 
 from adavit.errors import BackendError
 from adavit.runtime.backends.cuda.bindings import Cuda
-from adavit.runtime.backends.cuda.capture import Executable, Recording, conditional_support
+from adavit.runtime.backends.cuda.capture import Executable, Recording
+from adavit.runtime.backends.cuda.setter import Setter
 from adavit.runtime.batch import CAPACITY, CONDITIONAL
 
 __all__ = ["Captures", "Conditions", "When"]
@@ -16,7 +17,7 @@ __all__ = ["Captures", "Conditions", "When"]
 log = logging.getLogger(__name__)
 
 DECIDES = 1, 3
-"""Which of a block's sizes [T, A, K, U] are 0 where no image runs attention, or the MLP."""
+"""Which of a block's sizes [T, A, K, U], int64, are 0 where no image runs attention, or the MLP."""
 
 Conditions = Sequence[AbstractContextManager[int]]
 """For attention and MLP: inside, what is enqueued on the stream that is returned runs if some image wants it."""
@@ -35,10 +36,20 @@ class Captures:
     def __init__(self, cuda: Cuda, no_conditions: str | None) -> None:
         self._cuda = cuda
         self._why: dict[str, str] = {}
+        self._setter: Setter | None = None
         if no_conditions is None:
-            no_conditions = conditional_support(cuda)
+            try:
+                self._setter = Setter(cuda)
+            except BackendError as error:
+                no_conditions = str(error)
         if no_conditions is not None:
             self._why[CONDITIONAL] = no_conditions
+
+    def close(self) -> None:
+        """Frees what sets conditions; no graph may be left."""
+        if self._setter is not None:
+            self._setter.close()
+            self._setter = None
 
     def why_not(self, way: str) -> str | None:
         """Why a way cannot be gone; without a CUDA graph, capacity enqueues its engines one by one."""
@@ -53,7 +64,7 @@ class Captures:
         if way in self._why:
             return None
         try:
-            with Recording(self._cuda, stream) as recording:
+            with Recording(self._cuda, stream, self._setter if way == CONDITIONAL else None) as recording:
                 enqueue(lambda sizes: _conditions(recording, sizes))
             return recording.instantiate()
         except BackendError as error:
@@ -68,5 +79,5 @@ class Captures:
 
 def _conditions(recording: Recording, sizes: int) -> Conditions:
     conditions = [recording.condition() for _ in DECIDES]
-    recording.set(conditions, sizes, DECIDES)
+    recording.set([(one, sizes + 8 * place) for one, place in zip(conditions, DECIDES, strict=True)])
     return [recording.when(condition) for condition in conditions]

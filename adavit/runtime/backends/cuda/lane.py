@@ -56,11 +56,14 @@ class DeviceEngine(Protocol):
 
     Attributes:
         graph: what it computes, without what is constant in the engine.
-        most_images: of a run.
     """
 
     graph: OnnxGraph
-    most_images: int
+
+    @property
+    def most_images(self) -> int:
+        """Images of a run at most."""
+        ...
 
     def scratch(self, batch: int) -> int:
         """Bytes of memory that a run of so many images takes beside its inputs and outputs."""
@@ -102,7 +105,7 @@ class DeviceLane:
             size = max(whole.exchanged, 8 * rows)
             self._host = int(self._cuda.call("cudaMallocHost", size))
             self._events = [self._cuda.call("cudaEventCreateWithFlags", 0) for _ in range(2)]
-            self._memory = (ctypes.c_ubyte * size).from_address(self._host)
+            self._memory = np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(self._host))
             np.ndarray((rows,), np.int64, self._memory)[:] = np.arange(rows)
             self._copy(self._device + self._numbers, self._host, 8 * rows, "HostToDevice")
             self._cuda.call("cudaStreamSynchronize", self.stream)

@@ -28,13 +28,13 @@ class Place(NamedTuple):
     Attributes:
         offset: of the first.
         stride: bytes from one to the next.
-        count: how many.
+        number: how many.
         shape, dtype: of each.
     """
 
     offset: int
     stride: int
-    count: int
+    number: int
     shape: tuple[int, ...]
     dtype: str
 
@@ -86,7 +86,7 @@ class Layout:
     def end(self, name: str) -> int:
         """The offset behind all arrays of a name."""
         place = self._places[name]
-        return place.offset + place.count * place.stride
+        return place.offset + place.number * place.stride
 
     def bytes_of(self, name: str) -> int:
         """Of one array."""

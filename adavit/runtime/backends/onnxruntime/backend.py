@@ -32,6 +32,7 @@ from adavit.runtime.backends.onnxruntime.process import (
     share_pool,
 )
 from adavit.runtime.backends.onnxruntime.slot import OnnxRuntimeSlot
+from adavit.runtime.batch import BatchBackend
 from adavit.runtime.forks import keep_in_fork
 from adavit.runtime.memory import trim_heap
 
@@ -47,7 +48,7 @@ HIDING_INT8 = [*UNWANTED, "CommonSubexpressionElimination"]
 """What rearranges quantised products before ONNX Runtime sees that they are: they would run in float32."""
 
 
-def create(graphs: Graphs, options: Options) -> Backend:
+def create(graphs: Graphs, options: Options) -> Backend | BatchBackend:
     """ONNX Runtime on what the provider is for: a GPU or the CPU."""
     if options.provider in GPU_PROVIDERS:
         from adavit.runtime.backends.onnxruntime.gpu import OnnxRuntimeGpuBackend

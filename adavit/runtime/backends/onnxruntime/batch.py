@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ class OnnxRuntimeBatchBackend:
     """
 
     name = "onnxruntime"
-    on_host = False
+    on_host: Literal[False] = False
 
     def __init__(
         self,

@@ -57,7 +57,9 @@ class TensorRtBackend(DeviceBackend):
         self._logger = _logger(trt, self._messages)
         self._runtime = self._make_runtime()
         self._jit: Jit | None = None
-        no_parts = None if self._set.conditional else f"the engine set has no parts of blocks; {self._rebuild()} --conditional"
+        no_parts = (
+            None if self._set.conditional else f"the engine set has no parts of blocks; {self._rebuild()} --conditional"
+        )
         self.usual_heads = self._set.usual_heads(graphs.architecture)
         super().__init__(graphs, cuda, Captures(cuda, no_parts), self._set.max_batch)
         self._finish_engines()

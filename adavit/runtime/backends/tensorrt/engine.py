@@ -11,7 +11,7 @@ from adavit.errors import BackendError
 from adavit.runtime.backends.tensorrt.jit import Jit
 from adavit.runtime.batch import Room
 
-__all__ = ["TensorRtEngine", "Source"]
+__all__ = ["Source", "TensorRtEngine"]
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape]]
