@@ -93,8 +93,7 @@ class BatchDispatcher:
         batch, most = len(images), self.backend.most_images
         each = [offsets] * batch if isinstance(offsets, Offsets) else offsets
         limits = limits_of(each, self.arch.depth)
-        logits = np.empty((batch, self.arch.classes), np.float32)
-        used = Policy.empty(self.arch, batch) if replay is None else replay
+        done = []
         for start in range(0, batch, most):
             some = slice(start, min(start + most, batch))
             if replay is None and observe is None:
@@ -102,18 +101,21 @@ class BatchDispatcher:
             else:
                 follow = None if replay is None else replay[some]
                 finished = self._exact(images[some], limits[:, some], follow, observe, start)
-            self._check(finished, start)
-            logits[some] = finished.logits
-            if replay is None:
-                self._fill(used, some, finished.kept)
-        return logits, used
+            done.append(finished)
+        return self._unpacked(done, replay)
 
-    def _fill(self, policy: Policy, some: slice, kept: Bool) -> None:
-        """Puts what was kept, [L, B, N + H + 2], into a policy."""
-        rows, first = kept.swapaxes(0, 1), 0
-        for mask in policy.masks():
-            mask[some] = rows[:, :, first : first + mask.shape[2]]
-            first += mask.shape[2]
+    def _unpacked(self, done: Sequence[Finished], replay: Policy | None) -> tuple[Float, Policy]:
+        """The logits and the policy of batches that are done, one after the other, once they are checked."""
+        start = 0
+        for finished in done:
+            self._check(finished, start)
+            start += len(finished.logits)
+        logits = np.concatenate([finished.logits for finished in done])
+        if replay is not None:
+            return logits, replay
+        ends = self.arch.tokens, self.arch.tokens + self.arch.heads
+        parts = (np.split(finished.kept.swapaxes(0, 1), ends, 2) for finished in done)
+        return logits, Policy(*(np.concatenate(kind) for kind in zip(*parts, strict=True)))
 
     def _fastest(self, images: Float, limits: Float, offsets: Sequence[Offsets]) -> Finished:
         """Runs a batch the way that is chosen for it."""

@@ -133,7 +133,7 @@ BACKEND = option_group(
         type=click.Choice(["auto", "exact", "capacity", "conditional"]),
         default="auto",
         show_default=True,
-        help="How batches are driven on a GPU. auto measures the ways, once for each batch size, and takes the fastest.",
+        help="How batches are driven on a GPU; auto measures the ways, once for each batch size.",
     ),
     click.option(
         "--trust-engines",

@@ -164,8 +164,11 @@ class DeviceLane:
             self._fetch_results()
         self._wait()
         self._count()
-        depth = self._arch.depth
-        return Finished(self._logits[0].copy(), self._kept.copy(), self._state[depth].copy())
+        return self._results()
+
+    def _results(self) -> Finished:
+        """Copies what the host has of a batch that is done."""
+        return Finished(self._logits[0].copy(), self._kept.copy(), self._state[self._arch.depth].copy())
 
     # A batch at once.
 

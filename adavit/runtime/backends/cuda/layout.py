@@ -1,4 +1,4 @@
-"""Where a batch's arrays lie in a lane's memory: the same places on the device and, for what is exchanged, on the host."""
+"""Where a batch's arrays lie in a lane's memory: on the device and, for what is exchanged, also on the host."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Place(NamedTuple):
 class Layout:
     """The places of B images' arrays.
 
-    images, limits [L] and kept [L] go up; kept [L], sizes [L], state [L + 1] and logits come back; these are on the host
-    too. rows [2] are x and y in turns. Of arrays that come one for each block, the block's position tells which;
+    images, limits [L] and kept [L] go up; kept [L], sizes [L], state [L + 1] and logits come back; these are on the
+    host too. rows [2] are x and y in turns. Of arrays that come one for each block, the block's position tells which;
     state[L] is what is left at the end.
 
     Args:

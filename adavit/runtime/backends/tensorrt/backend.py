@@ -7,15 +7,18 @@ from collections import deque
 from importlib import import_module
 from typing import Any
 
+from adavit.architecture import Architecture
 from adavit.bundle.engine_sets import (
     FLAVOURS,
+    EngineKey,
     Machine,
     find_engine_set,
     numeric_version,
+    read_engine,
     source_of,
     this_platform,
 )
-from adavit.bundle.graph_keys import GraphKey, constants_of, read_graph
+from adavit.bundle.graph_keys import PARTS, GraphKey, constants_of, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.errors import BackendError, BundleError, OptionError, install_hint
 from adavit.runtime.backend import Options
@@ -57,10 +60,9 @@ class TensorRtBackend(DeviceBackend):
         self._logger = _logger(trt, self._messages)
         self._runtime = self._make_runtime()
         self._jit: Jit | None = None
-        no_parts = (
-            None if self._set.conditional else f"the engine set has no parts of blocks; {self._rebuild()} --conditional"
-        )
-        self.usual_heads = self._set.usual_heads(graphs.architecture)
+        parts = EngineKey(GraphKey("block", 0, PARTS[0])) in self._set.engines
+        no_parts = None if parts else f"the engine set has no parts of blocks; {self._rebuild()} --conditional"
+        self.usual_heads = self._usual_heads(graphs.architecture)
         super().__init__(graphs, cuda, Captures(cuda, no_parts), self._set.max_batch)
         self._finish_engines()
         self.open_engines()
@@ -72,12 +74,13 @@ class TensorRtBackend(DeviceBackend):
 
     def open(self, key: GraphKey, every_head: bool) -> TensorRtEngine:
         """See `DeviceBackend.open`: the bytes that are hashed are the bytes that are deserialised."""
-        graph, stored = read_graph(self.graphs, key), self._set.engine(key, every_head)
+        graph, which = read_graph(self.graphs, key), EngineKey(key) if every_head else self._set.usual(key)
+        stored = self._set.engines.get(which)
         if stored is None:
             raise BundleError(f"{self._bundle.path}: {self._set.key} has no engine {key.name}; {self._rebuild()}")
         if stored.source != source_of(self.graphs.files, key):
             raise BackendError(f"engine {key.name} was built from another graph than the bundle's; {self._rebuild()}")
-        engine = self._runtime.deserialize_cuda_engine(self._bundle.read_stored(stored))
+        engine = self._runtime.deserialize_cuda_engine(read_engine(self._bundle, stored))
         if engine is None:
             raise BackendError(f"TensorRT does not read engine {key.name}{self._messages.taken()}; {self._rebuild()}")
         constants = constants_of(self.graphs, key, graph, stored.heads)
@@ -85,6 +88,14 @@ class TensorRtBackend(DeviceBackend):
             self._refit(engine, key, graph.model(constants))
         left = graph.without(constants)
         return TensorRtEngine(engine, Source(self._trt, key.name, left, self._messages.taken, self._jit))
+
+    def _usual_heads(self, arch: Architecture) -> tuple[tuple[int, ...], ...] | None:
+        """For each block, the heads of its usual engine; None where all have all."""
+        keys = [self._set.usual(GraphKey("block", block)) for block in range(arch.depth)]
+        if not any(key.usual for key in keys):
+            return None
+        every = tuple(range(arch.heads))
+        return tuple(self._set.engines[key].heads or every if key.usual else every for key in keys)
 
     def versions(self) -> dict[str, str]:
         """TensorRT's version, the GPU's compute capability, and the set of engines in use."""

@@ -1,7 +1,7 @@
 """How TensorRT-RTX finishes engines on the GPU that runs them, and where it keeps what it compiled.
 
-Kernels are compiled for the shapes that come, before a run, and kept in the user's cache folder. A cache is native code:
-one that others may have written is not read.
+Kernels are compiled for the shapes that come, before a run, and kept in the user's cache folder. A cache is native
+code: one that others may have written is not read.
 """
 
 from __future__ import annotations
