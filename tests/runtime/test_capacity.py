@@ -13,9 +13,9 @@ from adavit.bundle.demo import demo_bundle
 from adavit.bundle.operating_points import TRAINED, Offsets
 from adavit.bundle.statistics import policy_at, write_statistics
 from adavit.macs import batch_macs, block_macs
+from adavit.runtime import Policy
 from adavit.runtime.batch import Room, rooms_of
 from adavit.runtime.capacity import CapacityTable, capacity_table
-from adavit.runtime import Policy
 
 DEEP = tiny(depth=6, image_size=64)
 LOW, HIGH = Offsets(-2.0, -4.0, -1.0), Offsets(8.0, 0.0, 2.0)
