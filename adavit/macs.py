@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from adavit.architecture import Architecture
 
-__all__ = ["block_macs", "dense_macs", "image_macs", "outside_macs"]
+__all__ = ["batch_macs", "block_macs", "dense_macs", "image_macs", "outside_macs"]
 
 PERFORMER_WIDTH = 64
 PERFORMER_FEATURES = 32
@@ -42,6 +42,30 @@ def mlp_macs(arch: Architecture, kept_tokens: Count, kept_heads: Count) -> Count
 def block_macs(arch: Architecture, kept_tokens: Count, kept_heads: Count, attention: Count, mlp: Count) -> Count:
     """MACs of one block under its policy, of plain numbers or of arrays of one shape."""
     return attention * attention_macs(arch, kept_tokens, kept_heads) + mlp * mlp_macs(arch, kept_tokens, kept_heads)
+
+
+def batch_macs(
+    arch: Architecture,
+    attention_rows: Count,
+    attention_images: Count,
+    attention_tokens: Count,
+    mlp_rows: Count,
+    heads: int | None = None,
+) -> Count:
+    """MACs that a block multiplies for a batch, padding included; see `adavit.graphs.batch`.
+
+    Args:
+        arch: the model's shapes.
+        attention_rows: T, rows in attention's linear layers.
+        attention_images: A, images in attention's products.
+        attention_tokens: K, tokens that each of these images is padded to.
+        mlp_rows: U, rows in the MLP.
+        heads: h, heads that the graph has; by default all.
+    """
+    channels = (arch.heads if heads is None else heads) * arch.head_width
+    linear = attention_rows * 4 * arch.width * channels
+    products = 2 * attention_images * attention_tokens * attention_tokens * channels
+    return linear + products + mlp_rows * arch.hidden * (channels + arch.width)
 
 
 def outside_macs(arch: Architecture) -> int:

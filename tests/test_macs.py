@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import random_policy, tiny
 
-from adavit.macs import attention_macs, block_macs, dense_macs, image_macs, mlp_macs, outside_macs
+from adavit.macs import attention_macs, batch_macs, block_macs, dense_macs, image_macs, mlp_macs, outside_macs
 
 T2T_19 = tiny(
     stem="t2t", image_size=224, patch_size=16, width=448, depth=19, heads=7, hidden=1344, classes=1000, qkv_bias=False
@@ -69,3 +69,18 @@ def test_an_image_is_the_sum_of_its_blocks() -> None:
     assert found.dtype == np.int64
     assert found.tolist() == wanted
     assert len(set(wanted)) > 1
+
+
+def test_a_batch_by_hand() -> None:
+    arch = tiny()  # width 48, 3 heads of 16 channels, hidden 80
+    linear, products, mlp = 7 * 4 * 48 * 48, 2 * 2 * 5 * 5 * 48, 9 * 80 * (48 + 48)
+    assert batch_macs(arch, 7, 2, 5, 9) == linear + products + mlp
+    linear, products, mlp = 7 * 4 * 48 * 32, 2 * 2 * 5 * 5 * 32, 9 * 80 * (32 + 48)
+    assert batch_macs(arch, 7, 2, 5, 9, heads=2) == linear + products + mlp
+    rows = np.array([7, 1])
+    assert batch_macs(arch, rows, rows, rows, rows).tolist() == [batch_macs(arch, *[n] * 4) for n in (7, 1)]
+
+
+def test_a_batch_of_one_image_pads_nothing() -> None:
+    arch = tiny()
+    assert batch_macs(arch, 9, 1, 9, 9, heads=2) == block_macs(arch, 9, 2, 1, 1)

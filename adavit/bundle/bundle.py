@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adavit.architecture import Architecture
+from adavit.bundle.capacity import capacity_quantile
 from adavit.bundle.demo import find_bundle
 from adavit.bundle.keys import Sublayers, combinations
 from adavit.bundle.operating_points import Budgets
@@ -111,6 +112,7 @@ class Bundle:
         preprocessor: what the model's images go through.
         budgets: its operating points, or None.
         statistics: the file of what the policies kept on calibration images, or None.
+        capacity_quantile: share of random batches of these images that a capacity has room for.
         config: all of `config.json`.
     """
 
@@ -121,6 +123,7 @@ class Bundle:
     preprocessor: Preprocessor
     budgets: Budgets | None
     statistics: StoredFile | None
+    capacity_quantile: float
     config: Mapping[str, Any]
 
     @classmethod
@@ -147,6 +150,7 @@ class Bundle:
             texts = {name: _text_file(name, config["files"][name]) for name in (LABELS, PREPROCESSING)}
             budgets = Budgets.from_dict(config["budgets"], arch.depth) if "budgets" in config else None
             statistics = _stored(STATISTICS, config["statistics"], MAX_STATISTICS) if "statistics" in config else None
+            quantile = capacity_quantile(config)
             if config["macs"] != {"dense": dense_macs(arch), "outside_blocks": outside_macs(arch)}:
                 raise ValueError(f"its MACs, {shown(config['macs'])}, are not those of its architecture")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -159,7 +163,7 @@ class Bundle:
         for file in [statistics, *(file for files in graphs.values() for file in files.files())]:
             if file:
                 check_file(folder, file)
-        return cls(folder, arch, graphs, labels, preprocessor, budgets, statistics, config)
+        return cls(folder, arch, graphs, labels, preprocessor, budgets, statistics, quantile, config)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -40,4 +40,5 @@ def add_statistics(folder: Path, runtime: Runtime, images: npt.NDArray[np.float3
             progress("recording policies", (done + min(1.0, (start + BATCH) / len(images))) / len(points))
         policies.append(type(parts[0]).concatenate(parts))
     stored = write_statistics(folder, policies)
-    write_config(folder, {**bundle.config, "statistics": vars(stored)})
+    added = {"statistics": vars(stored), "capacity_quantile": bundle.capacity_quantile}
+    write_config(folder, {**bundle.config, **added})

@@ -105,6 +105,12 @@ def test_a_path_to_another_file(path: str, bundle: Path) -> None:
     assert "are not each a file in that folder" in fault(bundle)
 
 
+@pytest.mark.parametrize("value", [0.49, 1.01, True, "0.9", None, [0.9]])
+def test_a_quantile_that_is_none(value: object, bundle: Path) -> None:
+    write_config(bundle, read_config(bundle) | {"capacity_quantile": value})
+    assert "capacity_quantile" in (message := fault(bundle)) and "from 0.5 to 1" in message
+
+
 @pytest.mark.parametrize("name", ["config.json", "labels.txt", "preprocessor_config.json"])
 def test_a_description_that_is_a_pipe_a_folder_or_a_link_to_nothing(name: str, bundle: Path) -> None:
     (bundle / name).unlink()

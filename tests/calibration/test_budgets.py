@@ -10,6 +10,8 @@ import pytest
 from cases import export, picture, pictures_in, quiet, random_model, read_config, tiny, write_config
 
 import adavit
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.capacity import CAPACITY_QUANTILE
 from adavit.bundle.operating_points import Budgets, Offsets
 from adavit.calibration import budgets as calibration
 from adavit.calibration import offset_evaluator as module
@@ -44,6 +46,12 @@ def middle(bundle: Path, photos: Path) -> float:
     return round(0.4 * tried.run(Offsets(-99, -99, -99)).macs + 0.6 * tried.trained.macs, 3)
 
 
+def test_a_search_keeps_the_quantile_of_a_bundle(bundle: Path, photos: Path) -> None:
+    write_config(bundle, read_config(bundle) | {"capacity_quantile": 0.9})
+    add_budgets(bundle, BudgetOptions((middle(bundle, photos),), (photos,)), 1, quiet)
+    assert Bundle.open(bundle).capacity_quantile == 0.9
+
+
 def test_points_are_written_into_the_bundle(bundle: Path, photos: Path) -> None:
     budget = middle(bundle, photos)
     before = read_config(bundle)
@@ -52,7 +60,9 @@ def test_points_are_written_into_the_bundle(bundle: Path, photos: Path) -> None:
     assert found is not None
     after = read_config(bundle)
     assert json.loads(json.dumps(found)) == {**after["budgets"], "skipped": []}
-    assert {key: value for key, value in after.items() if key not in ("budgets", "statistics")} == before
+    added = ("budgets", "statistics", "capacity_quantile")
+    assert {key: value for key, value in after.items() if key not in added} == before
+    assert after["capacity_quantile"] == CAPACITY_QUANTILE
     assert {path: path.read_bytes() for path in files} == files
     assert after["budgets"]["calibration"] == {"images": 24, "labelled": True}
     runtime = adavit.load(bundle, threads=1, budget=budget)
