@@ -237,7 +237,7 @@ class Graphs:
         for tokens, heads, batch, rows_attention, images, rows_mlp in (
             (most, arch.heads, 1, most, 1, most),
             (1, 1, 2, 1, 1, 1),
-            ((most + 1) // 2, (arch.heads + 1) // 2, 3, most + 1, 2, most + 2),
+            ((most + 1) // 2, (arch.heads + 1) // 2, 4, most + 1, 2, most + 2),
         ):
             channels = heads * arch.head_width
             sizes = {"K": tokens, "h": heads, "c": channels, "3c": 3 * channels, "B": batch}

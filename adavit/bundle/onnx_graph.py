@@ -94,8 +94,10 @@ class OnnxGraph:
         Raises:
             BundleError: the graph makes no such value.
         """
-        wanted, nodes = {value.name for value in outputs}, []
-        known = {value.name for value in given}
+        wanted, known = {value.name for value in outputs}, {value.name for value in given}
+        nodes: list[Node] = []
+        if lacking := (wanted | known) - {name for node in self.nodes for name in node.outputs}:
+            raise BundleError(f"graph {self.name} makes no {min(lacking)}; export again")
         for node in reversed(self.nodes):
             if not wanted.isdisjoint(node.outputs) and known.isdisjoint(node.outputs):
                 nodes.append(node)
@@ -103,8 +105,6 @@ class OnnxGraph:
         made = {made for node in nodes for made in node.outputs}
         weights = {name: weight for name, weight in self.weights.items() if name in wanted}
         inputs = tuple(value for value in (*given, *self.inputs) if value.name in wanted and value.name not in made)
-        if lacking := wanted - made - set(weights) - {value.name for value in inputs} - {""}:
-            raise BundleError(f"graph {self.name} makes no {min(lacking)}; export again")
         return OnnxGraph(name, self.opset, tuple(reversed(nodes)), weights, inputs, tuple(outputs))
 
     def _names(self) -> set[str]:
