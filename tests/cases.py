@@ -172,12 +172,13 @@ def write_config(bundle: Path, config: Any) -> None:
 
 
 def stored_files(bundle: Path, precision: str = "fp32") -> dict[str, str]:
-    """The files of a precision's graphs and weights by name: "weights", "stem", "blocks.0.both", "dense"."""
+    """The files of a precision's graphs and weights by name: "weights", "stem", "blocks.0.both", "batch.0", "dense"."""
     graphs = read_config(bundle)["precisions"][precision]
     found = {name: graphs[name]["file"] for name in ("weights", "stem", "dense") if name in graphs}
     for number, block in enumerate(graphs.get("blocks", [])):
         found |= {f"blocks.{number}.{kind}": entry["file"] for kind, entry in block.items()}
-    return found
+    batch = [entry["file"] for entry in graphs.get("batch", [])]
+    return found | dict(zip(["batch.stem", *(f"batch.{number}" for number in range(len(batch)))], batch, strict=False))
 
 
 def rewrite_stored(bundle: Path, file: str, data: bytes) -> None:
@@ -186,7 +187,8 @@ def rewrite_stored(bundle: Path, file: str, data: bytes) -> None:
     (bundle / file).write_bytes(data)
     for graphs in config["precisions"].values():
         entries = [graphs[name] for name in ("weights", "stem", "dense") if name in graphs]
-        for entry in [*entries, *(entry for block in graphs.get("blocks", []) for entry in block.values())]:
+        entries += [entry for block in graphs.get("blocks", []) for entry in block.values()]
+        for entry in [*entries, *graphs.get("batch", [])]:
             if entry["file"] == file:
                 entry.update(bytes=len(data), sha256=sha256(data))
                 found += 1

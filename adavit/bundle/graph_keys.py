@@ -97,13 +97,17 @@ def stored_graph(files: GraphFiles, key: GraphKey) -> StoredFile:
 
 def read_graph(graphs: Graphs, key: GraphKey) -> OnnxGraph:
     """Reads a graph; raises BundleError where it is damaged or missing."""
-    stored_graph(graphs.files, key)
+    stored = stored_graph(graphs.files, key)
     if key == STEM_GRAPH:
         return graphs.batch_stem()
     if key.block is None:
         return graphs.dense()
     whole = graphs.batch_block(key.block)
-    return whole if key.part is None else _part(graphs, whole, key.part)
+    if key.part is None:
+        return whole
+    part = _part(graphs, whole, key.part)
+    graphs.check(part, f"{graphs.path}/{stored.file}")
+    return part
 
 
 def constants_of(graphs: Graphs, key: GraphKey, graph: OnnxGraph, heads: tuple[int, ...] | None = None) -> Constants:

@@ -11,7 +11,7 @@ import numpy as np
 from adavit.architecture import Architecture
 from adavit.bundle.bundle import Bundle, GraphFiles
 from adavit.bundle.head_weights import Arrays, Empty, Quantised, head_weights, quantised_head_weights
-from adavit.bundle.keys import BOTH, BlockKey, Sublayers
+from adavit.bundle.keys import BOTH, STATE_BEHIND, STATE_BETWEEN, BlockKey, Sublayers
 from adavit.bundle.onnx_format import Value
 from adavit.bundle.onnx_graph import OnnxGraph
 from adavit.bundle.onnx_read import GraphReader
@@ -27,6 +27,8 @@ DECIDING = ("norm1", "select")
 """Parts of the names of weights that decisions are made with."""
 ROOM = {"numbers": "R", "attention_rows": "T", "attention_images": "A", "attention_tokens": "K", "mlp_rows": "U"}
 """What counts from 0 on in a block of a batch, and how far."""
+STATES = ("state", STATE_BETWEEN, STATE_BEHIND, "next_state")
+"""What holds the states of images, of which there are three."""
 LIMITS = Value("limits", "float32", ("B", 3))
 SMALL_VALUE, SMALL_COST = 1 << 20, 1 << 30
 """Elements of a value, and multiply-accumulates of a graph, that are never too many."""
@@ -200,26 +202,48 @@ class Graphs:
         found = self._reader.read(self._bundle.read_stored(stored), path)
         if found.outputs != tuple(outputs) or sorted(found.inputs, key=str) != sorted(inputs, key=str):
             raise BundleError(f"{path}: takes or makes other values than its architecture says; export again")
+        self.check(found, path)
+        return found
+
+    def check(self, graph: OnnxGraph, path: str) -> None:
+        """Checks that a graph's operators fit at all sizes, and that it makes what it declares.
+
+        Args:
+            graph: one of these, or a part of it.
+            path: where it is, for messages.
+
+        Raises:
+            BundleError: it is not so.
+        """
         try:
-            self._check(found)
+            self._check(graph)
         except ValueError as error:
             raise BundleError(f"{path}: is not a graph of its architecture: {error}; do not use this bundle") from None
-        return found
 
     @cached_property
     def _reader(self) -> GraphReader:
         return GraphReader(self.tensors, PurePosixPath(self.files.weights.file).name, self.files.opset)
 
     def _check(self, graph: OnnxGraph) -> None:
-        """Checks a graph's shapes with all tokens and heads, and with one of each; ValueError where they do not fit."""
+        """Checks a graph's shapes at several sizes; ValueError where they do not fit.
+
+        They are all tokens and heads, one of each, and sizes that all differ.
+        """
         if (form := graph.form) in self._checked:
             return
         arch = self.architecture
-        rows = {"tokens": arch.tokens, "heads": arch.heads, "state": 3}
-        limits = Limits(arch.memory // 2 + SMALL_VALUE, 8 * dense_macs(arch) + SMALL_COST)
-        for tokens, heads, batch in ((arch.tokens, arch.heads, 1), (1, 1, 2)):
+        rows = {"tokens": arch.tokens, "heads": arch.heads} | dict.fromkeys(STATES, 3)
+        most = arch.tokens
+        for tokens, heads, batch, rows_attention, images, rows_mlp in (
+            (most, arch.heads, 1, most, 1, most),
+            (1, 1, 2, 1, 1, 1),
+            ((most + 1) // 2, (arch.heads + 1) // 2, 4, most + 1, 2, most + 2),
+        ):
             channels = heads * arch.head_width
             sizes = {"K": tokens, "h": heads, "c": channels, "3c": 3 * channels, "B": batch}
-            sizes |= {"R": batch * arch.tokens + 1, "T": tokens, "A": 1, "U": tokens}
-            graph.check(sizes, rows | {name: sizes[size] for name, size in ROOM.items()}, limits)
+            sizes |= {"R": batch * most + 1, "T": rows_attention, "A": images, "U": rows_mlp}
+            counts = {name: sizes[size] for name, size in ROOM.items()} | {"next_sizes": sizes["R"]}
+            room = max(batch, 2)
+            limits = Limits(room * arch.memory // 4 + SMALL_VALUE, room * 4 * dense_macs(arch) + SMALL_COST)
+            graph.check(sizes, rows | counts, limits)
         self._checked.add(form)

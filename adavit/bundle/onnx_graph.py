@@ -16,7 +16,7 @@ import numpy.typing as npt
 from adavit.bundle.head_weights import Quantised
 from adavit.bundle.onnx_format import IR_VERSION, PRODUCER, Node, Value, Weight
 from adavit.bundle.onnx_write import codes_of, constant_field, new_node, tensor_field, value_field, values_of
-from adavit.bundle.operators import WHOLE, Known, whole
+from adavit.bundle.operators import FAR, WHOLE, Known, whole
 from adavit.bundle.protobuf import bytes_field, number_field
 from adavit.bundle.shapes import Limits, infer
 from adavit.bundle.tensors import TensorFile
@@ -47,11 +47,11 @@ class OnnxGraph:
     outputs: tuple[Value, ...]
 
     def check(self, sizes: Mapping[str, int], rows: Mapping[str, int], limits: Limits) -> None:
-        """Checks that every operator fits its inputs, and that the outputs are of the shapes that are declared.
+        """Checks that every operator fits its inputs, and that the outputs are what is declared.
 
         Args:
             sizes: of the dimensions that vary, by name.
-            rows: below what the numbers are that an input holds, by the input's name.
+            rows: below what the numbers are that an input or output holds, by its name.
             limits: what the graph may take.
 
         Raises:
@@ -64,11 +64,14 @@ class OnnxGraph:
             return Known(value.dtype, shape, None, bounds)
 
         made = {value.name: known(value) for value in self.inputs}
-        made |= {name: _constant_value(weight) for name, weight in self.weights.items()}
+        made |= {name: _constant_value(name, weight) for name, weight in self.weights.items()}
         made = infer(self.nodes, made, limits)
         for value in self.outputs:
-            if made[value.name][:2] != known(value)[:2]:
-                raise ValueError(f"its output {shown(value.name)} is {shown(made[value.name].shape)}")
+            wanted, found = known(value), made[value.name]
+            if found[:2] != wanted[:2]:
+                raise ValueError(f"its output {shown(value.name)} is {shown(found.shape)}")
+            if wanted.bounds and not (found.bounds and 0 <= found.bounds[0] <= found.bounds[1] <= wanted.bounds[1]):
+                raise ValueError(f"its output {shown(value.name)} may be beyond {wanted.bounds[1]}")
 
     @property
     def form(self) -> Hashable:
@@ -91,8 +94,10 @@ class OnnxGraph:
         Raises:
             BundleError: the graph makes no such value.
         """
-        wanted, nodes = {value.name for value in outputs}, []
-        known = {value.name for value in given}
+        wanted, known = {value.name for value in outputs}, {value.name for value in given}
+        nodes: list[Node] = []
+        if lacking := (wanted | known) - {name for node in self.nodes for name in node.outputs}:
+            raise BundleError(f"graph {self.name} makes no {min(lacking)}; export again")
         for node in reversed(self.nodes):
             if not wanted.isdisjoint(node.outputs) and known.isdisjoint(node.outputs):
                 nodes.append(node)
@@ -100,8 +105,6 @@ class OnnxGraph:
         made = {made for node in nodes for made in node.outputs}
         weights = {name: weight for name, weight in self.weights.items() if name in wanted}
         inputs = tuple(value for value in (*given, *self.inputs) if value.name in wanted and value.name not in made)
-        if lacking := wanted - made - set(weights) - {value.name for value in inputs} - {""}:
-            raise BundleError(f"graph {self.name} makes no {min(lacking)}; export again")
         return OnnxGraph(name, self.opset, tuple(reversed(nodes)), weights, inputs, tuple(outputs))
 
     def without(self, constants: Collection[str]) -> OnnxGraph:
@@ -168,10 +171,14 @@ class OnnxGraph:
         )
 
 
-def _constant_value(weight: Weight) -> Known:
+def _constant_value(name: str, weight: Weight) -> Known:
     """What is known of a constant; of whole numbers inside the graph, all."""
     if weight.dtype not in WHOLE or weight.tensor:
         return Known(weight.dtype, weight.shape)
+    if weight.dtype == "bool" and max(weight.data, default=0) > 1:
+        raise ValueError(f"its constant {shown(name)} is neither true nor false")
     values = np.frombuffer(weight.data, np.dtype(weight.dtype).newbyteorder("<"))
     bounds = (int(values.min()), int(values.max())) if len(values) else None
+    if bounds and not -FAR <= bounds[0] <= bounds[1] <= FAR:
+        raise ValueError(f"its constant {shown(name)} holds numbers beyond {FAR}")
     return whole(weight.shape, bounds, values, weight.dtype)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MOST_DIMENSIONS", "RULES", "WHOLE", "Known", "whole"]
+__all__ = ["FAR", "MOST_DIMENSIONS", "RULES", "WHOLE", "Known", "whole"]
 
 Shape = tuple[int, ...]
 Bounds = tuple[int, int]
@@ -311,10 +311,8 @@ def _reduce(given: list[Known], attributes: Attributes) -> Known:
     if x.dtype != "int64":
         return Known(_floats([x]), shape)
     ((low, high),) = _bounds(x)
-    _need(low >= 0)
-    return whole(
-        shape, (low * math.prod(x.shape[axis] for axis in chosen), high * math.prod(x.shape[axis] for axis in chosen))
-    )
+    count = math.prod(x.shape[axis] for axis in chosen)
+    return whole(shape, (low * count, high * count))
 
 
 def _largest(given: list[Known], attributes: Attributes) -> Known:

@@ -231,7 +231,11 @@ def _attention(
     images = _packed(graph, runs, all_images, size_images, _number(graph, 0))
     first, count = (graph.op("Gather", value, images, axis=0) for value in (rows.starts, rows.counts))
     first, count = (graph.op("Unsqueeze", value, graph.ints(1)) for value in (first, count))
-    places = graph.op("Min", graph.op("Add", first, room_tokens), graph.op("Sub", rows.room, _number(graph, 1)))
+    # Padding keys are the image's own last row: masked, its share is 0, whatever the row holds.
+    end = graph.op("Sub", graph.op("Add", first, count), _number(graph, 1))
+    beyond = graph.op("Sub", rows.room, _number(graph, 1))
+    places = graph.op("Min", graph.op("Add", first, room_tokens), end, beyond)
+    places = graph.op("Max", places, _number(graph, 0))
     dtype = TensorProto.FLOAT16 if precision.name == "fp16" else TensorProto.FLOAT
     padding = graph.op("Cast", graph.op("Not", graph.op("Less", room_tokens, count)), to=TensorProto.FLOAT)
     padding = graph.op("Mul", padding, graph.scalar(MASKED))
@@ -313,8 +317,9 @@ def _add_decisions(graph: Builder, arch: Architecture, block: int, y: str, limit
         decisions = graph.op("Concat", *made, axis=1) if len(made) > 1 else made[0]
         count = arch.tokens * arch.token_policy + arch.policy_outputs(block)
         graph.output("next_decisions", decisions, ["B", count])
-        largest = graph.op("ReduceMax", graph.op("Abs", "next_decisions"), graph.ints(1), keepdims=0)
-        huge = graph.op("Cast", graph.op("Not", graph.op("Less", largest, graph.scalar(LARGEST))), to=TensorProto.INT64)
+        # Each is compared by itself: a maximum may lose NaN.
+        huge = graph.op("Not", graph.op("Less", graph.op("Abs", "next_decisions"), graph.scalar(LARGEST)))
+        huge = graph.op("ReduceMax", graph.op("Cast", huge, to=TensorProto.INT64), graph.ints(1), keepdims=0)
         state = graph.op("Max", state, graph.op("Mul", huge, _number(graph, NOT_FINITE)))
     graph.output("next_kept", kept, ["B", sum(sizes.values())], "bool")
     graph.output("next_state", graph.op("Max", state, state) if not made else state, ["B"], "int64")

@@ -11,6 +11,9 @@ from cases import edit_weights, random_images, rewrite_stored, stored_files, tin
 from onnx import TensorProto, helper, numpy_helper
 
 import adavit
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.graph_keys import PARTS, GraphKey, graph_keys, read_graph
+from adavit.bundle.graphs import Graphs
 from adavit.errors import BundleError
 
 Model = onnx.ModelProto
@@ -20,6 +23,8 @@ def fault(bundle: Path) -> str:
     with pytest.raises(BundleError) as caught:
         runtime = adavit.load(bundle, threads=1)
         runtime.run_dense(random_images(tiny(), 1))
+        for key in graph_keys(runtime.graphs.files):
+            read_graph(runtime.graphs, key)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -295,7 +300,8 @@ def slow(model: Model) -> None:
 
 SHAPES: list[tuple[str, Callable[[Model], None], str]] = [
     ("stem", constant("Expand", 1, 1 << 20, 1 << 20, 48), "takes more memory"),
-    ("stem", constant("Expand", 1, 1 << 62, 1, 48), "takes more memory"),
+    ("stem", constant("Expand", 1, 1 << 40, 1, 48), "takes more memory"),
+    ("stem", constant("Expand", 1, 1 << 62, 1, 48), "'evil' holds numbers beyond 1099511627776"),
     ("stem", constant("Expand", 1, -1, 1, 48), "operator Expand does not fit"),
     ("stem", constant("Expand", 1, 0, 1, 48), "operator Expand does not fit"),
     ("stem", constant("Reshape", 1, 0, 47, -1), "operator Reshape does not fit"),
@@ -304,8 +310,9 @@ SHAPES: list[tuple[str, Callable[[Model], None], str]] = [
     ("stem", constant("Reshape", 1, *[1] * 300, -1), "operator Reshape does not fit"),
     ("stem", constant("Reshape", 1), "'evil' has an unknown type or the shape"),
     ("stem", constant("Squeeze", 1, 7), "operator Squeeze does not fit"),
-    ("blocks.0.both", constant("Slice", 2, 1 << 62), "operator Slice does not fit"),
-    ("blocks.0.both", constant("Slice", 1, -(1 << 63)), "operator Slice does not fit"),
+    ("blocks.0.both", constant("Slice", 2, 1 << 40), "operator Slice does not fit"),
+    ("blocks.0.both", constant("Slice", 1, -(1 << 40)), "operator Slice does not fit"),
+    ("blocks.0.both", constant("Slice", 1, -(1 << 63)), "'evil' holds numbers beyond"),
     ("stem", attribute("Conv", "strides", [0, 0]), "operator Conv does not fit"),
     ("stem", attribute("Conv", "strides", [1, 1]), "does not fit"),
     ("stem", attribute("Conv", "strides", [-8, -8]), "operator Conv does not fit"),
@@ -342,7 +349,118 @@ def test_row_numbers_that_are_computed(bundle: Path) -> None:
         model.graph.node[index].input[1] = "sum"
         model.graph.node.insert(index, helper.make_node("Add", ["tokens", "tokens"], ["sum"]))
 
-    assert "operator Add does not fit" in altered(bundle, change, "blocks.1.both")
+    assert "operator Gather does not fit" in altered(bundle, change, "blocks.1.both")
+
+
+def without(model: Model, clamp: onnx.NodeProto) -> None:
+    """Takes an operator out: what reads its value reads its first input."""
+    for node in model.graph.node:
+        node.input[:] = [clamp.input[0] if name == clamp.output[0] else name for name in node.input]
+    model.graph.node.remove(clamp)
+
+
+def row_clamps(model: Model) -> list[onnx.NodeProto]:
+    """What keeps the numbers of rows within bounds: all Min but those that count missing heads."""
+    found = [node for node in model.graph.node if node.op_type == "Min"]
+    makers = {node.output[0]: node.op_type for node in model.graph.node}
+    return [node for node in found if makers.get(node.input[0]) != "Sub" or makers.get(node.input[1]) == "Sub"]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_row_numbers_of_batches_that_nothing_bounds(number: int, bundle: Path) -> None:
+    def change(model: Model) -> None:
+        assert len(row_clamps(model)) == 8
+        without(model, row_clamps(model)[number])
+
+    found = altered(bundle, change, "batch.1")
+    assert "operator Gather does not fit" in found or "operator ScatterND does not fit" in found
+
+
+def later(op: str, which: int) -> Callable[[Model], None]:
+    """An operator takes rows whose numbers are larger by one."""
+
+    def change(model: Model) -> None:
+        index = [i for i, node in enumerate(model.graph.node) if node.op_type == op][which]
+        node = model.graph.node[index]
+        model.graph.initializer.append(numpy_helper.from_array(np.int64(1), "one_more"))
+        model.graph.node.insert(index, helper.make_node("Add", [node.input[1], "one_more"], ["further"]))
+        model.graph.node[index + 1].input[1] = "further"
+
+    return change
+
+
+def made(output: str, *values: int) -> Callable[[Model], None]:
+    """An output holds these numbers."""
+
+    def change(model: Model) -> None:
+        node = next(node for node in model.graph.node if output in node.output)
+        node.output[0] = "before"
+        for other in model.graph.node:
+            other.input[:] = ["before" if name == output else name for name in other.input]
+        array = np.array(values, np.int64)
+        model.graph.initializer.append(numpy_helper.from_array(array, "evil"))
+        model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int64), "nought"))
+        at = helper.make_node("Mul", ["before", "nought"], ["none"])
+        model.graph.node.extend([at, helper.make_node("Add", ["none", "evil"], [output])])
+
+    return change
+
+
+def bool_of_bytes(model: Model) -> None:
+    """True as 255, which a cast may make 255 of."""
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.BOOL)
+    tensor.raw_data = b"\xff" * len(tensor.raw_data)
+
+
+def other_part(model: Model) -> None:
+    """The value between attention and MLP is another one."""
+    for node in model.graph.node:
+        node.output[:] = ["moved" if name == "x_between" else name for name in node.output]
+        node.input[:] = ["moved" if name == "x_between" else name for name in node.input]
+
+
+def counts_between(model: Model) -> None:
+    """What is between attention and MLP are states, by the name of rows."""
+    other_part(model)
+    for node in model.graph.node:
+        node.output[:] = ["x_between" if name == "state_between" else name for name in node.output]
+        node.input[:] = ["x_between" if name == "state_between" else name for name in node.input]
+
+
+BATCHES: list[tuple[str, Callable[[Model], None], str]] = [
+    ("batch.1", later("Gather", 0), "operator Gather does not fit"),
+    ("batch.1", later("ScatterND", -1), "operator ScatterND does not fit"),
+    ("batch.1", constant("CumSum", 1, 0), "operator CumSum does not fit"),
+    ("batch.1", attribute("CumSum", "exclusive", 2), "operator CumSum does not fit"),
+    ("batch.1", constant("Div", 1, 0), "operator Div does not fit"),
+    ("batch.1", made("next_sizes", 1 << 39), "its output 'next_sizes' may be beyond 17"),
+    ("batch.stem", made("next_sizes", 1 << 39), "its output 'next_sizes' may be beyond 17"),
+    ("batch.1", made("next_sizes", -1), "its output 'next_sizes' may be beyond 17"),
+    ("batch.stem", made("next_state", 3), "its output 'next_state' may be beyond 2"),
+    ("batch.2", made("next_state", -1), "its output 'next_state' may be beyond 2"),
+    ("batch.1", made("next_sizes", 1, 2), "does not fit its inputs"),
+    ("batch.1", bool_of_bytes, "is neither true nor false"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BATCHES)
+def test_batches_that_do_not_fit(name: str, change: Callable[[Model], None], message: str, bundle: Path) -> None:
+    assert message in altered(bundle, change, name)
+
+
+@pytest.mark.parametrize("change", [other_part, counts_between])
+def test_blocks_that_have_no_such_parts(change: Callable[[Model], None], bundle: Path) -> None:
+    file = stored_files(bundle)["batch.1"]
+    model = onnx.load(bundle / file, load_external_data=False)
+    change(model)
+    rewrite_stored(bundle, file, model.SerializeToString())
+    graphs = Graphs(Bundle.open(bundle))
+    read_graph(graphs, GraphKey("block", 1))
+    for part in PARTS[:2]:
+        with pytest.raises(BundleError, match=r"makes no |is not a graph of its architecture") as caught:
+            read_graph(graphs, GraphKey("block", 1, part))
+        assert "\n" not in str(caught.value)
+    read_graph(graphs, GraphKey("block", 1, PARTS[2]))
 
 
 def test_outputs_of_other_shapes(bundle: Path) -> None:
