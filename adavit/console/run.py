@@ -35,6 +35,8 @@ def run_lines(report: dict[str, Any]) -> list[str]:
     if device := report["device"]:
         enqueue, gpu, sync = (device[f"{kind}_ms"] for kind in ("enqueue", "gpu", "sync"))
         lines.append(f"of p50, ms  {enqueue:.2f} enqueuing work, {gpu:.2f} on the GPU, {sync:.2f} waiting for it")
+    if found := report["dispatch"]:
+        lines += _dispatch_lines(found)
     used = report["usage"]
     macs, prepared = report["macs"], report["prepared"]
     lines += [
@@ -69,6 +71,19 @@ def run_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"drawn       {report['drawn']}")
     if found := report["profile"]:
         lines += ["", *_profile_lines(found)]
+    return lines
+
+
+def _dispatch_lines(found: dict[str, Any]) -> list[str]:
+    """How batches went on a device."""
+    ways, again = " and ".join(found["ways"]), found["overflowed_images"]
+    lines = [f"dispatch    {ways}; blocks multiplied {found['padding']:.2f} times the MACs that the policies ask for"]
+    if again:
+        share = found["overflowed_batches"] / found["batches"]
+        lines.append(
+            f"overflows   in {share:.1%} of the batches: {_count(again, 'image')} of {found['images']:,} ran again, "
+            f"{found['macs_of_overflows'] / found['macs_multiplied']:.1%} of what was multiplied"
+        )
     return lines
 
 

@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from adavit.bundle.policy import Policy
 from adavit.macs import dense_macs
+from adavit.measure.dispatch import asked_of_blocks, dispatch_report
 from adavit.measure.timing import time_run
+from adavit.runtime.batch_dispatcher import BatchDispatcher, Ran
 from adavit.runtime.cache import cpu_name
 from adavit.runtime.session import Runtime
 from adavit.version import __version__
@@ -54,7 +56,9 @@ class Measurement:
     adaptive_ms: list[float] = field(default_factory=list)
     dense_ms: list[float] = field(default_factory=list)
     device_ms: dict[str, list[float]] = field(default_factory=dict)
-    """Of the adaptive runs, by what took them on a device; see `Backend.timings`."""
+    """Of the adaptive runs, by what took them on a device; see `BatchBackend.timings`."""
+    dispatch: dict[str, Any] | None = None
+    """How batches went on a device."""
 
 
 def measure(
@@ -80,14 +84,27 @@ def measure(
         runtime.run(chosen, policy=recorded)
         if plan.dense:
             runtime.run_dense(chosen)
+    used: list[Policy] = []
+    ran: list[Ran] = []
+    on_device = runtime.dispatcher if isinstance(runtime.dispatcher, BatchDispatcher) else None
     for _ in repeat(plan, len(images), "measuring", progress):
         chosen, recorded = next(turns)
         runtime.backend.timings()
-        result.adaptive_ms.append(time_run(lambda: runtime.run(chosen, policy=recorded)))  # noqa: B023
+        if on_device:
+            on_device.ran.clear()
+        took = time_run(lambda: used.append(runtime.run(chosen, policy=recorded).policy))  # noqa: B023
+        result.adaptive_ms.append(took)
         for kind, milliseconds in runtime.backend.timings().items():
             result.device_ms.setdefault(kind, []).append(milliseconds)
+        if on_device:
+            ran += on_device.ran
+        else:
+            used.clear()
         if plan.dense:
             result.dense_ms.append(time_run(lambda: runtime.run_dense(chosen)))  # noqa: B023
+    if on_device:
+        asked = sum(asked_of_blocks(runtime.architecture, policy) for policy in used)
+        result.dispatch = dispatch_report(runtime.architecture, on_device.backend, ran, asked)
     return result
 
 
@@ -147,6 +164,7 @@ def summarise(
         "latency_ms": adaptive,
         "throughput": 1e3 * plan.batch / adaptive["mean"],
         "device": {kind: float(np.median(values)) for kind, values in measured.device_ms.items()} or None,
+        "dispatch": measured.dispatch,
         "policies": list(runtime.architecture.policies),
         "macs": {"executed_mean": executed, "dense": dense},
         "usage": usage,
