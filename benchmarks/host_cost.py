@@ -55,7 +55,9 @@ class NoCuda(Cuda):
         self.counts: Counter[str] = Counter()
         self._needed, self._next, self._memory = needed, 0, {}
         self.runtime = SimpleNamespace(
-            cudaMemcpyKind=SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3),
+            cudaMemcpyKind=SimpleNamespace(
+                cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
+            ),
             cudaStreamNonBlocking=1,
             cudaStreamCaptureMode=SimpleNamespace(cudaStreamCaptureModeThreadLocal=1),
         )
@@ -266,7 +268,8 @@ def random_policies(graphs: Graphs) -> Policy:
 
 def table(report: dict[str, Any]) -> str:
     """For people."""
-    lines = [f"{report['model']} on bindings that do nothing; {report['cpu']}, Python {report['python']}; ms a batch", ""]
+    where = f"{report['cpu']}, Python {report['python']}"
+    lines = [f"{report['model']} on bindings that do nothing, ms a batch; {where}", ""]
     lines.append("dispatch     batch  dispatching  images  results  runs  launches  waits  copies")
     for row in report["rows"]:
         calls = row["calls"]

@@ -97,11 +97,12 @@ class BatchDispatcher:
         for start in range(0, batch, most):
             some = slice(start, min(start + most, batch))
             if replay is None and observe is None:
-                finished = self._fastest(images[some], limits[:, some], each[some])
+                finished, ran = self._fastest(images[some], limits[:, some], each[some])
             else:
                 follow = None if replay is None else replay[some]
-                finished = self._exact(images[some], limits[:, some], follow, observe, start)
+                finished, ran = self._exact(images[some], limits[:, some], follow, observe, start)
             done.append(finished)
+            self.ran.append(ran)
         return self._unpacked(done, replay)
 
     def _unpacked(self, done: Sequence[Finished], replay: Policy | None) -> tuple[Float, Policy]:
@@ -117,12 +118,12 @@ class BatchDispatcher:
         parts = (np.split(finished.kept.swapaxes(0, 1), ends, 2) for finished in done)
         return logits, Policy(*(np.concatenate(kind) for kind in zip(*parts, strict=True)))
 
-    def _fastest(self, images: Float, limits: Float, offsets: Sequence[Offsets]) -> Finished:
+    def _fastest(self, images: Float, limits: Float, offsets: Sequence[Offsets]) -> tuple[Finished, Ran]:
         """Runs a batch the way that is chosen for it."""
         way = self._ways.choose(len(images), lambda way: self._run(way, images, limits, offsets))
         return self._run(way, images, limits, offsets)
 
-    def _run(self, way: str, images: Float, limits: Float, offsets: Sequence[Offsets]) -> Finished:
+    def _run(self, way: str, images: Float, limits: Float, offsets: Sequence[Offsets]) -> tuple[Finished, Ran]:
         """Runs a batch some way."""
         if way == EXACT:
             return self._exact(images, limits)
@@ -133,8 +134,7 @@ class BatchDispatcher:
         over = np.flatnonzero(finished.state == OVERFLOWED)
         again = self._again(finished, over, images, limits) if len(over) else ()
         self._tables.note(offsets, finished.kept if len(over) else None)
-        self.ran.append(Ran(way, len(images), rooms, len(over), again))
-        return finished
+        return finished, Ran(way, len(images), rooms, len(over), again)
 
     def _exact(
         self,
@@ -143,14 +143,13 @@ class BatchDispatcher:
         follow: Policy | None = None,
         observe: Observer | None = None,
         start: int = 0,
-    ) -> Finished:
+    ) -> tuple[Finished, Ran]:
         """Runs a batch, block by block, each with as much room as it takes."""
         every_head = observe is not None  # who looks on sees every image once
         finished, rooms = self._pass(images, limits, follow, observe, start, every_head)
         over = np.flatnonzero(finished.state == OVERFLOWED)
         again = self._again(finished, over, images, limits, follow) if len(over) else ()
-        self.ran.append(Ran(EXACT, len(images), rooms, len(over), again))
-        return finished
+        return finished, Ran(EXACT, len(images), rooms, len(over), again)
 
     def _again(
         self,
