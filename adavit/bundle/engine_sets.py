@@ -1,7 +1,7 @@
 """TensorRT engines in a bundle: sets by flavour, version, platform, compute capability and precision, side by side.
 
-A set is for the machine it was built for, and has an engine for every graph of one precision. What does not fit is
-found out here, before TensorRT sees a byte.
+A set is for the machine it was built for, and has an engine for every graph of one precision. Blocks may have a second
+one, of the heads that images usually keep. What does not fit is found out here, before TensorRT sees a byte.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import json
 import platform
 import re
 import sys
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from adavit.bundle.bundle import PRECISIONS, Bundle, GraphFiles
 from adavit.bundle.graph_keys import GraphKey, stored_graph
@@ -23,12 +26,16 @@ from adavit.files import sha256
 
 __all__ = [
     "FLAVOURS",
+    "MOST_BATCH",
+    "EngineKey",
     "EngineSet",
     "Machine",
     "StoredEngine",
     "engine_sets",
     "find_engine_set",
     "numeric_version",
+    "packed_engine",
+    "read_engine",
     "read_engine_set",
     "source_of",
     "this_platform",
@@ -39,6 +46,9 @@ FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 AMPERE = 80
 """The least compute capability that hardware-compatible engines run on."""
+
+MOST_BATCH = 4096
+"""The largest batch that engines may be built for."""
 
 VERSION = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){0,7}")
 """Part of a library's file name."""
@@ -52,15 +62,36 @@ PATTERNS = {
 """What the texts of a set may be."""
 
 
-@dataclass(frozen=True)
-class StoredEngine(StoredFile):
-    """A built engine.
+class EngineKey(NamedTuple):
+    """An engine of a set.
 
     Attributes:
-        source: tells what it was built from, see `source_of`.
+        graph: that it was built from.
+        usual: it has the usual heads of its block alone, not all.
     """
 
+    graph: GraphKey
+    usual: bool = False
+
+    @property
+    def name(self) -> str:
+        """For files, messages and reports."""
+        return f"{self.graph.name}.usual" if self.usual else self.graph.name
+
+
+@dataclass(frozen=True)
+class StoredEngine(StoredFile):
+    """A built engine, as `packed_engine` packs it.
+
+    Attributes:
+        unpacked_bytes: of the engine itself.
+        source: tells what it was built from, see `source_of`.
+        heads: the usual heads of its block, where it has these alone.
+    """
+
+    unpacked_bytes: int
     source: str
+    heads: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +120,9 @@ class EngineSet:
         hardware_compatible: runs on newer GPUs too.
         version_compatible: runs in newer versions of the same major version too.
         stripped: the weights are left out, to be put in from the bundle's.
+        max_batch: images of a batch at most.
         precision: of the graphs.
-        engines: by the graph.
+        engines: by their keys.
     """
 
     key: str
@@ -101,16 +133,22 @@ class EngineSet:
     hardware_compatible: bool
     version_compatible: bool
     stripped: bool
+    max_batch: int
     precision: str
-    engines: Mapping[GraphKey, StoredEngine]
+    engines: Mapping[EngineKey, StoredEngine]
 
     @property
     def fingerprint(self) -> str:
-        """The hash of what would run: flavour, version, platform, precision and every engine's own hash."""
-        engines = {key.name: stored.sha256 for key, stored in self.engines.items()}
+        """The hash of what would run: flavour, version, platform, precision, and every engine's own hash and heads."""
+        engines = {key.name: [stored.sha256, stored.heads] for key, stored in self.engines.items()}
         kind = {name: getattr(self, name) for name in ("flavour", "version", "platform", "precision")}
         content = kind | {"engines": engines}
         return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+    def usual(self, graph: GraphKey) -> EngineKey:
+        """The engine of a graph that has the usual heads; that of all heads where there is no other."""
+        key = EngineKey(graph, True)
+        return key if key in self.engines else EngineKey(graph)
 
     def fits(self, machine: Machine) -> bool:
         """Whether these engines run there."""
@@ -189,7 +227,8 @@ def find_engine_set(bundle: Bundle, machine: Machine, precision: str, trust_engi
 def engine_sets(bundle: Bundle) -> list[EngineSet]:
     """All sets of a bundle; raises BundleError where their description is damaged."""
     try:
-        return [read_engine_set(key, values) for key, values in bundle.config.get("engine_sets", {}).items()]
+        described = bundle.config.get("engine_sets", {}).items()
+        return [read_engine_set(key, values, bundle.architecture.heads) for key, values in described]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BundleError(
             f"{bundle.path}/config.json: its engine_sets are damaged ({error}); remove the set that is, or export "
@@ -197,8 +236,33 @@ def engine_sets(bundle: Bundle) -> list[EngineSet]:
         ) from None
 
 
-def read_engine_set(key: str, values: Mapping[str, Any]) -> EngineSet:
-    """A set from its description in `config.json`; raises ValueError, KeyError, TypeError or AttributeError."""
+def packed_engine(engine: bytes) -> bytes:
+    """An engine as it is stored: much of it is source code of kernels, which repeats itself."""
+    return zlib.compress(engine, 1)
+
+
+def read_engine(bundle: Bundle, stored: StoredEngine) -> bytes:
+    """Reads an engine, checks it against its hash, and unpacks it; raises BundleError where it is damaged."""
+    unpacker, found = zlib.decompressobj(), b""
+    packed = bundle.read_stored(stored)
+    with suppress(zlib.error):
+        found = unpacker.decompress(packed, stored.unpacked_bytes + 1)  # one more finds the end
+    if not unpacker.eof or len(found) != stored.unpacked_bytes:
+        raise BundleError(f"{bundle.path}/{stored.file}: is no packed engine; build the engines again")
+    return found
+
+
+def read_engine_set(key: str, values: Mapping[str, Any], heads: int) -> EngineSet:
+    """A set from its description in `config.json`.
+
+    Args:
+        key: of the set.
+        values: the description.
+        heads: of the model.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it describes no set of this model.
+    """
     capabilities = values["compute_capabilities"]
     if not all(type(capability) is int and 0 < capability < 10_000 for capability in capabilities):
         raise ValueError(f"compute_capabilities is {str(capabilities)[:80]}")
@@ -211,8 +275,9 @@ def read_engine_set(key: str, values: Mapping[str, Any]) -> EngineSet:
         values["hardware_compatible"] is True,
         values["version_compatible"] is True,
         values["stripped"] is True,
+        _max_batch(values["max_batch"]),
         _precision(values["precision"]),
-        _engines(values["engines"]),
+        _engines(values["engines"], heads),
     )
 
 
@@ -222,20 +287,47 @@ def _precision(value: Any) -> str:
     return str(value)
 
 
-def _engines(values: Any) -> dict[GraphKey, StoredEngine]:
+def _engines(values: Any, heads: int) -> dict[EngineKey, StoredEngine]:
     if not isinstance(values, list):
         raise ValueError("engines is no list")
-    found = {GraphKey.from_dict(engine): _stored(engine) for engine in values}
+    found = {EngineKey(GraphKey.from_dict(engine), "heads" in engine): _stored(engine, heads) for engine in values}
     if len(found) != len(values):
         raise ValueError("two engines are of one graph")
+    for graph, usual in found:
+        if usual and EngineKey(GraphKey("block", graph.block)) not in found:
+            raise ValueError(f"{graph.name} has an engine of some heads, and its block none of all")
     return found
 
 
-def _stored(values: Mapping[str, Any]) -> StoredEngine:
-    size = values["bytes"]
-    if type(size) is not int or size <= 0:
-        raise ValueError(f"an engine has {shown(size)} bytes")
-    return StoredEngine(str(values["file"]), size, _text("sha256", values["sha256"]), _text("sha256", values["source"]))
+def _max_batch(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MOST_BATCH:
+        raise ValueError(f"max_batch is {shown(value)}")
+    return value
+
+
+def _stored(values: Mapping[str, Any], heads: int) -> StoredEngine:
+    return StoredEngine(
+        str(values["file"]),
+        _bytes(values["bytes"]),
+        _text("sha256", values["sha256"]),
+        _bytes(values["unpacked_bytes"]),
+        _text("sha256", values["source"]),
+        _heads(values["heads"], heads) if "heads" in values else None,
+    )
+
+
+def _bytes(value: Any) -> int:
+    if type(value) is not int or value <= 0:
+        raise ValueError(f"an engine has {shown(value)} bytes")
+    return value
+
+
+def _heads(values: Any, heads: int) -> tuple[int, ...]:
+    """The numbers of an engine's heads, ascending."""
+    known = isinstance(values, list) and all(type(head) is int and 0 <= head < heads for head in values)
+    if not known or not values or any(second <= first for first, second in pairwise(values)):
+        raise ValueError(f"an engine has the heads {shown(values)}, of {heads}")
+    return tuple(values)
 
 
 def _text(kind: str, value: Any) -> str:

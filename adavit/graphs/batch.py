@@ -341,7 +341,10 @@ def _class_tokens(graph: Builder, arch: Architecture, y: str) -> str:
     """The class tokens [B, D] of rows [R, D]."""
     rows = graph.op("Slice", y, graph.ints(0), graph.ints(-1), graph.ints(0))
     by_image = graph.op("Reshape", rows, graph.ints(-1, arch.tokens, arch.width))
-    return graph.op("Gather", by_image, graph.scalar(0, "int64"), axis=1)
+    classes = graph.op("Gather", by_image, graph.scalar(0, "int64"), axis=1)
+    # TensorRT-RTX 1.7 does not build a product of one row that it reads from ScatterND's output: this is a copy.
+    copied = graph.op("Concat", classes, _first(graph, classes), axis=0)
+    return graph.op("Slice", copied, graph.ints(0), graph.ints(-1), graph.ints(0))
 
 
 def _packed(graph: Builder, selected: str, numbers: str, room: str, filling: str) -> str:

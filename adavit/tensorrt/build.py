@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -17,16 +17,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adavit.bundle.bundle import Bundle, write_config
-from adavit.bundle.engine_sets import engine_sets, read_engine_set, this_platform
-from adavit.bundle.graph_keys import GraphKey, graph_keys, read_graph
+from adavit.bundle.engine_sets import EngineKey, engine_sets, read_engine_set, this_platform
+from adavit.bundle.graph_keys import constants_of, graph_keys, part_keys, read_graph
 from adavit.bundle.graphs import Graphs
-from adavit.bundle.histograms import Statistics
-from adavit.bundle.policy import Policy
-from adavit.bundle.statistics import operating_offsets, policy_at
 from adavit.bundle.trust import remember_built
-from adavit.errors import BackendError, BundleError
+from adavit.errors import BackendError, BundleError, InputError
 from adavit.files import folder_beside
 from adavit.tensorrt import worker
+from adavit.tensorrt.calibrated import common_rooms, recorded_policy, usual_heads
 from adavit.tensorrt.options import BuildOptions
 from adavit.tensorrt.profiles import profiles_of
 from adavit.tensorrt.worker import Builder
@@ -39,7 +37,7 @@ FOLDER = "tensorrt"
 
 
 def add_engines(folder: Path, options: BuildOptions, progress: Progress) -> dict[str, Any]:
-    """Builds an engine of every graph of the bundle `folder`, for each target and precision, and adds them to it.
+    """Builds engines of every graph for devices of the bundle `folder`, for each target and precision, and adds them.
 
     A set appears in `config.json` when all its engines are there; until then nothing in the bundle changes. It is
     remembered that this user built it here, so that it may run here.
@@ -48,7 +46,7 @@ def add_engines(folder: Path, options: BuildOptions, progress: Progress) -> dict
         For each set's key, the report of its engines: layers, precisions, profiles, size and time.
 
     Raises:
-        InputError: a target cannot do what the options ask for.
+        InputError: a target cannot do what the options ask for, or the bundle lacks the statistics for it.
         BundleError: the bundle is damaged.
         BackendError: TensorRT is not installed, or refuses an engine.
     """
@@ -90,15 +88,19 @@ def _add_set(
         "precision": precision,
         "engines": [
             {
-                **engine.to_dict(),
+                **engine.graph.to_dict(),
                 "file": f"{FOLDER}/{place.name}/{engine.name}.engine",
-                **{name: about[name] for name in ("bytes", "sha256", "source")},
+                **{
+                    name: about[name]
+                    for name in ("heads", "bytes", "unpacked_bytes", "sha256", "source")
+                    if name in about
+                },
             }
             for engine, about in made.items()
         ],
     }
     replace_set(folder, key, entry)
-    remember_built(read_engine_set(key, entry).fingerprint, key)
+    remember_built(read_engine_set(key, entry, bundle.architecture.heads).fingerprint, key)
     return key, report
 
 
@@ -144,11 +146,11 @@ def _interrupts_later() -> Iterator[None]:
 
 def _build_all(
     pool: ProcessPoolExecutor, graphs: Graphs, options: BuildOptions, output: Path, stage: str, progress: Progress
-) -> dict[GraphKey, dict[str, Any]]:
+) -> dict[EngineKey, dict[str, Any]]:
     """Builds all engines into a folder; returns their reports, in the order of the graphs."""
     jobs = _jobs(graphs, options, output)
     # The dense twin first, so that no worker is left with it at the end.
-    large_first = sorted(jobs, key=lambda job: job.key.role == "block")
+    large_first = sorted(jobs, key=lambda job: job.key.graph.role == "block")
     with _interrupts_later():
         running = {pool.submit(worker.build, job): job.key for job in large_first}
     made = {}
@@ -163,22 +165,41 @@ def _build_all(
 
 
 def _jobs(graphs: Graphs, options: BuildOptions, output: Path) -> list[worker.Job]:
-    statistics, found = _statistics(graphs.bundle), []
-    for key in graph_keys(graphs.files):
-        inputs = read_graph(graphs, key).inputs
+    policy = recorded_policy(graphs.bundle)
+    if options.leave_out_heads and policy is None:
+        raise InputError(
+            f"{graphs.path}: has no statistics, which tell what heads images usually keep; export again with "
+            "`calibration_images`, or leave out `leave_out_heads`"
+        )
+    usual = usual_heads(policy) if policy is not None and options.leave_out_heads else []
+    rooms, found = None if policy is None else common_rooms(policy), []
+    for key, heads in _engines(graphs, options.conditional, usual):
+        graph = read_graph(graphs, key.graph)
+        constants = constants_of(graphs, key.graph, graph)
+        inputs = [value for value in graph.inputs if value.name not in constants]
         try:
-            profiles = profiles_of(inputs, key.block, graphs.architecture, statistics, options.max_batch)
+            profiles = profiles_of(inputs, key.graph.block, graphs.architecture, options.max_batch, rooms)
         except ValueError as error:
             raise BundleError(f"{graphs.path}: {key.name}: {error}; export again") from None
-        found.append(worker.Job(key, profiles, output / f"{key.name}.engine"))
+        found.append(worker.Job(key, heads, profiles, output / f"{key.name}.engine"))
     return found
 
 
-def _statistics(bundle: Bundle) -> Statistics | None:
-    """What calibration images kept, at all operating points together; None where a bundle has no statistics."""
-    policies = [policy_at(bundle, offsets) for offsets in operating_offsets(bundle)]
-    known = [policy for policy in policies if policy is not None]
-    return Statistics.of(Policy.concatenate(known)) if known else None
+def _engines(
+    graphs: Graphs, parts: bool, usual: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[EngineKey, tuple[int, ...] | None]]:
+    """The engines to build, and the heads of those that have their block's usual heads alone.
+
+    Images that want other heads run again through whole blocks, so that no part needs an engine of all heads then.
+    """
+    files = graphs.files
+    for graph in graph_keys(files) + part_keys(files) * parts:
+        heads = usual[graph.block] if usual and graph.block is not None and graph.part != "decisions" else None
+        if heads is not None and len(heads) < graphs.architecture.heads:
+            yield EngineKey(graph, usual=True), heads
+            if graph.part is not None:
+                continue
+        yield EngineKey(graph), None
 
 
 def _free_place(bundle: Bundle, key: str) -> Path:

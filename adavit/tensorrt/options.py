@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adavit.arguments import choice, flag, whole
-from adavit.bundle.engine_sets import FLAVOURS
+from adavit.bundle.engine_sets import FLAVOURS, MOST_BATCH
 from adavit.errors import OptionError
 
 __all__ = ["BuildOptions"]
@@ -24,8 +24,15 @@ UNSUPPORTED = {
 }
 """What a flavour cannot do, and why or what else does it."""
 
-RANGES = {"workspace": (1, 1 << 20), "builder_optimization_level": (0, 5), "max_batch": (1, 4096), "jobs": (1, 64)}
+RANGES = {
+    "workspace": (1, 1 << 20),
+    "builder_optimization_level": (0, 5),
+    "max_batch": (1, MOST_BATCH),
+    "jobs": (1, 64),
+}
 """The least and the most of each number."""
+
+FLAGS = ("hardware_compatible", "version_compatible", "strip_weights", "conditional", "leave_out_heads")
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class BuildOptions:
     max_batch: int = 32
     jobs: int = 1
     strip_weights: bool = False
+    conditional: bool = False
+    leave_out_heads: bool = False
 
     @classmethod
     def taken_from(cls, options: dict[str, Any]) -> BuildOptions:
@@ -73,7 +82,7 @@ class BuildOptions:
             choice("target", target, sorted(FLAVOURS))
         for capability in self.compute_capability:
             whole("compute_capability", capability, 10, 999)
-        for name in ("hardware_compatible", "version_compatible", "strip_weights"):
+        for name in FLAGS:
             flag(name, getattr(self, name))
         for name, (least, most) in RANGES.items():
             if getattr(self, name) is not None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from adavit.bundle.bundle import Bundle
-from adavit.bundle.engine_sets import numeric_version, source_of
-from adavit.bundle.graph_keys import GraphKey, read_graph
+from adavit.bundle.engine_sets import EngineKey, numeric_version, packed_engine, source_of
+from adavit.bundle.graph_keys import constants_of, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.errors import BackendError, install_hint
 from adavit.files import sha256
@@ -46,12 +46,14 @@ class Job:
     """An engine to build.
 
     Attributes:
-        key: the graph that it is built from.
+        key: of the engine.
+        heads: the usual ones of its block, where it has these alone.
         profiles: its optimisation profiles.
         output: where to write it.
     """
 
-    key: GraphKey
+    key: EngineKey
+    heads: tuple[int, ...] | None
     profiles: list[Profile]
     output: Path
 
@@ -104,9 +106,15 @@ class _Worker:
             )
         return self.options.compute_capability or tuple(value for value in known if value >= 80)
 
-    def set_capabilities(self, _: Any, __: Any, config: Any) -> None:
-        """Puts the compute capabilities into a builder's configuration, where the flavour has them there."""
+    def configure(self, _: Any, __: Any, config: Any) -> None:
+        """Puts into a builder's configuration what TensorRT-RTX alone has.
+
+        These are the compute capabilities, and that engines allocate nothing while they run, so that they can be
+        captured in CUDA graphs.
+        """
         if self.flavour == "tensorrt-rtx":
+            if hasattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # older versions have none
+                config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
             chosen = self.compute_capabilities()
             config.num_compute_capabilities = len(chosen)
             for index, value in enumerate(chosen):
@@ -150,8 +158,8 @@ def build(job: Job) -> dict[str, Any]:
     """
     began = time.perf_counter()
     worker = _worker()
-    trt, loaders, graph = worker.trt, worker.loaders, read_graph(worker.graphs, job.key)
-    data = graph.model(graph.arrays(worker.graphs.tensors))
+    trt, loaders, graph = worker.trt, worker.loaders, read_graph(worker.graphs, job.key.graph)
+    data = graph.model(constants_of(worker.graphs, job.key.graph, graph, job.heads))
     worker.logged()
     typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") or None  # 11 knows no other networks
     try:
@@ -164,11 +172,14 @@ def build(job: Job) -> dict[str, Any]:
         blob = bytes(loaders.EngineBytesFromNetwork(parts, config, worker.timing_cache)())
     except worker.refused as error:
         raise _refusal(job.key.name, _build_error(layers, worker.logged()) or f"it ({error})") from None
-    job.output.write_bytes(blob)
+    packed = packed_engine(blob)
+    job.output.write_bytes(packed)
     return {
-        "bytes": len(blob),
-        "sha256": sha256(blob),
-        "source": source_of(worker.graphs.files, job.key),
+        "bytes": len(packed),
+        "unpacked_bytes": len(blob),
+        "sha256": sha256(packed),
+        "source": source_of(worker.graphs.files, job.key.graph),
+        **({} if job.heads is None else {"heads": list(job.heads)}),
         "seconds": time.perf_counter() - began,
         "precisions": dict(Counter(layer["precision"] for layer in layers)),
         "profiles": job.profiles,
@@ -218,7 +229,7 @@ def builder_config(worker: _Worker, profiles: list[Profile]) -> Any:
         hardware_compatibility_level=level,
         load_timing_cache=worker.timing_cache,
     )
-    return loaders.PostprocessConfig(config, worker.set_capabilities)
+    return loaders.PostprocessConfig(config, worker.configure)
 
 
 def _precision(layer: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from adavit.bundle.engine_sets import FLAVOURS
+from adavit.bundle.engine_sets import FLAVOURS, MOST_BATCH
 
 __all__ = ["build_options"]
 
@@ -57,17 +57,27 @@ _OPTIONS = (
     ),
     click.option(
         "--max-batch",
-        type=click.IntRange(1, 4096),
+        type=click.IntRange(1, MOST_BATCH),
         metavar="N",
         default=32,
         show_default=True,
-        help="Images that the dense twin runs at once; others run one by one.",
+        help="Images of a batch at most.",
     ),
     click.option(
         "--jobs", type=click.IntRange(1, 64), metavar="N", default=1, show_default=True, help="Engines built at once."
     ),
     click.option(
         "--strip-weights", is_flag=True, help="Leave weights out of engines; loading takes them from the ONNX files."
+    ),
+    click.option(
+        "--conditional",
+        is_flag=True,
+        help="Build the parts of blocks too: a batch can then skip a sub-layer on the GPU.",
+    ),
+    click.option(
+        "--leave-out-heads",
+        is_flag=True,
+        help="Build blocks a second time, without heads that calibration images hardly ever keep.",
     ),
 )
 
