@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from cuda_double import CAPABILITY, Gpu, cuda_double, driver_double, nvrtc_doubl
 from trt_double import VERSION, trt_double
 
 from adavit.bundle.bundle import Bundle
-from adavit.bundle.engine_sets import source_of, this_platform
-from adavit.bundle.graph_keys import graph_keys, read_graph
+from adavit.bundle.engine_sets import EngineKey, packed_engine, source_of, this_platform
+from adavit.bundle.graph_keys import constants_of, graph_keys, part_keys, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.files import sha256
 from adavit.tensorrt.profiles import profiles_of
@@ -30,28 +31,46 @@ __all__ = [
 ]
 
 
-def add_double_engines(bundle: Path, flavour: str = "tensorrt", max_batch: int = 8, **changes: Any) -> Path:
-    """Adds a set of engines that the double reads: their profiles, then the complete ONNX model."""
+def add_double_engines(
+    bundle: Path,
+    flavour: str = "tensorrt",
+    max_batch: int = 8,
+    usual: Sequence[tuple[int, ...]] | None = None,
+    parts: bool = True,
+    **changes: Any,
+) -> Path:
+    """Adds a set of engines that the double reads: their profiles, then the complete ONNX model.
+
+    Args:
+        bundle: the folder.
+        flavour: of TensorRT.
+        max_batch: images of a batch at most.
+        usual: for each block, the heads that its usual engine has.
+        parts: whether there are engines of parts of blocks.
+        changes: of the set's description.
+    """
     graphs = Graphs(Bundle.open(bundle))
     folder = bundle / "tensorrt" / "double"
     folder.mkdir(parents=True, exist_ok=True)
     described = []
-    for number, key in enumerate(graph_keys(graphs.files)):
-        graph = read_graph(graphs, key)
-        profiles = profiles_of(graph.inputs, key.block, graphs.architecture, None, max_batch)
-        if key.name.endswith(".mlp"):  # cut in two, to see profiles change
-            (whole,) = profiles
-            profiles = [{**whole, "tokens": ((1,), (5,), (5,))}, whole]
+    keys = [EngineKey(key) for key in graph_keys(graphs.files) + part_keys(graphs.files) * parts]
+    keys += [EngineKey(key.graph, True) for key in keys if usual and key.graph.block is not None]
+    for number, key in enumerate(keys):
+        graph, heads = read_graph(graphs, key.graph), usual[key.graph.block or 0] if usual and key.usual else None
+        constants = constants_of(graphs, key.graph, graph, heads)
+        profiles = profiles_of(graph.without(constants).inputs, key.graph.block, graphs.architecture, max_batch)
         header = {"name": key.name, "profiles": profiles, "scratch": 1000 * number}
-        data = json.dumps(header).encode() + b"\n" + graph.model(graph.arrays(graphs.tensors))
-        (folder / f"{key.name}.engine").write_bytes(data)
-        stored = {"file": f"tensorrt/double/{key.name}.engine", "bytes": len(data), "sha256": sha256(data)}
-        described.append({**key.to_dict(), **stored, "source": source_of(graphs.files, key)})
+        data = json.dumps(header).encode() + b"\n" + graph.model(constants)
+        packed, file = packed_engine(data), f"tensorrt/double/{key.name}.engine"
+        (bundle / file).write_bytes(packed)
+        stored = {"file": file, "bytes": len(packed), "unpacked_bytes": len(data), "sha256": sha256(packed)}
+        about = {**key.graph.to_dict(), **stored, "source": source_of(graphs.files, key.graph)}
+        described.append(about | ({"heads": list(heads)} if heads is not None else {}))
     config = read_config(bundle)
     config.setdefault("engine_sets", {})["double"] = {
         "flavour": flavour, "version": VERSION, "platform": this_platform(), "compute_capabilities": [CAPABILITY],
-        "hardware_compatible": False, "version_compatible": False, "stripped": False, "precision": graphs.precision,
-        "engines": described, **changes,
+        "hardware_compatible": False, "version_compatible": False, "stripped": False, "max_batch": max_batch,
+        "precision": graphs.precision, "engines": described, **changes,
     }  # fmt: skip
     write_config(bundle, config)
     return bundle

@@ -89,6 +89,11 @@ class DeviceBackend(ABC):
                 found = self._engines[which] = self.open(*which)
         return found
 
+    def scratch(self, batch: int) -> int:
+        """Bytes of memory that a lane's runs of so many images take at most, one after the other."""
+        with self._lock:
+            return max((engine.scratch(batch) for engine in self._engines.values()), default=0)
+
     @contextmanager
     def lane(self, batch: int) -> Iterator[Lane]:
         """See `BatchBackend.lane`."""

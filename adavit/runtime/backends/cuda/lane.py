@@ -326,8 +326,8 @@ class DeviceLane:
 
     def _new_runner(self, key: GraphKey, every_head: bool) -> Runner:
         engine = self._backend.engine(key, every_head)
-        if (size := engine.scratch(self.most)) > self._scratch_size:
-            self._drop_runners()  # their scratch memory is not large enough
+        if (size := self._backend.scratch(self.most)) > self._scratch_size:
+            self._drop_runners()  # they have less memory
             if self._scratch:
                 self._cuda.call("cudaFree", self._scratch)
             self._scratch, self._scratch_size = int(self._cuda.call("cudaMalloc", size)), size

@@ -69,7 +69,7 @@ class TensorRtEngine:
 
     def scratch(self, batch: int) -> int:
         """See `DeviceEngine`: of the profiles, since any may be in use."""
-        return int(self._engine.device_memory_size_v2)
+        return max(1, int(self._engine.device_memory_size_v2))
 
     def runner(self, scratch: int, size: int) -> TensorRtRunner:
         """See `DeviceEngine`."""
