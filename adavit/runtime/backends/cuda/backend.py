@@ -16,7 +16,8 @@ from adavit.bundle.graphs import Graphs
 from adavit.errors import BackendError
 from adavit.runtime.backends.cuda.bindings import Cuda
 from adavit.runtime.backends.cuda.captures import Captures
-from adavit.runtime.backends.cuda.lane import DeviceEngine, DeviceLane
+from adavit.runtime.backends.cuda.lane import DeviceLane
+from adavit.runtime.backends.cuda.runners import DeviceEngine
 from adavit.runtime.batch import EXACT, Float, Lane
 from adavit.runtime.forks import renew_in_fork
 
