@@ -145,7 +145,7 @@ class LaneMemory:
         self.waited += time.perf_counter() - began
 
     def times(self) -> tuple[float, float, float]:
-        """Milliseconds of the batch that was waited for: the host's work, from its start to its end on the device, waiting."""
+        """Of the batch that was waited for, ms: the host's work, from its start to its end on the device, waiting."""
         spent = time.perf_counter() - self._began
         on_device = float(self._cuda.call("cudaEventElapsedTime", *self._events))
         return 1e3 * (spent - self.waited), on_device, 1e3 * self.waited
