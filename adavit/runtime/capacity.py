@@ -61,7 +61,7 @@ class CapacityTable:
             return self._versions.get(batch, 0)
 
     def note(self, batch: int, needed: Int, overflowed: bool) -> None:
-        """Remembers what a batch needed; where recent ones clearly overflow too often, the table grows to what they needed.
+        """Remembers what a batch needed. Where they clearly overflow too often, the table grows to their needs.
 
         Args:
             batch: its number of images.
