@@ -25,7 +25,7 @@ SAMPLES, BATCHES = 64, 128
 RECENT = 64
 """Batches of a size that are remembered."""
 OFTEN, LEAST = 0.03, 3
-"""Share and number of these that must have overflowed before the table grows."""
+"""Share of these that may overflow, and the number that must have before the table grows."""
 
 
 class CapacityTable:
@@ -61,7 +61,7 @@ class CapacityTable:
             return self._versions.get(batch, 0)
 
     def note(self, batch: int, needed: Int, overflowed: bool) -> None:
-        """Remembers what a batch needed; where recent ones overflowed too often, the table grows to what these needed.
+        """Remembers what a batch needed. Where they clearly overflow too often, the table grows to their needs.
 
         Args:
             batch: its number of images.
@@ -72,7 +72,8 @@ class CapacityTable:
             recent = self._recent.setdefault(batch, deque(maxlen=RECENT))
             recent.append(needed if overflowed else None)
             beyond = [sizes for sizes in recent if sizes is not None]
-            if len(beyond) < LEAST or len(beyond) <= OFTEN * len(recent):
+            expected = OFTEN * len(recent)
+            if len(beyond) < LEAST or len(beyond) <= expected + 2 * expected**0.5:  # two standard deviations: no chance
                 return
             grown = np.minimum(np.max([self._of(batch), *beyond], 0), self._most(batch))
             recent.clear()
@@ -108,7 +109,7 @@ def capacity_table(bundle: Bundle, offsets: Offsets) -> CapacityTable | None:
 
 def _rows(policy: Policy) -> Int:
     """The rows that each image has in attention and in the MLP, [n, L, 2]."""
-    return policy.tokens.sum(2, dtype=np.int64)[:, :, None] * policy.sublayers
+    return np.asarray(policy.tokens.sum(2)[:, :, None] * policy.sublayers, np.int64)
 
 
 def _needs(rows: Int, batch: int) -> Int:
@@ -129,4 +130,4 @@ def _fitting(needs: Int, quantile: float) -> Int:
     ordered = np.sort(flat, 0)
     ranks = [np.searchsorted(column, values) for column, values in zip(ordered.T, flat.T, strict=True)]
     rank = int(np.quantile(np.max(ranks, 0), quantile, method="higher"))
-    return np.maximum(1, ordered[rank]).reshape(needs.shape[1:])
+    return np.asarray(np.maximum(1, ordered[rank]).reshape(needs.shape[1:]), np.int64)
