@@ -207,12 +207,16 @@ def trt_double(gpu: Gpu, flavour: str = "tensorrt-rtx") -> Any:
 
             def run():
                 gpu.check(*scratch, "device")
-                ctypes.memset(scratch[0], 0xFF, about.scratch)
+                own = np.frombuffer((ctypes.c_ubyte * about.scratch).from_address(scratch[0]), np.uint8)
                 inputs = {name: _at(gpu, addresses[name], shapes[name], dtype) for name, dtype in about.inputs.items()}
+                for name, value in inputs.items():
+                    assert not np.may_share_memory(value, own), f"{name} is scratch memory too"
+                own[...] = 0xFF
                 given = {name: value.copy() for name, value in inputs.items()}
                 for name, value in zip(about.outputs, about.session.run(list(about.outputs), given), strict=True):
                     found = _at(gpu, addresses[name], value.shape, about.outputs[name])
                     assert not any(np.may_share_memory(found, one) for one in inputs.values()), f"{name} is read too"
+                    assert not np.may_share_memory(found, own), f"{name} is scratch memory too"
                     found[...] = value
 
             try:
