@@ -21,9 +21,7 @@ def shares(found: Policy, wanted: Policy) -> list[float]:
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_decisions_and_classes_stay_close(converted: Path, precision: str) -> None:
     images = random_images(WIDE, 16, seed=9)
-    runs = {
-        name: adavit.load(converted, threads=1, precision=name, specialise=False) for name in {"fp32", precision}
-    }
+    runs = {name: adavit.load(converted, threads=1, precision=name, specialise=False) for name in {"fp32", precision}}
     wanted, single = runs["fp32"].run(images), runs[precision].run(images)
     batches = BatchReference(Graphs(Bundle.open(converted), precision), {})
     found = batches.run(images)
