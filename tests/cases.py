@@ -16,7 +16,9 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+import adavit
 from adavit.architecture import TOKEN_THRESHOLD, Architecture
+from adavit.bundle.graph_keys import graph_keys, read_graph
 from adavit.bundle.tensors import TensorFile
 from adavit.export import ExportOptions, export_bundle
 from adavit.files import sha256
@@ -179,6 +181,14 @@ def stored_files(bundle: Path, precision: str = "fp32") -> dict[str, str]:
         found |= {f"blocks.{number}.{kind}": entry["file"] for kind, entry in block.items()}
     batch = [entry["file"] for entry in graphs.get("batch", [])]
     return found | dict(zip(["batch.stem", *(f"batch.{number}" for number in range(len(batch)))], batch, strict=False))
+
+
+def read_whole(bundle: Path) -> None:
+    """Loads a bundle, runs its dense twin, and reads the graphs that devices run."""
+    runtime = adavit.load(bundle, threads=1)
+    runtime.run_dense(random_images(runtime.architecture, 1))
+    for key in graph_keys(runtime.graphs.files):
+        read_graph(runtime.graphs, key)
 
 
 def rewrite_stored(bundle: Path, file: str, data: bytes) -> None:

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import random_images, read_config, rewrite_stored, rewrite_text, stored_files, tiny, write_config
+from cases import (
+    random_images,
+    read_config,
+    read_whole,
+    rewrite_stored,
+    rewrite_text,
+    stored_files,
+    tiny,
+    write_config,
+)
 
 import adavit
 from adavit.errors import BundleError
@@ -18,7 +27,7 @@ from adavit.errors import BundleError
 def fault(bundle: Path) -> str:
     """The one line that loading, or running the dense twin, is refused with."""
     with pytest.raises(BundleError) as caught:
-        adavit.load(bundle, threads=1).run_dense(random_images(tiny(), 1))
+        read_whole(bundle)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -37,7 +46,7 @@ def for_each_file(bundle: Path, damage: Callable[[Path], None], message: str) ->
         assert f"{file.relative_to(bundle)}" in found
         file.unlink(missing_ok=True)
         file.write_bytes(intact)
-    adavit.load(bundle, threads=1).run_dense(random_images(tiny(), 1))  # whole again, it loads
+    read_whole(bundle)
 
 
 def test_a_missing_file(bundle: Path) -> None:

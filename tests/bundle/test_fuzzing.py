@@ -12,6 +12,8 @@ from cases import export, python, random_model, read_config, rewrite_stored, rew
 from mutations import ONNX, mutated_json, mutated_message
 
 from adavit.bundle.bundle import Bundle, GraphFiles
+from adavit.bundle.graph_keys import PARTS, STEM_GRAPH, GraphKey
+from adavit.bundle.graph_keys import read_graph as read_device_graph
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.stored import StoredFile
 from adavit.errors import AdaViTError
@@ -42,10 +44,31 @@ for folder in map(Path, sys.argv[2:]):
         assert "\\n" not in str(error)
 print("done", len(sys.argv) - 2)
 """
+RUN_BATCHES = """
+import sys
+from pathlib import Path
+import numpy as np
+sys.path.append(sys.argv[1])
+from batch_reference import BatchReference, all_of, fitting
+from adavit.bundle.bundle import Bundle
+from adavit.bundle.graphs import Graphs
+
+for folder in map(Path, sys.argv[2:]):
+    graphs = Graphs(Bundle.open(folder))
+    arch, images = graphs.architecture, np.random.default_rng(0).standard_normal((3, 3, 32, 32), np.float32)
+    most = all_of(arch, len(images))
+    for in_parts in (False, True):
+        batches = BatchReference(graphs, {}, in_parts)
+        batches.run(images, most)
+        for share in (1, 0.3):
+            batches.run(images, lambda block, sizes: fitting(block, np.minimum(sizes, most(block, sizes)) * share))
+print("done", len(sys.argv) - 2)
+"""
 EACH = 150
 """How many times a graph is altered."""
 RUNS = {"onnxruntime": 16, "openvino": 5}
 """How many of the altered bundles that are not refused run on a backend."""
+BATCHES = ["batch.stem", "batch.1", "batch.2"]
 GRAPHS = ["stem", "blocks.0.both", "blocks.1.attention", "blocks.1.mlp", "blocks.2.both", "blocks.2.none", "dense"]
 
 
@@ -71,6 +94,12 @@ def read_graph(graphs: Graphs, name: str) -> None:
     if name in ("stem", "dense"):
         getattr(graphs, name)()
         return
+    role, number, *_ = name.split(".")
+    if role == "batch":
+        keys = [GraphKey("block", int(number), part) for part in (None, *PARTS)] if number != "stem" else [STEM_GRAPH]
+        for key in keys:
+            read_device_graph(graphs, key)
+        return
     _, number, kind = name.split(".")
     graphs.block(int(number), next(key for key in graphs.files.blocks[int(number)] if key.name == kind))
 
@@ -82,7 +111,7 @@ def read_all(bundle: Bundle) -> None:
     for precision in bundle.graphs:
         graphs = Graphs(bundle, precision)
         graphs.check_deciding()
-        for name in GRAPHS:
+        for name in (*GRAPHS, *BATCHES):
             read_graph(graphs, name)
 
 
@@ -90,6 +119,11 @@ def with_graph(files: GraphFiles, name: str, data: bytes) -> GraphFiles:
     """What describes the graphs with other data of one of them."""
     if name in ("stem", "dense"):
         return replace(files, **{name: StoredFile.of(f"fp32/{name}.onnx", data)})
+    if name in BATCHES:
+        batch = list(files.batch)
+        at = next(i for i, file in enumerate(batch) if file.file == f"fp32/{name}.onnx")
+        batch[at] = StoredFile.of(batch[at].file, data)
+        return replace(files, batch=tuple(batch))
     _, number, kind = name.split(".")
     blocks = [dict(block) for block in files.blocks]
     key, own = next((key, own) for key, own in blocks[int(number)].items() if key.name == kind)
@@ -97,30 +131,42 @@ def with_graph(files: GraphFiles, name: str, data: bytes) -> GraphFiles:
     return replace(files, blocks=tuple(blocks))
 
 
-@pytest.mark.parametrize("backend", RUNS)
-@pytest.mark.parametrize("stem", ["patch", "t2t"])
-def test_altered_graphs(stem: str, backend: str, tiny_bundle: Path, t2t: Path, tmp_path: Path) -> None:
-    original = {"patch": tiny_bundle, "t2t": t2t}[stem]
-    folder, source, run = shutil.copytree(original, tmp_path / "altered"), Random(stem + backend), []
-    graphs = Graphs(Bundle.open(folder))
+def altered(original: Path, names: list[str], source: Random, count: int, folder: Path) -> list[Path]:
+    """Bundles with a graph that was altered and is not refused; all of whose alterations are refused in our words."""
+    run, graphs = [], Graphs(Bundle.open(shutil.copytree(original, folder / "altered")))
     intact = graphs.files
-    for name in GRAPHS:
+    for name in names:
         file = stored_files(original)[name]
         data = (original / file).read_bytes()
         for _ in range(EACH):
             changed = mutated_message(data, ONNX, source)
-            (folder / file).write_bytes(changed)
+            (graphs.path / file).write_bytes(changed)
             graphs.files = with_graph(intact, name, changed)
             if accepted(lambda: read_graph(graphs, name)) and changed != data:  # noqa: B023
                 run.append((file, changed))
-        (folder / file).write_bytes(data)
-    assert len(run) > RUNS[backend]
+        (graphs.path / file).write_bytes(data)
+    assert len(run) > count
     folders = []
-    for number, (file, changed) in enumerate(source.sample(run, RUNS[backend])):
-        folders.append(shutil.copytree(original, tmp_path / f"run{number}"))
+    for number, (file, changed) in enumerate(source.sample(run, count)):
+        folders.append(shutil.copytree(original, folder / f"run{number}"))
         rewrite_stored(folders[-1], file, changed)
+    return folders
+
+
+@pytest.mark.parametrize("backend", RUNS)
+@pytest.mark.parametrize("stem", ["patch", "t2t"])
+def test_altered_graphs(stem: str, backend: str, tiny_bundle: Path, t2t: Path, tmp_path: Path) -> None:
+    original = {"patch": tiny_bundle, "t2t": t2t}[stem]
+    folders = altered(original, GRAPHS, Random(stem + backend), RUNS[backend], tmp_path)
     ran = python(RUN, backend, *folders)
     assert (ran.returncode, ran.stdout) == (0, f"done {RUNS[backend]}\n"), ran.stderr
+
+
+def test_altered_graphs_of_batches(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Those that are not refused read and write rows within bounds: ONNX Runtime would say where they do not."""
+    folders = altered(tiny_bundle, BATCHES, Random(0), 16, tmp_path)
+    ran = python(RUN_BATCHES, Path(__file__).parent.parent, *folders)
+    assert (ran.returncode, ran.stdout) == (0, "done 16\n"), ran.stderr
 
 
 def test_altered_headers_of_weights(bundle: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_bundle_describes_itself(tiny_bundle: Path, checkpoint: Path) -> None:
 
 def test_files_are_as_described(tiny_bundle: Path) -> None:
     described = adavit.load(tiny_bundle, threads=1).bundle.files_of().files()
-    assert len(described) == 2 + 1 + 4 + 4 + 1
+    assert len(described) == 2 + 1 + 4 + 4 + 1 + 4
     for stored in described:
         data = (tiny_bundle / stored.file).read_bytes()
         assert (len(data), sha256(data)) == (stored.bytes, stored.sha256)
@@ -210,7 +210,7 @@ def test_the_report(checkpoint: Path, tmp_path: Path) -> None:
     options = exporting.ExportOptions(threads=1, with_dense=True)
     report = exporting.export_bundle(checkpoint, tmp_path / "a", options, lambda *stage: stages.append(stage))
     size = sum(path.stat().st_size for path in (tmp_path / "a" / "fp32").iterdir())
-    assert report["precisions"] == {"fp32": {"graphs": 11, "bytes": size}}
+    assert report["precisions"] == {"fp32": {"graphs": 15, "bytes": size}}
     assert (report["bytes"], report["opset"]) == (size, 20)
     assert report["verified"]["decisions"] == report["verified"]["images"] * (3 * 16 + 2 * 3 + 2 * 2)
     assert 0 <= report["verified"]["max_logit_difference"] < 1e-4

@@ -73,7 +73,7 @@ def test_the_largest_difference_of_all_runs_is_reported(
 
 def test_every_altered_graph_is_named(tiny_bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
     for name, file in stored_files(tiny_bundle).items():
-        if name == "weights":
+        if name == "weights" or name.startswith("batch."):
             continue
         altered = shutil.copytree(tiny_bundle, tmp_path / name)
         alter(altered, file)
