@@ -212,21 +212,21 @@ def measure(graphs: Graphs, policy: Policy, progress: Any) -> list[dict[str, Any
                 dispatcher = BatchDispatcher(arch, backend, given, given)
                 for _ in range(3 if not number else 0):
                     dispatcher.run(images, TRAINED)
-                copying.ms = unpacking.ms = finishing.ms = 0.0
                 backend.none.counts.clear()
                 gc.disable()
-                began = perf_counter()
                 for _ in range(RUNS):
+                    copying.ms = unpacking.ms = finishing.ms = 0.0
+                    began = perf_counter()
                     checked_images(images, arch.image_size)
-                checked = perf_counter()
-                for _ in range(RUNS):
+                    checked = perf_counter()
                     dispatcher.run(images, TRAINED)
-                whole = 1e3 * (perf_counter() - checked) / RUNS
+                    whole = 1e3 * (perf_counter() - checked)
+                    copied, unpacked = copying.ms, unpacking.ms + finishing.ms
+                    if number:
+                        row = whole - copied - unpacked, 1e3 * (checked - began) + copied, unpacked
+                        found[way].append(row)
                 gc.enable()
-                copied, unpacked = copying.ms / RUNS, (unpacking.ms + finishing.ms) / RUNS
                 counts[way] = Counter({name: count / RUNS for name, count in backend.none.counts.items()})
-                if number:
-                    found[way].append((whole - copied - unpacked, 1e3 * (checked - began) / RUNS + copied, unpacked))
                 progress()
         for way in WAYS:
             own, images_ms, results_ms = (statistics.median(column) for column in zip(*found[way], strict=True))
