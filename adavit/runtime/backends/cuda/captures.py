@@ -31,11 +31,12 @@ class Captures:
     Args:
         cuda: the CUDA runtime.
         no_conditions: why there are no engines to run conditionally; None where there are.
+        no_graphs: why engines cannot be recorded at all; None where they may be.
     """
 
-    def __init__(self, cuda: Cuda, no_conditions: str | None) -> None:
+    def __init__(self, cuda: Cuda, no_conditions: str | None, no_graphs: str | None = None) -> None:
         self._cuda = cuda
-        self._why: dict[str, str] = {}
+        self._why: dict[str, str] = {} if no_graphs is None else {CAPACITY: no_graphs}
         self._setter: Setter | None = None
         if no_conditions is None:
             try:

@@ -64,8 +64,8 @@ class OnnxRuntimeGpuBackend(DeviceBackend):
             )
         cuda = Cuda()
         self._stream = int(cuda.call("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking))
-        no_parts = "ONNX Runtime's sessions run on one stream; conditional dispatch is for tensorrt and tensorrt-rtx"
-        super().__init__(graphs, cuda, Captures(cuda, no_parts), MOST_IMAGES)
+        why = "ONNX Runtime's sessions cannot be recorded; that is for the backends tensorrt and tensorrt-rtx"
+        super().__init__(graphs, cuda, Captures(cuda, why, why), MOST_IMAGES)
         self.at_close.append(partial(cuda.call, "cudaStreamDestroy", self._stream))
         self._shares_pool = options.shared_pool
         if self._shares_pool:
