@@ -98,7 +98,7 @@ def capacity_table(bundle: Bundle, offsets: Offsets) -> CapacityTable | None:
     """The table for some offsets: for a budget between two stored points it has room for both.
 
     Returns:
-        None where the bundle has no statistics: an export with `--calibration-images` makes them.
+        None where the bundle has no statistics: an export with calibration images makes them.
 
     Raises:
         BundleError: the statistics are damaged, or of another model.

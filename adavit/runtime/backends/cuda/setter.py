@@ -85,7 +85,7 @@ def compiled(nvrtc: Any, capability: int) -> bytes:
         found, wanted = ".".join(map(str, version)), f"{capability // 10}.{capability % 10}"
         raise BackendError(
             f"NVRTC {found} does not compile for compute capability {wanted}; "
-            "run: pip install --upgrade --upgrade-strategy eager 'cuda-bindings[all]'"
+            "run: pip install -U 'cuda-bindings[all]' nvidia-cuda-nvrtc"
         )
     program = _call(nvrtc, "nvrtcCreateProgram", SOURCE, NAME + b".cu", 0, [], [])
     try:

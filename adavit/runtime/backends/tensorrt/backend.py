@@ -61,7 +61,8 @@ class TensorRtBackend(DeviceBackend):
         self._runtime = self._make_runtime()
         self._jit: Jit | None = None
         parts = self._set.usual(GraphKey("block", 0, PARTS[0])) in self._set.engines
-        no_parts = None if parts else f"the engine set has no parts of blocks; {self._rebuild()} --conditional"
+        build = f"run: adavit-export {self._bundle.path} --target {self.name} --conditional"
+        no_parts = None if parts else f"the engine set has no parts of blocks; {build}"
         self.usual_heads = self._usual_heads(graphs.architecture)
         super().__init__(graphs, cuda, Captures(cuda, no_parts), self._set.max_batch)
         self._finish_engines()
