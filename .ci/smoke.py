@@ -137,8 +137,14 @@ def train(folder: Path) -> None:
 def tensorrt_rtx(folder: Path) -> None:
     """An engine set of the demo for one GPU architecture; that it runs, only such a GPU shows.
 
-    Without a GPU the run says so in one line, so the bindings of CUDA and TensorRT do import.
+    Without a GPU the run says so in one line, so the bindings of CUDA and TensorRT do import. NVRTC compiles a kernel.
     """
+    from cuda.bindings import nvrtc
+
+    from adavit.runtime.backends.cuda.setter import compiled
+
+    image = compiled(nvrtc, 86)
+    expect(image.startswith(b"\x7fELF"), "the kernel", image[:8].hex())
     adavit("export", "demo", "--output", folder / "rtx", "--no-verify")
     build = ("--target", "tensorrt-rtx", "--compute-capability", 86, "--json", "-")
     report = adavit("export", folder / "rtx", *build)

@@ -94,9 +94,10 @@ def described(folder: str) -> dict[str, Any]:
         (about,) = Path(folder).glob("cuda_bindings-*.dist-info")
         major = int(about.name.split("-")[1].split(".")[0])
     wanted = {"functions": functions, "members": members, "names": cuda.NAMES_12 if major == 12 else {}}
+    paths = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("signatures.py")],
-        input=json.dumps(wanted), env={**os.environ, "PYTHONPATH": folder}, capture_output=True, text=True, check=False,
+        input=json.dumps(wanted), env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)

@@ -321,6 +321,33 @@ def test_addresses_live_as_long_as_the_graph(bench: Bench) -> None:
     bench.gpu.alive["exec"] -= 1
 
 
+def test_a_stream_that_is_gone(bench: Bench) -> None:
+    gone = bench.cuda.call("cudaStreamCreateWithFlags", 1)
+    bench.cuda.call("cudaStreamDestroy", gone)
+    with pytest.raises(AssertionError, match="is no stream"):
+        bench.copy(1, 0, gone)
+
+
+def test_a_graph_is_not_freed_while_it_runs(bench: Bench) -> None:
+    with Recording(bench.cuda, bench.stream) as recording:
+        bench.copy(1, 0, bench.stream)
+    executable = recording.instantiate()
+    executable.launch(bench.stream)
+    with pytest.raises(AssertionError, match="may be running"):
+        executable.close()
+    bench.wait()
+    executable.close()
+
+
+def test_a_graph_is_not_launched_into_a_recording(bench: Bench) -> None:
+    with Recording(bench.cuda, bench.stream) as recording:
+        bench.copy(1, 0, bench.stream)
+    executable = recording.instantiate()
+    with pytest.raises(BackendError, match="GraphLaunch"), Recording(bench.cuda, bench.stream):
+        executable.launch(bench.stream)
+    executable.close()
+
+
 def test_numbers_of_conditions_are_on_the_device(bench: Bench, setter: Setter) -> None:
     host = bench.cuda.call("cudaMallocHost", 8)
     with Recording(bench.cuda, bench.stream, setter) as recording:
@@ -423,7 +450,7 @@ def test_another_thread_does_not_get_into_a_graph(bench: Bench) -> None:
         (12030, None, "need CUDA 12.4; the driver is for CUDA 12.3"),
         (11080, None, "need CUDA 12.4; the driver is for CUDA 11.8"),
         (13000, "nvrtc", "NVRTC is missing .*; run: pip install 'cuda-bindings"),
-        (13000, "architecture", "NVRTC 13.0 does not compile for compute capability 8.7; run: pip install"),
+        (13000, "architecture", "NVRTC 13.0 does not know compute capability 8.7; install a newer"),
         (13000, "compile", "nvrtcCompileProgram failed"),
     ],
 )

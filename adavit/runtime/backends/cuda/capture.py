@@ -1,7 +1,7 @@
 """CUDA graphs, recorded from what is enqueued on a stream; parts of them run only where a condition holds.
 
-cuda.core's GraphBuilder is not used: it captures on streams of its own device objects and asks for one more package,
-while cuda.bindings, which backends need anyway, has the five functions that it is made of.
+cuda.core's GraphBuilder is not used: it is one more package and records bodies on streams of its own, while
+cuda.bindings, which backends need anyway, has the few functions that it is made of.
 """
 
 from __future__ import annotations

@@ -84,12 +84,11 @@ def compiled(nvrtc: Any, capability: int) -> bytes:
     if capability not in known:
         found, wanted = ".".join(map(str, version)), f"{capability // 10}.{capability % 10}"
         raise BackendError(
-            f"NVRTC {found} does not compile for compute capability {wanted}; "
-            "run: pip install -U 'cuda-bindings[all]' nvidia-cuda-nvrtc"
+            f"NVRTC {found} does not know compute capability {wanted}; install a newer cuda-bindings[all]"
         )
     program = _call(nvrtc, "nvrtcCreateProgram", SOURCE, NAME + b".cu", 0, [], [])
     try:
-        _call(nvrtc, "nvrtcCompileProgram", program, 1, [f"--gpu-architecture=sm_{capability}".encode()])
+        _call(nvrtc, "nvrtcCompileProgram", program, 1, [b"--gpu-architecture=sm_%d" % capability])
         image = bytearray(_call(nvrtc, "nvrtcGetCUBINSize", program))
         _call(nvrtc, "nvrtcGetCUBIN", program, image)
     finally:
