@@ -22,6 +22,7 @@ on packed rows, attention's products on [A, h, K, d], where padding keys are mas
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -159,7 +160,6 @@ class Rows:
 
     Attributes:
         list: numbers of the packed rows, [T]; of the spare row where fewer are needed.
-        images: whose row it is, [T].
         counts, starts: of each image, how many it has, and the place of its first, [B].
         room: how many there are, a scalar.
     """
@@ -172,10 +172,16 @@ class Rows:
         spare = _size(graph, flat)
         all_rows = graph.op("Slice", numbers, graph.ints(0), graph.ints(-1), graph.ints(0))
         self.list = _packed(graph, flat, all_rows, self.room, spare)
-        last = graph.op("Sub", _size(graph, selected), _number(graph, 1))
-        self.images = graph.op("Min", graph.op("Div", self.list, _number(graph, arch.tokens)), last)
+        self._tokens, self._selected = arch.tokens, selected
         self.counts = graph.op("ReduceSum", selected, graph.ints(1), keepdims=0)
         self.starts = graph.op("CumSum", self.counts, _number(graph, 0), exclusive=1)
+
+    @cached_property
+    def images(self) -> str:
+        """Whose row it is, [T]."""
+        graph = self._graph
+        last = graph.op("Sub", _size(graph, self._selected), _number(graph, 1))
+        return graph.op("Min", graph.op("Div", self.list, _number(graph, self._tokens)), last)
 
     def overflowed(self) -> str:
         """OVERFLOWED for images without room for their rows, [B]."""
@@ -296,14 +302,13 @@ def _mlp(
 
 def _add_decisions(graph: Builder, arch: Architecture, block: int, y: str, limits: str, state: str) -> None:
     """Adds a block's decisions on y [R, D]: the outputs kept, state and sizes."""
-    batch = graph.op("Shape", limits, start=0, end=1)
     rows = graph.op("Slice", y, graph.ints(0), graph.ints(-1), graph.ints(0))
     logits = add_decision_logits(graph, arch, block, rows, lambda: _class_tokens(graph, arch, y))
     sizes = {"tokens": arch.tokens, "heads": arch.heads, "sublayers": 2}
     parts, made = [], []
     for column, (kind, size) in enumerate(sizes.items()):
         if kind not in logits:
-            shape = graph.op("Concat", batch, graph.ints(size), axis=0)
+            shape = graph.op("Concat", graph.op("Shape", limits, start=0, end=1), graph.ints(size), axis=0)
             parts.append(graph.op("Expand", graph.constant("true", np.array([[True]])), shape))
             continue
         found = graph.op("Reshape", logits[kind], graph.ints(-1, size))

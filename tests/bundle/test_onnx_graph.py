@@ -33,9 +33,10 @@ def graphs(tiny_bundle: Path) -> Graphs:
 
 def all_of(graphs: Graphs) -> dict[str, OnnxGraph]:
     """Every graph by its role."""
-    found = {"stem": graphs.stem(), "dense": graphs.dense()}
+    found = {"stem": graphs.stem(), "dense": graphs.dense(), "batch.stem": graphs.batch_stem()}
     for block, files in enumerate(graphs.files.blocks):
         found |= {f"blocks.{block}.{sublayers.name}": graphs.block(block, sublayers) for sublayers in files}
+        found[f"batch.{block}"] = graphs.batch_block(block)
     return found
 
 
