@@ -216,6 +216,7 @@ class DeviceLane:
             memory.limits[:] = limits
         if kept is not None:
             memory.kept[:] = kept
+        memory.begin_on_device()
 
     def _run(self, runners: Runners, key: GraphKey, room: Room | None = None, stream: int | None = None) -> None:
         runners.run(key, self._every_head, self._follows, room, self._stream if stream is None else stream)

@@ -133,8 +133,11 @@ class LaneMemory:
     # Times.
 
     def begin(self) -> None:
-        """Marks where a batch begins."""
+        """Marks where a batch begins on the host."""
         self.waited, self._began = 0.0, time.perf_counter()
+
+    def begin_on_device(self) -> None:
+        """Marks where it begins on the device."""
         self._cuda.call("cudaEventRecord", self._events[0], self._stream)
 
     def wait(self) -> None:
