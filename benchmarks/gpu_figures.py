@@ -84,8 +84,8 @@ SPREAD = 2.0
 """The least certain figure is SMALL: the table's range has it divided and multiplied by this."""
 MOVES = {"attention": 2, "mlp": 2, "decisions": 2}
 """How often a block's part reads or writes all rows of a batch in fp32, beside what a dense block does."""
-COPIES = 4
-"""How often a conditional sub-layer does, to put its result in place."""
+COPIES = 2
+"""How often a conditional sub-layer does, to copy its result back in place."""
 
 GRAPH_LAUNCH = 15e-6
 """Seconds to launch a CUDA graph: measured by others on an RTX 5070 Ti laptop."""

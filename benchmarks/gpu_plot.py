@@ -55,7 +55,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     panels[0, 0].set_xlim(0.85 * lowest, 1.15 * max(highest, *(row["speedup_range"][1] for row in rows)))
     precision = rows[0]["precision"]
     figure.suptitle(f"{MODELS[model]}, {precision}: a model of the time, not a measurement", fontweight="bold")
-    figure.supxlabel("speedup over the dense engine; in the grey area the dense engine is faster", fontsize="medium")
+    panels[-1, len(batches) // 2].set_xlabel("speedup over the dense engine, which is faster in the grey area")
     style = {"linestyle": "", "markersize": 7}
     handles = [Line2D([], [], color=colour, marker=MARKERS[way], **style) for way, colour in COLOURS.items()]
     handles.append(Line2D([], [], color="0.7", linewidth=5))
