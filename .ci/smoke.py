@@ -1,7 +1,7 @@
 """Smoke tests of an installed adavit, as users run it: `python .ci/smoke.py PART ...`, with the Python it is in.
 
-Parts: lowest, wheel, run, openvino, export, int8, train, tensorrt-rtx. All of them run in a temporary folder. Ends with
-1 at the first that fails, and says which.
+Parts: lowest, wheel, run, openvino, export, int8, train, tensorrt-rtx, deit. All of them run in a temporary folder.
+Ends with 1 at the first that fails, and says which.
 """
 
 import json
@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import adavit as package
+from adavit.architecture import Architecture
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO = Path(package.__file__).resolve().parent / "demo"
@@ -155,6 +156,34 @@ def tensorrt_rtx(folder: Path) -> None:
     expect(not refused.returncode or right, "the reason why it does not run here", lines)
 
 
+def deit(folder: Path) -> None:
+    """Engine sets of a DeiT-S of random weights in every precision, its blocks' parts too, for one GPU architecture.
+
+    Without the parts and the dense twin, a set is little larger than the weights.
+    """
+    sys.path.insert(0, str(REPOSITORY / "tests"))
+    from cases import random_model, save
+
+    arch = Architecture(
+        stem="patch", image_size=224, patch_size=16, width=384, depth=12, heads=6, hidden=1536, classes=1000, keep=1,
+        qkv_bias=True, token_policy=True, head_policy=True, sublayer_policy=True,
+    )  # fmt: skip
+    checkpoint, bundle = save(random_model(arch, sublayers=9.0), folder / "deit.safetensors"), folder / "deit"
+    precisions = ("--precision", "fp32,fp16,int8", "--calibration-images", IMAGES, "--samples", 16)
+    adavit("export", checkpoint, "--output", bundle, "--no-verify", *precisions)
+    build = ("--target", "tensorrt-rtx", "--conditional", "--compute-capability", 86, "--jobs", 2, "--json", "-")
+    sets = adavit("export", bundle, *build)["engine_sets"].values()
+    expect([built["precision"] for built in sets] == ["fp32", "fp16", "int8"], "the engine sets", list(sets))
+    described = json.loads((bundle / "config.json").read_text(encoding="utf-8"))["precisions"]
+    for built in sets:
+        precision, engines = built["precision"], built["engines"]
+        whole = ("stem", *(f"blocks.{block}" for block in range(arch.depth)))
+        expect(len(engines) == 4 * arch.depth + 2, "the engines", list(engines))
+        ratio = sum(engines[name]["bytes"] for name in whole) / described[precision]["weights"]["bytes"]
+        print(f"    {precision}: {built['seconds']:.0f} s, {ratio:.2f} times the weights' bytes")
+        expect(ratio <= (1.7 if precision == "int8" else 1.4), "the size of a set", [precision, ratio])
+
+
 PARTS = {
     "lowest": lowest,
     "wheel": wheel,
@@ -164,6 +193,7 @@ PARTS = {
     "int8": int8,
     "train": train,
     "tensorrt-rtx": tensorrt_rtx,
+    "deit": deit,
 }
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,24 +18,21 @@ import pytest
 from cases import (
     export,
     invoke,
-    pictures_in,
     quiet,
     random_model,
     read_config,
     refusal,
     rewrite_stored,
-    save,
     stored_files,
     tiny,
     write_config,
 )
 from onnx import helper
 
-from adavit.architecture import Architecture
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import demo_bundle
-from adavit.bundle.engine_sets import engine_sets, source_of
-from adavit.bundle.graph_keys import graph_keys, read_graph
+from adavit.bundle.engine_sets import EngineKey, engine_sets, read_engine, source_of
+from adavit.bundle.graph_keys import GraphKey, constants_of, graph_keys, part_keys, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.policy import Policy
 from adavit.bundle.statistics import write_statistics
@@ -52,10 +50,8 @@ pytest.importorskip("tensorrt_rtx", reason="pip install 'adavit[tensorrt-rtx]' t
 pytest.importorskip("polygraphy", reason="pip install 'adavit[tensorrt-rtx]' to build engines")
 
 RTX = BuildOptions(target=("tensorrt-rtx",), jobs=2)
-DEIT_SMALL = Architecture(
-    stem="patch", image_size=224, patch_size=16, width=384, depth=3, heads=6, hidden=1536, classes=1000, keep=1,
-    qkv_bias=True, token_policy=True, head_policy=True, sublayer_policy=True,
-)  # fmt: skip
+PRECISIONS = ("fp32", "fp16", "int8")
+WIDE = tiny(width=192, depth=2)
 
 
 @pytest.fixture(scope="module")
@@ -70,23 +66,27 @@ def bundle(few: Path, tmp_path: Path) -> Path:
     return shutil.copytree(few, tmp_path / "bundle")
 
 
-def assert_complete(bundle: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """A set of every graph, of the reported and described sizes and hashes, shapes within profiles."""
-    (built,) = engine_sets(Bundle.open(bundle))
-    (made,) = report.values()
-    graphs = Graphs(Bundle.open(bundle), built.precision)
+def assert_complete(bundle: Path, reports: dict[str, Any], parts: bool = False) -> dict[str, Any]:
+    """The last set has every graph, of the reported and described sizes and hashes, shapes within profiles."""
+    built, made = engine_sets(Bundle.open(bundle))[-1], list(reports.values())[-1]
+    opened = Bundle.open(bundle)
+    graphs = Graphs(opened, built.precision)
     assert made["precision"] == built.precision
-    assert list(built.engines) == graph_keys(graphs.files)
     assert list(made["engines"]) == [key.name for key in built.engines]
+    wanted = graph_keys(graphs.files) + part_keys(graphs.files) * parts
+    assert list(dict.fromkeys(key.graph for key in built.engines)) == wanted
     for key, stored in built.engines.items():
         data = (bundle / stored.file).read_bytes()
         found = made["engines"][key.name]
         assert (stored.bytes, stored.sha256) == (len(data), sha256(data)) == (found["bytes"], found["sha256"])
-        assert stored.source == source_of(graphs.files, key)
+        assert len(read_engine(opened, stored)) == stored.unpacked_bytes > stored.bytes
+        assert stored.source == source_of(graphs.files, key.graph)
         assert found["layers"] and found["seconds"] > 0
         assert sum(found["precisions"].values()) == len(found["layers"])
+        graph = read_graph(graphs, key.graph)
+        given = {value.name for value in graph.inputs} - set(constants_of(graphs, key.graph, graph))
         for profile in found["profiles"]:
-            assert set(profile) == {value.name for value in read_graph(graphs, key).inputs}
+            assert set(profile) == given
             for least, tuned, most in profile.values():
                 assert all(1 <= a <= b <= c for a, b, c in zip(least, tuned, most, strict=True))
     assert built_here(built.fingerprint)
@@ -94,75 +94,54 @@ def assert_complete(bundle: Path, report: dict[str, Any]) -> dict[str, Any]:
         json.loads((bundle / next(iter(built.engines.values())).file).with_name("report.json").read_text()).keys()
         == made.keys()
     )
-    return made["engines"]
+    return dict(made["engines"])
 
 
-def computing(engines: dict[str, Any]) -> set[str]:
-    """The types that engines compute with, whole numbers and truth values left out."""
-    found = {precision for engine in engines.values() for precision in engine["precisions"]}
+def computing(engine: dict[str, Any]) -> set[str]:
+    """The types that an engine computes with, whole numbers and truth values left out."""
+    found = {part for precision in engine["precisions"] for part in precision.split("+")}
     return found - {"int64", "int32", "bool"}
 
 
-def converted_blocks(bundle: Path, precision: str) -> set[str]:
-    """The sub-layers whose weights are in a precision; those that no image reaches stay in fp32."""
-    weights = {"attention": "attn.proj.weight", "mlp": "mlp.fc2.weight"}
+def converted_blocks(bundle: Path, precision: str) -> dict[int, set[str]]:
+    """Of each block, the types of its linear layers' weights; of what no image reaches, these stay in fp32."""
     graphs = Graphs(Bundle.open(bundle), precision)
-    depth = range(graphs.architecture.depth)
-    named = {f"{block}.{part}": f"blocks.{block}.{name}" for block in depth for part, name in weights.items()}
-    return {part for part, name in named.items() if graphs.tensors.tensors[name].dtype != "float32"}
-
-
-def covers(engine: str, sublayer: str) -> bool:
-    """Whether the engine of a block runs a sub-layer."""
-    block, part = sublayer.split(".")
-    return engine in (f"blocks.{block}.{part}", f"blocks.{block}.both")
+    names = ("attn.proj.weight", "mlp.fc2.weight")
+    tensors = graphs.tensors.tensors
+    return {
+        block: {tensors[f"blocks.{block}.{name}"].dtype for name in names} for block in range(graphs.architecture.depth)
+    }
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Bundles of the demo and of a few blocks of a full-size DeiT in any precision."""
-    folder = tmp_path_factory.mktemp("exported")
-    pictures = pictures_in(tmp_path_factory.mktemp("pictures"), 18)
-    checkpoint = save(random_model(DEIT_SMALL, sublayers=9.0), folder / "deit.safetensors")
-    sources = {
-        "demo": (Path("demo"), demo_bundle().with_name("images")),
-        "full_size": (checkpoint, pictures),
-    }
-
-    def bundle(model: str, precision: str) -> Path:
-        source, images = sources[model]
-        calibration = CalibrationOptions()
-        if precision != "fp32":
-            cache = folder / f"{model}.npz"
-            calibration = CalibrationOptions((precision,), (images,), cache, samples=16, method="max")
-        options = ExportOptions(verify=False, threads=2, calibration=calibration)
-        export_bundle(source, folder / f"{model}-{precision}", options, quiet)
-        return folder / f"{model}-{precision}"
-
-    return bundle
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The demo in every precision, with a set of engines for each, and the report of their build."""
+    folder, pictures = demo_bundle(), demo_bundle().with_name("images")
+    bundle = tmp_path_factory.mktemp("demo") / "bundle"
+    calibration = CalibrationOptions(PRECISIONS, (pictures,), samples=16, method="max")
+    options = ExportOptions(verify=False, threads=2, calibration=calibration)
+    export_bundle(folder / "fp32/model.safetensors", bundle, options, quiet)
+    return bundle, add_engines(bundle, RTX, quiet)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("model", ["demo", "full_size"])
-def test_every_engine_is_built(exported: Callable[[str, str], Path], model: str, precision: str) -> None:
-    bundle = exported(model, precision)
-    engines = assert_complete(bundle, add_engines(bundle, RTX, quiet))
-    assert {engine.file for engine in engine_sets(Bundle.open(bundle))[0].engines.values()} == {
-        str(path.relative_to(bundle)) for path in bundle.glob("tensorrt/*/*.engine")
-    }
-    assert {"stem", "blocks.0.both", "blocks.1.both", "blocks.1.none", "dense"} <= set(engines)
-    converted = converted_blocks(bundle, precision)
-    for name, engine in engines.items():
-        types = computing({name: engine})
-        sublayers = [part for part in converted if name == "dense" or covers(name, part)]
-        if not sublayers:
-            assert types == {"float32"}, name
-        elif precision == "fp16":  # sums, normalisation, softmax and decisions stay in float32
-            assert types == {"float16", "float32"}, name
-        else:
-            assert types <= {"int8", "float32"}, name
-    if precision == "int8":
-        assert "int8" in computing({name: engines[name] for name in ("blocks.1.both", "blocks.1.mlp")})
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_engine_of_the_demo_is_built(demo: tuple[Path, dict[str, Any]], precision: str) -> None:
+    bundle, reports = demo
+    until = PRECISIONS.index(precision) + 1
+    described = read_config(bundle)
+    sets = dict(list(described["engine_sets"].items())[:until])
+    write_config(bundle, described | {"engine_sets": sets})
+    engines = assert_complete(bundle, dict(list(reports.items())[:until]))
+    write_config(bundle, described)
+    assert list(engines) == ["stem", *(f"blocks.{block}" for block in range(8)), "dense"]
+    assert computing(engines["stem"]) == {"float32"}
+    for block, weights in converted_blocks(bundle, precision).items():
+        found = computing(engines[f"blocks.{block}"])
+        # Sums, normalisation, softmax and decisions stay in float32.
+        assert found == {"float32"} | weights & {"float16", "int8"}, block
+    built = engine_sets(Bundle.open(bundle))
+    files = {engine.file for found in built for engine in found.engines.values()}
+    assert files == {str(path.relative_to(bundle)) for path in bundle.glob("tensorrt/*/*.engine")}
 
 
 def test_each_precision_of_a_bundle_gets_a_set(bundle: Path) -> None:
@@ -183,7 +162,8 @@ def test_each_precision_of_a_bundle_gets_a_set(bundle: Path) -> None:
 
 def test_every_engine_of_a_t2t_model(golden_bundles: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = shutil.copytree(golden_bundles("t2t_small"), tmp_path / "bundle")
-    assert computing(assert_complete(bundle, add_engines(bundle, RTX, quiet))) == {"float32"}
+    engines = assert_complete(bundle, add_engines(bundle, RTX, quiet))
+    assert all(computing(engine) == {"float32"} for engine in engines.values())
 
 
 def test_engines_are_built_with_the_export(checkpoint: Path, tmp_path: Path) -> None:
@@ -191,7 +171,7 @@ def test_engines_are_built_with_the_export(checkpoint: Path, tmp_path: Path) -> 
     done = invoke(export_command, checkpoint, "--output", bundle, "--no-verify", "--target", "tensorrt-rtx")
     assert done.exit_code == 0, done.output
     found = Bundle.open(bundle)
-    assert list(engine_sets(found)[0].engines) == graph_keys(found.files_of())
+    assert [key.graph for key in engine_sets(found)[0].engines] == graph_keys(found.files_of())
     assert "built       tensorrt-rtx-" in done.stdout
 
 
@@ -225,23 +205,60 @@ def test_a_hostile_set_that_is_replaced_takes_nothing_along(file: str, bundle: P
     assert read_config(bundle)["engine_sets"] == {"old": {"engines": []}}
 
 
-def test_profiles_follow_the_statistics(bundle: Path) -> None:
-    found = Bundle.open(bundle)
-    policy = Policy.dense(found.architecture, 100)
-    policy.tokens[:40, :, 2:] = False
+def with_statistics(bundle: Path, policy: Policy) -> Path:
+    """Gives a bundle statistics."""
     stored = write_statistics(bundle, [policy])
     write_config(bundle, read_config(bundle) | {"statistics": vars(stored)})
+    return bundle / stored.file
+
+
+def test_profiles_follow_the_statistics(bundle: Path) -> None:
+    policy = Policy.dense(Bundle.open(bundle).architecture, 100)
+    policy.tokens[:, 1, 2:] = False
+    statistics = with_statistics(bundle, policy)
     (report,) = add_engines(bundle, RTX, quiet).values()
-    tokens = found.architecture.tokens
-    shapes = [profile["tokens"] for profile in report["engines"]["blocks.1.mlp"]["profiles"]]
-    assert [[least[0], tuned[0], most[0]] for least, tuned, most in shapes] == [[1, 2, 2], [3, tokens, tokens]]
-    (bundle / "statistics.npz").write_bytes(b"0" * stored.bytes)
+    tokens = policy.tokens.shape[2]
+    for block, kept in ((0, tokens), (1, 2)):
+        _, batch = report["engines"][f"blocks.{block}"]["profiles"]
+        least, tuned, most = (shape[0] for shape in batch["attention_rows"])
+        assert (least, most) == (1, 32 * tokens)
+        assert 32 * kept <= tuned < 33 * kept + 4 * tokens, block
+    statistics.write_bytes(b"0" * statistics.stat().st_size)
     with pytest.raises(BundleError, match="altered"):
         add_engines(bundle, RTX, quiet)
 
 
+def test_parts_of_blocks_are_built_on_request(bundle: Path) -> None:
+    done = invoke(export_command, bundle, "--target", "tensorrt-rtx", "--conditional", "--jobs", "2", "--json", "-")
+    assert done.exit_code == 0, done.output
+    engines = assert_complete(bundle, json.loads(done.stdout)["engine_sets"], parts=True)
+    parts = [f"blocks.{block}.{part}" for block in range(2) for part in ("attention", "mlp", "decisions")]
+    assert [name for name in engines if name.count(".") == 2] == parts
+
+
+def test_heads_that_images_do_not_keep_are_left_out_on_request(tmp_path: Path) -> None:
+    bundle = export(random_model(WIDE), tmp_path, verify=False)
+    options = replace(RTX, leave_out_heads=True, conditional=True)
+    with pytest.raises(InputError, match="has no statistics, which tell what heads images usually keep"):
+        add_engines(bundle, options, quiet)
+    policy = Policy.dense(WIDE, 50)
+    policy.heads[:, 1] = [False, True, False]
+    with_statistics(bundle, policy)
+    engines = assert_complete(bundle, add_engines(bundle, options, quiet), parts=True)
+    (built,) = engine_sets(Bundle.open(bundle))
+    usual = {key.name: stored.heads for key, stored in built.engines.items() if key.usual}
+    assert usual == {f"blocks.1{part}.usual": (1,) for part in ("", ".attention", ".mlp")}
+    assert {"blocks.1", "blocks.0.attention", "blocks.1.decisions"} <= set(engines)
+    assert not {"blocks.1.attention", "blocks.1.mlp"} & set(engines)  # what overflows runs in whole blocks
+    whole, part = (engines[name]["bytes"] for name in ("blocks.1", "blocks.1.usual"))
+    weights = 4 * (4 * WIDE.width**2 + WIDE.width * WIDE.hidden)
+    assert whole - part > 0.8 * weights * 2 / 3  # two heads of three
+    assert built.usual(GraphKey("block", 1)) == EngineKey(GraphKey("block", 1), True)
+    assert built.usual(GraphKey("block", 0)) == EngineKey(GraphKey("block", 0))
+
+
 def test_a_graph_that_does_not_fit_is_refused_before_anything_is_built(bundle: Path) -> None:
-    file = stored_files(bundle)["blocks.1.mlp"]
+    file = stored_files(bundle)["batch.1"]
     model = onnx.load_from_string((bundle / file).read_bytes())
     last = next(node for node in model.graph.node if "y" in node.output)
     last.output[:] = ["before"]
@@ -252,7 +269,7 @@ def test_a_graph_that_does_not_fit_is_refused_before_anything_is_built(bundle: P
     rewrite_stored(bundle, file, model.SerializeToString())
     before = sorted(bundle.rglob("*"))
     message = refusal(invoke(export_command, bundle, "--target", "tensorrt-rtx"))
-    assert "blocks.1.mlp.onnx: is not a graph of its architecture: its operator Transpose does not fit" in message
+    assert "batch.1.onnx: is not a graph of its architecture: its operator Transpose does not fit" in message
     assert [path for path in sorted(bundle.rglob("*")) if path.name != "tensorrt"] == before
     assert not engine_sets(Bundle.open(bundle))
 
@@ -298,7 +315,10 @@ def test_the_builder_takes_its_options(bundle: Path) -> None:
     ((key, report),) = json.loads(done.stdout)["engine_sets"].items()
     assert key.endswith("-sm86-sm89")
     assert read_config(bundle)["engine_sets"][key]["max_batch"] == 4
-    assert report["engines"]["dense"]["profiles"][0]["images"][2][0] == 4
+    assert engine_sets(Bundle.open(bundle))[0].max_batch == 4
+    for name, value in (("dense", "images"), ("stem", "images"), ("blocks.1", "state")):
+        most = [profile[value][2][0] for profile in report["engines"][name]["profiles"]]
+        assert most == [1, 4], name
 
 
 def test_every_option_reaches_the_builder(tmp_path: Path) -> None:
@@ -319,7 +339,7 @@ def test_every_option_reaches_the_builder(tmp_path: Path) -> None:
     def ask(timing_cache: str | None, **options: Any) -> dict[str, Any]:
         asked.clear()
         built = SimpleNamespace(
-            trt=trt, loaders=loaders, options=BuildOptions(**options), timing_cache=timing_cache, set_capabilities=None
+            trt=trt, loaders=loaders, options=BuildOptions(**options), timing_cache=timing_cache, configure=None
         )
         worker.builder_config(built, [{"x": ((1, 4), (2, 4), (9, 4))}])  # type: ignore[arg-type]
         return asked
@@ -341,13 +361,16 @@ def test_every_option_reaches_the_builder(tmp_path: Path) -> None:
     assert ask("times.cache")["load_timing_cache"] == "times.cache"
 
 
-def test_engines_are_for_every_gpu_that_is_named() -> None:
+def test_engines_are_for_every_gpu_that_is_named_and_can_be_captured() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
     chosen: Any = SimpleNamespace(flavour="tensorrt-rtx", trt=trt, compute_capabilities=lambda: (86, 89, 120))
-    worker._Worker.set_capabilities(chosen, None, None, config)
+    worker._Worker.configure(chosen, None, None, config)
     found = [config.get_compute_capability(index) for index in range(config.num_compute_capabilities)]
     assert found == [trt.ComputeCapability.SM86, trt.ComputeCapability.SM89, trt.ComputeCapability.SM120]
+    assert not hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") or config.get_flag(
+        trt.BuilderFlag.REQUIRE_USER_ALLOCATION
+    )
 
 
 def test_a_builder_that_dies_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +381,7 @@ def test_a_builder_that_dies_is_one_line(bundle: Path, monkeypatch: pytest.Monke
     assert sorted(bundle.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["stem", "weights"])
+@pytest.mark.parametrize("name", ["batch.stem", "weights"])
 def test_an_altered_file_is_not_built(bundle: Path, name: str) -> None:
     path = bundle / stored_files(bundle)[name]
     data = bytearray(path.read_bytes())

@@ -81,7 +81,7 @@ def test_other_engines_than_were_built_here(built: Path, gpu: Gpu, change: str) 
     if change == "sha256":
         described_engine(config, "stem")["sha256"] = "0" * 64
     elif change == "role":
-        first, second = described_engine(config, "blocks.1.both"), described_engine(config, "blocks.2.both")
+        first, second = described_engine(config, "blocks.1"), described_engine(config, "blocks.2")
         first["block"], second["block"] = 2, 1
     else:
         other = {"version": "10.0.1", "flavour": "tensorrt-rtx", "platform": "win32_amd64", "precision": "fp16"}
@@ -96,7 +96,7 @@ def test_other_engines_than_were_built_here(built: Path, gpu: Gpu, change: str) 
 def test_a_set_that_was_built_here_is_taken_beside_one_that_came_along(built: Path, gpu: Gpu) -> None:
     config = read_config(built)
     theirs = config["engine_sets"]["double"]
-    more = {**described_engine(config, "stem"), "role": "block", "block": 9, "attention": True, "mlp": True}
+    more = {**described_engine(config, "stem"), "role": "block", "block": 9}
     engines = [*theirs["engines"], {**more, "sha256": "1" * 64}]
     config["engine_sets"] = {
         "theirs": {**theirs, "engines": engines},
