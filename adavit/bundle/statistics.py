@@ -22,7 +22,7 @@ from adavit.bundle.stored import StoredFile
 from adavit.errors import BundleError, InputError
 from adavit.reading import read_arrays
 
-__all__ = ["operating_offsets", "policies_around", "policy_at", "usual_heads", "write_statistics"]
+__all__ = ["operating_offsets", "policies_around", "policies_of", "policy_at", "usual_heads", "write_statistics"]
 
 MOST_IMAGES = 1024
 MOST_BYTES = 1 << 30
@@ -58,6 +58,15 @@ def policy_at(bundle: Bundle, offsets: Offsets) -> Policy | None:
     stored, depth = operating_offsets(bundle), bundle.architecture.depth
     nearest = min(range(len(stored)), key=lambda place: _distance(stored[place], offsets, depth))
     return next(iter(_policies(bundle, [nearest])), None)
+
+
+def policies_of(bundle: Bundle) -> list[Policy]:
+    """What images kept at each of `operating_offsets`; nothing where a bundle has no statistics.
+
+    Raises:
+        BundleError: the file is damaged, or of another model.
+    """
+    return _policies(bundle, range(len(operating_offsets(bundle))))
 
 
 def policies_around(bundle: Bundle, offsets: Offsets) -> list[Policy]:

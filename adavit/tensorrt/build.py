@@ -20,11 +20,12 @@ from adavit.bundle.bundle import Bundle, write_config
 from adavit.bundle.engine_sets import EngineKey, engine_sets, read_engine_set, this_platform
 from adavit.bundle.graph_keys import constants_of, graph_keys, part_keys, read_graph
 from adavit.bundle.graphs import Graphs
+from adavit.bundle.statistics import policies_of, usual_heads
 from adavit.bundle.trust import remember_built
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.files import folder_beside
+from adavit.runtime.capacity import CapacityTable
 from adavit.tensorrt import worker
-from adavit.tensorrt.calibrated import common_rooms, recorded_policy, usual_heads
 from adavit.tensorrt.options import BuildOptions
 from adavit.tensorrt.profiles import profiles_of
 from adavit.tensorrt.worker import Builder
@@ -165,20 +166,22 @@ def _build_all(
 
 
 def _jobs(graphs: Graphs, options: BuildOptions, output: Path) -> list[worker.Job]:
-    policy = recorded_policy(graphs.bundle)
-    if options.leave_out_heads and policy is None:
+    bundle, arch = graphs.bundle, graphs.architecture
+    policies = policies_of(bundle)
+    if options.leave_out_heads and not policies:
         raise InputError(
             f"{graphs.path}: has no statistics, which tell what heads images usually keep; export again with "
             "`calibration_images`, or leave out `leave_out_heads`"
         )
-    usual = usual_heads(policy) if policy is not None and options.leave_out_heads else []
-    rooms, found = None if policy is None else common_rooms(policy), []
+    usual = usual_heads(policies) if options.leave_out_heads else []
+    rooms = CapacityTable(arch, policies, bundle.capacity_quantile).rooms if policies else None
+    found = []
     for key, heads in _engines(graphs, options.conditional, usual):
         graph = read_graph(graphs, key.graph)
         constants = constants_of(graphs, key.graph, graph)
         inputs = [value for value in graph.inputs if value.name not in constants]
         try:
-            profiles = profiles_of(inputs, key.graph.block, graphs.architecture, options.max_batch, rooms)
+            profiles = profiles_of(inputs, key.graph.block, arch, options.max_batch, rooms)
         except ValueError as error:
             raise BundleError(f"{graphs.path}: {key.name}: {error}; export again") from None
         found.append(worker.Job(key, heads, profiles, output / f"{key.name}.engine"))
