@@ -11,11 +11,11 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
 
-Work = Callable[[], None]
+from cuda_graphs import Condition, Executable, Graph, Node, Work, with_ancestors
 
 
 class Status(IntEnum):
@@ -41,31 +41,6 @@ class Refused(Exception):
     def __init__(self, status: IntEnum) -> None:
         super().__init__(status)
         self.status = status
-
-
-class Node:
-    """Of a graph: work, or a body that runs where a condition holds."""
-
-    def __init__(self, after: Iterable[Node], work: Work | None = None, body: Graph | None = None, handle: int = 0):
-        self.after, self.work, self.body, self.handle = tuple(after), work, body, handle
-
-
-class Graph:
-    """What was recorded; the body of a node has its graph as `parent`."""
-
-    def __init__(self, parent: Graph | None = None) -> None:
-        self.nodes: list[Node] = []
-        self.handles: list[int] = []
-        self.parent, self.alive = parent, True
-
-    def root(self) -> Graph:
-        return self if self.parent is None else self.parent.root()
-
-
-class Condition:
-    def __init__(self, graph: Graph, default: int) -> None:
-        self.graph, self.default, self.value = graph, default, default
-        self.used = False
 
 
 class Capture:
@@ -104,15 +79,6 @@ class Event:
     @property
     def done(self) -> bool:
         return self.moment is None or self.moment.done
-
-
-class Executable:
-    """A graph's nodes in the order in which they run; a body's are within."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.handles = [handle for every in _graphs(graph) for handle in every.handles]
-        self.nodes = _order(graph)
-        self.running = 0
 
 
 class Gpu:
@@ -286,7 +252,7 @@ class Gpu:
             raise Refused(Status.cudaErrorStreamCaptureUnmatched)
         if capture.thread != threading.get_ident():
             self._invalidate([capture], Status.cudaErrorStreamCaptureWrongThread)
-        joined = _with_ancestors(stream.last)
+        joined = with_ancestors(stream.last)
         forked = [node for other in capture.streams for node in other.last]
         for one in capture.streams:
             one.capture, one.last = None, []
@@ -387,31 +353,3 @@ class Gpu:
         for capture in captures:
             capture.valid = False
         raise Refused(status)
-
-
-def _graphs(graph: Graph) -> list[Graph]:
-    """A graph and all its bodies."""
-    bodies = [node.body for node in graph.nodes if node.body is not None]
-    return [graph, *(found for body in bodies for found in _graphs(body))]
-
-
-def _order(graph: Graph) -> list[tuple[Node, list[Any]]]:
-    """Nodes as their dependencies allow, the last recorded first; with each what its body has."""
-    waiting, done, found = list(graph.nodes), set(), []
-    while waiting:
-        node = next(node for node in reversed(waiting) if done.issuperset(node.after))
-        waiting.remove(node)
-        done.add(node)
-        found.append((node, [] if node.body is None else _order(node.body)))
-    return found
-
-
-def _with_ancestors(nodes: list[Node]) -> set[Node]:
-    found: set[Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += node.after
-    return found

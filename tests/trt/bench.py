@@ -6,6 +6,7 @@ from typing import Any
 from double import Gpu
 
 from adavit.runtime.backends.cuda.bindings import Cuda
+from adavit.runtime.backends.cuda.capture import Executable
 
 ON_DEVICE = 3
 """cudaMemcpyDeviceToDevice."""
@@ -30,6 +31,10 @@ class Bench:
 
     def wait(self, stream: Any = None) -> None:
         self.cuda.call("cudaStreamSynchronize", stream or self.stream)
+
+    def run(self, executable: Executable) -> None:
+        executable.launch(self.stream)
+        self.wait()
 
     def close(self) -> None:
         for number in self.numbers:
