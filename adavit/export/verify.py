@@ -20,6 +20,8 @@ from adavit.measure.compare import KINDS, margins_of
 from adavit.model import AdaViT, Output
 from adavit.model.adavit import Block, BlockLogits
 from adavit.model.policy import BlockPolicy, decide
+from adavit.runtime.backend import Options
+from adavit.runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
 from adavit.runtime.dispatcher import Step
 from adavit.runtime.finite import NotFiniteError
 from adavit.runtime.session import Runtime
@@ -99,7 +101,7 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
     """Runs random images through both and compares every decision, the tokens behind every block, and the logits.
 
     Policies that keep every head, one, and none are replayed too, so that no graph goes unseen for want of an image
-    that needs it. What the backend prepares for the images' heads is compared as well.
+    that needs it. What the backend prepares for the images' heads is compared as well, and the graphs of batches.
 
     Of a model without policies, the logits of the dense graph are compared.
 
@@ -119,7 +121,9 @@ def verify(model: AdaViT, runtime: Runtime, progress: Callable[[str, float], Non
         worst = max(worst, _compare(wanted, runtime, replay))
         if wanted is not (replayed[0] if replayed else None):  # all heads would need all weights once more
             worst = max(worst, _compare_prepared(wanted, runtime, replay))
-        progress("verifying", done / len(runs))
+        progress("verifying", done / (len(runs) + 1))
+    worst = max(worst, _compare_batches(chosen, replayed, runtime))
+    progress("verifying", 1.0)
     result: dict[str, Any] = {
         "precision": "fp32",
         "images": len(chosen),
@@ -196,17 +200,18 @@ def _compare(wanted: Reference, runtime: Runtime, replay: Policy | None) -> floa
         result = runtime.run(wanted.image[None], replay, lambda step: seen.append(_copied(step)))
     except BackendError as error:  # what was seen before tells by which graph
         failure = error
+    batches = not runtime.backend.on_host
     for step in seen:
-        made_by = _made_by(wanted.policy, step.block - 1)
+        made_by = _made_by(wanted.policy, step.block - 1, batches)
         _difference(made_by, step.tokens, wanted.tokens[step.block])
         if step.block < arch.depth:
             _same_decisions(made_by, arch, step, wanted)
     if isinstance(failure, NotFiniteError):
         ran = min(seen[-1].block, arch.depth - 1) if seen else -1
-        raise VerificationError(f"{_made_by(wanted.policy, ran)}: makes values that are not finite")
+        raise VerificationError(f"{_made_by(wanted.policy, ran, batches)}: makes values that are not finite")
     if failure:
         raise failure
-    return _difference(_made_by(wanted.policy, arch.depth - 1), result.logits[0], wanted.logits)
+    return _difference(_made_by(wanted.policy, arch.depth - 1, batches), result.logits[0], wanted.logits)
 
 
 def _copied(step: Step) -> Step:
@@ -228,8 +233,18 @@ def _compare_prepared(wanted: Reference, runtime: Runtime, replay: Policy | None
         backend.retain(())
 
 
-def _made_by(policy: Policy, block: int) -> str:
+def _compare_batches(chosen: list[Reference], replayed: list[Reference], runtime: Runtime) -> float:
+    """Compares images once more, as the graphs of batches run them."""
+    backend = OnnxRuntimeBatchBackend(runtime.graphs, Options(runtime.options.threads))
+    batches = Runtime(runtime.bundle, runtime.graphs, backend, runtime.options, runtime.offsets, specialise=False)
+    runs = [(wanted, None) for wanted in chosen] + [(wanted, wanted.policy) for wanted in replayed]
+    return max(_compare(wanted, batches, replay) for wanted, replay in runs)
+
+
+def _made_by(policy: Policy, block: int, batches: bool) -> str:
     """The graph that ran an image's block; -1 is the stem."""
+    if batches:
+        return "the stem, graph batch" if block < 0 else f"block {block}, graph batch"
     if block < 0:
         return "the stem"
     return f"block {block}, graph {Sublayers(*policy.sublayers[0, block].tolist()).name}"

@@ -61,6 +61,11 @@ class Room(NamedTuple):
         """The room for what a graph asks for, int64 [4]."""
         return cls(*(max(1, size) for size in sizes.tolist()))
 
+    def within(self, batch: int, tokens: int) -> Room:
+        """No more than so many images of so many tokens can take, whatever a graph asks for."""
+        rows = batch * tokens
+        return Room(*map(min, self, (rows, batch, tokens, rows)))
+
 
 Rooms = tuple[Room, ...]
 """Of all blocks."""

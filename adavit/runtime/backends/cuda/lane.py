@@ -89,7 +89,7 @@ class DeviceLane:
     def room(self, block: int) -> Room:
         """See `Lane.room`."""
         self._memory.fetch_one("sizes", block)
-        return Room.of(self._memory.sizes[block])
+        return Room.of(self._memory.sizes[block]).within(self._memory.layout.batch, self._arch.tokens)
 
     def block(self, block: int, room: Room) -> None:
         """See `Lane.block`."""

@@ -117,7 +117,7 @@ class CpuLane:
 
     def room(self, block: int) -> Room:
         """See `Lane.room`."""
-        return Room.of(self._values["sizes"])
+        return Room.of(self._values["sizes"]).within(self._batch, self._arch.tokens)
 
     def block(self, block: int, room: Room) -> None:
         """See `Lane.block`."""
