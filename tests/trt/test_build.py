@@ -368,9 +368,7 @@ def test_engines_are_for_every_gpu_that_is_named_and_can_be_captured() -> None:
     worker._Worker.configure(chosen, None, None, config)
     found = [config.get_compute_capability(index) for index in range(config.num_compute_capabilities)]
     assert found == [trt.ComputeCapability.SM86, trt.ComputeCapability.SM89, trt.ComputeCapability.SM120]
-    assert not hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") or config.get_flag(
-        trt.BuilderFlag.REQUIRE_USER_ALLOCATION
-    )
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 def test_a_builder_that_dies_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
