@@ -57,6 +57,8 @@ def export_bundle(
     max_batch: int = 32,
     jobs: int = 1,
     strip_weights: bool = False,
+    conditional: bool = False,
+    leave_out_heads: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Exports a checkpoint as a bundle, as `adavit-export CHECKPOINT` does; nothing is left of a failed attempt.
@@ -98,9 +100,11 @@ def export_bundle(
         timing_cache: tensorrt: a file of timings to read, and to add to.
         workspace: MiB that a layer may use while it runs.
         builder_optimization_level: how long the builder searches for faster kernels, from 0 to 5.
-        max_batch: images that the dense twin runs at once in TensorRT.
+        max_batch: images of a batch at most in TensorRT.
         jobs: engines built at once.
         strip_weights: leave weights out of engines; loading takes them from the bundle.
+        conditional: build the parts of blocks too: a batch can then skip a sub-layer on the GPU.
+        leave_out_heads: build blocks a second time, without heads that calibration images hardly ever keep.
         progress: called with the stage and the share of it that is done, from 0 to 1.
 
     Returns:
@@ -149,6 +153,8 @@ def export_bundle(
             max_batch=plain(max_batch),
             jobs=plain(jobs),
             strip_weights=plain(strip_weights),
+            conditional=plain(conditional),
+            leave_out_heads=plain(leave_out_heads),
         )
         options = ExportOptions(
             with_dense=plain(with_dense),

@@ -113,8 +113,7 @@ class _Worker:
         captured in CUDA graphs.
         """
         if self.flavour == "tensorrt-rtx":
-            if hasattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # older versions have none
-                config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+            config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
             chosen = self.compute_capabilities()
             config.num_compute_capabilities = len(chosen)
             for index, value in enumerate(chosen):
