@@ -29,6 +29,7 @@ from adavit.model import AdaViT
 from adavit.runtime import Policy, Result, Runtime
 from adavit.runtime.batch import WAYS
 from adavit.runtime.batch_dispatcher import Ran
+from adavit.runtime.dispatcher import Step
 
 FLAVOURS = pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
 WAY = pytest.mark.parametrize("way", WAYS)
@@ -154,18 +155,25 @@ def test_observers_are_shown_every_step(roomy: Callable[..., Path], runtime: Run
     on_gpu, images = on_device(roomy(), way), random_images(runtime.architecture, 3)
     follow = random_policy(runtime.architecture, 3, 1)
     for policy in (None, follow):
-        shown, wanted = [], []
-        found = on_gpu.run(images, policy, observe=shown.append)
-        assert_same(found, runtime.run(images, policy, observe=wanted.append))
+        shown: list[Step] = []
+        wanted: list[Step] = []
+        assert_same(
+            on_gpu.run(images, policy, observe=noting(shown)), runtime.run(images, policy, observe=noting(wanted))
+        )
         assert len(shown) == 3 * (runtime.architecture.depth + 1)
         by_step = {(step.image, step.block): step for step in shown}
         for step in wanted:
             mine = by_step[step.image, step.block]
             np.testing.assert_allclose(mine.tokens, step.tokens, atol=1e-4)
-            assert (mine.logits is None) == (step.logits is None)
-            if step.logits is not None:
-                np.testing.assert_allclose(mine.logits, step.logits, atol=1e-4)
+            assert (mine.decisions is None) == (step.decisions is None)
+            if step.decisions is not None:
+                np.testing.assert_allclose(mine.decisions, step.decisions, atol=1e-4)
                 np.testing.assert_array_equal(mine.kept, step.kept)
+
+
+def noting(steps: list[Step]) -> Callable[[Step], None]:
+    """An observer; tokens are valid until it returns."""
+    return lambda step: steps.append(step._replace(tokens=step.tokens.copy()))
 
 
 def test_an_observer_that_fails_leaves_the_device_usable(
@@ -193,9 +201,8 @@ def counted(gpu: Gpu, run: Callable[[], object]) -> Counter[str]:
     return found
 
 
-@FLAVOURS
-def test_exact_waits_once_a_block(roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu, flavour: str) -> None:
-    on_gpu, depth = on_device(roomy(flavour), "exact", flavour), runtime.architecture.depth
+def test_exact_waits_once_a_block(roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu) -> None:
+    on_gpu, depth = on_device(roomy(), "exact"), runtime.architecture.depth
     for batch in range(1, 33):
         images = random_images(runtime.architecture, batch, batch)
         on_gpu.run(images)
@@ -205,11 +212,8 @@ def test_exact_waits_once_a_block(roomy: Callable[..., Path], runtime: Runtime, 
         assert found["upload"] == 1
         assert found["shape"] == found["address"] == found["profile"] == found["launch"] == 0
         other = random_images(runtime.architecture, batch, 100 + batch)
-        shapes = Counter(
-            detail[0]
-            for call, detail in (counted(gpu, lambda: on_gpu.run(other)), gpu.calls)[1]  # noqa: B023
-            if call == "shape"
-        )
+        counted(gpu, lambda: on_gpu.run(other))  # noqa: B023
+        shapes = Counter(detail[0] for call, detail in gpu.calls if call == "shape")
         assert all(count <= 4 for count in shapes.values())
         assert not {"address", "profile"} & set(gpu.names())
 
@@ -221,17 +225,16 @@ def test_others_launch_once_and_wait_once(
 ) -> None:
     """The graph is recorded when a size comes the second time: its runs are the graph's."""
     on_gpu, depth = on_device(roomy(flavour), way, flavour), runtime.architecture.depth
-    for batch in range(1, 33):
+    for batch in range(1, 33) if flavour == "tensorrt" else (1, 7, 32):
         images = random_images(runtime.architecture, batch, batch)
         warm = counted(gpu, lambda: on_gpu.run(images))  # noqa: B023
-        assert (warm["run"], warm["launch"], warm["synchronise"]) == (engines * depth + 1, 0, warm["synchronise"])
+        assert (warm["run"], warm["launch"]) == (engines * depth + 1, 0)
         recorded = counted(gpu, lambda: on_gpu.run(images))  # noqa: B023
         assert (recorded["run"], recorded["launch"], recorded["synchronise"]) == (engines * depth + 1, 1, 1)
         assert (recorded["upload"], recorded["fetch"]) == (1, 1)
-        for seed in range(2):
-            other = random_images(runtime.architecture, batch, 100 + seed)
-            found = counted(gpu, lambda: on_gpu.run(other))  # noqa: B023
-            assert found == {"launch": 1, "synchronise": 1}, "nothing is set, run or copied by itself"
+        other = random_images(runtime.architecture, batch, 100 + batch)
+        found = counted(gpu, lambda: on_gpu.run(other))  # noqa: B023
+        assert found == {"launch": 1, "synchronise": 1}, "nothing is set, run or copied by itself"
     assert all(not batch.overflowed for batch in ran(on_gpu))
 
 
@@ -282,20 +285,17 @@ def test_images_for_which_there_is_no_room_run_again(
 ) -> None:
     on_gpu = on_device(cramped(bundle, runtime, flavour), way, flavour)
     overflowed, rooms = [], []
-    for seed in range(60):
-        images = random_images(runtime.architecture, 4, seed)
+    batches = [random_images(runtime.architecture, 4, seed) for seed in range(3)]
+    for images in 4 * batches:
         assert_same(on_gpu.run(images), runtime.run(images))
         (went,) = ran(on_gpu)
         overflowed.append(went.overflowed)
         rooms.append(went.rooms)
         assert (went.way, went.images, bool(went.again)) == (way, 4, bool(went.overflowed))
     assert overflowed[0], "the table was made for less"
-    assert not any(overflowed[30:]), "it has grown"
+    assert not any(overflowed[6:]), "it has grown"
     assert len(set(rooms)) > 1
-    graphs = gpu.alive["exec"], gpu.alive["context"]
-    assert graphs[0] == 1, "the graphs of the smaller rooms are freed"
-    on_gpu.run(random_images(runtime.architecture, 4, 99))
-    assert (gpu.alive["exec"], gpu.alive["context"]) == graphs
+    assert gpu.alive["exec"] == 1 and gpu.names("graph freed"), "the graph of the smaller rooms is freed"
     del on_gpu
     assert_all_freed(gpu)
 
@@ -303,10 +303,10 @@ def test_images_for_which_there_is_no_room_run_again(
 def test_some_images_of_a_batch_run_again(bundle: Path, runtime: Runtime, gpu: Gpu) -> None:
     """Their results are put where they belong; those of the others stay."""
     on_gpu = on_device(cramped(bundle, runtime), "capacity")
-    images, budgets = random_images(runtime.architecture, 4), [Offsets(0, 0, -9), Offsets(9, 9, 9)] * 2
+    images, budgets = random_images(runtime.architecture, 4), [Offsets(-50, -50, -50), Offsets(50, 50, 50)] * 2
     assert_same(on_gpu.run(images, budget=budgets), runtime.run(images, budget=budgets))
     (went,) = ran(on_gpu)
-    assert went.overflowed == 2
+    assert went.overflowed == 3, "the third finds no room behind the second"
 
 
 @WAY
