@@ -81,7 +81,7 @@ def test_other_engines_than_were_built_here(built: Path, gpu: Gpu, change: str) 
     if change == "sha256":
         described_engine(config, "stem")["sha256"] = "0" * 64
     elif change == "role":
-        first, second = described_engine(config, "blocks.1.both"), described_engine(config, "blocks.2.both")
+        first, second = described_engine(config, "blocks.1"), described_engine(config, "blocks.2")
         first["block"], second["block"] = 2, 1
     else:
         other = {"version": "10.0.1", "flavour": "tensorrt-rtx", "platform": "win32_amd64", "precision": "fp16"}

@@ -360,7 +360,7 @@ def refuse(gpu: Gpu, what: str) -> None:
 REASONS = {
     "driver": "the driver is for CUDA 12.3",
     "nvrtc": "NVRTC is missing",
-    "architecture": "NVRTC 13.0 does not compile for compute capability 8.7",
+    "architecture": "compute capability 8.7",
     "parts": "the engine set has no parts of blocks; run: adavit-export",
     "capture": "no CUDA graph for conditional dispatch",
 }
