@@ -290,10 +290,12 @@ DAMAGED = {
     "compute_capabilities": ["86", [True], [86.0], ["86"], [-1], 86, [10**9]],
     "precision": ["fp64", "", None, ["fp32"]],
     "engines": [{}, None, [{}], [STORED], [BLOCK | {"role": "blocks"}], [BLOCK | {"role": ["stem"]}], [BLOCK, BLOCK],
-                [BLOCK | {"block": "1"}], [BLOCK | {"block": -1}], [BLOCK | {"block": True}], [BLOCK | {"part": "heads"}], [BLOCK | {"part": 1}], [BLOCK | {"part": ["mlp"]}],
-                [BLOCK | {"unpacked_bytes": None}], [BLOCK | {"heads": [9]}], [BLOCK | {"heads": []}],
-                [BLOCK | {"heads": "0"}], [BLOCK | {"heads": [1, 0]}], [BLOCK | {"heads": [True]}],
-                [BLOCK | {"bytes": "1"}], [BLOCK | {"sha256": "0"}], [BLOCK | {"source": None}], ["stem"]],
+                [BLOCK | {"block": "1"}], [BLOCK | {"block": -1}], [BLOCK | {"block": True}],
+                [BLOCK | {"part": "heads"}], [BLOCK | {"part": 1}], [BLOCK | {"part": ["mlp"]}],
+                [BLOCK | {"heads": [9]}], [BLOCK | {"heads": []}], [BLOCK | {"heads": "0"}],
+                [BLOCK, BLOCK | {"heads": [1, 0]}], [BLOCK, BLOCK | {"heads": [True]}], [BLOCK | {"heads": [0]}],
+                [BLOCK | {"unpacked_bytes": None}], [BLOCK | {"bytes": "1"}], [BLOCK | {"sha256": "0"}],
+                [BLOCK | {"source": None}], ["stem"]],
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,11 @@ def test_results_are_right_whoever_else_runs(
     dense = [runtime.run_dense(images) for images in batches]
     calls: list[Callable[[], Any]] = []
     for images, policy in zip(batches, policies, strict=True):
-        calls.append(lambda images=images: on_gpu.run(images))  # type: ignore[misc]
-        calls.append(lambda images=images, policy=policy: on_gpu.run(images, policy))  # type: ignore[misc]
-        calls.append(lambda images=images: on_gpu.run_dense(images))  # type: ignore[misc]
+        calls += [
+            partial(on_gpu.run, images),
+            partial(on_gpu.run, images, policy),
+            partial(on_gpu.run_dense, images),
+        ]
     found = at_once(calls)
     for number in range(len(batches)):
         assert_same(found[3 * number], wanted[number])
@@ -90,7 +93,7 @@ def test_ways_at_once(roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu) ->
     """Runtimes of one process share a device, not its memory."""
     on_gpu = [on_device(roomy(), way) for way in (*WAYS, "auto")]
     batches = [random_images(runtime.architecture, 1 + seed % 5, seed) for seed in range(32)]
-    found = at_once([lambda n=n: on_gpu[n % 4].run(batches[n]) for n in range(32)])  # type: ignore[misc]
+    found = at_once([partial(on_gpu[number % 4].run, images) for number, images in enumerate(batches)])
     for result, images in zip(found, batches, strict=True):
         assert_same(result, runtime.run(images))
     del on_gpu
@@ -117,6 +120,12 @@ def held(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.
         goes_on.set()
 
 
+def held_run(runtime: Runtime, images: np.ndarray, hold: Callable[[], None]) -> Result:
+    """Runs images; its first wait is held."""
+    hold()
+    return runtime.run(images)
+
+
 @WAY
 def test_who_waits_for_the_device_stops_nobody(
     roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu, way: str, monkeypatch: pytest.MonkeyPatch
@@ -126,12 +135,7 @@ def test_who_waits_for_the_device_stops_nobody(
         on_gpu.run(images)
     other = random_images(runtime.architecture, 4, 2)
     with ThreadPoolExecutor(1) as pool, held(gpu, monkeypatch) as (waits, hold):
-
-        def slow() -> Result:
-            hold()
-            return on_gpu.run(images)
-
-        first = pool.submit(slow)
+        first = pool.submit(held_run, on_gpu, images, hold)
         assert waits.wait(60)
         for _ in range(3):  # makes a lane, records its graphs, launches them
             assert_same(on_gpu.run(other), runtime.run(other))
@@ -147,12 +151,7 @@ def test_who_measures_the_ways_stops_nobody(
     """Others go exact meanwhile."""
     on_gpu, images = on_device(roomy(), "auto"), random_images(runtime.architecture, 3)
     with ThreadPoolExecutor(1) as pool, held(gpu, monkeypatch) as (waits, hold):
-
-        def measures() -> Result:
-            hold()
-            return on_gpu.run(images)
-
-        first = pool.submit(measures)
+        first = pool.submit(held_run, on_gpu, images, hold)
         assert waits.wait(60)
         for batch in (3, 8):
             other = random_images(runtime.architecture, batch, 2)
@@ -230,12 +229,7 @@ def test_a_lane_that_was_there_before_larger_engines(
     for _ in range(3):
         on_gpu.run(sizes[0])
     with ThreadPoolExecutor(1) as pool, held(gpu, monkeypatch) as (waits, hold):
-
-        def slow() -> Result:
-            hold()
-            return on_gpu.run(sizes[0])
-
-        first = pool.submit(slow)
+        first = pool.submit(held_run, on_gpu, sizes[0], hold)
         assert waits.wait(60)
         on_gpu.run_dense(random_images(arch, 1))  # on a lane of its own
     assert_same(first.result(60), runtime.run(sizes[0]))

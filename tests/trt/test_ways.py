@@ -239,9 +239,7 @@ def test_others_launch_once_and_wait_once(
 
 
 @WAY
-def test_a_batch_with_overflows_is_one_exact_pass_more(
-    bundle: Path, runtime: Runtime, gpu: Gpu, way: str
-) -> None:
+def test_a_batch_with_overflows_is_one_exact_pass_more(bundle: Path, runtime: Runtime, gpu: Gpu, way: str) -> None:
     arch = runtime.architecture
     add_double_engines(add_statistics(bundle, Policy.dense(arch, 16)), max_batch=32, usual=[(0, 1, 2), (0,), (1,)])
     on_gpu = on_device(bundle, way)
