@@ -1,3 +1,4 @@
+import functools
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -8,13 +9,14 @@ import openvino
 import pytest
 import torch
 from cases import DENSE, GOLDEN, GOLDEN_FILES, WIDE, export, picture, random_model, save, tiny
+from double import add_double_engines, add_statistics
 from hypothesis import settings
 from openvino import opset13
 
 import adavit
 from adavit.errors import one_line
 from adavit.model import AdaViT
-from adavit.runtime import Runtime
+from adavit.runtime import Policy, Runtime
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # --hypothesis-profile=default looks further
 settings.load_profile("repeatable")
@@ -107,6 +109,19 @@ def tiny_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     labels = folder / "labels.txt"
     labels.write_text("ant\nbee\ncat\ndog\nelk\n")
     return export(checkpoint, folder, with_dense=True, labels=labels)
+
+
+@pytest.fixture(scope="session")
+def roomy(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny bundle, not to be changed, with a flavour's engines, and statistics of images that keep everything."""
+
+    @functools.cache
+    def bundle(flavour: str = "tensorrt") -> Path:
+        copied = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp(flavour) / "bundle")
+        add_statistics(copied, Policy.dense(tiny(), 16))
+        return add_double_engines(copied, flavour, max_batch=32)
+
+    return bundle
 
 
 @pytest.fixture(scope="session")

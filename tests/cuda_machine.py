@@ -21,6 +21,7 @@ from cuda_graphs import Condition, Executable, Graph, Node, Work, with_ancestors
 class Status(IntEnum):
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
+    cudaErrorMemoryAllocation = 2
     cudaErrorCallRequiresNewerDriver = 36
     cudaErrorNoDevice = 100
     cudaErrorIllegalState = 401
@@ -119,6 +120,8 @@ class Gpu:
 
     def allocate(self, kind: str, size: int) -> int:
         self.not_while_recording()
+        if "memory" in self.refuse:
+            raise Refused(Status.cudaErrorMemoryAllocation)
         raw = (ctypes.c_ubyte * (size + 256))(*b"")
         ctypes.memset(raw, 0xFF, size + 256)  # not a number
         address = -(-ctypes.addressof(raw) // 256) * 256

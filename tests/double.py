@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cases import read_config, write_config
 from cuda_double import CAPABILITY, Gpu, cuda_double, driver_double, nvrtc_double
 from trt_double import VERSION, trt_double
@@ -15,7 +16,11 @@ from adavit.bundle.bundle import Bundle
 from adavit.bundle.engine_sets import EngineKey, packed_engine, source_of, this_platform
 from adavit.bundle.graph_keys import constants_of, graph_keys, part_keys, read_graph
 from adavit.bundle.graphs import Graphs
+from adavit.bundle.policy import Policy
+from adavit.bundle.statistics import write_statistics
 from adavit.files import sha256
+from adavit.runtime.backends.cuda import bindings
+from adavit.runtime.backends.tensorrt import backend
 from adavit.tensorrt.profiles import profiles_of
 
 __all__ = [
@@ -23,12 +28,31 @@ __all__ = [
     "VERSION",
     "Gpu",
     "add_double_engines",
+    "add_statistics",
     "cuda_double",
     "described_engine",
     "driver_double",
+    "install",
     "nvrtc_double",
     "trt_double",
 ]
+
+
+def install(patch: pytest.MonkeyPatch) -> Gpu:
+    """A double of CUDA and TensorRT in their place."""
+    gpu = Gpu()
+    patch.setattr(bindings, "import_runtime", lambda: cuda_double(gpu))
+    patch.setattr(bindings, "import_driver", lambda: driver_double(gpu))
+    patch.setattr(bindings, "import_nvrtc", lambda: nvrtc_double(gpu))
+    patch.setattr(backend, "import_tensorrt", lambda flavour: trt_double(gpu, flavour))
+    return gpu
+
+
+def add_statistics(bundle: Path, *policies: Policy, **changes: Any) -> Path:
+    """Adds what calibration images kept at each operating point; `changes` are of `config.json`."""
+    config = read_config(bundle) | changes
+    write_config(bundle, config | {"statistics": vars(write_statistics(bundle, policies))})
+    return bundle
 
 
 def add_double_engines(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import weakref
+from collections.abc import Callable
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +37,8 @@ class TensorLocation(IntEnum):
 def trt_double(gpu: Gpu, flavour: str = "tensorrt-rtx") -> Any:
     """The part of TensorRT's bindings that is used, of the same names and arguments; or TensorRT-RTX's, with its own.
 
-    As there, a context is recorded into a CUDA graph only after it has run with these shapes. Of TensorRT-RTX, only
+    As there, a context is recorded into a CUDA graph only after it has run with these shapes, and may not be changed
+    as long as the graph is launched. Of TensorRT-RTX, only
     with its own graphs disabled, with kernels that are not specialised lazily, and of an engine that takes its memory
     from outside, which the engine's header says with "user_allocation".
     """
@@ -149,6 +152,7 @@ def trt_double(gpu: Gpu, flavour: str = "tensorrt-rtx") -> Any:
             self.about, self.config = about, config
             self.profile, self.shapes, self.addresses, self.scratch = None, {}, {}, (0, -1)
             self.ran = {}
+            self.changes = 0
             gpu.alive["context"] += 1
 
         def __del__(self):
@@ -159,6 +163,7 @@ def trt_double(gpu: Gpu, flavour: str = "tensorrt-rtx") -> Any:
 
         def set_device_memory(self, memory, size):
             gpu.check(memory, size, "device")
+            self.changes += 1
             self.scratch = memory, size
 
         def update_device_memory_size_for_shapes(self):
@@ -168,6 +173,7 @@ def trt_double(gpu: Gpu, flavour: str = "tensorrt-rtx") -> Any:
         def set_optimization_profile_async(self, profile_index, stream_handle):
             gpu.stream(stream_handle)
             gpu.note("profile", (self.about.name, profile_index))
+            self.changes += 1
             self.profile, self.shapes = self.about.profiles[profile_index], {}
             return True
 
@@ -175,12 +181,14 @@ def trt_double(gpu: Gpu, flavour: str = "tensorrt-rtx") -> Any:
             least, _, most = self.profile[name]
             within = all(a <= size <= b for a, size, b in zip(least, shape, most, strict=True))
             gpu.note("shape", (self.about.name, name, tuple(shape)))
+            self.changes += 1
             self.shapes[name] = tuple(shape)
             return within and "shape" not in gpu.refuse
 
         def set_tensor_address(self, name, memory):
             assert memory % 256 == 0
             gpu.note("address", (self.about.name, name))
+            self.changes += 1
             self.addresses[name] = memory
             return True
 
@@ -204,6 +212,7 @@ def trt_double(gpu: Gpu, flavour: str = "tensorrt-rtx") -> Any:
             assert set(addresses) == {*about.inputs, *about.outputs}, "every tensor has an address"
             assert self.scratch[1] >= about.scratch, "the scratch memory is large enough"
             scratch = self.scratch
+            unchanged = _unchanged(self, gpu.stream(stream_handle).capture is not None)
 
             def run():
                 gpu.check(*scratch, "device")
@@ -224,7 +233,7 @@ def trt_double(gpu: Gpu, flavour: str = "tensorrt-rtx") -> Any:
                     gpu.only_without_recording(stream_handle)  # it allocates, or compiles kernels
                 if "capture" in gpu.refuse:
                     gpu.only_without_recording(stream_handle)
-                gpu.enqueue(run, stream_handle)
+                gpu.enqueue(lambda: (unchanged(), run()), stream_handle)
             except Refused:
                 return False
             gpu.note("run", about.name)
@@ -249,6 +258,18 @@ def trt_double(gpu: Gpu, flavour: str = "tensorrt-rtx") -> Any:
         names.CudaGraphStrategy = CudaGraphStrategy
         names.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
     return names
+
+
+def _unchanged(context: Any, recorded: bool) -> Callable[[], None]:
+    """Checks that a context is still there and, where it was recorded, that nothing of it was changed since."""
+    found, changes = weakref.ref(context), context.changes
+
+    def check() -> None:
+        context = found()
+        assert context is not None, "a context goes after what it runs"
+        assert not recorded or context.changes == changes, "a context that was recorded is changed"
+
+    return check
 
 
 def _at(gpu: Gpu, address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.bundle.operating_points import Offsets
 from adavit.bundle.policy import Policy
+from adavit.errors import BackendError
 from adavit.runtime.batch import EXACT, NOT_FINITE, OVERFLOWED, BatchBackend, Finished, Lane, Room, Rooms, rooms_of
 from adavit.runtime.capacity_tables import CapacityTables
 from adavit.runtime.dispatcher import Observer, Step, deciding_columns
@@ -203,7 +204,11 @@ class BatchDispatcher:
             observe(Step(start + image, block, tokens, logits, kept))
 
     def _check(self, finished: Finished, start: int) -> None:
-        """Raises NotFiniteError where an image's decisions or logits are not finite."""
+        """Raises NotFiniteError where decisions or logits are not finite, BackendError where an image had no room."""
         if (bad := finished.state == NOT_FINITE).any():
             raise not_finite(f"the decisions on image {start + int(bad.argmax())} are")
+        if (left := finished.state == OVERFLOWED).any():
+            raise BackendError(
+                f"image {start + int(left.argmax())} found no room with all that it asked for; export the bundle again"
+            )
         check_logits(finished.logits, "the logits", start)

@@ -129,19 +129,22 @@ class DeviceBackend(ABC):
 
     @contextmanager
     def _some_lane(self, batch: int) -> Iterator[DeviceLane]:
-        lane = self._lanes.take(batch)
+        lane, too_many = self._lanes.take(batch)
         try:
+            for other in too_many:
+                other.close()
             if lane is None:
                 size = min(self.most_images, 1 << (batch - 1).bit_length())
                 lane = DeviceLane(weakref.proxy(self), size)
             yield lane
         except BaseException:
-            self._lanes.give_back(None)
-            if lane is not None:
+            failed, lane = lane, None
+            if failed is not None:
                 with suppress(BackendError):  # after some failures, nothing can be freed any more
-                    lane.close()
+                    failed.close()
             raise
-        self._lanes.give_back(lane)
+        finally:
+            self._lanes.give_back(lane)
 
 
 class LanePool:
@@ -156,8 +159,12 @@ class LanePool:
         self._in_use = 0
         self._changed = threading.Condition()
 
-    def take(self, batch: int) -> DeviceLane | None:
-        """The smallest spare lane for so many images, or None where one may be made; waits where all are in use."""
+    def take(self, batch: int) -> tuple[DeviceLane | None, list[DeviceLane]]:
+        """The smallest spare lane for so many images; waits where all are in use.
+
+        Returns:
+            None in the place of a lane where one may be made, once lanes that are too many are closed.
+        """
         with self._changed:
             while self._in_use >= LANES:
                 self._changed.wait()
@@ -166,12 +173,10 @@ class LanePool:
             if fitting:
                 found = min(fitting, key=lambda lane: lane.most)
                 self.spare.remove(found)
-                return found
+                return found, []
             too_many = self.spare[: max(0, self._in_use + len(self.spare) - LANES)]
             del self.spare[: len(too_many)]
-        for lane in too_many:
-            lane.close()
-        return None
+        return None, too_many
 
     def give_back(self, lane: DeviceLane | None) -> None:
         """Takes a lane back, or the place of one that failed."""

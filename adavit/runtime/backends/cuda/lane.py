@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 from adavit.bundle.graph_keys import DENSE_GRAPH, PARTS, STEM_GRAPH, GraphKey
@@ -61,12 +61,12 @@ class DeviceLane:
         self._backend, self._arch, self._cuda = backend, backend.graphs.architecture, backend.cuda
         self._stream, self._owns_stream = backend.stream()
         self._plans: OrderedDict[tuple[int, str], Plan] = OrderedDict()
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._free_stream)
             self._memory = LaneMemory(self._cuda, self._arch, most, self._stream)
-        except BaseException:
-            self._free_stream()
-            raise
-        self._runners = Runners(backend, self._memory, self._memory.scratch(backend.scratch(most)))
+            undo.callback(self._memory.close)
+            self._runners = Runners(backend, self._memory, self._memory.scratch(backend.scratch(most)))
+            undo.pop_all()
         self._opened: set[tuple[GraphKey, bool]] = set()
         self._follows = self._every_head = self._fetches = False
         self._last = 0
@@ -152,7 +152,7 @@ class DeviceLane:
             self._cuda.call("cudaStreamSynchronize", self._stream)
             old.close()
         memory = self._memory
-        plan = Plan(rooms, Runners(self._backend, memory, memory.scratch(self._backend.scratch(self.most))))
+        plan = Plan(rooms, Runners(self._backend, memory, memory.scratch(0)))
         self._plans[key] = plan
         return plan
 

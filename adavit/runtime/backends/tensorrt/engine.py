@@ -129,9 +129,9 @@ class TensorRtRunner:
 
     def run(self, room: Mapping[str, int], stream: int) -> None:
         """See `Runner`."""
-        context, shapes = self._context, self._shapes
+        shapes = self._shapes  # and no name for the context: an error's traceback would keep it
         if self._profile != self._wanted:
-            self._check(context.set_optimization_profile_async(self._wanted, stream), "its profile")
+            self._check(self._context.set_optimization_profile_async(self._wanted, stream), "its profile")
             self._profile = self._wanted
             shapes.clear()
         for name, shape in self._fixed.items():
@@ -142,7 +142,7 @@ class TensorRtRunner:
             if size is not None and shapes.get(name) != (size,):
                 self._set_shape(name, (size,))
         self._stream = stream
-        self._check(context.execute_async_v3(stream), "to run")
+        self._check(self._context.execute_async_v3(stream), "to run")
 
     def captures(self) -> bool:
         """See `Runner`."""
