@@ -17,7 +17,7 @@ from adavit.export import check_bundle
 
 
 def alter(bundle: Path, file: str) -> None:
-    """Subtracts where a graph adds a bias at last, or anything, or normalises otherwise; described as if exported so."""
+    """Subtracts where a graph adds a bias at last, or anything, or norms otherwise; described as if exported so."""
     model = onnx.load(bundle / file, load_external_data=False)
     adds = [node for node in model.graph.node if node.op_type == "Add"]
     adds = [node for node in adds if any(name.endswith("bias") for name in node.input)] or adds
