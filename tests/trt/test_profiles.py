@@ -1,12 +1,12 @@
 import math
 
 import pytest
-from adavit.bundle.histograms import Statistics
 from cases import random_policy, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adavit.architecture import Architecture
+from adavit.bundle.histograms import Statistics
 from adavit.bundle.onnx_format import Value
 from adavit.tensorrt.profiles import PAYS, Profile, Range, profiles_of, split
 
