@@ -413,6 +413,18 @@ def test_what_was_measured_is_not_measured_again(
     assert runs[0] > 5 * runs[1] > 0
 
 
+@pytest.mark.parametrize("kept", ["{}", '{"milliseconds": 1}', '{"milliseconds": {"exact": "x"}}', "[]", "nothing"])
+def test_measurements_that_are_of_no_use_are_made_again(
+    roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu, cache: Path, kept: str
+) -> None:
+    images = random_images(runtime.architecture, 3)
+    for _ in range(2):
+        assert_same(on_device(roomy(), "auto").run(images), runtime.run(images))
+        (path,) = cache.glob("dispatch-*.json")
+        assert '"exact"' in path.read_text() and '"conditional"' in path.read_text()
+        path.write_text(kept)
+
+
 def test_what_cannot_be_recorded_inside_a_condition(
     roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
