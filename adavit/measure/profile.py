@@ -36,6 +36,7 @@ class Event(NamedTuple):
         kept: how many tokens a block kept.
         computed: how many it computed.
         room: what a block of a batch was given.
+        heads: how many its graph has; None for all.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Event(NamedTuple):
     kept: int = 0
     computed: int = 0
     room: Room | None = None
+    heads: int | None = None
 
 
 def block_part(block: int) -> str:

@@ -33,7 +33,7 @@ class ProfiledBatches(Recorder):
     def lane(self, batch: int) -> Iterator[Lane]:
         """See `BatchBackend.lane`."""
         with self._backend.lane(batch) as lane:
-            yield ProfiledLane(self, lane)
+            yield ProfiledLane(self, lane, self.usual_heads)
 
     def why_not(self, way: str) -> str | None:
         """See `BatchBackend.why_not`."""
@@ -58,14 +58,16 @@ class ProfiledLane:
     Args:
         recorder: notes them.
         lane: does the work.
+        usual_heads: for each block, the heads that its engine has, where not every head is asked for.
     """
 
-    def __init__(self, recorder: Recorder, lane: Lane) -> None:
-        self._recorder, self._lane = recorder, lane
-        self._part = "stem"
+    def __init__(self, recorder: Recorder, lane: Lane, usual_heads: tuple[tuple[int, ...], ...] | None) -> None:
+        self._recorder, self._lane, self._usual_heads = recorder, lane, usual_heads
+        self._part, self._every_head = "stem", False
 
     def start(self, images: Float, limits: Float, kept: Bool | None, every_head: bool) -> None:
         """See `Lane.start`."""
+        self._every_head = every_head
         event = Event("stem", 0, 0, 0, "stem", GRAPH)
         self._recorder.timed(event, self._lane.start, images, limits, kept, every_head)
 
@@ -78,7 +80,9 @@ class ProfiledLane:
     def block(self, block: int, room: Room) -> None:
         """See `Lane.block`."""
         self._part = block_part(block)
-        event = Event(f"blocks.{block}", 0, 0, 0, self._part, GRAPH, room=room)
+        usual = self._usual_heads if not self._every_head else None
+        heads = len(usual[block]) if usual else None
+        event = Event(f"blocks.{block}", 0, 0, 0, self._part, GRAPH, room=room, heads=heads)
         self._recorder.timed(event, self._lane.block, block, room)
 
     def decisions(self, block: int) -> Float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
@@ -112,10 +113,28 @@ def asked_macs(arch: Architecture, policy: Policy) -> dict[str, int]:
     return {"stem": stem, **{block_part(index): macs for index, macs in enumerate(blocks)}}
 
 
-def padding_macs(arch: Architecture, event: Event, asked: int) -> int:
-    """MACs that a block computes beyond those that are asked for: of tokens, and in a batch also of dropped heads."""
-    if event.room is not None:
-        return batch_macs(arch, *event.room) - asked
+def padding_macs(arch: Architecture, calls: Sequence[Event], policy: Policy) -> Counter[str]:
+    """MACs that blocks compute beyond those that are asked for, by part of the model.
+
+    They are of further tokens and, in a batch, of dropped heads, and of images that run again.
+    """
+    found: Counter[str] = Counter()
+    in_batches = {event.part for event in calls if event.room is not None}
+    for event in calls:
+        if event.room is not None:
+            found[event.part] += batch_macs(arch, *event.room, heads=event.heads)
+        else:
+            found[event.part] += _padding_of_one(arch, event)
+    if in_batches:
+        asked = asked_macs(arch, policy)
+        asked[block_part(arch.depth - 1)] -= len(policy) * arch.width * arch.classes
+        for part in in_batches:
+            found[part] -= asked[part]
+    return found
+
+
+def _padding_of_one(arch: Architecture, event: Event) -> int:
+    """Of a block of one image."""
     if event.key is None:
         return 0
     _, (attention, mlp), heads = event.key
@@ -140,10 +159,8 @@ def _report(runtime: Runtime, plan: Plan, turns: list[Turn], noted: float) -> di
     kept = [turn for turn in turns if milliseconds(turn.run) <= longest]
     for turn in kept:
         spent.add(turn.run, turn.calls)
-        wanted = asked_macs(arch, turn.policy)
-        asked.update(wanted)
-        for event in turn.calls:
-            padding[event.part] += padding_macs(arch, event, wanted.get(event.part, 0))
+        asked.update(asked_macs(arch, turn.policy))
+        padding.update(padding_macs(arch, turn.calls, turn.policy))
     speed = dense_macs(arch) * plan.batch / dense  # MACs per millisecond
 
     def row(part: str) -> dict[str, Any]:

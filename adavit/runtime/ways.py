@@ -90,10 +90,11 @@ class Ways:
         if found is None:
             return None
         try:
-            times = {str(way): float(time) for way, time in found["milliseconds"].items()}
+            times = dict(found["milliseconds"])
             if set(times) != set(possible):
                 return None
-            return min(times, key=times.__getitem__)
+            measured = {way: float(time) for way, time in times.items() if time is not None}
+            return min(measured, key=measured.__getitem__)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             log.warning("%s is of no use (%s); it is replaced", kept_at(KIND, known), one_line(error))
             return None
@@ -111,7 +112,7 @@ class Ways:
         if not medians:
             raise BackendError("no way of dispatch is left; load the bundle again")
         fastest = min(medians, key=medians.__getitem__)
-        remember(KIND, self._facts(size), {"milliseconds": medians})
+        remember(KIND, self._facts(size), {"milliseconds": {way: medians.get(way) for way in possible}})
         log.info("batches of %d: %s dispatch, of %s ms", size, fastest, medians)
         return fastest
 

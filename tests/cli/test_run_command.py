@@ -295,7 +295,9 @@ def test_unreadable_images_are_reported_and_the_rest_done(tiny_bundle: Path, tmp
         (["--top", "0"], "0 is not in the range"),
         (["--warmup", "-1"], "-1 is not in the range"),
         (["--parallel", "nope"], "'nope' is not one of"),
-        (["--cuda-graphs"], "onnxruntime has no CUDA graphs"),
+        (["--dispatch", "nope"], "'nope' is not one of 'auto', 'exact', 'capacity', 'conditional'"),
+        (["--dispatch", "exact"], "--dispatch is how batches are driven on a GPU; onnxruntime runs on the CPU here"),
+        (["--cuda-graphs"], "No such option"),
         (["--nope"], "No such option"),
     ],
 )

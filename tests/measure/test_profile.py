@@ -191,7 +191,7 @@ def test_timers_change_nothing(runtime: Runtime) -> None:
         assert sum(call.name == "fetch decisions" for call in calls) == (0 if replay else 2 * tiny().depth)
         assert all(first.end <= second.start for first, second in pairwise(calls))
         assert sum(asked_macs(tiny(), wanted.policy).values()) == wanted.macs.sum()
-        assert not any(padding_macs(tiny(), call) for call in calls)
+        assert not any(padding_macs(tiny(), calls, Policy.dense(tiny(), 1)).values())
 
 
 def test_decisions_belong_to_the_block_that_takes_them(runtime: Runtime) -> None:
@@ -205,8 +205,9 @@ def test_decisions_belong_to_the_block_that_takes_them(runtime: Runtime) -> None
 
 def test_padding_is_of_further_tokens() -> None:
     event = Event("blocks.1.both", 0, 1, 0, "block 1", GRAPH, BlockKey(1, BOTH, (0, 2)), kept=9, computed=12)
-    assert padding_macs(tiny(), event) == block_macs(tiny(), 12, 2, 1, 1) - block_macs(tiny(), 9, 2, 1, 1)
-    assert padding_macs(tiny(), Event("stem", 0, 1, 0, "stem", GRAPH)) == 0
+    found = padding_macs(tiny(), [event, Event("stem", 0, 1, 0, "stem", GRAPH)], Policy.dense(tiny(), 1))
+    assert found["block 1"] == block_macs(tiny(), 12, 2, 1, 1) - block_macs(tiny(), 9, 2, 1, 1)
+    assert found["stem"] == 0
 
 
 def test_a_trace_is_what_perfetto_reads(tmp_path: Path) -> None:

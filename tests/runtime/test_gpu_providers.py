@@ -1,7 +1,10 @@
 """ONNX Runtime's GPU providers: the CPU's in their place, on a device that puts copies off."""
 
 import gc
+import re
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,7 +30,7 @@ from adavit.bundle.graphs import Graphs
 from adavit.cli import run as run_command
 from adavit.errors import BackendError
 from adavit.model import AdaViT
-from adavit.runtime import Runtime
+from adavit.runtime import Result, Runtime
 from adavit.runtime.backend import Options
 from adavit.runtime.backends.cuda import bindings as cuda
 from adavit.runtime.backends.onnxruntime import gpu as onnxruntime_gpu
@@ -49,26 +52,48 @@ def on_cpu(bundle: Path, **changes: Any) -> Runtime:
     return Runtime(opened, graphs, OnnxRuntimeGpuBackend(graphs, options), options)
 
 
-@pytest.mark.parametrize("parallel", ["operators", "samples"])
+@pytest.mark.parametrize("way", ["auto", "exact", "capacity"])
 def test_what_is_bound_on_the_device_is_what_is_computed(
-    tiny_bundle: Path, runtime: Runtime, gpu: Gpu, parallel: str
+    roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu, way: str
 ) -> None:
-    on_gpu = on_cpu(tiny_bundle, parallel=parallel)
-    for seed in range(4):
-        images = random_images(runtime.architecture, 3, seed)
-        found, wanted = on_gpu.run(images), runtime.run(images)
-        assert_same_policy(found.policy, wanted.policy)
-        np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-4)
+    on_gpu, arch = on_cpu(roomy(), dispatch=way), runtime.architecture
+    for seed, batch in enumerate((3, 3, 1, 33, 3)):
+        images = random_images(arch, batch, seed)
+        assert_same(on_gpu.run(images), runtime.run(images))
         np.testing.assert_allclose(on_gpu.run_dense(images), runtime.run_dense(images), atol=1e-4)
-    copies = [detail for call, detail in gpu.calls if call == "copy"]
-    arch = runtime.architecture
-    block = sum(4 * on_gpu.graphs.decisions(number) for number in range(arch.depth))
+    gpu.calls.clear()
+    on_gpu.run(random_images(arch, 3))
+    fetched = [detail[1] for call, detail in gpu.calls if call == "copy" and detail[0] == 2]
+    if way != "auto":
+        assert len(fetched) == 1 + arch.depth * (way == "exact")
+    assert "launch" not in gpu.names(), "sessions are not recorded"
     del on_gpu
     gc.collect()
     assert not gpu.memory
     assert set(gpu.alive.values()) == {0}
-    fetched = sum(size for kind, size in copies if kind == 2)
-    assert fetched == 4 * 3 * (block + 2 * 4 * arch.classes), "only decisions and logits come back"
+
+
+def assert_same(found: Result, wanted: Result) -> None:
+    assert_same_policy(found.policy, wanted.policy)
+    np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-4)
+
+
+def test_from_several_threads(roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu) -> None:
+    """Sessions run on one stream, and lanes have memory of their own."""
+    on_gpu = on_cpu(roomy(), dispatch="capacity")
+    batches = [random_images(runtime.architecture, 1 + seed % 4, seed) for seed in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(on_gpu.run, batches))
+    for result, images in zip(found, batches, strict=True):
+        assert_same(result, runtime.run(images))
+
+
+def test_conditions_are_for_other_backends(
+    roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_gpu, images = on_cpu(roomy(), dispatch="conditional"), random_images(runtime.architecture, 2)
+    assert_same(on_gpu.run(images), runtime.run(images))
+    assert re.search(r"no conditional dispatch \(ONNX Runtime's .*tensorrt-rtx\); capacity takes over", caplog.text)
 
 
 def test_any_policy_is_replayed(tiny_bundle: Path, model: AdaViT, gpu: Gpu) -> None:

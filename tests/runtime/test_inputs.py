@@ -263,13 +263,18 @@ def test_unknown_names(tiny_bundle: Path) -> None:
         adavit.load(tiny_bundle, provider="NopeProvider")
     with pytest.raises(InputError, match="parallel is 'nope': choose"):
         adavit.load(tiny_bundle, parallel="nope")
+    with pytest.raises(InputError, match="dispatch is 'nope': choose 'auto', 'exact', 'capacity', 'conditional'"):
+        adavit.load(tiny_bundle, dispatch="nope")
+    for way in ("exact", "capacity", "conditional"):
+        with pytest.raises(InputError, match="`dispatch` is how batches are driven on a GPU; onnxruntime runs on the"):
+            adavit.load(tiny_bundle, dispatch=way)
     with pytest.raises(InputError, match=r"is not in precision 'int4'; it has fp32: choose one of them, or export"):
         adavit.load(tiny_bundle, precision="int4")
     with pytest.raises(InputError, match=r"is not in precision 'int8'; it has fp32"):
         adavit.load(tiny_bundle, precision="int8")
 
 
-@pytest.mark.parametrize("name", ["specialise", "shared_pool", "cuda_graphs", "trust_engines"])
+@pytest.mark.parametrize("name", ["specialise", "shared_pool", "trust_engines"])
 def test_what_is_no_truth(name: str, tiny_bundle: Path) -> None:
     options: dict[str, Any] = {name: 1}
     with pytest.raises(InputError, match=f"{name} is 1: expected True or False"):

@@ -125,7 +125,7 @@ def test_any_values(value: Any, more: Any, other: Any, runtime: Runtime) -> None
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @pytest.mark.parametrize(
     "name",
-    ["backend", "threads", "provider", "parallel", "budget", "cuda_graphs", "precision", "specialise", "shared_pool"],
+    ["backend", "threads", "provider", "parallel", "budget", "dispatch", "precision", "specialise", "shared_pool"],
 )
 def test_any_arguments_of_load(name: str, value: Any, tiny_bundle: Path) -> None:
     if not (isinstance(value, int) and 0 < value <= 1024):  # which are threads

@@ -63,7 +63,7 @@ class Requests:
                 budgets = [BUDGETS[(turn + image) % len(BUDGETS)] for image in range(size)]
                 self.asked.append((images, None, budgets))
             self.asked.append((images, random_policy(arch, size, turn), None))
-        self.asked.append((random_images(arch, 40), None, None))
+        self.asked.append((random_images(arch, 64), None, None))
         self.wanted = [runtime.run(images, policy, budget=budgets) for images, policy, budgets in self.asked]
 
 

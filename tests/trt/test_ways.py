@@ -397,6 +397,34 @@ def test_capacity_goes_without_graphs_where_there_are_none(
     assert caplog.text.count("no CUDA graph for capacity dispatch") == 1
 
 
+@pytest.mark.parametrize("refused", [None, "capture"])
+def test_what_was_measured_is_not_measured_again(
+    roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu, cache: Path, refused: str | None
+) -> None:
+    """Also where a way turned out not to be possible."""
+    gpu.refuse |= {refused} if refused else set()
+    images = random_images(runtime.architecture, 3)
+    runs = []
+    for _ in range(2):
+        on_gpu = on_device(roomy(), "auto")
+        runs.append(counted(gpu, lambda: assert_same(on_gpu.run(images), runtime.run(images)))["run"])  # noqa: B023
+        (went,) = ran(on_gpu)
+        assert refused is None or went.way != "conditional"
+    assert runs[0] > 5 * runs[1] > 0
+
+
+@pytest.mark.parametrize("kept", ["{}", '{"milliseconds": 1}', '{"milliseconds": {"exact": "x"}}', "[]", "nothing"])
+def test_measurements_that_are_of_no_use_are_made_again(
+    roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu, cache: Path, kept: str
+) -> None:
+    images = random_images(runtime.architecture, 3)
+    for _ in range(2):
+        assert_same(on_device(roomy(), "auto").run(images), runtime.run(images))
+        (path,) = cache.glob("dispatch-*.json")
+        assert '"exact"' in path.read_text() and '"conditional"' in path.read_text()
+        path.write_text(kept)
+
+
 def test_what_cannot_be_recorded_inside_a_condition(
     roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
