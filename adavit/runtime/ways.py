@@ -94,7 +94,7 @@ class Ways:
             if set(times) != set(possible):
                 return None
             measured = {way: float(time) for way, time in times.items() if time is not None}
-            return min(measured, key=measured.__getitem__)
+            return str(min(measured, key=measured.__getitem__))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             log.warning("%s is of no use (%s); it is replaced", kept_at(KIND, known), one_line(error))
             return None

@@ -1,6 +1,5 @@
 """Several requests at once share a device: lanes of their own, none waiting for another, memory bounded and freed."""
 
-import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,32 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import assert_same_policy, random_images, random_policy
+from cases import random_images, random_policy
 from double import Gpu, add_double_engines, add_statistics
+from driving import WAY, assert_all_freed, assert_same, on_device
 
-import adavit
 from adavit.errors import BackendError
 from adavit.runtime import Policy, Result, Runtime
 from adavit.runtime.backends.cuda.backend import LANES
 from adavit.runtime.batch import WAYS
 
 THREADS = 8
-WAY = pytest.mark.parametrize("way", WAYS)
-
-
-def on_device(bundle: Path, way: str) -> Runtime:
-    return adavit.load(bundle, "tensorrt", trust_engines=True, dispatch=way)
-
-
-def assert_same(found: Result, wanted: Result) -> None:
-    assert_same_policy(found.policy, wanted.policy)
-    np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-4)
-
-
-def assert_all_freed(gpu: Gpu) -> None:
-    gc.collect()
-    assert not gpu.memory
-    assert set(gpu.alive.values()) == {0}
 
 
 def at_once(calls: list[Callable[[], Any]], threads: int = THREADS) -> list[Any]:

@@ -1,7 +1,5 @@
-"""The ways to drive a batch, on a device that puts everything off: what they make, and how much they ask of it."""
+"""The ways to drive a batch, on a device that puts everything off: what they make, and what takes over."""
 
-import gc
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,43 +19,17 @@ from cases import (
     tiny,
 )
 from double import Gpu, add_double_engines, add_statistics
+from driving import FLAVOURS, WAY, assert_all_freed, assert_same, counted, on_device, ran
 
-import adavit
 from adavit.bundle.operating_points import Offsets
 from adavit.errors import OptionError
 from adavit.model import AdaViT
-from adavit.runtime import Policy, Result, Runtime
+from adavit.runtime import Policy, Runtime
 from adavit.runtime.batch import WAYS
-from adavit.runtime.batch_dispatcher import Ran
 from adavit.runtime.dispatcher import Step
 
-FLAVOURS = pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
-WAY = pytest.mark.parametrize("way", WAYS)
 OFFSETS = [Offsets(), Offsets(1.0, -0.5, 0.5), Offsets(-1.0, 0.5, 2.0), Offsets(8.0, 8.0, 8.0), Offsets(0.0, 0.0, -8.0)]
 """As trained, others, everything, and no sub-layers."""
-
-
-def on_device(bundle: Path, way: str, flavour: str = "tensorrt", **options: Any) -> Runtime:
-    return adavit.load(bundle, flavour, trust_engines=True, dispatch=way, **options)
-
-
-def assert_same(found: Result, wanted: Result) -> None:
-    assert_same_policy(found.policy, wanted.policy)
-    np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-4)
-
-
-def ran(runtime: Runtime) -> list[Ran]:
-    """How the batches went since this was last asked."""
-    dispatcher: Any = runtime.dispatcher
-    found = list(dispatcher.ran)
-    dispatcher.ran.clear()
-    return found
-
-
-def assert_all_freed(gpu: Gpu) -> None:
-    gc.collect()
-    assert not gpu.memory
-    assert set(gpu.alive.values()) == {0}
 
 
 # What they make.
@@ -184,146 +156,6 @@ def test_an_observer_that_fails_leaves_the_device_usable(
         with pytest.raises(ZeroDivisionError):
             on_gpu.run(images, observe=lambda step: 1 // (2 - step.block))
     assert_same(on_gpu.run(images), runtime.run(images))
-    del on_gpu
-    assert_all_freed(gpu)
-
-
-# How much they ask of the device.
-
-
-def counted(gpu: Gpu, run: Callable[[], object]) -> Counter[str]:
-    """What a call asks of the device: calls by name, "upload" and "fetch" among them."""
-    gpu.calls.clear()
-    run()
-    found = Counter(gpu.names())
-    ways = {1: "upload", 2: "fetch", 3: "move"}
-    found.update(ways[detail[0]] for call, detail in gpu.calls if call == "copy")
-    return found
-
-
-def test_exact_waits_once_a_block(roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu) -> None:
-    on_gpu, depth = on_device(roomy(), "exact"), runtime.architecture.depth
-    for batch in range(1, 33):
-        images = random_images(runtime.architecture, batch, batch)
-        on_gpu.run(images)
-        found = counted(gpu, lambda: on_gpu.run(images))  # noqa: B023
-        assert found["run"] == depth + 1
-        assert found["synchronise"] == found["fetch"] == depth + 1
-        assert found["upload"] == 1
-        assert found["shape"] == found["address"] == found["profile"] == found["launch"] == 0
-        other = random_images(runtime.architecture, batch, 100 + batch)
-        counted(gpu, lambda: on_gpu.run(other))  # noqa: B023
-        shapes = Counter(detail[0] for call, detail in gpu.calls if call == "shape")
-        assert all(count <= 4 for count in shapes.values())
-        assert not {"address", "profile"} & set(gpu.names())
-
-
-@FLAVOURS
-@pytest.mark.parametrize(("way", "engines"), [("capacity", 1), ("conditional", 3)])
-def test_others_launch_once_and_wait_once(
-    roomy: Callable[..., Path], runtime: Runtime, gpu: Gpu, way: str, engines: int, flavour: str
-) -> None:
-    """The graph is recorded when a size comes the second time: its runs are the graph's."""
-    on_gpu, depth = on_device(roomy(flavour), way, flavour), runtime.architecture.depth
-    for batch in range(1, 33) if flavour == "tensorrt" else (1, 7, 32):
-        images = random_images(runtime.architecture, batch, batch)
-        warm = counted(gpu, lambda: on_gpu.run(images))  # noqa: B023
-        assert (warm["run"], warm["launch"]) == (engines * depth + 1, 0)
-        recorded = counted(gpu, lambda: on_gpu.run(images))  # noqa: B023
-        assert (recorded["run"], recorded["launch"], recorded["synchronise"]) == (engines * depth + 1, 1, 1)
-        assert (recorded["upload"], recorded["fetch"]) == (1, 1)
-        other = random_images(runtime.architecture, batch, 100 + batch)
-        found = counted(gpu, lambda: on_gpu.run(other))  # noqa: B023
-        assert found == {"launch": 1, "synchronise": 1}, "nothing is set, run or copied by itself"
-    assert all(not batch.overflowed for batch in ran(on_gpu))
-
-
-@WAY
-def test_a_batch_with_overflows_is_one_exact_pass_more(bundle: Path, runtime: Runtime, gpu: Gpu, way: str) -> None:
-    arch = runtime.architecture
-    add_double_engines(add_statistics(bundle, Policy.dense(arch, 16)), max_batch=32, usual=[(0, 1, 2), (0,), (1,)])
-    on_gpu = on_device(bundle, way)
-    for batch in (1, 4, 9, 32):
-        images = random_images(arch, batch, batch)
-        for _ in range(3):
-            wanted = runtime.run(images)
-            ran(on_gpu)
-            found = counted(gpu, lambda: assert_same(on_gpu.run(images), wanted))  # noqa: B023
-        (went,) = ran(on_gpu)
-        unusual = np.delete(wanted.policy.heads[:, 1], 0, 1).any(1), wanted.policy.heads[:, 2, ::2].any(1)
-        runs = wanted.policy.sublayers.any(2)
-        wants = (unusual[0] & runs[:, 1]) | (unusual[1] & runs[:, 2])
-        assert went.overflowed == wants.sum()
-        exact = arch.depth + 1
-        passes = 1 + bool(wants.any())
-        if way == "exact":
-            assert found["run"] == found["synchronise"] == passes * exact
-            assert found["upload"] == passes
-        else:
-            assert found["launch"] == 1
-            assert found["run"] == (passes - 1) * exact
-            assert found["synchronise"] == 1 + (passes - 1) * exact
-
-
-# Overflows.
-
-
-def cramped(bundle: Path, runtime: Runtime, flavour: str = "tensorrt", **engines: Any) -> Path:
-    """The bundle with statistics of images that keep next to nothing."""
-    policy = Policy.dense(runtime.architecture, 64)
-    policy.tokens[..., 1:] = False
-    policy.sublayers[:, 1:] = False
-    return add_double_engines(add_statistics(bundle, policy, capacity_quantile=0.5), flavour, **engines)
-
-
-@FLAVOURS
-@pytest.mark.parametrize("way", ["capacity", "conditional"])
-def test_images_for_which_there_is_no_room_run_again(
-    bundle: Path, runtime: Runtime, gpu: Gpu, way: str, flavour: str
-) -> None:
-    on_gpu = on_device(cramped(bundle, runtime, flavour), way, flavour)
-    overflowed, rooms = [], []
-    batches = [random_images(runtime.architecture, 4, seed) for seed in range(3)]
-    for images in 4 * batches:
-        assert_same(on_gpu.run(images), runtime.run(images))
-        (went,) = ran(on_gpu)
-        overflowed.append(went.overflowed)
-        rooms.append(went.rooms)
-        assert (went.way, went.images, bool(went.again)) == (way, 4, bool(went.overflowed))
-    assert overflowed[0], "the table was made for less"
-    assert not any(overflowed[6:]), "it has grown"
-    assert len(set(rooms)) > 1
-    assert gpu.alive["exec"] == 1 and gpu.names("graph freed"), "the graph of the smaller rooms is freed"
-    del on_gpu
-    assert_all_freed(gpu)
-
-
-def test_some_images_of_a_batch_run_again(bundle: Path, runtime: Runtime, gpu: Gpu) -> None:
-    """Their results are put where they belong; those of the others stay."""
-    on_gpu = on_device(cramped(bundle, runtime), "capacity")
-    images, budgets = random_images(runtime.architecture, 4), [Offsets(-50, -50, -50), Offsets(50, 50, 50)] * 2
-    assert_same(on_gpu.run(images, budget=budgets), runtime.run(images, budget=budgets))
-    (went,) = ran(on_gpu)
-    assert went.overflowed == 3, "the third finds no room behind the second"
-
-
-@WAY
-@pytest.mark.parametrize("turns", [1, 4])
-def test_images_that_want_unusual_heads_run_again(
-    bundle: Path, runtime: Runtime, gpu: Gpu, way: str, turns: int
-) -> None:
-    arch = runtime.architecture
-    add_double_engines(add_statistics(bundle, Policy.dense(arch, 16)), usual=[(0, 1, 2), (0, 2), (1,)])
-    on_gpu, again = on_device(bundle, way), 0
-    for seed in range(turns):
-        images, policy = random_images(arch, 6, seed), random_policy(arch, 6, seed)
-        assert_same(on_gpu.run(images), runtime.run(images))
-        assert_same(on_gpu.run(images, policy), runtime.run(images, policy))
-        shown: list[Any] = []
-        assert_same(on_gpu.run(images, observe=shown.append), runtime.run(images))
-        assert len(shown) == 6 * (arch.depth + 1), "who looks on sees every image once"
-        again += sum(batch.overflowed for batch in ran(on_gpu))
-    assert again
     del on_gpu
     assert_all_freed(gpu)
 
