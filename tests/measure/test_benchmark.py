@@ -16,7 +16,7 @@ class RecordingRuntime:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.backend = runtime.backend
+        self.backend, self.dispatcher = runtime.backend, runtime.dispatcher
         self.calls: list[tuple[str, np.ndarray, Policy | None]] = []
 
     def run(self, images: np.ndarray, policy: Policy | None = None) -> Any:

@@ -31,7 +31,7 @@ from adavit.runtime.batch_dispatcher import BatchDispatcher
 Patch = pytest.MonkeyPatch
 CAUGHT = AssertionError, BackendError, InvalidArgument
 """The last is what ONNX Runtime says of numbers that are none, in the place of an engine."""
-TURNS, SIZES = 4, (3, 2)
+TURNS, SIZES = 6, (3, 2)
 BUDGETS = [
     Offsets((0, 3, -3), (-1, 0, 2), (1, -1, 0)),
     Offsets(1.0, -0.5, 0.5),

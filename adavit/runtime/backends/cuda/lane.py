@@ -24,20 +24,23 @@ if TYPE_CHECKING:
 __all__ = ["DeviceLane"]
 
 PLANS = 8
-"""Batch sizes and ways of which a lane keeps CUDA graphs."""
+"""CUDA graphs that a lane keeps."""
+SEEN = 256
+"""Kinds of batches that it remembers."""
+PlanKey = tuple[int, str, Rooms]
+"""Images, way, and the rooms of the blocks."""
 
 
 class Plan:
-    """A batch that is run at once, with the same rooms each time.
+    """What runs batches of one kind at once.
 
     Attributes:
-        rooms: of the blocks.
         runners: its own.
         graph: its CUDA graph, if there is one.
     """
 
-    def __init__(self, rooms: Rooms, runners: Runners) -> None:
-        self.rooms, self.runners = rooms, runners
+    def __init__(self, runners: Runners) -> None:
+        self.runners = runners
         self.graph: Executable | None = None
 
     def close(self) -> None:
@@ -60,7 +63,8 @@ class DeviceLane:
         self.most = most
         self._backend, self._arch, self._cuda = backend, backend.graphs.architecture, backend.cuda
         self._stream, self._owns_stream = backend.stream()
-        self._plans: OrderedDict[tuple[int, str], Plan] = OrderedDict()
+        self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
+        self._seen: set[PlanKey] = set()
         with ExitStack() as undo:
             undo.callback(self._free_stream)
             self._memory = LaneMemory(self._cuda, self._arch, most, self._stream)
@@ -123,61 +127,66 @@ class DeviceLane:
     def launch(self, images: Float, limits: Float, rooms: Rooms, way: str) -> None:
         """See `Lane.launch`.
 
-        The first batch of a size runs without a CUDA graph, so that engines have met its shapes when they are captured.
+        A batch that comes again, in size and rooms, gets a plan. That runs once as it is, so that its engines have met
+        the shapes when they are recorded.
         """
         parts = PARTS if way == CONDITIONAL else (None,)
         self._open([GraphKey("block", block, part) for block in range(self._arch.depth) for part in parts], False)
         self._take(images, limits, None, False)
-        key = len(images), way
+        key = len(images), way, rooms
         plan = self._plans.get(key)
-        if plan is None or plan.rooms != rooms:
-            plan = self._new_plan(key, rooms)
-            self._enqueue(plan, way, None)
+        if plan is None:
+            runners = self._new_plan(key).runners if key in self._seen else self._runners
+            self._remember(key)
+            self._enqueue(runners, rooms, way, None)
         else:
             self._plans.move_to_end(key)
             if plan.graph is None:
-                plan.graph = self._record(plan, way)
+                plan.graph = self._record(plan.runners, rooms, way)
             if plan.graph is None:
-                self._enqueue(plan, way, None)
+                self._enqueue(plan.runners, rooms, way, None)
             else:
                 plan.graph.launch(self._stream)
         self._fetches = True
 
-    def _new_plan(self, key: tuple[int, str], rooms: Rooms) -> Plan:
-        """Makes a plan, in the place of one with other rooms, or of that which was used least lately."""
-        old = self._plans.pop(key, None)
-        if old is None and len(self._plans) >= PLANS:
-            _, old = self._plans.popitem(last=False)
-        if old is not None:
+    def _remember(self, key: PlanKey) -> None:
+        """Notes that a batch came."""
+        if len(self._seen) >= SEEN:
+            self._seen.clear()
+        self._seen.add(key)
+
+    def _new_plan(self, key: PlanKey) -> Plan:
+        """Makes a plan, in the place of that which was used least lately."""
+        if len(self._plans) >= PLANS:
             self._cuda.call("cudaStreamSynchronize", self._stream)
-            old.close()
+            self._plans.popitem(last=False)[1].close()
         memory = self._memory
-        plan = Plan(rooms, Runners(self._backend, memory, memory.scratch(0)))
-        self._plans[key] = plan
+        plan = self._plans[key] = Plan(Runners(self._backend, memory, memory.scratch(0)))
         return plan
 
-    def _record(self, plan: Plan, way: str) -> Executable | None:
-        """The CUDA graph of a plan that has run before; None where there can be none."""
+    def _record(self, runners: Runners, rooms: Rooms, way: str) -> Executable | None:
+        """The CUDA graph of a batch that has run before; None where there can be none."""
         captures = self._backend.captures
-        if captures.without_graph(way) is None and not plan.runners.captures():
+        if captures.without_graph(way) is None and not runners.captures():
             captures.refuse(way, "an engine says so")
-        return captures.record(way, self._stream, lambda when: self._enqueue(plan, way, when))
+        return captures.record(way, self._stream, lambda when: self._enqueue(runners, rooms, way, when))
 
-    def _enqueue(self, plan: Plan, way: str, when: When | None) -> None:
+    def _enqueue(self, runners: Runners, rooms: Rooms, way: str, when: When | None) -> None:
         """Enqueues a whole batch: its upload, all engines, and its fetch.
 
         Args:
-            plan: rooms, and what runs engines.
+            runners: of the engines.
+            rooms: of the blocks.
             way: how.
             when: makes conditions; without, everything runs.
         """
         self._memory.upload("limits")
-        self._run(plan.runners, STEM_GRAPH)
-        for block, room in enumerate(plan.rooms):
+        self._run(runners, STEM_GRAPH)
+        for block, room in enumerate(rooms):
             if way == CONDITIONAL:
-                self._parts(plan.runners, block, room, when)
+                self._parts(runners, block, room, when)
             else:
-                self._run(plan.runners, GraphKey("block", block), room)
+                self._run(runners, GraphKey("block", block), room)
         self._memory.fetch("kept", "logits")
 
     def _parts(self, runners: Runners, block: int, room: Room, when: When | None) -> None:
