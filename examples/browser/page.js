@@ -192,7 +192,7 @@ function showBudget() {
   const { budget } = state;
   const { trained } = state.info.budget;
   if (!budget) $("slider").value = trained;
-  const text = budget ? `${percent(budget, 1)} of the dense MACs` : `as trained, about ${percent(trained)}`;
+  const text = budget ? percent(budget, 1) : `about ${percent(trained)}`;
   $("share").textContent = $("slider").ariaValueText = text;
   $("trained").ariaPressed = String(!budget);
 }

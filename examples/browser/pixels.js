@@ -96,7 +96,7 @@ function stretch(grey) {
   const cut = Math.floor((grey.length * CUTOFF) / 100);
   const all = [...counts.keys()];
   take(counts, all, cut);
-  take(counts, all.toReversed(), cut);
+  take(counts, [...all].reverse(), cut);
   const low = counts.findIndex((count) => count > 0);
   const high = counts.findLastIndex((count) => count > 0);
   if (high <= low) return all;

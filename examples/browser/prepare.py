@@ -27,7 +27,12 @@ from adavit.errors import AdaViTError
 
 PAGE = ("index.html", "style.css", "page.js", "view.js", "drawing.js", "pixels.js", "worker.js")
 ENGINE = "onnxruntime-web@1.30.0"
-ENGINE_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+ENGINE_FILES = {
+    "ort.wasm.min.mjs": "ort.js",
+    "ort-wasm-simd-threaded.mjs": "wasm.js",
+    "ort-wasm-simd-threaded.wasm": "ort.wasm",
+}
+"""By their names in the package; many web servers do not know that .mjs is JavaScript."""
 LICENCES = ("LICENSE", "ThirdPartyNotices.txt")
 """Of ONNX Runtime, which its Python package has and its npm package lacks."""
 HEADERS = {
@@ -60,12 +65,10 @@ def write_engine(folder: Path) -> None:
             reason = (packed.stderr.strip().splitlines() or ["no reason given"])[0]
             raise click.ClickException(f"npm could not download {ENGINE}: {reason}")
         with tarfile.open(archives[0]) as archive:
-            for name in ENGINE_FILES:
+            for name, place in ENGINE_FILES.items():
                 member = archive.extractfile(f"package/dist/{name}")
-                if member is None:
-                    raise click.ClickException(f"{ENGINE} has no dist/{name}")
-                with member, (folder / name).open("wb") as target:
-                    shutil.copyfileobj(member, target)
+                assert member, f"{ENGINE} has no file {name}"
+                (folder / place).write_bytes(member.read())
     for name in LICENCES:
         shutil.copy(distribution("onnxruntime").locate_file(f"onnxruntime/{name}"), folder)
 
@@ -98,7 +101,7 @@ def write_page(bundle: Path, folder: Path) -> None:
 class Handler(SimpleHTTPRequestHandler):
     """Serves files in a way that isolates the page."""
 
-    extensions_map = SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript", ".wasm": "application/wasm"}
+    extensions_map = SimpleHTTPRequestHandler.extensions_map | {".js": "text/javascript", ".wasm": "application/wasm"}
 
     def end_headers(self) -> None:
         """Adds the headers."""

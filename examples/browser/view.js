@@ -37,7 +37,8 @@ export function prepareView(info) {
 }
 
 function blockButton(block) {
-  const name = element("span", { className: "name" }, `block ${block} `, element("b"));
+  const word = element("span", { className: "wide" }, "block ");
+  const name = element("span", { className: "name" }, element("span", {}, word, block), element("b"));
   const parts = [element("canvas"), element("span", { className: "marks" }), name];
   const button = element("button", { type: "button", className: "block", ariaPressed: "false" }, ...parts);
   button.addEventListener("click", () => pin(shown.pinned === block ? null : block));

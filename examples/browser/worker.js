@@ -2,7 +2,7 @@
 // In: {kind: "open", site, info, threads}, then {kind: "show", id, picture, file, tone, budget}.
 // Out: "progress", "ready", "dense", then of each request a "result" and "timing", "unreadable" or "error".
 
-import * as ort from "./ort/ort.wasm.min.mjs";
+import * as ort from "./ort/ort.js";
 import { cropped, normalised, rgb, suggestedTone, toned } from "./pixels.js";
 
 const ROUNDS = 9; // of timing, in turns with the dense twin
@@ -32,7 +32,8 @@ function post(kind, values) {
 }
 
 async function open({ site, info, threads }) {
-  ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
+  const place = (name) => new URL(`./ort/${name}`, import.meta.url).href;
+  ort.env.wasm.wasmPaths = { mjs: place("wasm.js"), wasm: place("ort.wasm") };
   ort.env.wasm.numThreads = threads;
   ort.env.logLevel = "error";
   model.info = info;
@@ -153,7 +154,7 @@ async function decode(file) {
 }
 
 function median(values) {
-  const sorted = values.toSorted((a, b) => a - b);
+  const sorted = [...values].sort((a, b) => a - b);
   const middle = sorted.length >> 1;
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
