@@ -1,7 +1,7 @@
 """Makes a folder that any web server shows as the page: python examples/browser/prepare.py OUT [--serve 8000]
 
 It holds the adaptive model and its dense twin as one ONNX file each, the page, pictures, and onnxruntime-web, which npm
-downloads. The page needs nothing else: it works offline. It needs the extra cpu, and npm.
+downloads. The page needs nothing else: it works offline. This script needs the extras cpu and export, and npm.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ HEADERS = {
 
 def write_models(bundle: Path, folder: Path) -> None:
     """Writes model.onnx, model.json and dense.onnx."""
-    adavit.export_single_file(bundle, folder / "model.onnx", budget_input=True, with_policy=True)
+    adavit.export_single_file(bundle, folder / "model.onnx", budget_input=True, with_policy=True, force=True)
     graphs = Graphs(Bundle.open(bundle))
     dense = graphs.dense()
     weights = {name: graphs.tensors.array(weight.tensor) for name, weight in dense.weights.items() if weight.tensor}

@@ -92,8 +92,8 @@ def check(step: Found, runtime: Runtime) -> None:
     arch = runtime.architecture
     pixels = runtime.preprocess(crop_of(step, runtime))[None]
     result = runtime.run(pixels, budget=np.float32(step["budget"]).item() or None)
-    shapes = {"tokens": (1, arch.depth, arch.tokens), "heads": (1, arch.depth, arch.heads), "sublayers": (1, arch.depth, 2)}
-    masks = {name: np.array(step[name], bool).reshape(shape) for name, shape in shapes.items()}
+    sizes = {"tokens": arch.tokens, "heads": arch.heads, "sublayers": 2}
+    masks = {name: np.array(step[name], bool).reshape(1, arch.depth, size) for name, size in sizes.items()}
     assert_same_policy(Policy(**masks), result.policy)
     np.testing.assert_allclose(step["logits"], result.logits[0], atol=1e-4)
     assert step["macs"] == result.macs[0]
