@@ -177,6 +177,8 @@ function radioOf(number) {
 function prepareBudget() {
   const { least, most } = state.info.budget;
   Object.assign($("slider"), { min: least, max: most });
+  $("least").textContent = percent(least);
+  $("most").textContent = percent(most);
   $("slider").addEventListener("input", () => setBudget($("slider").valueAsNumber));
   $("trained").addEventListener("click", () => setBudget(0));
   showBudget();

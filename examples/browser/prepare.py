@@ -25,7 +25,7 @@ from adavit.bundle.demo import demo_bundle, find_bundle
 from adavit.bundle.graphs import Graphs
 from adavit.errors import AdaViTError
 
-PAGE = ("index.html", "style.css", "page.js", "view.js", "drawing.js", "pixels.js", "worker.js")
+PAGE = ("index.html", "style.css", "cards.css", "page.js", "view.js", "drawing.js", "pixels.js", "worker.js")
 ENGINE = "onnxruntime-web@1.30.0"
 ENGINE_FILES = {
     "ort.wasm.min.mjs": "ort.js",
