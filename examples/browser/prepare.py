@@ -59,7 +59,9 @@ def write_engine(folder: Path) -> None:
         raise click.ClickException("npm is missing, which downloads onnxruntime-web; install Node.js")
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        packed = subprocess.run([npm, "pack", "--silent", ENGINE], cwd=work, capture_output=True, text=True)
+        packed = subprocess.run(
+            [npm, "pack", "--silent", "--prefer-offline", ENGINE], cwd=work, capture_output=True, text=True
+        )
         archives = list(Path(work).glob("*.tgz"))
         if packed.returncode or not archives:
             reason = (packed.stderr.strip().splitlines() or ["no reason given"])[0]

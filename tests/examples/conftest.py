@@ -29,7 +29,15 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         folder = tmp_path_factory.mktemp(name)
         if copied:
             shutil.copytree(copied, folder, dirs_exist_ok=True)
-        command = [program("npm"), "install", "--ignore-scripts", "--no-audit", "--no-fund", *packages]
+        command = [
+            program("npm"),
+            "install",
+            "--ignore-scripts",
+            "--prefer-offline",
+            "--no-audit",
+            "--no-fund",
+            *packages,
+        ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         return missing(f"npm cannot install: {done.stderr.strip()[:300]}") if done.returncode else folder
 

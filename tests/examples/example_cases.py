@@ -1,4 +1,4 @@
-"""Where the examples are, and the programs that they need."""
+"""Where the examples are, the programs that they need, and what the page does to pictures."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from PIL import Image, ImageOps
 
 REPOSITORY = Path(__file__).parent.parent.parent
 EXAMPLES = REPOSITORY / "examples"
@@ -23,3 +24,11 @@ def program(*names: str) -> str:
     """The path of the first of these programs that there is."""
     found = next((path for path in map(shutil.which, names) if path), None)
     return found or missing(f"{names[0]} is not installed")
+
+
+def toned(picture: Image.Image, tone: str) -> Image.Image:
+    """A picture with its contrast as the README changes that."""
+    if tone == "plain":
+        return picture
+    grey = picture.convert("L")
+    return ImageOps.autocontrast(ImageOps.invert(grey) if tone == "inverted" else grey, cutoff=1)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import assert_same_policy
-from example_cases import REPOSITORY
+from example_cases import REPOSITORY, toned
 from PIL import Image, ImageFilter, ImageOps
 
 import adavit
@@ -72,14 +72,6 @@ def play(driver: Path, node: str, chromium: str, files: dict[str, Path]) -> Play
 def whole(prepared: tuple[Path, str], play: Play, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What a long visit at a desktop shows, with one thread."""
     return play("whole", prepared[1] + "?threads=1", shots=str(tmp_path_factory.mktemp("shots")))
-
-
-def toned(picture: Image.Image, tone: str) -> Image.Image:
-    """A picture with its contrast as the README changes that."""
-    if tone == "plain":
-        return picture
-    grey = picture.convert("L")
-    return ImageOps.autocontrast(ImageOps.invert(grey) if tone == "inverted" else grey, cutoff=1)
 
 
 def crop_of(step: Found, runtime: Runtime) -> np.ndarray:
