@@ -25,7 +25,12 @@ export function toned(picture, tone) {
   if (tone === "inverted") for (let i = 0; i < grey.length; i++) grey[i] = 255 - grey[i];
   const table = stretch(grey);
   const data = new Uint8Array(grey.length * 3);
-  for (let i = 0; i < grey.length; i++) data.fill(table[grey[i]], 3 * i, 3 * i + 3);
+  for (let i = 0, to = 0; i < grey.length; i++) {
+    const value = table[grey[i]];
+    data[to++] = value;
+    data[to++] = value;
+    data[to++] = value;
+  }
   return { ...picture, data };
 }
 
@@ -125,16 +130,20 @@ function resize({ width, height, data }, toWidth, toHeight) {
 
 /** Resizes `lines` lines of `from` pixels to `to`; the layout says how far pixels and lines are apart. */
 function along(data, lines, from, to, layout) {
-  const out = new Uint8Array(lines * to * 3);
+  const out = new Uint8ClampedArray(lines * to * 3);
+  const step = 3 * layout.step;
   filters(from, to).forEach(({ first, weights }, place) => {
     for (let line = 0; line < lines; line++) {
-      const start = (line * layout.line + first * layout.step) * 3;
-      const target = (line * layout.to + place * layout.next) * 3;
+      const start = 3 * line * layout.line + first * step;
+      const target = 3 * (line * layout.to + place * layout.next);
       for (let channel = 0; channel < 3; channel++) {
         let sum = 1 << (BITS - 1);
         let at = start + channel;
-        for (let i = 0; i < weights.length; i++, at += layout.step * 3) sum += data[at] * weights[i];
-        out[target + channel] = Math.min(255, Math.max(0, sum >> BITS));
+        for (let i = 0; i < weights.length; i++) {
+          sum += data[at] * weights[i];
+          at += step;
+        }
+        out[target + channel] = sum >> BITS;
       }
     }
   });
@@ -153,7 +162,7 @@ function filters(from, to) {
     const exact = [];
     for (let x = first; x < end; x++) exact.push(bicubic((x - centre + 0.5) * (1 / stretch)));
     const sum = exact.reduce((a, b) => a + b, 0);
-    const weights = exact.map((weight) => fixed(weight / sum));
+    const weights = Int32Array.from(exact, (weight) => fixed(weight / sum));
     found.push({ first, weights });
   }
   return found;
