@@ -18,6 +18,18 @@ prepare() {
     oldest=${pythons[0]}
 }
 
+# Installs what the examples' tests need besides Python's packages, where it is missing. They may not skip afterwards.
+tools() {
+    local program wanted=()
+    for program in node npm chromium; do
+        type -P "$program" > /dev/null || wanted+=("${program/#node/nodejs}")
+    done
+    if [ ${#wanted[@]} -gt 0 ]; then
+        apt-get update -q && apt-get install -y -q --no-install-recommends "${wanted[@]}"
+    fi &> "$work/tools.log" || { cat "$work/tools.log" >&2; return 1; }
+    export ADAVIT_EXAMPLES=required
+}
+
 # The wheel holds the files of the package, all of them and no others.
 contents() {
     diff <(find adavit -type f -not -path '*/__pycache__/*' | LC_ALL=C sort) \

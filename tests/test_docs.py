@@ -14,7 +14,7 @@ import adavit
 from adavit.version import __version__
 
 REPOSITORY = Path(__file__).parent.parent
-PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
+PAGES = sorted(page for place in ("*.md", "docs/**/*.md", "examples/*/*.md") for page in REPOSITORY.glob(place))
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 
