@@ -1,27 +1,46 @@
-"""A block inside a single file: it decides, then runs each sub-layer under an `If`, on the rows of the kept tokens."""
+"""A block of a single file: it decides, and an `If` runs each sub-layer on the rows of the kept tokens.
+
+Where nearly all heads are kept, all of them run, and a mask takes away what dropped ones made. Elsewhere the weights
+of the kept heads are gathered. Their layouts have the heads first, so that a head's weights are one piece of memory:
+qkv [H, D, 3d], proj [H, d, D] and fc1 [H, d, F]. Frequent head sets may have constant weights of their own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from onnx import TensorProto
 
 from adavit.architecture import Architecture
-from adavit.bundle.keys import BOTH, BlockKey
-from adavit.bundle.head_weights import head_weights
 from adavit.graphs.block import add_norm
-from adavit.graphs.nested import NestedBuilder
+from adavit.graphs.nested import Made, NestedBuilder
+from adavit.graphs.single_heads import Heads, HeadSet, every_head, places_of
 
-__all__ = ["Decisions", "HeadGroups", "add_nested_block"]
+__all__ = ["HeadPlan", "Kept", "add_nested_block"]
 
-HeadGroups = tuple[tuple[int, ...], ...]
-"""How a block runs its heads. Groups of heads: each runs where any of its heads is kept, with dropped ones masked.
-No group at all: the weights of the kept heads are gathered."""
+Make = Callable[[NestedBuilder], str]
 
 
-class Decisions(NamedTuple):
+@dataclass(frozen=True)
+class HeadPlan:
+    """How a block runs its heads.
+
+    Attributes:
+        masked: whether all heads run, and dropped ones are masked; else their weights are gathered.
+        attention, mlp: sets of heads whose weights are also there as constants.
+        fused: whether attention on constant weights is ONNX Runtime's own operator.
+    """
+
+    masked: bool = False
+    attention: tuple[HeadSet, ...] = ()
+    mlp: tuple[HeadSet, ...] = ()
+    fused: bool = False
+
+
+class Kept(NamedTuple):
     """The masks of a block, bool: tokens [1, N], heads [1, H], sublayers [1, 2]; "" where it has no such policy."""
 
     tokens: str
@@ -30,165 +49,154 @@ class Decisions(NamedTuple):
 
 
 def add_nested_block(
-    graph: NestedBuilder, arch: Architecture, block: int, x: str, bounds: Sequence[str], groups: HeadGroups
-) -> tuple[str, Decisions]:
-    """Adds a block to the graph of an image: tokens [N, D] -> tokens [N, D], and what was kept."""
-    normed, kept = _decide(graph, arch, block, x, bounds)
-    every: list[int | str] = [arch.tokens, arch.width]
-    some: list[int | str] = ["K", arch.width]
+    graph: NestedBuilder, arch: Architecture, block: int, x: str, bounds: Sequence[str], plan: HeadPlan
+) -> tuple[str, Kept]:
+    """Adds a block to the graph of an image.
+
+    Args:
+        graph: where to add.
+        arch: the model's shapes.
+        block: its position.
+        x: the tokens, [N, D].
+        bounds: what the logits of tokens, heads and sub-layers have to exceed.
+        plan: how it runs its heads.
+
+    Returns:
+        The tokens behind it, [N, D], and what was kept.
+    """
+    normed = add_norm(graph, arch, x, f"blocks.{block}.norm1", f"blocks.{block}.norm1")
+    kept = _decide(graph, arch, block, x, normed, bounds)
+    runs = ["", ""]
+    if kept.sublayers:
+        flags = graph.op("Reshape", kept.sublayers, graph.ints(2))
+        runs = [graph.op("Gather", flags, graph.constant(f"part_{i}", np.int64(i)), axis=0) for i in (0, 1)]
 
     def run(inner: NestedBuilder) -> str:
-        places = ""
-        rows, normed_rows = x, normed
+        rows, normed_rows, places = x, normed, ""
         if kept.tokens:
-            places = inner.op("Reshape", inner.op("NonZero", inner.op("Reshape", kept.tokens, inner.ints(-1))), inner.ints(-1, 1))
-            flat = inner.op("Reshape", places, inner.ints(-1))
-            rows = inner.op("Gather", x, flat, axis=0)
-            normed_rows = inner.op("Gather", normed, flat, axis=0)
-        rows = _if(inner, attention, lambda g: _attention(g, arch, block, rows, normed_rows, kept.heads, groups), rows, some)
-        rows = _if(inner, mlp, lambda g: _mlp(g, arch, block, rows, kept.heads, groups), rows, some)
-        return inner.op("ScatterND", x, places, rows) if places else rows
+            places = places_of(inner, kept.tokens)
+            rows, normed_rows = (inner.op("Gather", value, places, axis=0) for value in (x, normed))
+        for condition, add in zip(runs, (_attention, _mlp), strict=True):
+            rows = _where(
+                inner, condition, lambda g, add=add, y=rows: add(g, arch, block, y, normed_rows, kept, plan), rows, "K"
+            )
+        return inner.op("ScatterND", x, inner.op("Unsqueeze", places, inner.ints(1)), rows) if places else rows
 
-    attention = mlp = ""
     if not kept.sublayers:
         return run(graph), kept
-    flags = graph.op("Reshape", kept.sublayers, graph.ints(2))
-    attention, mlp = (graph.op("Gather", flags, graph.constant(f"part_{i}", np.int64(i)), axis=0) for i in (0, 1))
-    return _if(graph, graph.op("Or", attention, mlp), run, x, every), kept
+    return _where(graph, graph.op("Or", *runs), run, x, arch.tokens, arch.width), kept
 
 
-def _if(graph: NestedBuilder, condition: str, then, otherwise: str, shape: list[int | str]) -> str:
-    """What `then` makes where a condition holds or there is none, else a value as it is."""
+def _where(graph: NestedBuilder, condition: str, make: Make, other: str, rows: int | str, width: int = 0) -> str:
+    """What `make` adds where a condition holds, or there is none; else another value."""
     if not condition:
-        return then(graph)
-    return graph.branch(condition, lambda g: [then(g)], lambda g: [otherwise], [("float32", shape)])[0]
+        return make(graph)
+    return graph.branch(condition, make, lambda _: other, ("float32", [rows, width or "D"]))
 
 
-def _decide(graph: NestedBuilder, arch: Architecture, block: int, x: str, bounds: Sequence[str]) -> tuple[str, Decisions]:
+def _decide(
+    graph: NestedBuilder, arch: Architecture, block: int, x: str, normed: str, bounds: Sequence[str]
+) -> Kept:
+    """Adds a block's decisions: what is strictly above its bound is kept."""
     site = f"blocks.{block}"
-    normed = add_norm(graph, arch, x, "", f"{site}.norm1")
+
+    def chosen(bound: str, name: str, *read: str, vector_first: bool = False) -> str:
+        weight, bias = (graph.weight("", f"{site}.{name}.mlp_head.{kind}") for kind in ("weight", "bias"))
+        factors = (weight, *read) if vector_first else (*read, weight)
+        return graph.op("Greater", graph.op("Gemm", *factors, bias, transB=1), bound)
+
     tokens = heads = sublayers = ""
     if arch.token_policy:
-        weight, bias = (graph.weight("", f"{site}.attn.token_select.mlp_head.{kind}") for kind in ("weight", "bias"))
-        logits = graph.op("Gemm", weight, normed, bias, transB=1)
         first = graph.constant("class_token", np.arange(arch.tokens)[None] == 0)
-        tokens = graph.op("Or", graph.op("Greater", logits, bounds[0]), first)
-    first = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0)) if arch.policy_outputs(block) else ""
-
-    def chosen(name: str, bound: str) -> str:
-        weight, bias = (graph.weight("", f"{site}.{name}.mlp_head.{kind}") for kind in ("weight", "bias"))
-        return graph.op("Greater", graph.op("Gemm", first, weight, bias, transB=1), bound)
-
-    if arch.adapts_heads(block):
-        heads = chosen("head_select", bounds[1])
-    if arch.adapts_sublayers(block):
-        sublayers = chosen("layer_select", bounds[2])
-    return normed, Decisions(tokens, heads, sublayers)
+        tokens = graph.op("Or", chosen(bounds[0], "attn.token_select", normed, vector_first=True), first)
+    if arch.policy_outputs(block):
+        row = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0))
+        heads = chosen(bounds[1], "head_select", row) if arch.adapts_heads(block) else ""
+        sublayers = chosen(bounds[2], "layer_select", row) if arch.adapts_sublayers(block) else ""
+    return Kept(tokens, heads, sublayers)
 
 
-def _all(arch):
-    return tuple(range(arch.heads))
+def _attention(
+    graph: NestedBuilder, arch: Architecture, block: int, rows: str, normed: str, kept: Kept, plan: HeadPlan
+) -> str:
+    """The attention sub-layer on kept rows, residual included: [K, D] -> [K, D]."""
+    heads = Heads(arch, block)
+    bias = graph.weight("", f"blocks.{block}.attn.proj.bias")
+
+    def update(mixed: str, g: NestedBuilder, weight: str) -> str:
+        return g.op("Add", g.op("Gemm", mixed, weight, bias), rows)
+
+    def constant(g: NestedBuilder, which: HeadSet, mask: str = "") -> str:
+        mixed = heads.fused(g, normed, which) if plan.fused else heads.attend(g, normed, heads.qkv(g, which), which)
+        return update(_masked(g, arch, mixed, mask), g, heads.proj(g, which))
+
+    def gathered(g: NestedBuilder) -> str:
+        places = places_of(g, kept.heads)
+        return update(heads.attend_gathered(g, normed, places), g, heads.proj_gathered(g, places))
+
+    if not kept.heads or plan.masked:
+        return constant(graph, every_head(arch), kept.heads)  # with the mask of dropped ones
+    return _among(graph, kept.heads, every_head(arch), plan.attention, constant, gathered, arch.width)
 
 
-def _attention(graph, arch, block, rows, normed, heads, groups):
-    site = f"blocks.{block}.attn"
-    rows = graph.op("Add", rows, graph.weight("", f"{site}.proj.bias"))
-    if not heads:
-        return _attend_group(graph, arch, block, rows, normed, "", _all(arch))
-    if not groups:
-        return _attend_gathered(graph, arch, block, rows, normed, heads)
-    for group in groups:
-        rows = _group(graph, arch, heads, group, rows, lambda g, group=group, rows=rows: _attend_group(g, arch, block, rows, normed, heads, group), arch.width)
-    return rows
-
-
-def _group(graph, arch, heads, group, rows, make, width):
-    """Runs a group where any of its heads is kept."""
-    if len(group) == arch.heads:
-        return make(graph)
-    mine = graph.op("Gather", graph.op("Reshape", heads, graph.ints(-1)), graph.constant(f"heads_{'_'.join(map(str, group))}", np.array(group, np.int64)))
-    any_kept = graph.op("Cast", graph.op("ReduceMax", graph.op("Cast", mine, to=TensorProto.FLOAT), keepdims=0), to=TensorProto.BOOL)
-    return _if(graph, any_kept, make, rows, ["K", width])
-
-
-def _mask(graph, arch, values, heads, group):
-    """values [K, h, d] of a group times the mask of heads."""
-    if not heads or len(group) == 1:
-        return values
-    mask = graph.op("Reshape", heads, graph.ints(-1, 1))
-    if len(group) < arch.heads:
-        mask = graph.op("Gather", mask, graph.constant(f"heads_{'_'.join(map(str, group))}", np.array(group, np.int64)), axis=0)
-    return graph.op("Mul", values, graph.op("Cast", mask, to=TensorProto.FLOAT))
-
-
-def _weights(graph, arch, block, group, name):
-    tag = "" if len(group) == arch.heads else ".heads_" + "_".join(map(str, group))
-    def make():
-        return head_weights(arch, graph._tensors, BlockKey(block, BOTH, group))[name]
-    return graph.matrix(f"blocks.{block}.{name}{tag}", make)
-
-
-def _attend_group(graph, arch, block, rows, normed, heads, group):
-    d = arch.head_width
-    bias = [_weights(graph, arch, block, group, "qkv_bias")] if arch.qkv_bias else []
-    qkv = graph.op("Gemm", normed, _weights(graph, arch, block, group, "qkv"), *bias, transB=1)
-    parts = graph.op("Reshape", qkv, graph.ints(0, 3, -1, d))
-    query, key, value = (
-        graph.op("Transpose", graph.op("Gather", parts, graph.constant(f"part_{i}", np.int64(i)), axis=1), perm=perm)
-        for i, perm in enumerate(([1, 0, 2], [1, 2, 0], [1, 0, 2]))
-    )
-    shares = graph.op("Softmax", graph.op("MatMul", query, key), axis=-1)
-    mixed = graph.op("Transpose", graph.op("MatMul", shares, value), perm=[1, 0, 2])
-    mixed = graph.op("Reshape", _mask(graph, arch, mixed, heads, group), graph.ints(0, -1))
-    return graph.op("Add", graph.op("Gemm", mixed, _weights(graph, arch, block, group, "proj"), transB=1), rows)
-
-
-def _attend_gathered(graph, arch, block, rows, normed, heads):
-    d, D, H = arch.head_width, arch.width, arch.heads
-    full = _all(arch)
-    def whole(name): return head_weights(arch, graph._tensors, BlockKey(block, BOTH, full))[name]
-    places = graph.op("Reshape", graph.op("NonZero", graph.op("Reshape", heads, graph.ints(-1))), graph.ints(-1))
-    weight = graph.matrix(f"blocks.{block}.qkv.by_head", lambda: whole("qkv").reshape(3, H, d, D).transpose(1, 3, 0, 2).reshape(H, D, 3 * d))
-    qkv = graph.op("MatMul", normed, graph.op("Gather", weight, places, axis=0))  # [h, K, 3 d]
-    if arch.qkv_bias:
-        bias = graph.matrix(f"blocks.{block}.qkv_bias.by_head", lambda: whole("qkv_bias").reshape(3, H, d).transpose(1, 0, 2).reshape(H, 1, 3 * d))
-        qkv = graph.op("Add", qkv, graph.op("Gather", bias, places, axis=0))
-    query, key, value = graph.ops("Split", qkv, outputs=3, axis=2, num_outputs=3)
-    shares = graph.op("Softmax", graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 2, 1])), axis=-1)
-    mixed = graph.op("Transpose", graph.op("MatMul", shares, value), perm=[1, 0, 2])
-    proj = graph.matrix(f"blocks.{block}.proj.by_head", lambda: whole("proj").reshape(D, H, d).transpose(1, 2, 0))
-    proj = graph.op("Reshape", graph.op("Gather", proj, places, axis=0), graph.ints(-1, D))
-    update = graph.op("Gemm", graph.op("Reshape", mixed, graph.ints(0, -1)), proj)
-    return graph.op("Add", update, rows)
-
-
-def _mlp(graph, arch, block, rows, heads, groups):
-    site, d, D, H, F = f"blocks.{block}", arch.head_width, arch.width, arch.heads, arch.hidden
-    normed = add_norm(graph, arch, rows, "", f"{site}.norm2")
+def _mlp(
+    graph: NestedBuilder, arch: Architecture, block: int, rows: str, normed: str, kept: Kept, plan: HeadPlan
+) -> str:
+    """The MLP sub-layer on kept rows, residual included: [K, D] -> [K, D]."""
+    heads, site = Heads(arch, block), f"blocks.{block}"
+    normed = add_norm(graph, arch, rows, f"{site}.norm2", f"{site}.norm2")
     bias = graph.weight("", f"{site}.mlp.fc1.bias")
-    if not heads:
-        hidden = graph.op("Gemm", normed, graph.weight("", f"{site}.mlp.fc1.weight"), bias, transB=1)
+    if not kept.heads or plan.masked:
+        read = _masked(graph, arch, normed, kept.heads)
+        hidden = graph.op("Gemm", read, heads.fc1(graph, every_head(arch)), bias)
     else:
-        by_head = graph.op("Reshape", normed, graph.ints(0, H, d))
-        if not groups:
-            places = graph.op("Reshape", graph.op("NonZero", graph.op("Reshape", heads, graph.ints(-1))), graph.ints(-1))
-            fc1 = graph.matrix(f"{site}.fc1.by_head", lambda: graph._tensors.array(f"{site}.mlp.fc1.weight").reshape(F, H, d).transpose(1, 2, 0))
-            fc1 = graph.op("Reshape", graph.op("Gather", fc1, places, axis=0), graph.ints(-1, F))
-            read = graph.op("Reshape", graph.op("Gather", by_head, places, axis=1), graph.ints(0, -1))
-            hidden = graph.op("Gemm", read, fc1, bias)
-        else:
-            hidden = ""
-            for group in groups:
-                def make(g, group=group, hidden=hidden):
-                    read = by_head
-                    if len(group) < H:
-                        read = g.op("Gather", by_head, g.constant(f"heads_{'_'.join(map(str, group))}", np.array(group, np.int64)), axis=1)
-                    read = g.op("Reshape", _mask(g, arch, read, heads, group), g.ints(0, -1))
-                    return g.op("Gemm", read, _weights(g, arch, block, group, "fc1"), hidden or bias, transB=1)
-                if not hidden:
-                    hidden = make(graph)
-                else:
-                    hidden = _group(graph, arch, heads, group, hidden, make, F)
-    hidden = graph.gelu(hidden)
-    update = graph.op("Gemm", hidden, graph.weight("", f"{site}.mlp.fc2.weight"), graph.weight("", f"{site}.mlp.fc2.bias"), transB=1)
-    return graph.op("Add", update, rows)
+        by_head = graph.op("Reshape", normed, graph.ints(0, arch.heads, arch.head_width))
+
+        def read_of(g: NestedBuilder, places: str) -> str:
+            return g.op("Reshape", g.op("Gather", by_head, places, axis=1), g.ints(0, -1))
+
+        def constant(g: NestedBuilder, which: HeadSet) -> str:
+            return g.op("Gemm", read_of(g, g.ints(*which)), heads.fc1(g, which), bias)
+
+        def gathered(g: NestedBuilder) -> str:
+            places = places_of(g, kept.heads)
+            return g.op("Gemm", read_of(g, places), heads.fc1_gathered(g, places), bias)
+
+        hidden = _among(graph, kept.heads, every_head(arch), plan.mlp, constant, gathered, arch.hidden)
+    weight, bias = (graph.weight("", f"{site}.mlp.fc2.{kind}") for kind in ("weight", "bias"))
+    return graph.op("Add", graph.op("Gemm", graph.gelu(hidden), weight, bias, transB=1), rows)
+
+
+def _among(
+    graph: NestedBuilder,
+    kept: str,
+    every: HeadSet,
+    sets: Sequence[HeadSet],
+    constant: Callable[[NestedBuilder, HeadSet], str],
+    other: Make,
+    width: int,
+) -> str:
+    """What is made for the kept heads [1, H]: with constants where they are one of some sets, else by `other`."""
+    if not sets:
+        return other(graph)
+    powers = graph.constant("powers_of_two", 2 ** np.arange(len(every), dtype=np.int64))
+    number = graph.op("Mul", graph.op("Cast", graph.op("Reshape", kept, graph.ints(-1)), to=TensorProto.INT64), powers)
+    number = graph.op("ReduceSum", number, keepdims=0)  # the set as one number: bit i is head i
+
+    def choose(g: NestedBuilder, left: Sequence[HeadSet]) -> str:
+        if not left:
+            return other(g)
+        same = g.op("Equal", number, g.scalar(sum(2**head for head in left[0]), "int64"))
+        made: Made = ("float32", ["K", width])
+        return g.branch(same, lambda inner: constant(inner, left[0]), lambda inner: choose(inner, left[1:]), made)
+
+    return choose(graph, sets)
+
+
+def _masked(graph: NestedBuilder, arch: Architecture, values: str, mask: str) -> str:
+    """values [K, D] with the channels of dropped heads at 0."""
+    if not mask:
+        return values
+    by_head = graph.op("Reshape", values, graph.ints(0, arch.heads, arch.head_width))
+    factor = graph.op("Cast", graph.op("Reshape", mask, graph.ints(-1, 1)), to=TensorProto.FLOAT)
+    return graph.op("Reshape", graph.op("Mul", by_head, factor), graph.ints(0, -1))

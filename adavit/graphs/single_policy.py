@@ -8,7 +8,7 @@ from onnx import TensorProto
 from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.bundle.operating_points import Budgets
 from adavit.graphs.nested import NestedBuilder
-from adavit.macs import block_macs, outside_macs
+from adavit.macs import outside_macs
 
 __all__ = ["add_limits", "add_macs"]
 
@@ -29,7 +29,8 @@ def add_limits(graph: NestedBuilder, arch: Architecture, budgets: Budgets, budge
     column = graph.op("Unsqueeze", inside, graph.ints(1))
     below = graph.op("Cast", graph.op("Less", places, column), to=TensorProto.INT64)  # [B, P]
     high = graph.op("ReduceSum", below, graph.ints(1), keepdims=0)  # [B]
-    low = graph.op("Max", graph.op("Sub", high, graph.constant("one", np.int64(1))), graph.constant("none", np.int64(0)))
+    before = graph.op("Sub", high, graph.constant("one", np.int64(1)))
+    low = graph.op("Max", before, graph.constant("zero", np.int64(0)))
     start, end = (graph.op("Gather", places, place) for place in (low, high))
     # Where both are the first point, the way is 0: the least one keeps the share a number.
     way = graph.op("Max", graph.op("Sub", end, start), graph.double("least_way", 1e-9))

@@ -1,0 +1,132 @@
+"""The weights of a block's heads in a single file, and attention with them: constant, or gathered for what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from adavit.architecture import Architecture
+from adavit.bundle.head_weights import head_weights
+from adavit.bundle.keys import BOTH, BlockKey
+from adavit.graphs.nested import NestedBuilder
+
+__all__ = ["MICROSOFT", "HeadSet", "Heads", "every_head", "places_of"]
+
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
+HeadSet = tuple[int, ...]
+Float = npt.NDArray[np.float32]
+
+
+def every_head(arch: Architecture) -> HeadSet:
+    """The set of all heads."""
+    return tuple(range(arch.heads))
+
+
+def places_of(graph: NestedBuilder, mask: str) -> str:
+    """The numbers of what a mask [1, M] keeps, int64 [K]."""
+    return graph.op("Reshape", graph.op("NonZero", graph.op("Reshape", mask, graph.ints(-1))), graph.ints(-1))
+
+
+class Heads:
+    """The heads of a block.
+
+    Args:
+        arch: the model's shapes.
+        block: its position.
+    """
+
+    def __init__(self, arch: Architecture, block: int) -> None:
+        self.arch = arch
+        self.block = block
+
+    def qkv(self, graph: NestedBuilder, which: HeadSet) -> str:
+        """Constant weights [3c, D] of queries, keys and values."""
+        return self._constant(graph, "qkv", which)
+
+    def proj(self, graph: NestedBuilder, which: HeadSet) -> str:
+        """Constant weights [c, D] of the output projection."""
+        return self._constant(graph, "proj", which, transposed=True)
+
+    def fc1(self, graph: NestedBuilder, which: HeadSet) -> str:
+        """Constant weights [c, F] of the MLP's first layer."""
+        return self._constant(graph, "fc1", which, transposed=True)
+
+    def proj_gathered(self, graph: NestedBuilder, places: str) -> str:
+        """The output projection of kept heads: int64 [h] -> [c, D]."""
+        return self._gathered(graph, "proj", places)
+
+    def fc1_gathered(self, graph: NestedBuilder, places: str) -> str:
+        """The MLP's first layer for the channels of kept heads: int64 [h] -> [c, F]."""
+        return self._gathered(graph, "fc1", places)
+
+    def attend(self, graph: NestedBuilder, normed: str, qkv: str, which: HeadSet) -> str:
+        """Attention with constant weights: normed rows [K, D] -> [K, c]."""
+        bias = [self._constant(graph, "qkv_bias", which)] if self.arch.qkv_bias else []
+        rows = graph.op("Gemm", normed, qkv, *bias, transB=1)
+        parts = graph.op("Reshape", rows, graph.ints(0, 3, -1, self.arch.head_width))  # [K, 3, h, d]
+        query, key, value = (
+            graph.op("Transpose", graph.op("Gather", parts, graph.constant(f"part_{i}", np.int64(i)), axis=1), perm=perm)
+            for i, perm in enumerate(([1, 0, 2], [1, 2, 0], [1, 0, 2]))
+        )
+        return self._mixed(graph, query, key, value)
+
+    def attend_gathered(self, graph: NestedBuilder, normed: str, places: str) -> str:
+        """Attention with the kept heads int64 [h]: normed rows [K, D] -> [K, c]."""
+        rows = graph.op("MatMul", normed, graph.op("Gather", self._by_head(graph, "qkv"), places, axis=0))  # [h, K, 3d]
+        if self.arch.qkv_bias:
+            rows = graph.op("Add", rows, graph.op("Gather", self._by_head(graph, "qkv_bias"), places, axis=0))
+        query, key, value = graph.ops("Split", rows, outputs=3, axis=2, num_outputs=3)
+        return self._mixed(graph, query, graph.op("Transpose", key, perm=[0, 2, 1]), value)
+
+    def fused(self, graph: NestedBuilder, normed: str, which: HeadSet) -> str:
+        """As `attend`, in ONNX Runtime's own operator."""
+        channels = len(which) * self.arch.head_width
+        weight = self._constant(graph, "qkv", which, transposed=True)
+        if self.arch.qkv_bias:
+            bias = self._constant(graph, "qkv_bias", which)
+        else:
+            bias = graph.constant(f"no_bias_{channels}", np.zeros(3 * channels, np.float32))
+        sizes = {"num_heads": len(which), "qkv_hidden_sizes": [channels] * 3, "scale": 1.0}
+        one = graph.op("Unsqueeze", normed, graph.ints(0))
+        return graph.op("Squeeze", graph.op("Attention", one, weight, bias, domain=MICROSOFT, **sizes), graph.ints(0))
+
+    def _mixed(self, graph: NestedBuilder, query: str, key: str, value: str) -> str:
+        """Queries [h, K, d], which are scaled, keys [h, d, K] and values [h, K, d] -> [K, c]."""
+        shares = graph.op("Softmax", graph.op("MatMul", query, key), axis=-1)
+        mixed = graph.op("Transpose", graph.op("MatMul", shares, value), perm=[1, 0, 2])
+        return graph.op("Reshape", mixed, graph.ints(0, -1))
+
+    def _constant(self, graph: NestedBuilder, kind: str, which: Sequence[int], transposed: bool = False) -> str:
+        """The weights of a set of heads, as `adavit.bundle.head_weights` has them, or transposed."""
+        every = len(which) == self.arch.heads
+        name = f"blocks.{self.block}.{kind}" + ("" if every else ".heads_" + "_".join(map(str, which)))
+
+        def make() -> Float:
+            found: Float = head_weights(self.arch, graph.tensors, BlockKey(self.block, BOTH, tuple(which)))[kind]
+            return found.T if transposed else found
+
+        return graph.matrix(name + ".T" * transposed, make)
+
+    def _by_head(self, graph: NestedBuilder, kind: str) -> str:
+        """The weights of all heads, in a layout that has the heads first."""
+        arch = self.arch
+        heads, d = arch.heads, arch.head_width
+
+        def make() -> Float:
+            found: Float = head_weights(arch, graph.tensors, BlockKey(self.block, BOTH, every_head(arch)))[kind]
+            if kind == "qkv":
+                return found.reshape(3, heads, d, arch.width).transpose(1, 3, 0, 2).reshape(heads, arch.width, 3 * d)
+            if kind == "qkv_bias":
+                return found.reshape(3, heads, d).transpose(1, 0, 2).reshape(heads, 1, 3 * d)
+            return found.reshape(-1, heads, d).transpose(1, 2, 0)
+
+        return graph.matrix(f"blocks.{self.block}.{kind}.by_head", make)
+
+    def _gathered(self, graph: NestedBuilder, kind: str, places: str) -> str:
+        """Rows of kept heads: int64 [h] -> [c, out]."""
+        out = self.arch.width if kind == "proj" else self.arch.hidden
+        return graph.op("Reshape", graph.op("Gather", self._by_head(graph, kind), places, axis=0), graph.ints(-1, out))
