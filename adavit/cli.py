@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import click
-from click.core import ParameterSource
 
 from adavit.bundle.demo import names_demo
 from adavit.calibration.options import BudgetOptions, CalibrationOptions
 from adavit.console import output as console
 from adavit.console.notes import echo_notes, export_notes
 from adavit.console.options.export import CALIBRATION_IMAGES, EXPORT_EXAMPLES, EXPORTING, export_options
+from adavit.console.options.refuse import refuse
 from adavit.console.options.run import OPERATING, RUN_EXAMPLES, run_options
+from adavit.console.options.single import SINGLE
 from adavit.console.precision import compare_lines, precision_lines
 from adavit.console.progress import Stage
 from adavit.console.run import run_lines
+from adavit.console.single import export_single, single_lines
 from adavit.console.stages import (
     adding_stages,
     checking_stages,
@@ -41,6 +43,7 @@ def export(
     output: Path | None,
     check: Path | None,
     against: Path | None,
+    single_file: Path | None,
     json_file: str | None,
     threads: int | None,
     **options: Any,
@@ -51,8 +54,16 @@ def export(
     Fashion-MNIST model that comes with this package.
 
     Given a BUNDLE, --target adds TensorRT engines to it, and --budgets operating points.
+
+    --single-file writes one ONNX file of either, for an ONNX Runtime in any language.
     """
     console.check_targets({"--json": json_file})
+    if single_file is not None:
+        _print(export_single(source, single_file, threads, options), json_file, single_lines)
+        return
+    refuse(SINGLE, "without --single-file, leave out")
+    for name in SINGLE:
+        del options[name]
     calibration = CalibrationOptions.taken_from(options)
     build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
     added = source if build.target or budgets.budgets else None
@@ -69,29 +80,30 @@ def export(
         if to_bundle and source is not None:
             if output is not None or check is not None:
                 raise click.UsageError("to add to a BUNDLE, leave out --output and --check")
-            _refuse({*EXPORTING, "heads", "against"}, "to add to a BUNDLE, leave out")
+            refuse({*EXPORTING, "heads", "against"}, "to add to a BUNDLE, leave out")
             report = _add(source, build, budgets, threads, progress)
         else:
             options |= {"build": build, "budgets": budgets, "calibration": calibration}
             report = _export(source, output, check, against, threads, options, progress)
+    _print(report, json_file, _export_lines)
+
+
+def _print(report: dict[str, Any], json_file: str | None, lines: Callable[[dict[str, Any]], list[str]]) -> None:
+    """Writes what was asked for of a report."""
     echo_notes("adavit-export", export_notes(report))
     console.write_json(report, json_file)
     if json_file != "-":
-        lines = console.export_lines(report)
-        calibrated = cast(dict[str, dict[str, Any]], report.get("calibration") or {})
-        for precision, found in calibrated.items():
-            lines += precision_lines(precision, found)
-        for line in lines + console.end_lines(report):
+        for line in lines(report):
             click.echo(console.printable(line))
 
 
-def _refuse(names: Collection[str], mode: str) -> None:
-    """Refuses options that would be ignored; `mode` says by what, and ends where the option is named."""
-    context = click.get_current_context()
-    for option in context.command.params:
-        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-        if given and option.name in names:
-            raise click.UsageError(f"{mode} {option.opts[0]}")
+def _export_lines(report: dict[str, Any]) -> list[str]:
+    """The summary of an export or a check."""
+    lines = console.export_lines(report)
+    calibrated = cast(dict[str, dict[str, Any]], report.get("calibration") or {})
+    for precision, found in calibrated.items():
+        lines += precision_lines(precision, found)
+    return lines + console.end_lines(report)
 
 
 def _add(
@@ -120,11 +132,11 @@ def _export(
     if check is not None:
         if against is None or source is not None or output is not None:
             raise click.UsageError("--check BUNDLE takes --against CHECKPOINT and neither CHECKPOINT nor --output")
-        _refuse({*EXPORTING, "target", "budgets", "budget_images", *CALIBRATION_IMAGES}, "to check a BUNDLE, leave out")
+        refuse({*EXPORTING, "target", "budgets", "budget_images", *CALIBRATION_IMAGES}, "to check a BUNDLE, leave out")
         return check_bundle(check, against, options["heads"], threads, progress)
     if source is None or output is None:
         raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")
-    _refuse({"against"}, "an export is verified against its CHECKPOINT, leave out")
+    refuse({"against"}, "an export is verified against its CHECKPOINT, leave out")
     return export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
 
 
@@ -188,7 +200,7 @@ def _compare(bundles: tuple[Path, ...], options: dict[str, Any], progress: conso
         raise click.UsageError("--compare takes two BUNDLEs or more, such as --compare fp32 int8 --images photos/")
     if not options["images"]:
         raise click.UsageError("--compare measures on images: give --images")
-    _refuse({*OPERATING, "top"}, "--compare runs the trained policies, without")
+    refuse({*OPERATING, "top"}, "--compare runs the trained policies, without")
     found = listed(bundles, options["precision"])
     progress.expect(comparing_stages(len(found), options["seconds"], options["iterations"]))
     return compare_bundles(found, RunOptions(**options), progress)
