@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import click
 
+from adavit.bundle.bundle import is_bundle
 from adavit.bundle.demo import names_demo
 from adavit.calibration.options import BudgetOptions, CalibrationOptions
 from adavit.console import output as console
@@ -19,13 +20,14 @@ from adavit.console.options.single import SINGLE
 from adavit.console.precision import compare_lines, precision_lines
 from adavit.console.progress import Stage
 from adavit.console.run import run_lines
-from adavit.console.single import export_single, single_lines
+from adavit.console.single import NEVER, OF_CHECKPOINTS, single_lines
 from adavit.console.stages import (
     adding_stages,
     checking_stages,
     comparing_stages,
     exporting_stages,
     running_stages,
+    single_stages,
 )
 from adavit.files import find_folder
 from adavit.tensorrt.options import BuildOptions
@@ -59,7 +61,7 @@ def export(
     """
     console.check_targets({"--json": json_file})
     if single_file is not None:
-        _print(export_single(source, single_file, threads, options), json_file, single_lines)
+        _print(_export_single(source, single_file, threads, options), json_file, single_lines)
         return
     refuse(SINGLE, "without --single-file, leave out")
     for name in SINGLE:
@@ -138,6 +140,34 @@ def _export(
         raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")
     refuse({"against"}, "an export is verified against its CHECKPOINT, leave out")
     return export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
+
+
+def _export_single(source: Path | None, target: Path, threads: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Writes the file that is asked for, and returns the report."""
+    if source is None:
+        raise click.UsageError("give a BUNDLE or a CHECKPOINT for --single-file")
+    refuse(NEVER, "to write a single file, leave out")
+    given = names_demo(source) or is_bundle(source)
+    if given:
+        refuse(OF_CHECKPOINTS, "to write a single file of a BUNDLE, leave out")
+    if len(options["precisions"]) > 1:
+        raise click.UsageError("a single file has one --precision; write a file for each")
+    calibration = CalibrationOptions.taken_from(options)
+    build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
+    with console.Progress(single_stages(given, options["verify"], calibration, budgets)) as progress:
+        from adavit.export import ExportOptions, SingleFileOptions, export_single_file
+
+        single = SingleFileOptions.taken_from(
+            options,
+            precision=calibration.precisions[0],
+            calibration_images=calibration.calibration_images,
+            labels_by_order=calibration.labels_by_order,
+            verify=options["verify"],
+            force=options["force"],
+            threads=threads,
+        )
+        export = ExportOptions(**options, build=build, budgets=budgets, calibration=calibration, threads=threads)
+        return export_single_file(source, target, single, export, progress)
 
 
 @click.command(cls=console.Command, name="adavit-run", epilog=RUN_EXAMPLES)

@@ -95,9 +95,7 @@ def exporting_stages(
     return stages + adding_stages(budgets, build)
 
 
-def single_stages(
-    given: bool, verify: bool, calibration: CalibrationOptions, budgets: BudgetOptions
-) -> list[Stage]:
+def single_stages(given: bool, verify: bool, calibration: CalibrationOptions, budgets: BudgetOptions) -> list[Stage]:
     """Those of a single file; `given` says that its bundle is there already."""
     stages = [] if given else exporting_stages(verify, calibration, budgets, BuildOptions())
     stages += [LOADING, Stage("writing the file", 1)]

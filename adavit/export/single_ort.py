@@ -19,7 +19,5 @@ def ort_bytes(data: bytes) -> bytes:
         options.optimized_model_filepath = str(path)
         options.add_session_config_entry("session.save_model_format", "ORT")
         # Folding would store fp16 weights as fp32.
-        ort.InferenceSession(
-            data, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
-        )
+        ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"])
         return path.read_bytes()

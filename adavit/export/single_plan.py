@@ -58,9 +58,7 @@ def plan_heads(arch: Architecture, policy: Policy | None, spare: float, fused: b
         if one.bytes <= spare:
             spare -= one.bytes
             chosen[one.block][one.part].append(one.which)
-    return [
-        HeadPlan(masks, tuple(sets[0]), tuple(sets[1]), fused) for masks, sets in zip(masked, chosen, strict=True)
-    ]
+    return [HeadPlan(masks, tuple(sets[0]), tuple(sets[1]), fused) for masks, sets in zip(masked, chosen, strict=True)]
 
 
 def _keeps_most(policy: Policy, block: int) -> bool:

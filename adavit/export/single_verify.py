@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from adavit.bundle.operating_points import Budgets, Offsets
+from adavit.bundle.operating_points import Offsets
 from adavit.bundle.policy import KINDS
 from adavit.datasets.random_images import random_images
 from adavit.errors import VerificationError, one_line
@@ -148,9 +148,7 @@ def compare_with_checkpoint(model: AdaViT, found: Float, wanted: RuntimeResults,
     """Compares a file's logits with those of the masked PyTorch model under the same policies."""
     policy = wanted.result.policy
     replays = [policy[number : number + 1] for number in range(len(policy))]
-    logits = [
-        reference(model, image, replay).logits for image, replay in zip(wanted.images, replays, strict=True)
-    ]
+    logits = [reference(model, image, replay).logits for image, replay in zip(wanted.images, replays, strict=True)]
     return difference(found, np.stack(logits), path, 10 * TOLERANCE, "the checkpoint's")
 
 

@@ -90,9 +90,7 @@ class NestedBuilder(Builder):
             sides[side] = graph.graph()
         return self.op("If", condition, **sides)
 
-    def loop(
-        self, count: str, body: Callable[[NestedBuilder, str], Sequence[str]], made: Sequence[Made]
-    ) -> list[str]:
+    def loop(self, count: str, body: Callable[[NestedBuilder, str], Sequence[str]], made: Sequence[Made]) -> list[str]:
         """Adds a `Loop` that runs `count` times.
 
         Args:

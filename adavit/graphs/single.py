@@ -58,7 +58,8 @@ def make_single(graph: NestedBuilder, arch: Architecture, asked: SingleGraph) ->
         limits = add_limits(graph, arch, asked.budgets, budget)
     tokens = add_stem(graph, arch, images)
     masks = {"tokens": arch.tokens, "heads": arch.heads, "sublayers": 2} if asked.with_policy else {}
-    made: list[Made] = [("float32", [arch.classes]), *(("bool", [arch.depth, size]) for size in masks.values())]
+    made: list[Made] = [("float32", [arch.classes])]
+    made += [("bool", [arch.depth, size]) for size in masks.values()]
 
     def image(body: NestedBuilder, number: str) -> list[str]:
         x = body.op("Gather", tokens, number, axis=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -76,10 +77,10 @@ def add_nested_block(
         if kept.tokens:
             places = places_of(inner, kept.tokens)
             rows, normed_rows = (inner.op("Gather", value, places, axis=0) for value in (x, normed))
-        for condition, add in zip(runs, (_attention, _mlp), strict=True):
-            rows = _where(
-                inner, condition, lambda g, add=add, y=rows: add(g, arch, block, y, normed_rows, kept, plan), rows, "K"
-            )
+        own = partial(_attention, arch=arch, block=block, rows=rows, normed=normed_rows, kept=kept, plan=plan)
+        rows = _where(inner, runs[0], own, rows, "K")
+        own = partial(_mlp, arch=arch, block=block, rows=rows, kept=kept, plan=plan)
+        rows = _where(inner, runs[1], own, rows, "K")
         return inner.op("ScatterND", x, inner.op("Unsqueeze", places, inner.ints(1)), rows) if places else rows
 
     if not kept.sublayers:
@@ -94,9 +95,7 @@ def _where(graph: NestedBuilder, condition: str, make: Make, other: str, rows: i
     return graph.branch(condition, make, lambda _: other, ("float32", [rows, width or "D"]))
 
 
-def _decide(
-    graph: NestedBuilder, arch: Architecture, block: int, x: str, normed: str, bounds: Sequence[str]
-) -> Kept:
+def _decide(graph: NestedBuilder, arch: Architecture, block: int, x: str, normed: str, bounds: Sequence[str]) -> Kept:
     """Adds a block's decisions: what is strictly above its bound is kept."""
     site = f"blocks.{block}"
 
@@ -139,9 +138,7 @@ def _attention(
     return _among(graph, kept.heads, every_head(arch), plan.attention, constant, gathered, arch.width)
 
 
-def _mlp(
-    graph: NestedBuilder, arch: Architecture, block: int, rows: str, normed: str, kept: Kept, plan: HeadPlan
-) -> str:
+def _mlp(graph: NestedBuilder, arch: Architecture, block: int, rows: str, kept: Kept, plan: HeadPlan) -> str:
     """The MLP sub-layer on kept rows, residual included: [K, D] -> [K, D]."""
     heads, site = Heads(arch, block), f"blocks.{block}"
     normed = add_norm(graph, arch, rows, f"{site}.norm2", f"{site}.norm2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,9 @@ class Heads:
         rows = graph.op("Gemm", normed, qkv, *bias, transB=1)
         parts = graph.op("Reshape", rows, graph.ints(0, 3, -1, self.arch.head_width))  # [K, 3, h, d]
         query, key, value = (
-            graph.op("Transpose", graph.op("Gather", parts, graph.constant(f"part_{i}", np.int64(i)), axis=1), perm=perm)
+            graph.op(
+                "Transpose", graph.op("Gather", parts, graph.constant(f"part_{i}", np.int64(i)), axis=1), perm=perm
+            )
             for i, perm in enumerate(([1, 0, 2], [1, 2, 0], [1, 0, 2]))
         )
         return self._mixed(graph, query, key, value)
@@ -90,7 +93,7 @@ class Heads:
             bias = self._constant(graph, "qkv_bias", which)
         else:
             bias = graph.constant(f"no_bias_{channels}", np.zeros(3 * channels, np.float32))
-        sizes = {"num_heads": len(which), "qkv_hidden_sizes": [channels] * 3, "scale": 1.0}
+        sizes: dict[str, Any] = {"num_heads": len(which), "qkv_hidden_sizes": [channels] * 3, "scale": 1.0}
         one = graph.op("Unsqueeze", normed, graph.ints(0))
         return graph.op("Squeeze", graph.op("Attention", one, weight, bias, domain=MICROSOFT, **sizes), graph.ints(0))
 
