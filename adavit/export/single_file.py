@@ -32,8 +32,8 @@ from adavit.export.single_verify import RuntimeResults, compare_with_checkpoint,
 from adavit.files import write_beside
 from adavit.graphs.nested import NestedBuilder
 from adavit.graphs.single import SingleGraph, make_single
-from adavit.graphs.single_block import HeadPlan
 from adavit.graphs.single_heads import MICROSOFT
+from adavit.graphs.single_sublayers import HeadPlan
 from adavit.model import load_checkpoint
 from adavit.runtime.loading import load
 from adavit.runtime.session import Runtime

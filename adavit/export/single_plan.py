@@ -10,8 +10,8 @@ import numpy as np
 
 from adavit.architecture import Architecture
 from adavit.bundle.policy import Policy
-from adavit.graphs.single_block import HeadPlan
 from adavit.graphs.single_heads import HeadSet
+from adavit.graphs.single_sublayers import HeadPlan
 
 __all__ = ["plan_heads"]
 

@@ -20,8 +20,9 @@ from adavit.graphs.block import add_norm
 from adavit.graphs.dense import make_dense
 from adavit.graphs.nested import Made, NestedBuilder
 from adavit.graphs.precision import Units
-from adavit.graphs.single_block import HeadPlan, Kept, add_nested_block
+from adavit.graphs.single_block import Kept, add_nested_block
 from adavit.graphs.single_policy import add_limits, add_macs
+from adavit.graphs.single_sublayers import HeadPlan
 from adavit.graphs.stem import add_stem
 
 __all__ = ["SingleGraph", "make_single"]
@@ -60,6 +61,7 @@ def make_single(graph: NestedBuilder, arch: Architecture, asked: SingleGraph) ->
     masks = {"tokens": arch.tokens, "heads": arch.heads, "sublayers": 2} if asked.with_policy else {}
     made: list[Made] = [("float32", [arch.classes])]
     made += [("bool", [arch.depth, size]) for size in masks.values()]
+    made += [("int64", [])] * asked.with_policy
 
     def image(body: NestedBuilder, number: str) -> list[str]:
         x = body.op("Gather", tokens, number, axis=0)
@@ -67,14 +69,14 @@ def make_single(graph: NestedBuilder, arch: Architecture, asked: SingleGraph) ->
 
     found = graph.loop(graph.op("Squeeze", count, graph.ints(0)), image, made)
     graph.output("logits", found[0], ["B", arch.classes])
-    for (name, size), value in zip(masks.items(), found[1:], strict=True):
+    for (name, size), value in zip(masks.items(), found[1:-1], strict=True):
         graph.output(name, value, ["B", arch.depth, size], "bool")
     if asked.with_policy:
-        graph.output("macs", add_macs(graph, arch, "tokens", "heads", "sublayers"), ["B"], "int64")
+        graph.output("macs", found[-1], ["B"], "int64")
 
 
 def _image(graph: NestedBuilder, arch: Architecture, asked: SingleGraph, x: str, limits: str) -> list[str]:
-    """Runs one image: tokens [N, D] -> logits [C] and, where asked for, masks [L, N], [L, H] and [L, 2]."""
+    """Runs one image: tokens [N, D] -> logits [C] and, where asked for, masks [L, N], [L, H], [L, 2] and MACs []."""
     depth = arch.depth
     rows = graph.ops("Split", limits, outputs=3 * depth, axis=0, num_outputs=3 * depth) if limits else []
     kept: list[Kept] = []
@@ -84,11 +86,12 @@ def _image(graph: NestedBuilder, arch: Architecture, asked: SingleGraph, x: str,
         ]
         x, found = add_nested_block(graph, arch, block, x, bounds, asked.plans[block])
         kept.append(found)
-    masks = []
+    masks: list[str] = []
     if asked.with_policy:
         for kind, size in (("tokens", arch.tokens), ("heads", arch.heads), ("sublayers", 2)):
             every = [getattr(one, kind) or graph.constant(f"every_{size}", np.ones((1, size), bool)) for one in kept]
             masks.append(graph.op("Concat", *every, axis=0))
+        masks.append(add_macs(graph, arch, *masks))
     return [_classes(graph, arch, x), *masks]
 
 

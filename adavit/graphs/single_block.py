@@ -1,44 +1,22 @@
-"""A block of a single file: it decides, and an `If` runs each sub-layer on the rows of the kept tokens.
-
-Where nearly all heads are kept, all of them run, and a mask takes away what dropped ones made. Elsewhere the weights
-of the kept heads are gathered. Their layouts have the heads first, so that a head's weights are one piece of memory:
-qkv [H, D, 3d], proj [H, d, D] and fc1 [H, d, F]. Frequent head sets may have constant weights of their own.
-"""
+"""A block of a single file: it decides, and an `If` runs each sub-layer on the rows of the kept tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from onnx import TensorProto
 
 from adavit.architecture import Architecture
 from adavit.graphs.block import add_norm
-from adavit.graphs.nested import Made, NestedBuilder
-from adavit.graphs.single_heads import Heads, HeadSet, every_head, places_of
+from adavit.graphs.nested import NestedBuilder
+from adavit.graphs.single_heads import places_of
+from adavit.graphs.single_sublayers import HeadPlan, add_attention, add_mlp, kept_heads, rows_of
 
-__all__ = ["HeadPlan", "Kept", "add_nested_block"]
+__all__ = ["Kept", "add_nested_block"]
 
 Make = Callable[[NestedBuilder], str]
-
-
-@dataclass(frozen=True)
-class HeadPlan:
-    """How a block runs its heads.
-
-    Attributes:
-        masked: whether all heads run, and dropped ones are masked; else their weights are gathered.
-        attention, mlp: sets of heads whose weights are also there as constants.
-        fused: whether attention on constant weights is ONNX Runtime's own operator.
-    """
-
-    masked: bool = False
-    attention: tuple[HeadSet, ...] = ()
-    mlp: tuple[HeadSet, ...] = ()
-    fused: bool = False
 
 
 class Kept(NamedTuple):
@@ -77,22 +55,24 @@ def add_nested_block(
         if kept.tokens:
             places = places_of(inner, kept.tokens)
             rows, normed_rows = (inner.op("Gather", value, places, axis=0) for value in (x, normed))
-        own = partial(_attention, arch=arch, block=block, rows=rows, normed=normed_rows, kept=kept, plan=plan)
-        rows = _where(inner, runs[0], own, rows, "K")
-        own = partial(_mlp, arch=arch, block=block, rows=rows, kept=kept, plan=plan)
-        rows = _where(inner, runs[1], own, rows, "K")
+        heads = kept_heads(inner, arch, kept.heads, plan)
+        own = partial(add_attention, arch=arch, block=block, rows=rows, normed=normed_rows, heads=heads, plan=plan)
+        some = rows_of(block)
+        rows = _where(inner, runs[0], own, rows, [some, arch.width])
+        own = partial(add_mlp, arch=arch, block=block, rows=rows, heads=heads, plan=plan)
+        rows = _where(inner, runs[1], own, rows, [some, arch.width])
         return inner.op("ScatterND", x, inner.op("Unsqueeze", places, inner.ints(1)), rows) if places else rows
 
     if not kept.sublayers:
         return run(graph), kept
-    return _where(graph, graph.op("Or", *runs), run, x, arch.tokens, arch.width), kept
+    return _where(graph, graph.op("Or", *runs), run, x, [arch.tokens, arch.width]), kept
 
 
-def _where(graph: NestedBuilder, condition: str, make: Make, other: str, rows: int | str, width: int = 0) -> str:
+def _where(graph: NestedBuilder, condition: str, make: Make, other: str, shape: list[int | str]) -> str:
     """What `make` adds where a condition holds, or there is none; else another value."""
     if not condition:
         return make(graph)
-    return graph.branch(condition, make, lambda _: other, ("float32", [rows, width or "D"]))
+    return graph.branch(condition, make, lambda _: other, ("float32", shape))
 
 
 def _decide(graph: NestedBuilder, arch: Architecture, block: int, x: str, normed: str, bounds: Sequence[str]) -> Kept:
@@ -113,87 +93,3 @@ def _decide(graph: NestedBuilder, arch: Architecture, block: int, x: str, normed
         heads = chosen(bounds[1], "head_select", row) if arch.adapts_heads(block) else ""
         sublayers = chosen(bounds[2], "layer_select", row) if arch.adapts_sublayers(block) else ""
     return Kept(tokens, heads, sublayers)
-
-
-def _attention(
-    graph: NestedBuilder, arch: Architecture, block: int, rows: str, normed: str, kept: Kept, plan: HeadPlan
-) -> str:
-    """The attention sub-layer on kept rows, residual included: [K, D] -> [K, D]."""
-    heads = Heads(arch, block)
-    bias = graph.weight("", f"blocks.{block}.attn.proj.bias")
-
-    def update(mixed: str, g: NestedBuilder, weight: str) -> str:
-        return g.op("Add", g.op("Gemm", mixed, weight, bias), rows)
-
-    def constant(g: NestedBuilder, which: HeadSet, mask: str = "") -> str:
-        mixed = heads.fused(g, normed, which) if plan.fused else heads.attend(g, normed, heads.qkv(g, which), which)
-        return update(_masked(g, arch, mixed, mask), g, heads.proj(g, which))
-
-    def gathered(g: NestedBuilder) -> str:
-        places = places_of(g, kept.heads)
-        return update(heads.attend_gathered(g, normed, places), g, heads.proj_gathered(g, places))
-
-    if not kept.heads or plan.masked:
-        return constant(graph, every_head(arch), kept.heads)  # with the mask of dropped ones
-    return _among(graph, kept.heads, every_head(arch), plan.attention, constant, gathered, arch.width)
-
-
-def _mlp(graph: NestedBuilder, arch: Architecture, block: int, rows: str, kept: Kept, plan: HeadPlan) -> str:
-    """The MLP sub-layer on kept rows, residual included: [K, D] -> [K, D]."""
-    heads, site = Heads(arch, block), f"blocks.{block}"
-    normed = add_norm(graph, arch, rows, f"{site}.norm2", f"{site}.norm2")
-    bias = graph.weight("", f"{site}.mlp.fc1.bias")
-    if not kept.heads or plan.masked:
-        read = _masked(graph, arch, normed, kept.heads)
-        hidden = graph.op("Gemm", read, heads.fc1(graph, every_head(arch)), bias)
-    else:
-        by_head = graph.op("Reshape", normed, graph.ints(0, arch.heads, arch.head_width))
-
-        def read_of(g: NestedBuilder, places: str) -> str:
-            return g.op("Reshape", g.op("Gather", by_head, places, axis=1), g.ints(0, -1))
-
-        def constant(g: NestedBuilder, which: HeadSet) -> str:
-            return g.op("Gemm", read_of(g, g.ints(*which)), heads.fc1(g, which), bias)
-
-        def gathered(g: NestedBuilder) -> str:
-            places = places_of(g, kept.heads)
-            return g.op("Gemm", read_of(g, places), heads.fc1_gathered(g, places), bias)
-
-        hidden = _among(graph, kept.heads, every_head(arch), plan.mlp, constant, gathered, arch.hidden)
-    weight, bias = (graph.weight("", f"{site}.mlp.fc2.{kind}") for kind in ("weight", "bias"))
-    return graph.op("Add", graph.op("Gemm", graph.gelu(hidden), weight, bias, transB=1), rows)
-
-
-def _among(
-    graph: NestedBuilder,
-    kept: str,
-    every: HeadSet,
-    sets: Sequence[HeadSet],
-    constant: Callable[[NestedBuilder, HeadSet], str],
-    other: Make,
-    width: int,
-) -> str:
-    """What is made for the kept heads [1, H]: with constants where they are one of some sets, else by `other`."""
-    if not sets:
-        return other(graph)
-    powers = graph.constant("powers_of_two", 2 ** np.arange(len(every), dtype=np.int64))
-    number = graph.op("Mul", graph.op("Cast", graph.op("Reshape", kept, graph.ints(-1)), to=TensorProto.INT64), powers)
-    number = graph.op("ReduceSum", number, keepdims=0)  # the set as one number: bit i is head i
-
-    def choose(g: NestedBuilder, left: Sequence[HeadSet]) -> str:
-        if not left:
-            return other(g)
-        same = g.op("Equal", number, g.scalar(sum(2**head for head in left[0]), "int64"))
-        made: Made = ("float32", ["K", width])
-        return g.branch(same, lambda inner: constant(inner, left[0]), lambda inner: choose(inner, left[1:]), made)
-
-    return choose(graph, sets)
-
-
-def _masked(graph: NestedBuilder, arch: Architecture, values: str, mask: str) -> str:
-    """values [K, D] with the channels of dropped heads at 0."""
-    if not mask:
-        return values
-    by_head = graph.op("Reshape", values, graph.ints(0, arch.heads, arch.head_width))
-    factor = graph.op("Cast", graph.op("Reshape", mask, graph.ints(-1, 1)), to=TensorProto.FLOAT)
-    return graph.op("Reshape", graph.op("Mul", by_head, factor), graph.ints(0, -1))

@@ -1,4 +1,8 @@
-"""The weights of a block's heads in a single file, and attention with them: constant, or gathered for what is kept."""
+"""The weights of a block's heads in a single file, and attention with them: constant, or gathered for what is kept.
+
+The layouts of what is gathered have the heads first, so that a head's weights are one piece of memory: qkv [H, D, 3d],
+proj [H, d, D] and fc1 [H, d, F].
+"""
 
 from __future__ import annotations
 
@@ -44,10 +48,6 @@ class Heads:
         self.arch = arch
         self.block = block
 
-    def qkv(self, graph: NestedBuilder, which: HeadSet) -> str:
-        """Constant weights [3c, D] of queries, keys and values."""
-        return self._constant(graph, "qkv", which)
-
     def proj(self, graph: NestedBuilder, which: HeadSet) -> str:
         """Constant weights [c, D] of the output projection."""
         return self._constant(graph, "proj", which, transposed=True)
@@ -64,10 +64,10 @@ class Heads:
         """The MLP's first layer for the channels of kept heads: int64 [h] -> [c, F]."""
         return self._gathered(graph, "fc1", places)
 
-    def attend(self, graph: NestedBuilder, normed: str, qkv: str, which: HeadSet) -> str:
+    def attend(self, graph: NestedBuilder, normed: str, which: HeadSet) -> str:
         """Attention with constant weights: normed rows [K, D] -> [K, c]."""
         bias = [self._constant(graph, "qkv_bias", which)] if self.arch.qkv_bias else []
-        rows = graph.op("Gemm", normed, qkv, *bias, transB=1)
+        rows = graph.op("Gemm", normed, self._constant(graph, "qkv", which), *bias, transB=1)
         parts = graph.op("Reshape", rows, graph.ints(0, 3, -1, self.arch.head_width))  # [K, 3, h, d]
         query, key, value = (
             graph.op(

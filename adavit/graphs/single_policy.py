@@ -46,21 +46,21 @@ def add_limits(graph: NestedBuilder, arch: Architecture, budgets: Budgets, budge
 
 
 def add_macs(graph: NestedBuilder, arch: Architecture, tokens: str, heads: str, sublayers: str) -> str:
-    """Adds the MACs int64 [B] of masks [B, L, N], [B, L, H] and [B, L, 2]; see `adavit.macs`."""
+    """Adds the MACs int64 [] of an image's masks [L, N], [L, H] and [L, 2]; see `adavit.macs`."""
 
     def number(value: int) -> str:
-        return graph.constant(f"macs.{value}", np.int64(value))
+        return graph.scalar(value, "int64")
 
     def count(mask: str) -> str:
-        return graph.op("ReduceSum", graph.op("Cast", mask, to=TensorProto.INT64), graph.ints(2), keepdims=0)
+        return graph.op("ReduceSum", graph.op("Cast", mask, to=TensorProto.INT64), graph.ints(1), keepdims=0)
 
     kept, channels = count(tokens), graph.op("Mul", count(heads), number(arch.head_width))
     runs = graph.op("Cast", sublayers, to=TensorProto.INT64)
-    attention, mlp = (graph.op("Gather", runs, number(place), axis=2) for place in (0, 1))
+    attention, mlp = (graph.op("Gather", runs, number(place), axis=1) for place in (0, 1))
     width = graph.op("Add", graph.op("Mul", kept, number(2)), number(4 * arch.width))
     of_attention = graph.op("Mul", graph.op("Mul", kept, channels), width)
     any_head = graph.op("Cast", graph.op("Greater", channels, number(0)), to=TensorProto.INT64)
     of_mlp = graph.op("Mul", graph.op("Mul", kept, any_head), number(arch.hidden))
     of_mlp = graph.op("Mul", of_mlp, graph.op("Add", channels, number(arch.width)))
     both = graph.op("Add", graph.op("Mul", attention, of_attention), graph.op("Mul", mlp, of_mlp))
-    return graph.op("Add", graph.op("ReduceSum", both, graph.ints(1), keepdims=0), number(outside_macs(arch)))
+    return graph.op("Add", graph.op("ReduceSum", both, keepdims=0), number(outside_macs(arch)))
