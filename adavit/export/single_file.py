@@ -138,7 +138,8 @@ def _plans(runtime: Runtime, options: SingleFileOptions, offsets: Offsets, progr
     elif runtime.architecture.adapts:
         policy = policy_at(runtime.bundle, offsets)
     plain = sum(tensor.bytes for tensor in runtime.graphs.tensors.tensors.values())
-    return plan_heads(runtime.architecture, policy, (options.max_size - 1) * plain, options.domain == "onnxruntime")
+    spare, fused = (options.max_size - 1) * plain, options.domain == "onnxruntime"
+    return plan_heads(runtime.architecture, policy, spare, fused, options.precision == "int8")
 
 
 def _encoded(graphs: Graphs, asked: SingleGraph, options: SingleFileOptions, metadata: dict[str, str]) -> bytes:
@@ -163,18 +164,18 @@ def _verified(
     progress: Progress,
 ) -> dict[str, Any]:
     """Runs what was made, and compares it with the runtime and the checkpoint."""
-    path, half = output.name, options.weights == "fp16"
+    path, exact = output.name, options.weights != "fp16" and options.precision == "fp32"
     wanted = RuntimeResults(runtime, *_budgets_to_try(asked), progress)
     telling = made["file"]
     if not asked.with_policy and runtime.architecture.adapts:
         telling = _encoded(runtime.graphs, replace(asked, with_policy=True), options, {})
     progress("verifying", 0.3)
-    report = verify_file(run_file(telling, wanted.images, wanted.budgets, path), wanted, path, half)
+    report = verify_file(run_file(telling, wanted.images, wanted.budgets, path), wanted, path, exact)
     progress("verifying", 0.6)
     for key in {"file", "ort"} & set(made):
         found = run_file(made[key], wanted.images, wanted.budgets, path)
-        report |= {"max_logit_difference": verify_file(found, wanted, path, half)["max_logit_difference"]}
-    if options.precision == "fp32" and not half:
+        report |= {"max_logit_difference": verify_file(found, wanted, path, exact)["max_logit_difference"]}
+    if exact:
         weights = runtime.bundle.path / runtime.graphs.files.weights.file
         model = load_checkpoint(weights, runtime.architecture.heads)
         report["max_checkpoint_difference"] = compare_with_checkpoint(model, found["logits"], wanted, path)

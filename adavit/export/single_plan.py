@@ -41,7 +41,7 @@ class _Choice:
     bytes: int
 
 
-def plan_heads(arch: Architecture, policy: Policy | None, spare: float, fused: bool) -> list[HeadPlan]:
+def plan_heads(arch: Architecture, policy: Policy | None, spare: float, fused: bool, quantised: bool) -> list[HeadPlan]:
     """Plans each block.
 
     Args:
@@ -49,7 +49,10 @@ def plan_heads(arch: Architecture, policy: Policy | None, spare: float, fused: b
         policy: of calibration images, or None where there are none. Then every block gathers.
         spare: bytes that constant weights of head sets may take.
         fused: whether ONNX Runtime's own attention may run.
+        quantised: whether the weights are int8. Then every block masks.
     """
+    if quantised:
+        return [HeadPlan(masked=True)] * arch.depth
     if policy is None:
         return [HeadPlan(fused=fused)] * arch.depth
     masked = [_keeps_most(policy, block) for block in range(arch.depth)]

@@ -6,16 +6,15 @@ proj [H, d, D] and fc1 [H, d, F].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from adavit.architecture import Architecture
-from adavit.bundle.head_weights import head_weights
+from adavit.bundle.head_weights import Array, Arrays, Quantised, head_weights, quantised_head_weights
 from adavit.bundle.keys import BOTH, BlockKey
 from adavit.graphs.nested import NestedBuilder
+from adavit.graphs.precision import Precision
 
 __all__ = ["MICROSOFT", "HeadSet", "Heads", "every_head", "places_of"]
 
@@ -23,7 +22,9 @@ MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 
 HeadSet = tuple[int, ...]
-Float = npt.NDArray[np.float32]
+INT8 = Precision("int8")
+TENSORS = {"qkv": "attn.query", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+"""A tensor of each kind of linear layer."""
 
 
 def every_head(arch: Architecture) -> HeadSet:
@@ -48,13 +49,26 @@ class Heads:
         self.arch = arch
         self.block = block
 
-    def proj(self, graph: NestedBuilder, which: HeadSet) -> str:
-        """Constant weights [c, D] of the output projection."""
-        return self._constant(graph, "proj", which, transposed=True)
+    def linear(self, graph: NestedBuilder, x: str, kind: str, which: HeadSet, bias: str = "") -> str:
+        """A linear layer with the constant weights of a set of heads, in their precision.
 
-    def fc1(self, graph: NestedBuilder, which: HeadSet) -> str:
-        """Constant weights [c, F] of the MLP's first layer."""
-        return self._constant(graph, "fc1", which, transposed=True)
+        Args:
+            graph: where to add.
+            x: what it reads, [K, in].
+            kind: "qkv", "proj", "fc1" or "fc2".
+            which: the heads.
+            bias: the value that holds its bias, if it has one.
+        """
+        name = self._name(kind, which)
+        if graph.tensors.tensors[f"blocks.{self.block}.{TENSORS[kind]}.weight"].dtype != "int8":
+            weight = graph.matrix(name, lambda: self._weights(graph, which)[kind])
+            return graph.op("Gemm", x, weight, *([bias] if bias else []), transB=1)
+        codes = graph.matrix(name, lambda: self._codes(graph, kind, which).codes)
+        scale = graph.matrix(f"{name}.scale", lambda: self._codes(graph, kind, which).scale)
+        read = INT8.enter(graph, x, f"blocks.{self.block}.{kind}")
+        # ONNX Runtime multiplies in int8 where nothing but the product is between the two.
+        y = graph.op("Gemm", read, graph.op("DequantizeLinear", codes, scale, axis=0), transB=1)
+        return graph.op("Add", y, bias) if bias else y
 
     def proj_gathered(self, graph: NestedBuilder, places: str) -> str:
         """The output projection of kept heads: int64 [h] -> [c, D]."""
@@ -66,8 +80,7 @@ class Heads:
 
     def attend(self, graph: NestedBuilder, normed: str, which: HeadSet) -> str:
         """Attention with constant weights: normed rows [K, D] -> [K, c]."""
-        bias = [self._constant(graph, "qkv_bias", which)] if self.arch.qkv_bias else []
-        rows = graph.op("Gemm", normed, self._constant(graph, "qkv", which), *bias, transB=1)
+        rows = self.linear(graph, normed, "qkv", which, self._qkv_bias(graph, which))
         parts = graph.op("Reshape", rows, graph.ints(0, 3, -1, self.arch.head_width))  # [K, 3, h, d]
         query, key, value = (
             graph.op(
@@ -88,11 +101,8 @@ class Heads:
     def fused(self, graph: NestedBuilder, normed: str, which: HeadSet) -> str:
         """As `attend`, in ONNX Runtime's own operator."""
         channels = len(which) * self.arch.head_width
-        weight = self._constant(graph, "qkv", which, transposed=True)
-        if self.arch.qkv_bias:
-            bias = self._constant(graph, "qkv_bias", which)
-        else:
-            bias = graph.constant(f"no_bias_{channels}", np.zeros(3 * channels, np.float32))
+        weight = graph.matrix(self._name("qkv", which) + ".T", lambda: self._weights(graph, which)["qkv"].T)
+        bias = self._qkv_bias(graph, which) or graph.constant(f"no_bias_{channels}", np.zeros(3 * channels, np.float32))
         sizes: dict[str, Any] = {"num_heads": len(which), "qkv_hidden_sizes": [channels] * 3, "scale": 1.0}
         one = graph.op("Unsqueeze", normed, graph.ints(0))
         return graph.op("Squeeze", graph.op("Attention", one, weight, bias, domain=MICROSOFT, **sizes), graph.ints(0))
@@ -103,24 +113,30 @@ class Heads:
         mixed = graph.op("Transpose", graph.op("MatMul", shares, value), perm=[1, 0, 2])
         return graph.op("Reshape", mixed, graph.ints(0, -1))
 
-    def _constant(self, graph: NestedBuilder, kind: str, which: Sequence[int], transposed: bool = False) -> str:
-        """The weights of a set of heads, as `adavit.bundle.head_weights` has them, or transposed."""
-        every = len(which) == self.arch.heads
-        name = f"blocks.{self.block}.{kind}" + ("" if every else ".heads_" + "_".join(map(str, which)))
+    def _qkv_bias(self, graph: NestedBuilder, which: HeadSet) -> str:
+        if not self.arch.qkv_bias:
+            return ""
+        return graph.matrix(self._name("qkv_bias", which), lambda: self._weights(graph, which)["qkv_bias"])
 
-        def make() -> Float:
-            found: Float = head_weights(self.arch, graph.tensors, BlockKey(self.block, BOTH, tuple(which)))[kind]
-            return found.T if transposed else found
+    def _name(self, kind: str, which: HeadSet) -> str:
+        """What a constant is called."""
+        every = kind == "fc2" or len(which) == self.arch.heads
+        return f"blocks.{self.block}.{kind}" + ("" if every else ".heads_" + "_".join(map(str, which)))
 
-        return graph.matrix(name + ".T" * transposed, make)
+    def _weights(self, graph: NestedBuilder, which: HeadSet) -> Arrays:
+        return head_weights(self.arch, graph.tensors, BlockKey(self.block, BOTH, which))
+
+    def _codes(self, graph: NestedBuilder, kind: str, which: HeadSet) -> Quantised:
+        found = quantised_head_weights(self.arch, graph.tensors, BlockKey(self.block, BOTH, which))[kind]
+        return cast(Quantised, found)
 
     def _by_head(self, graph: NestedBuilder, kind: str) -> str:
         """The weights of all heads, in a layout that has the heads first."""
         arch = self.arch
         heads, d = arch.heads, arch.head_width
 
-        def make() -> Float:
-            found: Float = head_weights(arch, graph.tensors, BlockKey(self.block, BOTH, every_head(arch)))[kind]
+        def make() -> Array:
+            found = self._weights(graph, every_head(arch))[kind]
             if kind == "qkv":
                 return found.reshape(3, heads, d, arch.width).transpose(1, 3, 0, 2).reshape(heads, arch.width, 3 * d)
             if kind == "qkv_bias":

@@ -80,20 +80,14 @@ def add_attention(
 
     def constant(g: NestedBuilder, which: HeadSet) -> str:
         mixed = own.fused(g, normed, which) if plan.fused else own.attend(g, normed, which)
-        return g.op("Gemm", _masked(g, arch, mixed, "" if heads.places else heads.mask), own.proj(g, which), bias)
+        return own.linear(g, _masked(g, arch, mixed, "" if heads.places else heads.mask), "proj", which, bias)
 
     def gathered(g: NestedBuilder) -> str:
         return g.op("Gemm", own.attend_gathered(g, normed, heads.places), own.proj_gathered(g, heads.places), bias)
 
     if heads.places:
-        update = _among(
-            graph,
-            heads,
-            plan.attention,
-            constant,
-            gathered,
-            _Alone(rows, bias, ("float32", [rows_of(block), arch.width])),
-        )
+        alone = _Bias(bias, rows, block, arch.width)
+        update = _among(graph, heads, plan.attention, constant, gathered, alone)
     else:
         update = constant(graph, every_head(arch))
     return graph.op("Add", update, rows)
@@ -111,41 +105,44 @@ def add_mlp(graph: NestedBuilder, arch: Architecture, block: int, rows: str, hea
             return g.op("Reshape", g.op("Gather", by_head, places, axis=1), g.ints(0, -1))
 
         def constant(g: NestedBuilder, which: HeadSet) -> str:
-            return g.op("Gemm", read(g, g.ints(*which)), own.fc1(g, which), bias)
+            return own.linear(g, read(g, g.ints(*which)), "fc1", which, bias)
 
         def gathered(g: NestedBuilder) -> str:
             return g.op("Gemm", read(g, heads.places), own.fc1_gathered(g, heads.places), bias)
 
-        hidden = _among(
-            graph, heads, plan.mlp, constant, gathered, _Alone(rows, bias, ("float32", [rows_of(block), arch.hidden]))
-        )
+        hidden = _among(graph, heads, plan.mlp, constant, gathered, _Bias(bias, rows, block, arch.hidden))
     else:
-        hidden = graph.op("Gemm", _masked(graph, arch, normed, heads.mask), own.fc1(graph, every_head(arch)), bias)
-    weight, bias = (graph.weight("", f"{site}.mlp.fc2.{kind}") for kind in ("weight", "bias"))
-    return graph.op("Add", graph.op("Gemm", graph.gelu(hidden), weight, bias, transB=1), rows)
+        hidden = own.linear(graph, _masked(graph, arch, normed, heads.mask), "fc1", every_head(arch), bias)
+    bias = graph.weight("", f"{site}.mlp.fc2.bias")
+    return graph.op("Add", own.linear(graph, graph.gelu(hidden), "fc2", every_head(arch), bias), rows)
 
 
-class _Alone(NamedTuple):
-    """What a linear layer makes where no head is kept: its bias, in each row."""
+class _Bias(NamedTuple):
+    """What a linear layer makes where no head is kept: its bias in each of the rows."""
 
+    value: str
     rows: str
-    bias: str
-    made: Made
+    block: int
+    width: int
+
+    @property
+    def made(self) -> Made:
+        """What a linear layer makes in any case."""
+        return "float32", [rows_of(self.block), self.width]
 
     def add(self, graph: NestedBuilder) -> str:
-        shape = graph.op(
-            "Concat", graph.op("Shape", self.rows, start=0, end=1), graph.ints(int(self.made[1][1])), axis=0
-        )
-        return graph.op("Expand", self.bias, shape)
+        """Adds it to a graph."""
+        count = graph.op("Shape", self.rows, start=0, end=1)
+        return graph.op("Expand", self.value, graph.op("Concat", count, graph.ints(self.width), axis=0))
 
 
 def _among(
     graph: NestedBuilder,
     heads: KeptHeads,
     sets: Sequence[HeadSet],
-    constant: Callable[[NestedBuilder, HeadSet], str],
+    constant: Callable[..., str],
     gathered: Make,
-    alone: _Alone,
+    alone: _Bias,
 ) -> str:
     """What a linear layer makes of the kept heads: [K, out].
 
