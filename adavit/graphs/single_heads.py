@@ -65,9 +65,10 @@ class Heads:
             return graph.op("Gemm", x, weight, *([bias] if bias else []), transB=1)
         codes = graph.matrix(name, lambda: self._codes(graph, kind, which).codes)
         scale = graph.matrix(f"{name}.scale", lambda: self._codes(graph, kind, which).scale)
+        zero = graph.matrix(f"{name}.zero", lambda: np.zeros(self._codes(graph, kind, which).scale.shape, np.int8))
         read = INT8.enter(graph, x, f"blocks.{self.block}.{kind}")
         # ONNX Runtime multiplies in int8 where nothing but the product is between the two.
-        y = graph.op("Gemm", read, graph.op("DequantizeLinear", codes, scale, axis=0), transB=1)
+        y = graph.op("Gemm", read, graph.op("DequantizeLinear", codes, scale, zero, axis=0), transB=1)
         return graph.op("Add", y, bias) if bias else y
 
     def proj_gathered(self, graph: NestedBuilder, places: str) -> str:
