@@ -21,7 +21,7 @@ from adavit.graphs.dense import make_dense
 from adavit.graphs.nested import Made, NestedBuilder
 from adavit.graphs.precision import Units
 from adavit.graphs.single_block import Kept, add_nested_block
-from adavit.graphs.single_policy import add_limits, add_macs
+from adavit.graphs.single_policy import add_limits, add_macs, limits_of
 from adavit.graphs.single_sublayers import HeadPlan
 from adavit.graphs.stem import add_stem
 
@@ -77,21 +77,16 @@ def make_single(graph: NestedBuilder, arch: Architecture, asked: SingleGraph) ->
 
 def _image(graph: NestedBuilder, arch: Architecture, asked: SingleGraph, x: str, limits: str) -> list[str]:
     """Runs one image: tokens [N, D] -> logits [C] and, where asked for, masks [L, N], [L, H], [L, 2] and MACs []."""
-    depth = arch.depth
-    rows = graph.ops("Split", limits, outputs=3 * depth, axis=0, num_outputs=3 * depth) if limits else []
+    offsets = np.array(asked.offsets.by_block(arch.depth))
+    bounds = limits_of(arch, np.array([[TOKEN_LOGIT], [0.0], [0.0]]) - offsets)
+    sizes = [len(part) for parts in bounds for part in parts]
+    split = iter(graph.ops("Split", limits, graph.ints(*sizes), outputs=len(sizes), axis=0)) if limits else None
     kept: list[Kept] = []
-    for block, (tokens, heads, sublayers) in enumerate(zip(*asked.offsets.by_block(depth), strict=True)):
-        bounds = rows[block::depth] or [
-            graph.scalar(float(np.float32(bound))) for bound in (TOKEN_LOGIT - tokens, 0 - heads, 0 - sublayers)
-        ]
-        x, found = add_nested_block(graph, arch, block, x, bounds, asked.plans[block])
+    for block, parts in enumerate(bounds):
+        own = [next(split) if split else graph.constant(f"limits.{block}.{i}", part) for i, part in enumerate(parts)]
+        x, found = add_nested_block(graph, arch, block, x, own, asked.plans[block])
         kept.append(found)
-    masks: list[str] = []
-    if asked.with_policy:
-        for kind, size in (("tokens", arch.tokens), ("heads", arch.heads), ("sublayers", 2)):
-            every = [getattr(one, kind) or graph.constant(f"every_{size}", np.ones((1, size), bool)) for one in kept]
-            masks.append(graph.op("Concat", *every, axis=0))
-        masks.append(add_macs(graph, arch, *masks))
+    masks = _masks(graph, arch, kept) if asked.with_policy else []
     return [_classes(graph, arch, x), *masks]
 
 
@@ -103,3 +98,16 @@ def _classes(graph: NestedBuilder, arch: Architecture, x: str) -> str:
     logits = graph.op("Gemm", normed, weight, bias, transB=1)
     nothing = graph.op("Mul", graph.op("ReduceSumSquare", x, keepdims=0), graph.scalar(0.0))
     return graph.op("Reshape", graph.op("Add", logits, nothing), graph.ints(arch.classes))
+
+
+def _masks(graph: NestedBuilder, arch: Architecture, kept: Sequence[Kept]) -> list[str]:
+    """What an image kept: masks [L, N], [L, H] and [L, 2], and its MACs []."""
+
+    def rows(masks: Sequence[str], size: int) -> str:
+        every = [mask or graph.constant(f"every_{size}", np.ones((1, size), bool)) for mask in masks]
+        return graph.op("Concat", *every, axis=0)
+
+    tokens, heads = rows([one.tokens for one in kept], arch.tokens), rows([one.heads for one in kept], arch.heads)
+    flags = rows([flag for one in kept for flag in (one.attention, one.mlp)], 1)
+    masks = [tokens, heads, graph.op("Reshape", flags, graph.ints(arch.depth, 2))]
+    return [*masks, add_macs(graph, arch, *masks)]

@@ -20,11 +20,15 @@ Make = Callable[[NestedBuilder], str]
 
 
 class Kept(NamedTuple):
-    """The masks of a block, bool: tokens [1, N], heads [1, H], sublayers [1, 2]; "" where it has no such policy."""
+    """What a block keeps, bool: tokens [1, N], heads [1, H], attention [1, 1] and MLP [1, 1].
 
-    tokens: str
-    heads: str
-    sublayers: str
+    Each is "" where the block has no such policy.
+    """
+
+    tokens: str = ""
+    heads: str = ""
+    attention: str = ""
+    mlp: str = ""
 
 
 def add_nested_block(
@@ -37,7 +41,8 @@ def add_nested_block(
         arch: the model's shapes.
         block: its position.
         x: the tokens, [N, D].
-        bounds: what the logits of tokens, heads and sub-layers have to exceed.
+        bounds: what the logits have to exceed: of tokens, one value, then of heads and sub-layers, one for each; as
+            far as the block has policies for them.
         plan: how it runs its heads.
 
     Returns:
@@ -45,10 +50,6 @@ def add_nested_block(
     """
     normed = add_norm(graph, arch, x, f"blocks.{block}.norm1", f"blocks.{block}.norm1")
     kept = _decide(graph, arch, block, x, normed, bounds)
-    runs = ["", ""]
-    if kept.sublayers:
-        flags = graph.op("Reshape", kept.sublayers, graph.ints(2))
-        runs = [graph.op("Gather", flags, graph.constant(f"part_{i}", np.int64(i)), axis=0) for i in (0, 1)]
 
     def run(inner: NestedBuilder) -> str:
         rows, normed_rows, places = x, normed, ""
@@ -58,14 +59,13 @@ def add_nested_block(
         heads = kept_heads(inner, arch, kept.heads, plan)
         own = partial(add_attention, arch=arch, block=block, rows=rows, normed=normed_rows, heads=heads, plan=plan)
         some = rows_of(block)
-        rows = _where(inner, runs[0], own, rows, [some, arch.width])
+        rows = _where(inner, kept.attention, own, rows, [some, arch.width])
         own = partial(add_mlp, arch=arch, block=block, rows=rows, heads=heads, plan=plan)
-        rows = _where(inner, runs[1], own, rows, [some, arch.width])
+        rows = _where(inner, kept.mlp, own, rows, [some, arch.width])
         return inner.op("ScatterND", x, inner.op("Unsqueeze", places, inner.ints(1)), rows) if places else rows
 
-    if not kept.sublayers:
-        return run(graph), kept
-    return _where(graph, graph.op("Or", *runs), run, x, [arch.tokens, arch.width]), kept
+    either = graph.op("Or", kept.attention, kept.mlp) if kept.attention else ""
+    return _where(graph, either, run, x, [arch.tokens, arch.width]), kept
 
 
 def _where(graph: NestedBuilder, condition: str, make: Make, other: str, shape: list[int | str]) -> str:
@@ -77,19 +77,26 @@ def _where(graph: NestedBuilder, condition: str, make: Make, other: str, shape: 
 
 def _decide(graph: NestedBuilder, arch: Architecture, block: int, x: str, normed: str, bounds: Sequence[str]) -> Kept:
     """Adds a block's decisions: what is strictly above its bound is kept."""
-    site = f"blocks.{block}"
-
-    def chosen(bound: str, name: str, *read: str, vector_first: bool = False) -> str:
-        weight, bias = (graph.weight("", f"{site}.{name}.mlp_head.{kind}") for kind in ("weight", "bias"))
-        factors = (weight, *read) if vector_first else (*read, weight)
-        return graph.op("Greater", graph.op("Gemm", *factors, bias, transB=1), bound)
-
-    tokens = heads = sublayers = ""
+    site, left = f"blocks.{block}", list(bounds)
+    tokens = ""
     if arch.token_policy:
+        weight, bias = (graph.weight("", f"{site}.attn.token_select.mlp_head.{kind}") for kind in ("weight", "bias"))
+        logits = graph.op("Gemm", weight, normed, bias, transB=1)  # the vector first: half the time
         first = graph.constant("class_token", np.arange(arch.tokens)[None] == 0)
-        tokens = graph.op("Or", chosen(bounds[0], "attn.token_select", normed, vector_first=True), first)
-    if arch.policy_outputs(block):
-        row = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0))
-        heads = chosen(bounds[1], "head_select", row) if arch.adapts_heads(block) else ""
-        sublayers = chosen(bounds[2], "layer_select", row) if arch.adapts_sublayers(block) else ""
-    return Kept(tokens, heads, sublayers)
+        tokens = graph.op("Or", graph.op("Greater", logits, left.pop(0)), first)
+    if not arch.policy_outputs(block):
+        return Kept(tokens)
+    names = ["head_select"] * arch.adapts_heads(block) + ["layer_select"] * arch.adapts_sublayers(block)
+    weight, bias = (_joined(graph, [f"{site}.{name}.mlp_head.{kind}" for name in names]) for kind in ("weight", "bias"))
+    row = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0))
+    kept = graph.op("Greater", graph.op("Gemm", row, weight, bias, transB=1), left.pop(0))
+    if not arch.adapts_sublayers(block):
+        return Kept(tokens, kept)
+    sizes = [arch.heads] * arch.adapts_heads(block) + [1, 1]
+    *heads, attention, mlp = graph.ops("Split", kept, graph.ints(*sizes), outputs=len(sizes), axis=1)
+    return Kept(tokens, heads[0] if heads else "", attention, mlp)
+
+
+def _joined(graph: NestedBuilder, tensors: Sequence[str]) -> str:
+    """The rows of some tensors as one weight."""
+    return graph.matrix("+".join(tensors), lambda: np.concatenate([graph.tensors.array(name) for name in tensors]))

@@ -82,12 +82,11 @@ class Heads:
     def attend(self, graph: NestedBuilder, normed: str, which: HeadSet) -> str:
         """Attention with constant weights: normed rows [K, D] -> [K, c]."""
         rows = self.linear(graph, normed, "qkv", which, self._qkv_bias(graph, which))
-        parts = graph.op("Reshape", rows, graph.ints(0, 3, -1, self.arch.head_width))  # [K, 3, h, d]
+        by_head = graph.op("Reshape", rows, graph.ints(0, 3 * len(which), self.arch.head_width))  # [K, 3h, d]
+        parts = graph.ops("Split", by_head, outputs=3, axis=1, num_outputs=3)
         query, key, value = (
-            graph.op(
-                "Transpose", graph.op("Gather", parts, graph.constant(f"part_{i}", np.int64(i)), axis=1), perm=perm
-            )
-            for i, perm in enumerate(([1, 0, 2], [1, 2, 0], [1, 0, 2]))
+            graph.op("Transpose", part, perm=perm)
+            for part, perm in zip(parts, ([1, 0, 2], [1, 2, 0], [1, 0, 2]), strict=True)
         )
         return self._mixed(graph, query, key, value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 from onnx import TensorProto
 
 from adavit.architecture import TOKEN_LOGIT, Architecture
@@ -10,11 +11,11 @@ from adavit.bundle.operating_points import Budgets
 from adavit.graphs.nested import NestedBuilder
 from adavit.macs import outside_macs
 
-__all__ = ["add_limits", "add_macs"]
+__all__ = ["add_limits", "add_macs", "limits_of"]
 
 
 def add_limits(graph: NestedBuilder, arch: Architecture, budgets: Budgets, budget: str) -> str:
-    """Adds what decision logits have to exceed, for budgets [B]: of tokens, heads and sub-layers by block, [B, 3 L].
+    """Adds what decision logits have to exceed, for budgets [B]: those of `limits_of`, one after the other, [B, M].
 
     As `Budgets.offsets` does it, in float64: a straight line between neighbours. Budgets beyond the points are
     clamped. What is not above 0 is the trained policy.
@@ -42,7 +43,28 @@ def add_limits(graph: NestedBuilder, arch: Architecture, budgets: Budgets, budge
     trained = graph.op("Unsqueeze", graph.op("Greater", budget, graph.scalar(0.0)), graph.ints(1))
     line = graph.op("Where", trained, line, graph.double("trained", 0.0))
     bounds = graph.double("bounds", np.repeat([TOKEN_LOGIT, 0.0, 0.0], arch.depth))
-    return graph.op("Cast", graph.op("Sub", bounds, line), to=TensorProto.FLOAT)
+    limits = graph.op("Cast", graph.op("Sub", bounds, line), to=TensorProto.FLOAT)  # [B, 3 L]
+    columns = np.arange(3 * arch.depth).reshape(3, arch.depth).astype(np.float32)
+    order = np.concatenate([part for block in limits_of(arch, columns) for part in block]).astype(np.int64)
+    return graph.op("Gather", limits, graph.constant("limits.order", order), axis=1)
+
+
+def limits_of(arch: Architecture, values: npt.NDArray[np.float32]) -> list[list[npt.NDArray[np.float32]]]:
+    """What the logits of each block's decisions have to exceed, as far as it has policies.
+
+    Args:
+        arch: the model's shapes.
+        values: limits of tokens, heads and sub-layers by block, [3, L].
+
+    Returns:
+        for each block, that of tokens [1], and those of heads and sub-layers, one for each logit.
+    """
+    found = []
+    for block, (tokens, heads, sublayers) in enumerate(values.T):
+        sizes = arch.heads * arch.adapts_heads(block), 2 * arch.adapts_sublayers(block)
+        parts = np.repeat(tokens, arch.token_policy), np.repeat([heads, sublayers], sizes)
+        found.append([part.astype(np.float32) for part in parts if len(part)])
+    return found
 
 
 def add_macs(graph: NestedBuilder, arch: Architecture, tokens: str, heads: str, sublayers: str) -> str:

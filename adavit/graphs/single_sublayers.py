@@ -45,12 +45,12 @@ class KeptHeads(NamedTuple):
     """The kept heads of a block.
 
     Attributes:
-        mask: bool [1, H]; "" where the block always keeps all.
-        places: their numbers, int64 [h]; "" where they are masked.
+        channels: 1 or 0 for each channel, [1, D], where dropped heads are masked, else "".
+        places: their numbers, int64 [h], where their weights are gathered, else "".
         number: the set as one number, int64 []: bit i is head i. "" where no set has constant weights.
     """
 
-    mask: str = ""
+    channels: str = ""
     places: str = ""
     number: str = ""
 
@@ -62,14 +62,17 @@ def rows_of(block: int) -> str:
 
 def kept_heads(graph: NestedBuilder, arch: Architecture, mask: str, plan: HeadPlan) -> KeptHeads:
     """Adds what the sub-layers need to know of the kept heads; `mask` is "" where a block always keeps all."""
-    if not mask or plan.masked:
-        return KeptHeads(mask)
+    if not mask:
+        return KeptHeads()
+    if plan.masked:
+        head_of = graph.constant("head_of_channel", np.repeat(np.arange(arch.heads), arch.head_width))
+        return KeptHeads(graph.op("Gather", graph.op("Cast", mask, to=TensorProto.FLOAT), head_of, axis=1))
     number = ""
     if plan.attention or plan.mlp:
         powers = graph.constant("powers_of_two", 2 ** np.arange(arch.heads, dtype=np.int64))
         bits = graph.op("Cast", graph.op("Reshape", mask, graph.ints(-1)), to=TensorProto.INT64)
         number = graph.op("ReduceSum", graph.op("Mul", bits, powers), keepdims=0)
-    return KeptHeads(mask, places_of(graph, mask), number)
+    return KeptHeads("", places_of(graph, mask), number)
 
 
 def add_attention(
@@ -80,7 +83,7 @@ def add_attention(
 
     def constant(g: NestedBuilder, which: HeadSet) -> str:
         mixed = own.fused(g, normed, which) if plan.fused else own.attend(g, normed, which)
-        return own.linear(g, _masked(g, arch, mixed, "" if heads.places else heads.mask), "proj", which, bias)
+        return own.linear(g, _masked(g, mixed, heads), "proj", which, bias)
 
     def gathered(g: NestedBuilder) -> str:
         return g.op("Gemm", own.attend_gathered(g, normed, heads.places), own.proj_gathered(g, heads.places), bias)
@@ -112,7 +115,7 @@ def add_mlp(graph: NestedBuilder, arch: Architecture, block: int, rows: str, hea
 
         hidden = _among(graph, heads, plan.mlp, constant, gathered, _Bias(bias, rows, block, arch.hidden))
     else:
-        hidden = own.linear(graph, _masked(graph, arch, normed, heads.mask), "fc1", every_head(arch), bias)
+        hidden = own.linear(graph, _masked(graph, normed, heads), "fc1", every_head(arch), bias)
     bias = graph.weight("", f"{site}.mlp.fc2.bias")
     return graph.op("Add", own.linear(graph, graph.gelu(hidden), "fc2", every_head(arch), bias), rows)
 
@@ -162,10 +165,6 @@ def _among(
     return choose(graph, sets)
 
 
-def _masked(graph: NestedBuilder, arch: Architecture, values: str, mask: str) -> str:
-    """values [K, D] with the channels of dropped heads at 0."""
-    if not mask:
-        return values
-    by_head = graph.op("Reshape", values, graph.ints(0, arch.heads, arch.head_width))
-    factor = graph.op("Cast", graph.op("Reshape", mask, graph.ints(-1, 1)), to=TensorProto.FLOAT)
-    return graph.op("Reshape", graph.op("Mul", by_head, factor), graph.ints(0, -1))
+def _masked(graph: NestedBuilder, values: str, heads: KeptHeads) -> str:
+    """values [K, D] with the channels of dropped heads at 0, where these are masked."""
+    return graph.op("Mul", values, heads.channels) if heads.channels else values

@@ -14,6 +14,7 @@ from cases import (
     DENSE,
     GOLDEN,
     GOLDEN_FILES,
+    WIDE,
     assert_same_policy,
     export,
     golden,
@@ -244,6 +245,31 @@ def test_weights_in_fp16(budgeted: Path, choosing: Path, tmp_path: Path) -> None
     same = (found["tokens"] == wanted["tokens"]).all((1, 2)) & (found["heads"] == wanted["heads"]).all((1, 2))
     assert same.mean() > 0.5
     np.testing.assert_allclose(found["logits"][same], wanted["logits"][same], atol=0.05)
+
+
+def test_int8(busy: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    pictures, bundle = pictures_in(tmp_path / "photos", 20), tmp_path / "bundle"
+    adavit.export_bundle(
+        busy, bundle, precision="fp32,int8", calibration_images=pictures, threads=1, samples=16, verify=False
+    )
+    report = write(bundle, tmp_path / "int8.onnx", precision="int8", with_policy=True)
+    assert (report["precision"], report["weights"]) == ("int8", "int8")
+    assert report["verified"]["decisions"] > 0
+    assert report["bytes"] < 0.6 * write(bundle, tmp_path / "fp32.onnx")["bytes"]
+    images = random_images(WIDE, 8)
+    wanted = adavit.load(bundle, threads=1, precision="int8", specialise=False).run(images)
+    found = run(tmp_path / "int8.onnx", images)
+    same = np.mean([(found[kind] == getattr(wanted.policy, kind)).mean() for kind in ("tokens", "heads", "sublayers")])
+    assert same > 0.98
+    kinds = {node.op_type for node in nodes_of(onnx.load(tmp_path / "int8.onnx").graph)}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+
+
+def nodes_of(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """All nodes of a graph, and of those inside it."""
+    inside = [one.g for node in graph.node for one in node.attribute if one.type == onnx.AttributeProto.GRAPH]
+    return [*graph.node, *(node for one in inside for node in nodes_of(one))]
 
 
 def test_onnx_runtimes_own_operators(budgeted: Path, tmp_path: Path) -> None:
