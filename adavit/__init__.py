@@ -10,7 +10,7 @@ TYPE_CHECKING = False  # as type checkers read it; typing would take a while to 
 if TYPE_CHECKING:
     from typing import Any
 
-    from adavit.api import compare, export_bundle
+    from adavit.api import compare, export_bundle, export_single_file
     from adavit.drawing import draw
     from adavit.errors import (
         AdaViTError,
@@ -36,9 +36,10 @@ __all__ = [
     "compare",
     "draw",
     "export_bundle",
+    "export_single_file",
     "load",
 ]
-MODULES = {"compare": "api", "draw": "drawing", "export_bundle": "api"}
+MODULES = {"compare": "api", "draw": "drawing", "export_bundle": "api", "export_single_file": "api"}
 """Where a public name is, unless it is an error or of the runtime."""
 
 

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import click
-from click.core import ParameterSource
 
+from adavit.bundle.bundle import is_bundle
 from adavit.bundle.demo import names_demo
 from adavit.calibration.options import BudgetOptions, CalibrationOptions
 from adavit.console import output as console
 from adavit.console.notes import echo_notes, export_notes
 from adavit.console.options.export import CALIBRATION_IMAGES, EXPORT_EXAMPLES, EXPORTING, export_options
+from adavit.console.options.refuse import refuse
 from adavit.console.options.run import OPERATING, RUN_EXAMPLES, run_options
+from adavit.console.options.single import SINGLE
 from adavit.console.precision import compare_lines, precision_lines
 from adavit.console.progress import Stage
 from adavit.console.run import run_lines
+from adavit.console.single import NEVER, OF_CHECKPOINTS, single_lines
 from adavit.console.stages import (
     adding_stages,
     checking_stages,
     comparing_stages,
     exporting_stages,
     running_stages,
+    single_stages,
 )
 from adavit.files import find_folder
 from adavit.tensorrt.options import BuildOptions
@@ -41,6 +45,7 @@ def export(
     output: Path | None,
     check: Path | None,
     against: Path | None,
+    single_file: Path | None,
     json_file: str | None,
     threads: int | None,
     **options: Any,
@@ -51,8 +56,16 @@ def export(
     Fashion-MNIST model that comes with this package.
 
     Given a BUNDLE, --target adds TensorRT engines to it, and --budgets operating points.
+
+    --single-file writes one ONNX file of either, for an ONNX Runtime in any language.
     """
     console.check_targets({"--json": json_file})
+    if single_file is not None:
+        _print(_export_single(source, single_file, threads, options), json_file, single_lines)
+        return
+    refuse(SINGLE, "without --single-file, leave out")
+    for name in SINGLE:
+        del options[name]
     calibration = CalibrationOptions.taken_from(options)
     build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
     added = source if build.target or budgets.budgets else None
@@ -69,29 +82,30 @@ def export(
         if to_bundle and source is not None:
             if output is not None or check is not None:
                 raise click.UsageError("to add to a BUNDLE, leave out --output and --check")
-            _refuse({*EXPORTING, "heads", "against"}, "to add to a BUNDLE, leave out")
+            refuse({*EXPORTING, "heads", "against"}, "to add to a BUNDLE, leave out")
             report = _add(source, build, budgets, threads, progress)
         else:
             options |= {"build": build, "budgets": budgets, "calibration": calibration}
             report = _export(source, output, check, against, threads, options, progress)
+    _print(report, json_file, _export_lines)
+
+
+def _print(report: dict[str, Any], json_file: str | None, lines: Callable[[dict[str, Any]], list[str]]) -> None:
+    """Writes what was asked for of a report."""
     echo_notes("adavit-export", export_notes(report))
     console.write_json(report, json_file)
     if json_file != "-":
-        lines = console.export_lines(report)
-        calibrated = cast(dict[str, dict[str, Any]], report.get("calibration") or {})
-        for precision, found in calibrated.items():
-            lines += precision_lines(precision, found)
-        for line in lines + console.end_lines(report):
+        for line in lines(report):
             click.echo(console.printable(line))
 
 
-def _refuse(names: Collection[str], mode: str) -> None:
-    """Refuses options that would be ignored; `mode` says by what, and ends where the option is named."""
-    context = click.get_current_context()
-    for option in context.command.params:
-        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-        if given and option.name in names:
-            raise click.UsageError(f"{mode} {option.opts[0]}")
+def _export_lines(report: dict[str, Any]) -> list[str]:
+    """The summary of an export or a check."""
+    lines = console.export_lines(report)
+    calibrated = cast(dict[str, dict[str, Any]], report.get("calibration") or {})
+    for precision, found in calibrated.items():
+        lines += precision_lines(precision, found)
+    return lines + console.end_lines(report)
 
 
 def _add(
@@ -120,12 +134,40 @@ def _export(
     if check is not None:
         if against is None or source is not None or output is not None:
             raise click.UsageError("--check BUNDLE takes --against CHECKPOINT and neither CHECKPOINT nor --output")
-        _refuse({*EXPORTING, "target", "budgets", "budget_images", *CALIBRATION_IMAGES}, "to check a BUNDLE, leave out")
+        refuse({*EXPORTING, "target", "budgets", "budget_images", *CALIBRATION_IMAGES}, "to check a BUNDLE, leave out")
         return check_bundle(check, against, options["heads"], threads, progress)
     if source is None or output is None:
         raise click.UsageError("give a CHECKPOINT and --output BUNDLE, or --check BUNDLE --against CHECKPOINT")
-    _refuse({"against"}, "an export is verified against its CHECKPOINT, leave out")
+    refuse({"against"}, "an export is verified against its CHECKPOINT, leave out")
     return export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
+
+
+def _export_single(source: Path | None, target: Path, threads: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Writes the file that is asked for, and returns the report."""
+    if source is None:
+        raise click.UsageError("give a BUNDLE or a CHECKPOINT for --single-file")
+    refuse(NEVER, "to write a single file, leave out")
+    given = names_demo(source) or is_bundle(source)
+    if given:
+        refuse(OF_CHECKPOINTS, "to write a single file of a BUNDLE, leave out")
+    if len(options["precisions"]) > 1:
+        raise click.UsageError("a single file has one --precision; write a file for each")
+    calibration = CalibrationOptions.taken_from(options)
+    build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
+    with console.Progress(single_stages(given, options["verify"], calibration, budgets)) as progress:
+        from adavit.export import ExportOptions, SingleFileOptions, export_single_file
+
+        single = SingleFileOptions.taken_from(
+            options,
+            precision=calibration.precisions[0],
+            calibration_images=calibration.calibration_images,
+            labels_by_order=calibration.labels_by_order,
+            verify=options["verify"],
+            force=options["force"],
+            threads=threads,
+        )
+        export = ExportOptions(**options, build=build, budgets=budgets, calibration=calibration, threads=threads)
+        return export_single_file(source, target, single, export, progress)
 
 
 @click.command(cls=console.Command, name="adavit-run", epilog=RUN_EXAMPLES)
@@ -188,7 +230,7 @@ def _compare(bundles: tuple[Path, ...], options: dict[str, Any], progress: conso
         raise click.UsageError("--compare takes two BUNDLEs or more, such as --compare fp32 int8 --images photos/")
     if not options["images"]:
         raise click.UsageError("--compare measures on images: give --images")
-    _refuse({*OPERATING, "top"}, "--compare runs the trained policies, without")
+    refuse({*OPERATING, "top"}, "--compare runs the trained policies, without")
     found = listed(bundles, options["precision"])
     progress.expect(comparing_stages(len(found), options["seconds"], options["iterations"]))
     return compare_bundles(found, RunOptions(**options), progress)

@@ -52,6 +52,7 @@ def test_the_public_names() -> None:
         "compare",
         "draw",
         "export_bundle",
+        "export_single_file",
         "load",
     ]
     assert all(getattr(adavit, name).__doc__ for name in adavit.__all__)

@@ -12,6 +12,7 @@ __all__ = [
     "comparing_stages",
     "exporting_stages",
     "running_stages",
+    "single_stages",
     "training_stages",
 ]
 
@@ -92,3 +93,10 @@ def exporting_stages(
         stages += [*(SEARCHING if precision == "mixed" else ()), Stage("exporting", 10)]
     stages += [LOADING, Stage("checking the precision", 3 * len(converted))] if converted and verify else []
     return stages + adding_stages(budgets, build)
+
+
+def single_stages(given: bool, verify: bool, calibration: CalibrationOptions, budgets: BudgetOptions) -> list[Stage]:
+    """Those of a single file; `given` says that its bundle is there already."""
+    stages = [] if given else exporting_stages(verify, calibration, budgets, BuildOptions())
+    stages += [LOADING, Stage("writing the file", 1)]
+    return stages + ([Stage("running images", 1), Stage("verifying", 3)] if verify else [])

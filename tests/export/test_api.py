@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from cases import WIDE, invoke, pictures_in, python, random_model, read_config
 import adavit
 from adavit import cli
 from adavit.console.options.run import OPERATING
+from adavit.console.options.single import SINGLE
+from adavit.tensorrt.options import BuildOptions
 
+OF_BUNDLES = {
+    "single_file", "output", "with_dense", "opset", "license", "dataset", "calibration_cache", "samples", "method",
+    "max_drop", "seed", *(field.name for field in fields(BuildOptions)),
+}  # fmt: skip
+"""Options of bundles alone."""
 QUICK: dict[str, Any] = {"iterations": 2, "warmup": 0, "threads": 1}
 
 
@@ -108,7 +116,8 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("function", "command", "own", "left_out"),
     [
-        (adavit.export_bundle, cli.export, {"checkpoint"}, {"source", "check", "against"}),
+        (adavit.export_bundle, cli.export, {"checkpoint"}, {"source", "check", "against", "single_file", *SINGLE}),
+        (adavit.export_single_file, cli.export, {"output"}, {"check", "against", *OF_BUNDLES}),
         (adavit.compare, cli.run, set(), {"compare", "top", *OPERATING}),
     ],
 )
@@ -140,7 +149,10 @@ def test_numbers_have_the_commands_bounds(name: str, value: float, busy: Path, t
     given: Any = [value] * 3 if name in ("mean", "std") else value
     others = {"target": "tensorrt"} if name in ("workspace", "builder_optimization_level", "max_batch", "jobs") else {}
     with pytest.raises(adavit.InputError, match=f"{name} is .*expected a"):
-        adavit.export_bundle(busy, tmp_path / "bundle", **{name: given}, **others)
+        if name in SINGLE:
+            adavit.export_single_file(busy, tmp_path / "file.onnx", **{name: given})
+        else:
+            adavit.export_bundle(busy, tmp_path / "bundle", **{name: given}, **others)
     assert not list(tmp_path.iterdir())
 
 

@@ -11,6 +11,7 @@ from cloup import option_group
 
 from adavit.console.options.budgets import budget_options
 from adavit.console.options.precision import calibration_options
+from adavit.console.options.single import single_options
 from adavit.console.options.tensorrt import build_options
 from adavit.console.options.types import Finite, Threads
 
@@ -44,6 +45,7 @@ Examples:
   adavit-export demo --output demo-bundle
   adavit-export weights.pth --output BUNDLE
   adavit-export weights.pth --output BUNDLE --precision fp32,int8 --calibration-images photos/
+  adavit-export BUNDLE --single-file model.onnx --budget-input
   adavit-export BUNDLE --budgets 0.3,0.5 --calibration-images photos/
   adavit-export BUNDLE --target tensorrt-rtx
   adavit-export --check BUNDLE --against weights.pth
@@ -115,6 +117,7 @@ CHECKS = option_group(
 )
 BUDGETS = option_group("Budgets, and images to calibrate on", budget_options)
 PRECISION = option_group("Precision, calibrated on --calibration-images", calibration_options)
+SINGLE_FILE = option_group("One ONNX file, in the place of a bundle", single_options)
 TENSORRT = option_group("TensorRT", build_options)
 GENERAL = option_group(
     "Report and threads",
@@ -125,6 +128,6 @@ GENERAL = option_group(
 
 def export_options(command: Function) -> Function:
     """Adds the options to the command."""
-    for group in (GENERAL, TENSORRT, PRECISION, BUDGETS, CHECKS, BUNDLE):
+    for group in (GENERAL, TENSORRT, SINGLE_FILE, PRECISION, BUDGETS, CHECKS, BUNDLE):
         command = group(command)
     return command

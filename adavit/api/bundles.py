@@ -1,4 +1,4 @@
-"""What the commands do, as functions with the same words: a checkpoint becomes a bundle, bundles are compared."""
+"""`adavit.export_bundle` and `adavit.compare`, and how functions read what they are given."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from adavit.bundle.bundle import PRECISIONS
 from adavit.errors import AdaViTError, OptionError, missing_package, shown
 from adavit.reading import path_of
 
-__all__ = ["compare", "export_bundle"]
+__all__ = [
+    "Place",
+    "Places",
+    "Progress",
+    "compare",
+    "export_bundle",
+    "installed",
+    "path_of_option",
+    "paths_of",
+    "told_of",
+]
 
 Place = str | PathLike[str]
 Places = Place | Iterable[Place]
@@ -124,18 +134,18 @@ def export_bundle(
         >>> report["verified"]["max_logit_difference"] < 1e-3  # doctest: +SKIP
         True
     """
-    source, folder, told = path_of(checkpoint, "checkpoint"), path_of(output, "output"), _told(progress)
+    source, folder, told = path_of(checkpoint, "checkpoint"), path_of(output, "output"), told_of(progress)
     shared = {
-        "calibration_images": _paths("calibration_images", calibration_images),
+        "calibration_images": paths_of("calibration_images", calibration_images),
         "labels_by_order": plain(labels_by_order),
     }
-    with _installed():
+    with installed():
         from adavit.export import BudgetOptions, BuildOptions, CalibrationOptions, ExportOptions
         from adavit.export import export_bundle as export
 
         calibration = CalibrationOptions(
             precisions=_precisions(precision),
-            calibration_cache=_path("calibration_cache", calibration_cache),
+            calibration_cache=path_of_option("calibration_cache", calibration_cache),
             samples=plain(samples),
             method=method,
             max_drop=plain(max_drop),
@@ -147,7 +157,7 @@ def export_bundle(
             compute_capability=each("compute_capability", compute_capability, "numbers such as (86, 120)", int),
             hardware_compatible=plain(hardware_compatible),
             version_compatible=plain(version_compatible),
-            timing_cache=_path("timing_cache", timing_cache),
+            timing_cache=path_of_option("timing_cache", timing_cache),
             workspace=plain(workspace),
             builder_optimization_level=plain(builder_optimization_level),
             max_batch=plain(max_batch),
@@ -159,7 +169,7 @@ def export_bundle(
         options = ExportOptions(
             with_dense=plain(with_dense),
             opset=plain(opset),
-            labels=_path("labels", labels),
+            labels=path_of_option("labels", labels),
             image_size=plain(image_size),
             crop_ratio=plain(crop_ratio),
             mean=None if mean is None else each("mean", mean, "three numbers, of red, green and blue"),
@@ -242,9 +252,9 @@ def compare(
     from adavit.measure.compare_bundles import compare_bundles, listed
     from adavit.measure.options import RunOptions
 
-    told = _told(progress)
+    told = told_of(progress)
     options = RunOptions(
-        images=_paths("images", images),
+        images=paths_of("images", images),
         batch=whole("batch", batch, 1, 4096),
         iterations=None if iterations is None else whole("iterations", iterations, 1),
         seconds=None if seconds is None else number("seconds", seconds, 0.01),
@@ -265,11 +275,11 @@ def compare(
         raise OptionError("give `iterations` or `seconds`, not both")
     if precision is not None:
         choice("precision", precision, PRECISIONS)
-    return compare_bundles(listed(_paths("bundles", bundles), precision), options, told)
+    return compare_bundles(listed(paths_of("bundles", bundles), precision), options, told)
 
 
 @contextmanager
-def _installed() -> Iterator[None]:
+def installed() -> Iterator[None]:
     """Raises AdaViTError, which says what to install, where an optional package is missing."""
     try:
         yield
@@ -280,7 +290,7 @@ def _installed() -> Iterator[None]:
         raise AdaViTError(hint) from None
 
 
-def _told(progress: object) -> Progress:
+def told_of(progress: object) -> Progress:
     """What is told of progress: a caller's function, or nothing."""
     if progress is None:
         return lambda stage, share: None
@@ -289,11 +299,12 @@ def _told(progress: object) -> Progress:
     return progress
 
 
-def _path(name: str, value: Place | None) -> Path | None:
+def path_of_option(name: str, value: Place | None) -> Path | None:
+    """The path that an option was given, if any."""
     return None if value is None else path_of(value, name)
 
 
-def _paths(name: str, value: object) -> tuple[Path, ...]:
+def paths_of(name: str, value: object) -> tuple[Path, ...]:
     """One path, or those of an iterable."""
     found = each(name, value, "a path, or a sequence of paths", str, PathLike)
     return tuple(path_of(path, name) for path in found)

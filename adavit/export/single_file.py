@@ -1,0 +1,203 @@
+"""From a bundle or a checkpoint to one ONNX file, verified before it is kept."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adavit.bundle.bundle import Bundle, is_bundle
+from adavit.bundle.demo import names_demo
+from adavit.bundle.graphs import Graphs
+from adavit.bundle.operating_points import NO_POLICIES, TRAINED, Budgets, Offsets, present
+from adavit.bundle.policy import Policy
+from adavit.bundle.statistics import policy_at
+from adavit.calibration.statistics import IMAGES
+from adavit.datasets.image_files import find_calibration_images, read_images
+from adavit.errors import InputError
+from adavit.export.bundle import export_bundle
+from adavit.export.options import ExportOptions
+from adavit.export.single_describe import OPSET, describe, metadata_of
+from adavit.export.single_options import SingleFileOptions, check_target, files_of
+from adavit.export.single_ort import ort_bytes
+from adavit.export.single_plan import plan_heads
+from adavit.export.single_verify import RuntimeResults, compare_with_checkpoint, run_file, verify_file
+from adavit.files import write_beside
+from adavit.graphs.nested import NestedBuilder
+from adavit.graphs.single import SingleGraph, make_single
+from adavit.graphs.single_heads import MICROSOFT
+from adavit.graphs.single_sublayers import HeadPlan
+from adavit.model import load_checkpoint
+from adavit.runtime.loading import load
+from adavit.runtime.session import Runtime
+
+__all__ = ["export_single_file"]
+
+MOST_BYTES = 2**31 - 1
+"""Of a protobuf file."""
+BATCH = 16
+
+Progress = Callable[[str, float], None]
+
+
+def export_single_file(
+    source: Path, output: Path, options: SingleFileOptions, export: ExportOptions, progress: Progress
+) -> dict[str, Any]:
+    """Writes a model as the one ONNX file `output`; nothing is left of a failed attempt.
+
+    Args:
+        source: a bundle, or a checkpoint, which is exported as a bundle first.
+        output: the file to make. A description as JSON lies beside it afterwards.
+        options: of the file.
+        export: of the bundle, where the source is a checkpoint.
+        progress: told the stage and the share done.
+
+    Returns:
+        The report that `adavit-export --single-file --json` writes.
+
+    Raises:
+        AdaViTError: the source, the options or the target are not usable, or verification failed.
+    """
+    start = time.perf_counter()
+    options.check()
+    check_target(output, options)
+    with _bundle_of(source, export, progress) as folder:
+        progress("loading the bundle", 0.0)
+        bundle = Bundle.open(folder)
+        offsets, budgets = _operating_points(bundle, options)
+        runtime = load(folder, threads=options.threads, precision=options.precision, specialise=False)
+        plans = _plans(runtime, options, offsets, progress)
+        description = describe(bundle, options, budgets)
+        asked = SingleGraph(plans, offsets, budgets, options.with_policy)
+        progress("writing the file", 0.0)
+        data = _encoded(Graphs(bundle, options.precision), asked, options, metadata_of(description))
+        made = {"file": data, "json": (json.dumps(description, indent=2) + "\n").encode()}
+        if options.ort_format:
+            made["ort"] = ort_bytes(data)
+        verified = _verified(runtime, asked, made, output, options, progress) if options.verify else None
+        files = files_of(output, options.ort_format)
+        with ExitStack() as stack:
+            for key, path in files.items():
+                stack.enter_context(write_beside(path)).write(made[key])
+    return {
+        **{key: str(path) for key, path in files.items()},
+        "bytes": len(data),
+        "precision": description["precision"],
+        "weights": description["weights"],
+        "domain": options.domain,
+        "opset": OPSET,
+        "budget": description["budget"],
+        "blocks": _counted(plans, bundle),
+        "macs": description["macs"],
+        "verified": verified,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+@contextmanager
+def _bundle_of(source: Path, export: ExportOptions, progress: Progress) -> Iterator[Path]:
+    """The bundle that is given, or one of a checkpoint for the time being."""
+    if names_demo(source) or is_bundle(source):
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="adavit-") as scratch:
+        bundle = Path(scratch) / "bundle"
+        export_bundle(source, bundle, replace(export, force=False), progress)
+        yield bundle
+
+
+def _operating_points(bundle: Bundle, options: SingleFileOptions) -> tuple[Offsets, Budgets | None]:
+    """The offsets that are baked in, or the points that a budget chooses from."""
+    if not bundle.architecture.adapts and options != replace(
+        options, budget=None, budget_input=False, with_policy=False
+    ):
+        raise InputError(f"{bundle.path}: {NO_POLICIES}; leave out `budget`, `budget_input` and `with_policy`")
+    if options.budget_input:
+        return TRAINED, present(bundle)
+    return (TRAINED if options.budget is None else present(bundle).offsets(options.budget)), None
+
+
+def _plans(runtime: Runtime, options: SingleFileOptions, offsets: Offsets, progress: Progress) -> list[HeadPlan]:
+    """How each block runs its heads, by calibration images or the bundle's statistics."""
+    policy: Policy | None = None
+    if options.calibration_images and runtime.architecture.adapts:
+        files = find_calibration_images(options.calibration_images, runtime.labels, options.labels_by_order)
+        pixels, _ = read_images(files, runtime.preprocess, IMAGES)
+        parts = []
+        for start in range(0, len(pixels), BATCH):
+            parts.append(runtime.run(pixels[start : start + BATCH], budget=offsets).policy)
+            progress("running calibration images", min(1.0, (start + BATCH) / len(pixels)))
+        policy = Policy.concatenate(parts)
+    elif runtime.architecture.adapts:
+        policy = policy_at(runtime.bundle, offsets)
+    plain = sum(tensor.bytes for tensor in runtime.graphs.tensors.tensors.values())
+    spare, fused = (options.max_size - 1) * plain, options.domain == "onnxruntime"
+    return plan_heads(runtime.architecture, policy, spare, fused, options.precision == "int8")
+
+
+def _encoded(graphs: Graphs, asked: SingleGraph, options: SingleFileOptions, metadata: dict[str, str]) -> bytes:
+    """The file's bytes."""
+    builder = NestedBuilder("adavit", OPSET, graphs.tensors, options.weights == "fp16")
+    make_single(builder, graphs.architecture, asked)
+    model = builder.model(metadata, {MICROSOFT: 1} if options.domain == "onnxruntime" else {})
+    if model.ByteSize() > MOST_BYTES:
+        raise InputError(
+            f"the file would take {model.ByteSize() / 1e9:.1f} GB, and one ONNX file holds 2 GB at most; give "
+            "`weights` fp16, or use the bundle"
+        )
+    return bytes(model.SerializeToString())
+
+
+def _verified(
+    runtime: Runtime,
+    asked: SingleGraph,
+    made: dict[str, bytes],
+    output: Path,
+    options: SingleFileOptions,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Runs what was made, and compares it with the runtime and the checkpoint."""
+    path, exact = output.name, options.weights != "fp16" and options.precision == "fp32"
+    wanted = RuntimeResults(runtime, *_budgets_to_try(asked), progress)
+    telling = made["file"]
+    if not asked.with_policy and runtime.architecture.adapts:
+        telling = _encoded(runtime.graphs, replace(asked, with_policy=True), options, {})
+    progress("verifying", 0.3)
+    report = verify_file(run_file(telling, wanted.images, wanted.budgets, path), wanted, path, exact)
+    progress("verifying", 0.6)
+    for key in {"file", "ort"} & set(made):
+        found = run_file(made[key], wanted.images, wanted.budgets, path)
+        report |= {"max_logit_difference": verify_file(found, wanted, path, exact)["max_logit_difference"]}
+    if exact:
+        weights = runtime.bundle.path / runtime.graphs.files.weights.file
+        model = load_checkpoint(weights, runtime.architecture.heads)
+        report["max_checkpoint_difference"] = compare_with_checkpoint(model, found["logits"], wanted, path)
+    progress("verifying", 1.0)
+    return report
+
+
+def _budgets_to_try(asked: SingleGraph) -> tuple[list[Offsets], list[float]]:
+    """Operating points to compare at: the trained policy, both ends, a point, and between two."""
+    if not asked.budgets:
+        return [asked.offsets], [0.0]
+    shares = [point.budget for point in asked.budgets.points]
+    middle = len(shares) // 2
+    tried = [shares[0], shares[middle], (shares[0] + shares[middle]) / 2, shares[-1]]
+    tried = [float(np.clip(np.float32(share), shares[0], shares[-1])) for share in tried]
+    return [TRAINED, *map(asked.budgets.offsets, tried)], [0.0, *tried]
+
+
+def _counted(plans: list[HeadPlan], bundle: Bundle) -> dict[str, int]:
+    """How many blocks run their heads in which way."""
+    arch = bundle.architecture
+    adapting = [plan for block, plan in enumerate(plans) if arch.adapts_heads(block)]
+    masked = sum(plan.masked for plan in adapting)
+    sets = sum(len(plan.attention) + len(plan.mlp) for plan in adapting)
+    return {"masked": masked, "gathered": len(adapting) - masked, "constant_head_sets": sets}
