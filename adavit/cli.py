@@ -57,7 +57,7 @@ def export(
 
     Given a BUNDLE, --target adds TensorRT engines to it, and --budgets operating points.
 
-    --single-file writes one ONNX file of either, for an ONNX Runtime in any language.
+    Of either, --single-file writes one ONNX file, for an ONNX Runtime in any language.
     """
     console.check_targets({"--json": json_file})
     if single_file is not None:

@@ -21,7 +21,7 @@ from adavit.bundle.policy import Policy
 from adavit.bundle.statistics import policy_at
 from adavit.calibration.statistics import IMAGES
 from adavit.datasets.image_files import find_calibration_images, read_images
-from adavit.errors import InputError
+from adavit.errors import InputError, OptionError
 from adavit.export.bundle import export_bundle
 from adavit.export.options import ExportOptions
 from adavit.export.single_describe import OPSET, describe, metadata_of
@@ -68,10 +68,10 @@ def export_single_file(
     start = time.perf_counter()
     options.check()
     check_target(output, options)
-    with _bundle_of(source, export, progress) as folder:
+    with _bundle_of(source, options, export, progress) as folder:
         progress("loading the bundle", 0.0)
         bundle = Bundle.open(folder)
-        offsets, budgets = _operating_points(bundle, options)
+        offsets, budgets = _operating_points(source, bundle, options)
         runtime = load(folder, threads=options.threads, precision=options.precision, specialise=False)
         plans = _plans(runtime, options, offsets, progress)
         description = describe(bundle, options, budgets)
@@ -102,23 +102,27 @@ def export_single_file(
 
 
 @contextmanager
-def _bundle_of(source: Path, export: ExportOptions, progress: Progress) -> Iterator[Path]:
+def _bundle_of(source: Path, options: SingleFileOptions, export: ExportOptions, progress: Progress) -> Iterator[Path]:
     """The bundle that is given, or one of a checkpoint for the time being."""
     if names_demo(source) or is_bundle(source):
         yield source
         return
+    if (options.budget is not None or options.budget_input) and not export.budgets.budgets:
+        raise OptionError(
+            f"{source} is a checkpoint, which has no operating points; give `budgets` and `calibration_images`, or "
+            "export it as a bundle first"
+        )
     with tempfile.TemporaryDirectory(prefix="adavit-") as scratch:
         bundle = Path(scratch) / "bundle"
         export_bundle(source, bundle, replace(export, force=False), progress)
         yield bundle
 
 
-def _operating_points(bundle: Bundle, options: SingleFileOptions) -> tuple[Offsets, Budgets | None]:
+def _operating_points(source: Path, bundle: Bundle, options: SingleFileOptions) -> tuple[Offsets, Budgets | None]:
     """The offsets that are baked in, or the points that a budget chooses from."""
-    if not bundle.architecture.adapts and options != replace(
-        options, budget=None, budget_input=False, with_policy=False
-    ):
-        raise InputError(f"{bundle.path}: {NO_POLICIES}; leave out `budget`, `budget_input` and `with_policy`")
+    asked = [name for name in ("budget", "budget_input", "with_policy") if getattr(options, name)]
+    if asked and not bundle.architecture.adapts:
+        raise InputError(f"{source}: {NO_POLICIES}; leave out `{asked[0]}`")
     if options.budget_input:
         return TRAINED, present(bundle)
     return (TRAINED if options.budget is None else present(bundle).offsets(options.budget)), None

@@ -103,11 +103,15 @@ def _classes(graph: NestedBuilder, arch: Architecture, x: str) -> str:
 def _masks(graph: NestedBuilder, arch: Architecture, kept: Sequence[Kept]) -> list[str]:
     """What an image kept: masks [L, N], [L, H] and [L, 2], and its MACs []."""
 
-    def rows(masks: Sequence[str], size: int) -> str:
-        every = [mask or graph.constant(f"every_{size}", np.ones((1, size), bool)) for mask in masks]
-        return graph.op("Concat", *every, axis=0)
+    def rows(masks: Sequence[str], size: int, shape: Sequence[int]) -> str:
+        every = [mask or graph.constant(f"every_{'_'.join(map(str, shape))}", np.ones(shape, bool)) for mask in masks]
+        joined = graph.op("Concat", *every, axis=0)
+        return joined if len(shape) > 1 else graph.op("Reshape", joined, graph.ints(arch.depth, size))
 
-    tokens, heads = rows([one.tokens for one in kept], arch.tokens), rows([one.heads for one in kept], arch.heads)
-    flags = rows([flag for one in kept for flag in (one.attention, one.mlp)], 1)
-    masks = [tokens, heads, graph.op("Reshape", flags, graph.ints(arch.depth, 2))]
+    flags = [flag for one in kept for flag in (one.attention, one.mlp)]
+    masks = [
+        rows([one.tokens for one in kept], arch.tokens, (1, arch.tokens)),
+        rows([one.heads for one in kept], arch.heads, (arch.heads,)),
+        rows(flags, 2, (1,)),
+    ]
     return [*masks, add_macs(graph, arch, *masks)]

@@ -20,7 +20,7 @@ Make = Callable[[NestedBuilder], str]
 
 
 class Kept(NamedTuple):
-    """What a block keeps, bool: tokens [1, N], heads [1, H], attention [1, 1] and MLP [1, 1].
+    """What a block keeps, bool: tokens [1, N], heads [H], attention [1] and MLP [1].
 
     Each is "" where the block has no such policy.
     """
@@ -54,7 +54,7 @@ def add_nested_block(
     def run(inner: NestedBuilder) -> str:
         rows, normed_rows, places = x, normed, ""
         if kept.tokens:
-            places = places_of(inner, kept.tokens)
+            places = places_of(inner, inner.op("Reshape", kept.tokens, inner.ints(-1)))
             rows, normed_rows = (inner.op("Gather", value, places, axis=0) for value in (x, normed))
         heads = kept_heads(inner, arch, kept.heads, plan)
         own = partial(add_attention, arch=arch, block=block, rows=rows, normed=normed_rows, heads=heads, plan=plan)
@@ -88,12 +88,12 @@ def _decide(graph: NestedBuilder, arch: Architecture, block: int, x: str, normed
         return Kept(tokens)
     names = ["head_select"] * arch.adapts_heads(block) + ["layer_select"] * arch.adapts_sublayers(block)
     weight, bias = (_joined(graph, [f"{site}.{name}.mlp_head.{kind}" for name in names]) for kind in ("weight", "bias"))
-    row = graph.op("Slice", x, graph.ints(0), graph.ints(1), graph.ints(0))
-    kept = graph.op("Greater", graph.op("Gemm", row, weight, bias, transB=1), left.pop(0))
+    first = graph.op("Gather", x, graph.scalar(0, "int64"), axis=0)
+    kept = graph.op("Greater", graph.op("Add", graph.op("MatMul", weight, first), bias), left.pop(0))
     if not arch.adapts_sublayers(block):
         return Kept(tokens, kept)
     sizes = [arch.heads] * arch.adapts_heads(block) + [1, 1]
-    *heads, attention, mlp = graph.ops("Split", kept, graph.ints(*sizes), outputs=len(sizes), axis=1)
+    *heads, attention, mlp = graph.ops("Split", kept, graph.ints(*sizes), outputs=len(sizes), axis=0)
     return Kept(tokens, heads[0] if heads else "", attention, mlp)
 
 

@@ -33,8 +33,8 @@ def every_head(arch: Architecture) -> HeadSet:
 
 
 def places_of(graph: NestedBuilder, mask: str) -> str:
-    """The numbers of what a mask [1, M] keeps, int64 [K]."""
-    return graph.op("Reshape", graph.op("NonZero", graph.op("Reshape", mask, graph.ints(-1))), graph.ints(-1))
+    """The numbers of what a mask [M] keeps, int64 [K]."""
+    return graph.op("Reshape", graph.op("NonZero", mask), graph.ints(-1))
 
 
 class Heads:

@@ -45,7 +45,7 @@ class KeptHeads(NamedTuple):
     """The kept heads of a block.
 
     Attributes:
-        channels: 1 or 0 for each channel, [1, D], where dropped heads are masked, else "".
+        channels: 1 or 0 for each channel, [D], where dropped heads are masked, else "".
         places: their numbers, int64 [h], where their weights are gathered, else "".
         number: the set as one number, int64 []: bit i is head i. "" where no set has constant weights.
     """
@@ -66,11 +66,11 @@ def kept_heads(graph: NestedBuilder, arch: Architecture, mask: str, plan: HeadPl
         return KeptHeads()
     if plan.masked:
         head_of = graph.constant("head_of_channel", np.repeat(np.arange(arch.heads), arch.head_width))
-        return KeptHeads(graph.op("Gather", graph.op("Cast", mask, to=TensorProto.FLOAT), head_of, axis=1))
+        return KeptHeads(graph.op("Gather", graph.op("Cast", mask, to=TensorProto.FLOAT), head_of, axis=0))
     number = ""
     if plan.attention or plan.mlp:
         powers = graph.constant("powers_of_two", 2 ** np.arange(arch.heads, dtype=np.int64))
-        bits = graph.op("Cast", graph.op("Reshape", mask, graph.ints(-1)), to=TensorProto.INT64)
+        bits = graph.op("Cast", mask, to=TensorProto.INT64)
         number = graph.op("ReduceSum", graph.op("Mul", bits, powers), keepdims=0)
     return KeptHeads("", places_of(graph, mask), number)
 

@@ -13,7 +13,7 @@ HEADINGS = {
     "adavit-run": ["Input", "Operating point", "Measurement", "Output", "Backend", "Compare bundles", "Other options"],
     "adavit-export": [
         "Bundle", "Checks", "Budgets, and images to calibrate on", "Precision, calibrated on --calibration-images",
-        "TensorRT", "Report and threads", "Other options",
+        "One ONNX file, in the place of a bundle", "TensorRT", "Report and threads", "Other options",
     ],
 }  # fmt: skip
 

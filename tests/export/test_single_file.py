@@ -113,7 +113,7 @@ def test_recorded_images_are_decided_alike(name: str, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("bias", [0.0, -1.5, 1.5])
+@pytest.mark.parametrize("bias", [-1.0, 1.0])
 def test_shapes_and_policies(changes: dict[str, Any], bias: float, tmp_path: Path) -> None:
     arch = tiny(**changes)
     bundle = export(random_model(arch, heads=bias, sublayers=-bias), tmp_path, verify=False)
@@ -332,7 +332,7 @@ def test_a_model_without_policies_is_its_dense_graph(plain: tuple[Path, Path], t
         found = run(tmp_path / "model.onnx", images)
         np.testing.assert_allclose(found["logits"], adavit.load(bundle, threads=1).run(images).logits, atol=1e-4)
     for options in ({"budget": 0.5}, {"budget_input": True}, {"with_policy": True}):
-        with pytest.raises(adavit.InputError, match="has no policies"):
+        with pytest.raises(adavit.InputError, match=f"has no policies.*leave out `{next(iter(options))}`"):
             write(bundle, tmp_path / "other.onnx", **options)
     assert not (tmp_path / "other.onnx").exists()
 
@@ -418,7 +418,9 @@ def test_targets_that_cannot_be(budgeted: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.onnx", "model.json", "model.onnx"]
 
 
-def test_budgets_need_points(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_budgets_need_points(tiny_bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(adavit.InputError, match="is a checkpoint, which has no operating points; give `budgets`"):
+        write(checkpoint, tmp_path / "model.onnx", budget_input=True)
     for options in ({"budget": 0.4}, {"budget_input": True}):
         with pytest.raises(adavit.InputError, match="has no operating points; add them with adavit-export"):
             write(tiny_bundle, tmp_path / "model.onnx", **options)
