@@ -46,7 +46,7 @@ HEADERS = {
 def write_models(bundle: Path, folder: Path) -> None:
     """Writes model.onnx, model.json and dense.onnx."""
     adavit.export_single_file(bundle, folder / "model.onnx", budget_input=True, with_policy=True, force=True)
-    graphs = Graphs(Bundle.open(bundle))
+    graphs = Graphs(Bundle.open(bundle), "fp32")
     dense = graphs.dense()
     weights = {name: graphs.tensors.array(weight.tensor) for name, weight in dense.weights.items() if weight.tensor}
     (folder / "dense.onnx").write_bytes(dense.model(weights))

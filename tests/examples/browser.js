@@ -12,7 +12,7 @@ try {
 }
 
 function STORIES() {
-  return { whole, plain, phone };
+  return { whole, plain, phone, broken };
 }
 
 /** Everything that a person can do, at the width of a desktop. */
@@ -58,6 +58,13 @@ async function phone() {
   const dark = await page.evaluate(() => getComputedStyle(document.body).backgroundColor);
   if (asked.shots) await page.screenshot({ path: `${asked.shots}/phone.png` });
   return { tapped, widths, slider, dark };
+}
+
+/** The page without its model: what it says. */
+async function broken() {
+  const page = await opened({ width: 1200, height: 950 });
+  await page.waitForSelector("#message", { visible: true, timeout: asked.timeout });
+  return { message: await page.$eval("#message", (shown) => shown.textContent) };
 }
 
 async function opened(viewport, dark = false) {

@@ -1,7 +1,12 @@
 """Where the examples are, the programs that they need, and what the page does to pictures."""
 
+import functools
 import os
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,3 +37,13 @@ def toned(picture: Image.Image, tone: str) -> Image.Image:
         return picture
     grey = picture.convert("L")
     return ImageOps.autocontrast(ImageOps.invert(grey) if tone == "inverted" else grey, cutoff=1)
+
+
+@contextmanager
+def plain_server(folder: Path) -> Iterator[str]:
+    """A server that sends no headers of its own; its address."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()

@@ -1,19 +1,17 @@
 """The page in a real browser: what a person does, and the same numbers as the runtime's."""
 
-import functools
 import json
+import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cases import assert_same_policy
-from example_cases import REPOSITORY, toned
+from example_cases import REPOSITORY, plain_server, toned
 from PIL import Image, ImageFilter, ImageOps
 
 import adavit
@@ -158,20 +156,17 @@ def test_nothing_leaves_the_server(whole: Found, prepared: tuple[Path, str]) -> 
     assert places and all(place.startswith(prepared[1]) for place in places)
 
 
-@pytest.fixture(scope="module")
-def not_isolated(prepared: tuple[Path, str]) -> Iterator[str]:
-    """The page on a server that sends no headers of its own."""
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=prepared[0])
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-def test_any_server_shows_it_with_one_thread(not_isolated: str, play: Play, demo: Runtime) -> None:
-    found = play("plain", not_isolated + "?threads=2")
+def test_any_server_shows_it_with_one_thread(prepared: tuple[Path, str], play: Play, demo: Runtime) -> None:
+    with plain_server(prepared[0]) as url:
+        found = play("plain", url + "?threads=2")
     check(found["first"], demo)
     assert ", 1 thread." in found["where"] and "COOP and COEP" in found["where"]
+
+
+def test_a_model_that_is_missing_is_named(prepared: tuple[Path, str], play: Play, tmp_path: Path) -> None:
+    folder = shutil.copytree(prepared[0], tmp_path / "page", ignore=shutil.ignore_patterns("model.onnx"))
+    with plain_server(folder) as url:
+        assert play("broken", url)["message"] == "The model could not be loaded: model.onnx: 404 File not found"
 
 
 def test_an_isolated_page_has_threads(prepared: tuple[Path, str], play: Play, demo: Runtime) -> None:

@@ -1,17 +1,15 @@
 """Single files of the golden checkpoints in JavaScript's two runtimes decide as the released code did."""
 
-import functools
 import json
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cases import GOLDEN_FILES, assert_same_policy, golden
+from example_cases import plain_server
 
 import adavit
 from adavit.runtime import Policy
@@ -35,11 +33,8 @@ def served(prepared: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(prepared[0] / "ort", folder / "ort")
     shutil.copy(HERE / "outputs.js", folder)
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=folder)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    with plain_server(folder) as url:
+        yield folder, url
 
 
 @pytest.fixture(scope="module", params=sorted(GOLDEN_FILES))
