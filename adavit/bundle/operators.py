@@ -316,9 +316,10 @@ def _reduce(given: list[Known], attributes: Attributes) -> Known:
 
 
 def _largest(given: list[Known], attributes: Attributes) -> Known:
-    found = _reduce([given[0]._replace(bounds=(0, 0)), *given[1:]], attributes)
-    _need(math.prod(given[0].shape) > 0)
-    return found._replace(bounds=given[0].bounds)
+    (x,) = given
+    _need(math.prod(x.shape) > 0)
+    shape = (1,) * len(x.shape) if attributes.get("keepdims", 1) else ()
+    return Known(_same([x]), shape, None, x.bounds)
 
 
 def _reshape(given: list[Known], attributes: Attributes) -> Known:

@@ -138,6 +138,8 @@ def test_every_function_of_cuda_that_is_called_is_in_the_double() -> None:
 def test_tensorrt_says_why_it_reads_no_engine(bundle: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     add_double_engines(bundle, "tensorrt-rtx", version=trt.__version__)
-    monkeypatch.setattr(cuda, "import_runtime", lambda: cuda_double(Gpu()))
+    device = Gpu()
+    for name, double in (("runtime", cuda_double), ("driver", driver_double), ("nvrtc", nvrtc_double)):
+        monkeypatch.setattr(cuda, f"import_{name}", lambda double=double: double(device))
     with pytest.raises(BackendError, match=r"TensorRT does not read engine stem \(.+\); run: adavit-export"):
         adavit.load(bundle, "tensorrt-rtx", trust_engines=True).run(random_images(runtime.architecture, 1))

@@ -97,6 +97,7 @@ def test_an_engine_runs_in_a_graph_and_in_a_part_of_one(
 
 
 def as_new(found: Engine, bench: Bench) -> None:
+    bench.wait()
     found.prepare()
 
 
