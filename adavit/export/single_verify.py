@@ -14,7 +14,7 @@ from adavit.bundle.operating_points import Offsets
 from adavit.bundle.policy import KINDS
 from adavit.datasets.random_images import random_images
 from adavit.errors import VerificationError, one_line
-from adavit.export.verify import reference
+from adavit.export.verify import DRAWS, MARGIN, nothing_proves, reference
 from adavit.model import AdaViT
 from adavit.results import Result
 from adavit.runtime.dispatcher import Step, thresholds
@@ -23,9 +23,6 @@ from adavit.runtime.session import Runtime
 __all__ = ["RuntimeResults", "compare_with_checkpoint", "run_file", "verify_file"]
 
 IMAGES = 5
-DRAWS = 64
-MARGIN = 1e-4
-"""Images whose decisions come closer to a threshold than this prove nothing: rounding may tip them."""
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to their largest magnitude where that is above 1."""
 ROUGH_TOLERANCE = 0.1
@@ -63,10 +60,7 @@ class RuntimeResults:
             if len(chosen) == wanted:
                 break
         if not chosen:
-            raise VerificationError(
-                f"none of {DRAWS} random images keeps every decision {MARGIN:g} clear of its threshold, so rounding "
-                "alone may flip some; check the decision heads, or export with `verify=False`"
-            )
+            raise nothing_proves()
         self.images = np.stack([image for image, _, _ in chosen])
         self.budgets = np.array([budget for _, _, budget in chosen], np.float32)
         self.result: Result = runtime.run(self.images, budget=[own for _, own, _ in chosen])

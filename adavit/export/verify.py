@@ -27,7 +27,7 @@ from adavit.runtime.finite import NotFiniteError
 from adavit.runtime.session import Runtime
 from adavit.runtime.specialise import usage_of
 
-__all__ = ["verify"]
+__all__ = ["DRAWS", "MARGIN", "nothing_proves", "reference", "verify"]
 
 IMAGES = 4
 DRAWS = 64
@@ -160,11 +160,16 @@ def _samples(model: AdaViT, progress: Callable[[str, float], None]) -> list[Refe
         if len(chosen) == IMAGES:
             break
     if not chosen:
-        raise VerificationError(
-            f"none of {DRAWS} random images keeps every decision {MARGIN:g} clear of its threshold, so rounding alone "
-            "may flip some; check the decision heads, or export with `verify=False`"
-        )
+        raise nothing_proves()
     return chosen
+
+
+def nothing_proves() -> VerificationError:
+    """What to say where every random image comes too close to a threshold."""
+    return VerificationError(
+        f"none of {DRAWS} random images keeps every decision {MARGIN:g} clear of its threshold, so rounding alone "
+        "may flip some; check the decision heads, or export with `verify=False`"
+    )
 
 
 def _replayed_policies(arch: Architecture) -> list[Policy]:
