@@ -7,7 +7,6 @@ Nothing else uses its memory, so that no lock is held while it waits.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,8 @@ PLANS = 8
 """CUDA graphs that a lane keeps."""
 SEEN = 256
 """Kinds of batches that it remembers."""
+Parts = tuple[str | None, ...]
+"""Of blocks; None is a whole block."""
 PlanKey = tuple[int, str, Rooms]
 """Images, way, and the rooms of the blocks."""
 
@@ -71,7 +72,7 @@ class DeviceLane:
             undo.callback(self._memory.close)
             self._runners = Runners(backend, self._memory, self._memory.scratch(backend.scratch(most)))
             undo.pop_all()
-        self._opened: set[tuple[GraphKey, bool]] = set()
+        self._opened: set[tuple[Parts, bool]] = set()
         self._follows = self._every_head = self._fetches = False
         self._last = 0
 
@@ -85,7 +86,7 @@ class DeviceLane:
 
     def start(self, images: Float, limits: Float, kept: Bool | None, every_head: bool) -> None:
         """See `Lane.start`."""
-        self._open([GraphKey("block", block) for block in range(self._arch.depth)], every_head)
+        self._open((None,), every_head)
         self._take(images, limits, kept, every_head)
         self._memory.upload("kept" if self._follows else "limits")
         self._run(self._runners, STEM_GRAPH)
@@ -130,8 +131,7 @@ class DeviceLane:
         A batch that comes again, in size and rooms, gets a plan. That runs once as it is, so that its engines have met
         the shapes when they are recorded.
         """
-        parts = PARTS if way == CONDITIONAL else (None,)
-        self._open([GraphKey("block", block, part) for block in range(self._arch.depth) for part in parts], False)
+        self._open(PARTS if way == CONDITIONAL else (None,), False)
         self._take(images, limits, None, False)
         key = len(images), way, rooms
         plan = self._plans.get(key)
@@ -204,7 +204,7 @@ class DeviceLane:
 
     def dense(self, images: Float) -> Float:
         """The logits that the dense twin makes of images."""
-        self._open([DENSE_GRAPH], False)
+        self._open((), False)
         self._take(images, None, None, False)
         self._memory.upload("images")
         self._run(self._runners, DENSE_GRAPH)
@@ -230,17 +230,18 @@ class DeviceLane:
     def _run(self, runners: Runners, key: GraphKey, room: Room | None = None, stream: int | None = None) -> None:
         runners.run(key, self._every_head, self._follows, room, self._stream if stream is None else stream)
 
-    def _open(self, keys: Sequence[GraphKey], every_head: bool) -> None:
-        """Opens engines, and has as much scratch memory as they take."""
-        if (keys[0], every_head) in self._opened:
+    def _open(self, parts: Parts, every_head: bool) -> None:
+        """Opens engines, of these parts of all blocks or else the dense twin's, and the scratch memory they take."""
+        if (parts, every_head) in self._opened:
             return
-        for key in keys:
+        blocks = [GraphKey("block", block, part) for block in range(self._arch.depth) for part in parts]
+        for key in blocks or [DENSE_GRAPH]:
             self._backend.engine(key, every_head)
         size = self._backend.scratch(self.most)
         if self._memory.lacks(size):
             self._drop_runners()
             self._runners = Runners(self._backend, self._memory, self._memory.scratch(size))
-        self._opened.add((keys[0], every_head))
+        self._opened.add((parts, every_head))
 
     def _drop_runners(self) -> None:
         """Waits for what was enqueued, and frees what runs engines on this lane."""

@@ -85,8 +85,8 @@ class OnnxRuntimeBatchBackend:
         found = self._sessions.get((key, every_head))
         if found is None:
             graph = read_graph(self.graphs, key)
-            usual = self.usual_heads and key.block is not None and not every_head
-            heads = self.usual_heads[key.block] if usual and self.usual_heads and key.block is not None else None
+            usual = None if every_head or key.block is None else self.usual_heads
+            heads = usual[key.block] if usual and key.block is not None else None
             constants = constants_of(self.graphs, key, graph, heads)
             found = self._sessions[key, every_head] = self._maker.session(graph, constants, self._threads)
         return found
