@@ -10,7 +10,10 @@ __all__ = [
     "ATTENTION",
     "BETWEEN",
     "BOTH",
+    "GOES_ON",
     "NONE",
+    "NOT_FINITE",
+    "OVERFLOWED",
     "STATE_BEHIND",
     "STATE_BETWEEN",
     "BlockKey",
@@ -38,6 +41,9 @@ ATTENTION = ("projected", "mixed")
 
 BETWEEN, STATE_BETWEEN, STATE_BEHIND = "x_between", "state_between", "state_behind"
 """What a graph of a batch has between attention and MLP, tokens and states, and states behind the MLP."""
+
+GOES_ON, OVERFLOWED, NOT_FINITE = range(3)
+"""States of an image in a batch."""
 
 BOTH, NONE = Sublayers(True, True), Sublayers(False, False)
 

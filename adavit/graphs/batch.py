@@ -29,7 +29,7 @@ import numpy as np
 from onnx import TensorProto
 
 from adavit.architecture import Architecture
-from adavit.bundle.keys import BETWEEN, STATE_BEHIND, STATE_BETWEEN
+from adavit.bundle.keys import BETWEEN, GOES_ON, NOT_FINITE, OVERFLOWED, STATE_BEHIND, STATE_BETWEEN
 from adavit.graphs.block import add_decision_logits, add_head, add_norm, add_update
 from adavit.graphs.builder import Builder
 from adavit.graphs.precision import Precision
@@ -37,7 +37,6 @@ from adavit.graphs.stem import add_stem
 
 __all__ = ["GOES_ON", "NOT_FINITE", "OVERFLOWED", "add_batch_block", "add_batch_stem"]
 
-GOES_ON, OVERFLOWED, NOT_FINITE = range(3)
 MASKED = -1e4
 """Added to the scores of padding keys: what is left of them is 0 in float32 and in float16."""
 LARGEST = 1e30

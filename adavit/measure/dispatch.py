@@ -6,11 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from adavit.architecture import Architecture
 from adavit.bundle.policy import Policy
-from adavit.macs import batch_macs, block_macs
+from adavit.macs import batch_macs, image_macs, outside_macs
 from adavit.runtime.batch import BatchBackend, Rooms
 from adavit.runtime.batch_dispatcher import Ran
 
@@ -19,8 +17,7 @@ __all__ = ["asked_of_blocks", "dispatch_report"]
 
 def asked_of_blocks(arch: Architecture, policy: Policy) -> int:
     """MACs that policies ask for in all blocks, of all images."""
-    runs = policy.sublayers.astype(np.int64)
-    return int(block_macs(arch, policy.tokens.sum(-1), policy.heads.sum(-1), runs[..., 0], runs[..., 1]).sum())
+    return int(image_macs(arch, *policy.masks()).sum()) - len(policy) * outside_macs(arch)
 
 
 def dispatch_report(arch: Architecture, backend: BatchBackend, ran: Sequence[Ran], asked: int) -> dict[str, Any]:

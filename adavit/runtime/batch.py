@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from adavit.architecture import Architecture
+from adavit.bundle.keys import GOES_ON, NOT_FINITE, OVERFLOWED
 from adavit.bundle.policy import Policy
 
 __all__ = [
@@ -27,14 +29,12 @@ __all__ = [
     "Lane",
     "Room",
     "Rooms",
+    "policy_of",
     "rooms_of",
 ]
 
 Float = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
-
-GOES_ON, OVERFLOWED, NOT_FINITE = range(3)
-"""States of an image, as graphs of batches have them."""
 
 WAYS = EXACT, CAPACITY, CONDITIONAL = "exact", "capacity", "conditional"
 """How a batch is driven. Exact: the host fetches how much room each block takes. Capacity: room is planned, and nothing
@@ -79,6 +79,11 @@ def rooms_of(policy: Policy) -> Rooms:
     images = policy.sublayers[:, :, 0].sum(0)
     sizes = np.stack([sums[:, 0], images, longest[:, 0], sums[:, 1]], 1)
     return tuple(Room.of(row) for row in sizes)
+
+
+def policy_of(arch: Architecture, kept: Bool) -> Policy:
+    """The policy that a batch's rows make, bool [L, B, N + H + 2]."""
+    return Policy(*np.split(kept.swapaxes(0, 1), (arch.tokens, arch.tokens + arch.heads), 2))
 
 
 class Finished(NamedTuple):

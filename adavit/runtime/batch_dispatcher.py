@@ -19,7 +19,18 @@ from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.bundle.operating_points import Offsets
 from adavit.bundle.policy import Policy
 from adavit.errors import BackendError
-from adavit.runtime.batch import EXACT, NOT_FINITE, OVERFLOWED, BatchBackend, Finished, Lane, Room, Rooms, rooms_of
+from adavit.runtime.batch import (
+    EXACT,
+    NOT_FINITE,
+    OVERFLOWED,
+    BatchBackend,
+    Finished,
+    Lane,
+    Room,
+    Rooms,
+    policy_of,
+    rooms_of,
+)
 from adavit.runtime.capacity_tables import CapacityTables
 from adavit.runtime.dispatcher import Observer, Step, deciding_columns
 from adavit.runtime.finite import check_logits, not_finite
@@ -115,9 +126,7 @@ class BatchDispatcher:
         logits = np.concatenate([finished.logits for finished in done])
         if replay is not None:
             return logits, replay
-        ends = self.arch.tokens, self.arch.tokens + self.arch.heads
-        parts = (np.split(finished.kept.swapaxes(0, 1), ends, 2) for finished in done)
-        return logits, Policy(*(np.concatenate(kind) for kind in zip(*parts, strict=True)))
+        return logits, Policy.concatenate([policy_of(self.arch, finished.kept) for finished in done])
 
     def _fastest(self, images: Float, limits: Float, offsets: Sequence[Offsets]) -> tuple[Finished, Ran]:
         """Runs a batch the way that is chosen for it."""

@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.operating_points import Offsets
-from adavit.bundle.policy import Policy
-from adavit.runtime.batch import Room, Rooms, rooms_of
+from adavit.runtime.batch import Room, Rooms, policy_of, rooms_of
 from adavit.runtime.capacity import CapacityTable, capacity_table
 
 __all__ = ["CapacityTables"]
@@ -61,9 +60,7 @@ class CapacityTables:
             return
         batch, needed = len(offsets), np.zeros((self._arch.depth, 4), np.int64)
         if kept is not None:
-            ends = self._arch.tokens, self._arch.tokens + self._arch.heads
-            tokens, heads, sublayers = np.split(kept.swapaxes(0, 1), ends, 2)
-            needed = np.array(rooms_of(Policy(tokens, heads, sublayers)))
+            needed = np.array(rooms_of(policy_of(self._arch, kept)))
         for table in self._of(tuple(dict.fromkeys(offsets))):
             table.note(batch, needed, kept is not None)
 
