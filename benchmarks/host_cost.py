@@ -1,8 +1,9 @@
 """What a batch costs the host: python benchmarks/host_cost.py [--json FILE]
 
 Runs T2T-ViT-19 on bindings that do nothing, so that only this package's own Python is left, and counts what it asks of
-the device. Checking and copying the images and unpacking results are rows of their own: they grow with the batch
-whatever the dispatcher does. Medians of interleaved rounds.
+the device. Checking and copying the images and unpacking results are columns of their own: they grow with the batch
+whatever the dispatcher does. Large images leave nothing else in the CPU's caches; "warm" is dispatching without them,
+of images that are already in place. Medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -25,22 +26,28 @@ from typing import Any
 import numpy as np
 from models import random_model
 
-from adavit.bundle.bundle import Bundle
+from adavit.architecture import Architecture
+from adavit.bundle.bundle import Bundle, write_config
+from adavit.bundle.capacity import CAPACITY_QUANTILE
 from adavit.bundle.graph_keys import GraphKey, constants_of, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.operating_points import TRAINED
 from adavit.bundle.policy import Policy
+from adavit.bundle.statistics import write_statistics
 from adavit.export.bundle import export_bundle
 from adavit.export.options import ExportOptions
+from adavit.runtime.backend import Options
 from adavit.runtime.backends.cuda.backend import DeviceBackend
 from adavit.runtime.backends.cuda.bindings import Cuda
 from adavit.runtime.backends.cuda.captures import Captures
 from adavit.runtime.backends.cuda.lane import DeviceLane
 from adavit.runtime.backends.tensorrt.engine import Source, TensorRtEngine
-from adavit.runtime.batch import WAYS, Room, Rooms, rooms_of
+from adavit.runtime.batch import WAYS, rooms_of
 from adavit.runtime.batch_dispatcher import BatchDispatcher
 from adavit.runtime.cache import cpu_name
+from adavit.runtime.capacity_tables import CapacityTables
 from adavit.runtime.inputs import checked_images
+from adavit.runtime.ways import Ways
 
 BATCHES = 1, 8, 32
 ROUNDS, RUNS = 7, 10
@@ -163,22 +170,6 @@ class NoBackend(DeviceBackend):
         return {}
 
 
-class Given:
-    """A way and rooms that do not change."""
-
-    def __init__(self, way: str, rooms: Rooms) -> None:
-        self._way, self._rooms = way, rooms
-
-    def choose(self, batch: int, run: Any) -> str:
-        return self._way
-
-    def rooms(self, offsets: Any) -> Rooms:
-        return self._rooms
-
-    def note(self, offsets: Any, kept: Any) -> None:
-        pass
-
-
 class Timed:
     """Adds up the time of a function's calls."""
 
@@ -195,43 +186,64 @@ class Timed:
         setattr(owner, name, timed)
 
 
+class Clock:
+    """Times batches: what dispatching takes, what images do, and what results do, each by itself."""
+
+    def __init__(self, side: int) -> None:
+        self._side = side
+        self._copying = Timed(DeviceLane, "_take")
+        self._unpacking = Timed(BatchDispatcher, "_unpacked"), Timed(DeviceLane, "_results")
+
+    def time(self, dispatcher: BatchDispatcher, images: Any, check: bool) -> tuple[float, float, float]:
+        """Milliseconds of a batch, the three kinds."""
+        for part in (self._copying, *self._unpacking):
+            part.ms = 0.0
+        began = perf_counter()
+        if check:
+            checked_images(images, self._side)
+        checked = perf_counter()
+        dispatcher.run(images, TRAINED)
+        whole = 1e3 * (perf_counter() - checked)
+        copied, unpacked = self._copying.ms, sum(part.ms for part in self._unpacking)
+        return whole - copied - unpacked, 1e3 * (checked - began) + copied, unpacked
+
+
 def measure(graphs: Graphs, policy: Policy, progress: Any) -> list[dict[str, Any]]:
     """A row for each way and batch size."""
-    arch, source = graphs.architecture, np.random.default_rng(0)
-    copying, unpacking = Timed(DeviceLane, "_take"), Timed(BatchDispatcher, "_unpacked")
-    results, finishing = [], Timed(DeviceLane, "_results")
+    arch, source, results = graphs.architecture, np.random.default_rng(0), []
+    clock, tables = Clock(arch.image_size), CapacityTables(graphs.bundle)
     for batch in BATCHES:
         needed = rooms_of(policy[source.integers(len(policy), size=batch)])
         images = source.standard_normal((batch, 3, arch.image_size, arch.image_size), dtype=np.float32)
         backend = NoBackend(graphs, [np.array(room, np.int64).tobytes() for room in needed])
+        dispatchers = {
+            way: BatchDispatcher(
+                arch, backend, Ways(graphs.bundle, "fp32", Options(threads=1, dispatch=way), backend, True), tables
+            )
+            for way in WAYS
+        }
+        for dispatcher in dispatchers.values():
+            for _ in range(3):
+                dispatcher.run(images, TRAINED)
+        with backend.lane(batch) as lane:
+            there: Any = lane
+        in_place = there._memory.images[0]  # numpy copies nothing to itself
         found: dict[str, list[tuple[float, ...]]] = {way: [] for way in WAYS}
         counts: dict[str, Counter[str]] = {}
-        for number in range(ROUNDS + 1):
-            for way in WAYS:
-                given: Any = Given(way, tuple(Room(*room) for room in needed))
-                dispatcher = BatchDispatcher(arch, backend, given, given)
-                for _ in range(3 if not number else 0):
-                    dispatcher.run(images, TRAINED)
-                backend.none.counts.clear()
+        for _ in range(ROUNDS):
+            for way, dispatcher in dispatchers.items():
                 gc.disable()
-                for _ in range(RUNS):
-                    copying.ms = unpacking.ms = finishing.ms = 0.0
-                    began = perf_counter()
-                    checked_images(images, arch.image_size)
-                    checked = perf_counter()
-                    dispatcher.run(images, TRAINED)
-                    whole = 1e3 * (perf_counter() - checked)
-                    copied, unpacked = copying.ms, unpacking.ms + finishing.ms
-                    if number:
-                        row = whole - copied - unpacked, 1e3 * (checked - began) + copied, unpacked
-                        found[way].append(row)
-                gc.enable()
+                backend.none.counts.clear()
+                cold = [clock.time(dispatcher, images, True) for _ in range(RUNS)]
                 counts[way] = Counter({name: count / RUNS for name, count in backend.none.counts.items()})
+                warm = [clock.time(dispatcher, in_place, False)[0] for _ in range(RUNS)]
+                gc.enable()
+                found[way] += [(*times, alone) for times, alone in zip(cold, warm, strict=True)]
                 progress()
         for way in WAYS:
-            own, images_ms, results_ms = (statistics.median(column) for column in zip(*found[way], strict=True))
-            results.append({"dispatch": way, "batch": batch, "own_ms": own, "images_ms": images_ms,
-                            "results_ms": results_ms, "calls": dict(counts[way])})  # fmt: skip
+            columns = zip(("own_ms", "images_ms", "results_ms", "warm_ms"), zip(*found[way], strict=True), strict=True)
+            medians = {name: statistics.median(column) for name, column in columns}
+            results.append({"dispatch": way, "batch": batch, **medians, "calls": dict(counts[way])})
     return results
 
 
@@ -245,8 +257,9 @@ def main() -> None:
         checkpoint, path = Path(folder) / "model.pth", Path(folder) / "bundle"
         torch.save(random_model("t2t_vit_19", "published", 0).state_dict(), checkpoint)
         export_bundle(checkpoint, path, ExportOptions(verify=False, with_dense=False), lambda *_: None)
+        policy = random_policies(Bundle.open(path).architecture)
+        add_statistics(path, policy)
         graphs = Graphs(Bundle.open(path))
-        policy = random_policies(graphs)
         rows = measure(graphs, policy, lambda: print(".", end="", file=sys.stderr, flush=True))
     print(file=sys.stderr)
     report = {"model": "t2t_vit_19", "cpu": cpu_name(), "cpus": os.cpu_count(), "python": platform.python_version(),
@@ -256,28 +269,35 @@ def main() -> None:
     print(json.dumps(report, indent=1) if arguments.json == "-" else table(report))
 
 
-def random_policies(graphs: Graphs) -> Policy:
+def random_policies(arch: Architecture) -> Policy:
     """Policies of about the published usage: only what they take matters here."""
-    arch, source = graphs.architecture, np.random.default_rng(1)
+    source = np.random.default_rng(1)
     policy = Policy.dense(arch, 64)
     for mask, share in zip(policy.masks(), (0.6, 0.5, 0.7), strict=True):
         mask[:] = source.random(mask.shape) < share
     policy.tokens[..., 0] = True
+    policy.heads[:, : arch.keep] = policy.sublayers[:, : arch.keep] = True
     return policy
+
+
+def add_statistics(folder: Path, policy: Policy) -> None:
+    """Gives a bundle statistics, as if its calibration images had kept this."""
+    stored, config = write_statistics(folder, [policy]), Bundle.open(folder).config
+    write_config(folder, {**config, "statistics": vars(stored), "capacity_quantile": CAPACITY_QUANTILE})
 
 
 def table(report: dict[str, Any]) -> str:
     """For people."""
     where = f"{report['cpu']}, Python {report['python']}"
     lines = [f"{report['model']} on bindings that do nothing, ms a batch; {where}", ""]
-    lines.append("dispatch     batch  dispatching  images  results  runs  launches  waits  copies")
+    lines.append("dispatch     batch  dispatching  warm  images  results  runs  launches  waits  copies")
     for row in report["rows"]:
         calls = row["calls"]
         waits = calls.get("cudaEventSynchronize", 0) + calls.get("cudaStreamSynchronize", 0)
         numbers = [calls.get(name, 0) for name in ("execute_async_v3", "cudaGraphLaunch")]
         lines.append(
-            f"{row['dispatch']:<12} {row['batch']:>5} {row['own_ms']:>12.3f} {row['images_ms']:>7.2f}"
-            f" {row['results_ms']:>8.3f} {numbers[0]:>5.0f} {numbers[1]:>9.0f} {waits:>6.0f}"
+            f"{row['dispatch']:<12} {row['batch']:>5} {row['own_ms']:>12.3f} {row['warm_ms']:>5.3f}"
+            f" {row['images_ms']:>7.2f} {row['results_ms']:>8.3f} {numbers[0]:>5.0f} {numbers[1]:>9.0f} {waits:>6.0f}"
             f" {calls.get('cudaMemcpyAsync', 0):>7.0f}"
         )
     return "\n".join(lines)

@@ -167,9 +167,13 @@ def _logic(given: list[Known], attributes: Attributes) -> Known:
 
 def _where(given: list[Known], attributes: Attributes) -> Known:
     chosen, *values = given
-    _need(chosen.dtype == "bool", len(values) == 2, _same(values) == "int64")
+    _need(chosen.dtype == "bool", len(values) == 2)
+    dtype, shape = _same(values), _broadcast(*(value.shape for value in given))
+    if dtype in FLOATS:
+        return Known(dtype, shape)
+    _need(dtype == "int64")
     (a, b), (c, d) = _bounds(*values)
-    return whole(_broadcast(*(value.shape for value in given)), (min(a, c), max(b, d)))
+    return whole(shape, (min(a, c), max(b, d)))
 
 
 def _cumulated(given: list[Known], attributes: Attributes) -> Known:

@@ -36,7 +36,7 @@ from adavit.runtime.dispatcher import Observer, Step, deciding_columns
 from adavit.runtime.finite import check_logits, not_finite
 from adavit.runtime.ways import Ways
 
-__all__ = ["BatchDispatcher", "Ran", "limits_of"]
+__all__ = ["BatchDispatcher", "Ran"]
 
 Float = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
@@ -63,12 +63,25 @@ class Ran(NamedTuple):
     again: Rooms = ()
 
 
-def limits_of(offsets: Sequence[Offsets], depth: int) -> Float:
-    """What the logits of each block's decisions have to exceed: tokens, heads, sub-layers [L, B, 3]."""
-    distinct = set(offsets)
-    if len(distinct) == 1:
-        return np.broadcast_to(_limits(distinct.pop(), depth)[:, None], (depth, len(offsets), 3))
-    return np.stack([_limits(one, depth) for one in offsets], 1)
+class Asked(NamedTuple):
+    """At which operating points the images of a batch run.
+
+    Attributes:
+        distinct: their offsets, each once.
+        limits: what the logits of each block's decisions have to exceed, tokens, heads, sub-layers: [L, B, 3].
+    """
+
+    distinct: tuple[Offsets, ...]
+    limits: Float
+
+    @classmethod
+    def of(cls, offsets: Offsets | Sequence[Offsets], batch: int, depth: int) -> Asked:
+        """What is asked for a batch of images of a model so deep: the same for all, or offsets for each."""
+        if isinstance(offsets, Offsets):
+            return cls((offsets,), np.broadcast_to(_limits(offsets, depth)[:, None], (depth, batch, 3)))
+        places: dict[Offsets, int] = {}
+        each = [places.setdefault(one, len(places)) for one in offsets]
+        return cls(tuple(places), np.stack([_limits(one, depth) for one in places], 1)[:, each])
 
 
 @lru_cache(256)
@@ -103,16 +116,16 @@ class BatchDispatcher:
     ) -> tuple[Float, Policy]:
         """Runs images; see `Dispatcher.run`. An observer is shown all images of a block, then those of the next."""
         batch, most = len(images), self.backend.most_images
-        each = [offsets] * batch if isinstance(offsets, Offsets) else offsets
-        limits = limits_of(each, self.arch.depth)
         done = []
         for start in range(0, batch, most):
             some = slice(start, min(start + most, batch))
+            each = offsets if isinstance(offsets, Offsets) else offsets[some]
+            asked = Asked.of(each, some.stop - start, self.arch.depth)
             if replay is None and observe is None:
-                finished, ran = self._fastest(images[some], limits[:, some], each[some])
+                finished, ran = self._fastest(images[some], asked)
             else:
                 follow = None if replay is None else replay[some]
-                finished, ran = self._exact(images[some], limits[:, some], follow, observe, start)
+                finished, ran = self._exact(images[some], asked.limits, follow, observe, start)
             done.append(finished)
             self.ran.append(ran)
         return self._unpacked(done, replay)
@@ -128,23 +141,24 @@ class BatchDispatcher:
             return logits, replay
         return logits, Policy.concatenate([policy_of(self.arch, finished.kept) for finished in done])
 
-    def _fastest(self, images: Float, limits: Float, offsets: Sequence[Offsets]) -> tuple[Finished, Ran]:
+    def _fastest(self, images: Float, asked: Asked) -> tuple[Finished, Ran]:
         """Runs a batch the way that is chosen for it."""
-        way = self._ways.choose(len(images), lambda way: self._run(way, images, limits, offsets))
-        return self._run(way, images, limits, offsets)
+        way = self._ways.choose(len(images), lambda way: self._run(way, images, asked))
+        return self._run(way, images, asked)
 
-    def _run(self, way: str, images: Float, limits: Float, offsets: Sequence[Offsets]) -> tuple[Finished, Ran]:
+    def _run(self, way: str, images: Float, asked: Asked) -> tuple[Finished, Ran]:
         """Runs a batch some way."""
+        batch, limits = len(images), asked.limits
         if way == EXACT:
             return self._exact(images, limits)
-        rooms = self._tables.rooms(offsets)
-        with self.backend.lane(len(images)) as lane:
+        rooms = self._tables.rooms(asked.distinct, batch)
+        with self.backend.lane(batch) as lane:
             lane.launch(images, limits, rooms, way)
             finished = lane.finish()
         over = np.flatnonzero(finished.state == OVERFLOWED)
         again = self._again(finished, over, images, limits) if len(over) else ()
-        self._tables.note(offsets, finished.kept if len(over) else None)
-        return finished, Ran(way, len(images), rooms, len(over), again)
+        self._tables.note(asked.distinct, batch, finished.kept if len(over) else None)
+        return finished, Ran(way, batch, rooms, len(over), again)
 
     def _exact(
         self,

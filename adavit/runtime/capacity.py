@@ -60,17 +60,16 @@ class CapacityTable:
         with self._lock:
             return self._versions.get(batch, 0)
 
-    def note(self, batch: int, needed: Int, overflowed: bool) -> None:
-        """Remembers what a batch needed. Where they clearly overflow too often, the table grows to their needs.
+    def note(self, batch: int, needed: Int | None) -> None:
+        """Remembers how a batch went. Where they clearly overflow too often, the table grows to their needs.
 
         Args:
             batch: its number of images.
-            needed: T, A, K and U of each block, [L, 4].
-            overflowed: whether the table had no room for it.
+            needed: T, A, K and U of each block, [L, 4], where it overflowed; None where it fitted.
         """
         with self._lock:
             recent = self._recent.setdefault(batch, deque(maxlen=RECENT))
-            recent.append(needed if overflowed else None)
+            recent.append(needed)
             beyond = [sizes for sizes in recent if sizes is not None]
             expected = OFTEN * len(recent)
             if len(beyond) < LEAST or len(beyond) <= expected + 2 * expected**0.5:  # two standard deviations: no chance

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -36,13 +35,11 @@ class CapacityTables:
         self._tables: dict[Offsets, CapacityTable] = {}
         self._rooms: dict[tuple[tuple[Offsets, ...], int], tuple[list[int], Rooms]] = {}
 
-    def rooms(self, offsets: Sequence[Offsets]) -> Rooms:
-        """The room for a batch whose images are run with these offsets."""
-        batch = len(offsets)
+    def rooms(self, distinct: tuple[Offsets, ...], batch: int) -> Rooms:
+        """The room for a batch of images that are run with these offsets, each named once."""
         if not self.planned:
             tokens = self._arch.tokens
             return (Room(batch * tokens, batch, tokens, batch * tokens),) * self._arch.depth
-        distinct = tuple(dict.fromkeys(offsets))
         tables = self._of(distinct)
         versions = [table.version(batch) for table in tables]
         known = self._rooms.get((distinct, batch))
@@ -54,15 +51,13 @@ class CapacityTables:
             self._rooms[distinct, batch] = known
         return known[1]
 
-    def note(self, offsets: Sequence[Offsets], kept: npt.NDArray[np.bool_] | None) -> None:
+    def note(self, distinct: tuple[Offsets, ...], batch: int, kept: npt.NDArray[np.bool_] | None) -> None:
         """Remembers that a batch had enough room, or else what its images kept, [L, B, N + H + 2]."""
         if not self.planned:
             return
-        batch, needed = len(offsets), np.zeros((self._arch.depth, 4), np.int64)
-        if kept is not None:
-            needed = np.array(rooms_of(policy_of(self._arch, kept)))
-        for table in self._of(tuple(dict.fromkeys(offsets))):
-            table.note(batch, needed, kept is not None)
+        needed = None if kept is None else np.array(rooms_of(policy_of(self._arch, kept)))
+        for table in self._of(distinct):
+            table.note(batch, needed)
 
     def _of(self, offsets: tuple[Offsets, ...]) -> list[CapacityTable]:
         with self._lock:

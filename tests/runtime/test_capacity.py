@@ -109,9 +109,9 @@ def test_a_table_that_overflows_often_grows() -> None:
     table, much = CapacityTable(DEEP, [drawn(DEEP, 64, 1)], 0.985), needs(Policy.dense(DEEP, 8))
     before, other = table.rooms(8), table.rooms(4)
     for _ in range(2):
-        table.note(8, much, overflowed=True)
+        table.note(8, much)
     assert (table.version(8), table.rooms(8)) == (0, before)
-    table.note(8, much + 100, overflowed=True)
+    table.note(8, much + 100)
     assert table.version(8) == 1
     np.testing.assert_array_equal(table.rooms(8), much)  # and not more than a batch can need
     assert (table.version(4), table.rooms(4)) == (0, other)
@@ -121,7 +121,7 @@ def test_a_table_that_overflows_seldom_stays() -> None:
     table, much = CapacityTable(DEEP, [drawn(DEEP, 64, 1)], 0.985), needs(Policy.dense(DEEP, 8))
     before = table.rooms(8)
     for number in range(400):
-        table.note(8, much, overflowed=number % 40 == 0)
+        table.note(8, None if number % 40 else much)
     assert (table.version(8), table.rooms(8)) == (0, before)
 
 
