@@ -76,7 +76,7 @@ DENSE_KERNELS = 9
 """Of a dense block: four linear layers, two products of attention, softmax, two norms; all else is fused into them."""
 OTHER_KERNELS = 10
 """Of stem and head."""
-SMALL_KERNELS = {"attention": 20, "mlp": 10, "decisions": 13}
+SMALL_KERNELS = {"attention": 15, "mlp": 7, "decisions": 13}
 """Of a batch's block, beside DENSE_KERNELS: prefix sums, gathers, scatters, reductions, and what makes decisions."""
 SMALL = 2e-6
 """Seconds of a small kernel. Launches in a CUDA graph are about a microsecond apart, and it has next to no work."""
@@ -96,4 +96,5 @@ WAIT = 15e-6
 NODE = 5e-6
 """Seconds of a conditional node and the kernel that sets it, guessed: nobody has published it."""
 EXACT_HOST, GRAPH_HOST = 1.5e-3, 0.15e-3
-"""Seconds of this package's Python for a batch: the most that benchmarks/host_cost.py allows on a workstation."""
+"""Seconds of this package's Python for a batch, see benchmarks/host_cost.py. Where large images leave nothing of it in
+the CPU's caches, a graph takes up to 0.5 ms: that comes on top."""
