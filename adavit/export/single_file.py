@@ -150,22 +150,26 @@ def _points(options: SingleFileOptions, offsets: Offsets, budgets: Budgets | Non
 
 
 def _plans(runtime: Runtime, options: SingleFileOptions, offsets: Offsets, progress: Progress) -> list[HeadPlan]:
-    """How each block runs its heads, by calibration images or the bundle's statistics."""
-    policy: Policy | None = None
-    given = options.calibration
-    if options.precision != "int8" and given.calibration_images and runtime.architecture.adapts:
-        files = find_calibration_images(given.calibration_images, runtime.labels, given.labels_by_order)
-        pixels, _ = read_images(files, runtime.preprocess, IMAGES)
-        parts = []
-        for start in range(0, len(pixels), BATCH):
-            parts.append(runtime.run(pixels[start : start + BATCH], budget=offsets).policy)
-            progress("running calibration images", min(1.0, (start + BATCH) / len(pixels)))
-        policy = Policy.concatenate(parts)
-    elif runtime.architecture.adapts:
-        policy = policy_at(runtime.bundle, offsets)
+    """How each block runs its heads."""
+    quantised = options.precision == "int8"
+    policy = None if quantised or not runtime.architecture.adapts else _usual(runtime, options, offsets, progress)
     plain = sum(tensor.bytes for tensor in runtime.graphs.tensors.tensors.values())
     spare, fused = (options.max_size - 1) * plain, options.domain == "onnxruntime"
-    return plan_heads(runtime.architecture, policy, spare, fused, options.precision == "int8")
+    return plan_heads(runtime.architecture, policy, spare, fused, quantised)
+
+
+def _usual(runtime: Runtime, options: SingleFileOptions, offsets: Offsets, progress: Progress) -> Policy | None:
+    """What calibration images keep, or those of the bundle's statistics; None where there are none."""
+    given = options.calibration
+    if not given.calibration_images:
+        return policy_at(runtime.bundle, offsets)
+    files = find_calibration_images(given.calibration_images, runtime.labels, given.labels_by_order)
+    pixels, _ = read_images(files, runtime.preprocess, IMAGES)
+    parts = []
+    for start in range(0, len(pixels), BATCH):
+        parts.append(runtime.run(pixels[start : start + BATCH], budget=offsets).policy)
+        progress("running calibration images", min(1.0, (start + BATCH) / len(pixels)))
+    return Policy.concatenate(parts)
 
 
 def _encoded(graphs: Graphs, asked: SingleGraph, options: SingleFileOptions, metadata: dict[str, str]) -> bytes:
