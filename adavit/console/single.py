@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from adavit.console.options.export import EXPORTING
+from adavit.console.output import table
 from adavit.console.precision import calibration_lines, checked_line, differs_line
 from adavit.tensorrt.options import BuildOptions
 
@@ -48,15 +49,25 @@ def single_lines(report: dict[str, Any]) -> list[str]:
             f"largest logit difference {found['max_logit_difference']:.1e}"
         )
     if checked := report["checked"]:
-        lines += [checked_line(_point(point["budget"], report), point, checked["input"]) for point in checked["points"]]
+        lines += _checked_lines(report["precision"], checked)
         lines += [differs_line(report["precision"], ADVICE)] if checked["differs"] else []
     for calibrated in (report["calibration"] or {}).values():
         lines += calibration_lines(calibrated)
     return [*lines, f"took        {report['seconds']:.1f} s"]
 
 
-def _point(budget: float | None, report: dict[str, Any]) -> str:
-    """What an operating point's line begins with."""
-    if not report["budget"]["input"]:
-        return str(report["precision"])
-    return "trained" if budget is None else f"at {budget:.4g}"
+def _checked_lines(precision: str, checked: dict[str, Any]) -> list[str]:
+    """How the file's decisions differ from fp32's, at its operating points."""
+    points = checked["points"]
+    if len(points) == 1:
+        return [checked_line(precision, points[0], checked["input"])]
+    rows: list[tuple[str, ...]] = [("budget", "flipped", "same class", "logits differ by")]
+    for point in points:
+        free, budget = point["free"], "trained" if point["budget"] is None else f"{point['budget']:.4g}"
+        row = budget, f"{free['flipped']:.2%}", f"{free['top1_agreement']:.1%}", f"{free['mean_logit_difference']:.2g}"
+        rows.append(row)
+    if points[0]["accuracy"]:
+        accuracies = [tuple(f"{point['accuracy'][name]:.1%}" for name in ("second", "first")) for point in points]
+        rows = [row + more for row, more in zip(rows, [("accuracy", "of fp32"), *accuracies], strict=True)]
+    head = f"{precision:<11} {points[0]['images']} {checked['input']}, against fp32, at each budget:"
+    return [head, "", *table(rows), ""]

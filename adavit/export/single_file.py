@@ -225,7 +225,7 @@ def _budgets_to_try(asked: SingleGraph) -> tuple[list[Offsets], list[float]]:
     shares = [point.budget for point in asked.budgets.points]
     middle = len(shares) // 2
     tried = [shares[0], shares[middle], (shares[0] + shares[middle]) / 2, shares[-1]]
-    tried = [float(np.clip(np.float32(share), shares[0], shares[-1])) for share in tried]
+    tried = [float(np.clip(float(np.float32(share)), shares[0], shares[-1])) for share in tried]
     return [TRAINED, *map(asked.budgets.offsets, tried)], [0.0, *tried]
 
 

@@ -55,7 +55,7 @@ class NestedBuilder(Builder):
         """Takes in a weight that is made of the file's tensors, at its first use; fp16 is computed with in fp32."""
         root = self._root
         if name not in root._weights:
-            value, stored = np.ascontiguousarray(make()), name
+            value, stored = np.asarray(make(), order="C"), name
             if root._half and value.dtype == np.float32 and value.size >= SMALLEST_HALF:
                 value = value.astype(np.float16)
             if value.dtype == np.float16:
