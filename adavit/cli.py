@@ -150,8 +150,6 @@ def _export_single(source: Path | None, target: Path, threads: int | None, optio
     given = names_demo(source) or is_bundle(source)
     if given:
         refuse(OF_CHECKPOINTS, "to write a single file of a BUNDLE, leave out")
-    if len(options["precisions"]) > 1:
-        raise click.UsageError("a single file has one --precision; write a file for each")
     calibration = CalibrationOptions.taken_from(options)
     build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
     with console.Progress(single_stages(given, options["verify"], calibration, budgets)) as progress:
@@ -159,14 +157,12 @@ def _export_single(source: Path | None, target: Path, threads: int | None, optio
 
         single = SingleFileOptions.taken_from(
             options,
-            precision=calibration.precisions[0],
-            calibration_images=calibration.calibration_images,
-            labels_by_order=calibration.labels_by_order,
+            calibration=calibration,
             verify=options["verify"],
             force=options["force"],
             threads=threads,
         )
-        export = ExportOptions(**options, build=build, budgets=budgets, calibration=calibration, threads=threads)
+        export = ExportOptions(**options, build=build, budgets=budgets, threads=threads)
         return export_single_file(source, target, single, export, progress)
 
 

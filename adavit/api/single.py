@@ -26,6 +26,10 @@ def export_single_file(
     precision: str = "fp32",
     calibration_images: Places = (),
     labels_by_order: bool = False,
+    calibration_cache: Place | None = None,
+    samples: int = 64,
+    method: str = "max",
+    seed: int = 0,
     budgets: float | Sequence[float] = (),
     budget_images: int | None = None,
     labels: Place | None = None,
@@ -54,10 +58,14 @@ def export_single_file(
         max_size: times the weights' size that constant weights of frequent head sets may make the file, from 1 to 4.
         weights: how they are stored, "fp32" or "fp16".
         ort_format: write the file in ONNX Runtime's own format too, as .ort.
-        precision: "fp32", or "int8" of a bundle in int8.
-        calibration_images: image files and folders. They show which heads are kept; of a checkpoint, they serve
-            `budgets` and int8 too.
+        precision: "fp32", or "int8": calibrated for the file on `calibration_images`, or a bundle's own without them.
+        calibration_images: image files and folders. In fp32 they show which heads are kept. int8 is calibrated on
+            them, at the budgets that the file is for. Of a checkpoint, they serve `budgets` too.
         labels_by_order: match class folders with labels by their order, where no name fits.
+        calibration_cache: a file of int8's ranges: read where it is there, else written; none by default.
+        samples: inputs kept for each sub-layer, from 16 to 4096.
+        method: how int8 ranges are chosen: "max", "entropy" or "percentile".
+        seed: of the choice of inputs.
         budgets: of a checkpoint: operating points to find, as shares of the dense MACs.
         budget_images: how many images to find these on.
         labels: of a checkpoint: a text file with one class name a line.
@@ -73,7 +81,8 @@ def export_single_file(
 
     Returns:
         The report that `adavit-export --single-file --json` writes: "file", "json", "ort" where it was asked for,
-        "bytes", "precision", "weights", "domain", "opset", "budget", "blocks", "macs", "verified" and "seconds".
+        "bytes", "precision", "weights", "domain", "opset", "budget", "blocks", "macs", "calibration", "verified",
+        "checked", "notes" and "seconds".
 
     Raises:
         InputError: an option, a path or the images cannot be used as given, or there is a file without `force`.
@@ -105,11 +114,17 @@ def export_single_file(
             max_size=plain(max_size),
             weights=weights,
             ort_format=plain(ort_format),
-            precision=precision,
+            calibration=CalibrationOptions(
+                precisions=(precision,),
+                calibration_cache=path_of_option("calibration_cache", calibration_cache),
+                samples=plain(samples),
+                method=method,
+                seed=plain(seed),
+                **shared,
+            ),
             verify=plain(verify),
             force=plain(force),
             threads=plain(threads),
-            **shared,
         )
         single.check()
         options = ExportOptions(
@@ -121,7 +136,6 @@ def export_single_file(
             heads=plain(heads),
             verify=plain(verify),
             threads=plain(threads),
-            calibration=CalibrationOptions(precisions=(precision,), **shared),
             budgets=BudgetOptions(
                 budgets=each("budgets", budgets, "a share of the dense MACs, or a sequence of them", float, int),
                 budget_images=plain(budget_images),

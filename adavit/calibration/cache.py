@@ -21,7 +21,10 @@ __all__ = ["Origin", "load_ranges", "save_ranges"]
 VERSION = 2
 MAX_BYTES = 256 << 20
 Origin = dict[str, Any]
-"""What ranges came from: "model" (a hash of weights and preprocessing), "images" (of the files), "samples", "seed"."""
+"""What ranges came from: "model" (a hash of weights and preprocessing), "images" (of the files), "samples", "seed".
+
+Also "points", the offsets of the operating points, where these are not the trained policy alone.
+"""
 
 
 def save_ranges(path: Path, ranges: Ranges, origin: Origin) -> None:

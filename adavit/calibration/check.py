@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,7 @@ from adavit.measure.compare import BATCH, ObservedRuntime, Parity
 from adavit.runtime.loading import load
 from adavit.runtime.session import Runtime
 
-__all__ = ["FEWEST_AGREE", "MOST_FLIPPED", "check_converted"]
+__all__ = ["FEWEST_AGREE", "MOST_FLIPPED", "check_converted", "checked_images", "differs"]
 
 MOST_IMAGES = 64
 RANDOM_IMAGES = 16
@@ -48,7 +48,7 @@ def check_converted(
         InputError: none of the images can be read.
     """
     try:
-        pixels, labels = read_images(files, runtime.preprocess, MOST_IMAGES) if files else _random(runtime)
+        source, pixels, labels = checked_images(runtime, files)
         threads = runtime.options.threads
         converted = load(runtime.bundle.path, "onnxruntime", threads, precision=precision, specialise=False)
         first, parity = ObservedRuntime(runtime), Parity(ObservedRuntime(converted))
@@ -63,11 +63,25 @@ def check_converted(
     except AdaViTError as error:
         raise VerificationError(f"the bundle does not run as it should in {precision}: {error}") from None
     report = parity.report()
+    return {"input": source, "differs": differs(report), **report}
+
+
+def checked_images(runtime: Runtime, files: Sequence[ImageFile]) -> tuple[str, Float, list[int | None]]:
+    """What to compare precisions on: some of the calibration images, or random ones where there are none.
+
+    Returns:
+        Which of the two, the pixels [B, 3, S, S] and their labels.
+
+    Raises:
+        InputError: none of the images can be read.
+    """
+    if files:
+        return "calibration images", *read_images(files, runtime.preprocess, MOST_IMAGES)
+    pixels = np.stack(list(islice(random_images(runtime.architecture.image_size), RANDOM_IMAGES)))
+    return "random images", pixels, [None] * RANDOM_IMAGES
+
+
+def differs(report: Mapping[str, Any]) -> bool:
+    """Whether a precision decides differently than fp32, by the report of an `Agreement`."""
     free = report["free"]
-    differs = free["flipped"] > MOST_FLIPPED or free["top1_agreement"] < FEWEST_AGREE
-    return {"input": "calibration images" if files else "random images", "differs": differs, **report}
-
-
-def _random(runtime: Runtime) -> tuple[Float, list[int | None]]:
-    """Images as verification takes them, without labels."""
-    return np.stack(list(islice(random_images(runtime.architecture.image_size), RANDOM_IMAGES))), [None] * RANDOM_IMAGES
+    return bool(free["flipped"] > MOST_FLIPPED or free["top1_agreement"] < FEWEST_AGREE)

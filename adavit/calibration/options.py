@@ -43,6 +43,11 @@ class CalibrationOptions:
         """The precisions that are calibrated: all but fp32."""
         return tuple(name for name in self.precisions if name != "fp32")
 
+    @property
+    def measured(self) -> bool:
+        """Whether there are ranges, of images or of a cache."""
+        return bool(self.calibration_images) or self.calibration_cache is not None
+
     def set_for_calibration(self, images: bool) -> list[str]:
         """The options that only a calibration follows, and that are not as by default.
 
@@ -55,12 +60,25 @@ class CalibrationOptions:
             field.name for field in fields(self) if field.name in names and getattr(self, field.name) != field.default
         ]
 
-    def check(self) -> None:
-        """Raises OptionError where an option is out of range, or does not fit another."""
+    def refuse_unused(self, images: bool) -> None:
+        """Raises OptionError where an option would be ignored, since nothing is calibrated in fp32.
+
+        Args:
+            images: as of `set_for_calibration`.
+        """
+        if not self.calibrated and (unused := self.set_for_calibration(images)):
+            raise OptionError(f"nothing is calibrated in fp32, give a `precision` or leave out `{unused[0]}`")
+
+    def check_ranges(self) -> None:
+        """Raises OptionError where an option is out of range."""
         whole("samples", self.samples, 16, 4096)
         choice("method", self.method, METHODS)
         number("max_drop", self.max_drop, 0, 100)
         whole("seed", self.seed, 0)
+
+    def check(self) -> None:
+        """Raises OptionError where an option is out of range, or does not fit another."""
+        self.check_ranges()
         names: Any = self.precisions
         if not isinstance(names, tuple) or not names or not set(names) <= set(PRECISIONS):
             raise OptionError(f"`precision` is {shown(names)}: choose from {', '.join(PRECISIONS)}")
@@ -68,7 +86,7 @@ class CalibrationOptions:
             raise OptionError("`precision` names one twice")
         if not self.calibrated:
             return
-        if not self.calibration_images and self.calibration_cache is None:
+        if not self.measured:
             asked = ",".join(self.precisions)
             raise OptionError(f"`precision` {asked} needs `calibration_images`, or a `calibration_cache`")
         if "mixed" in self.precisions and not self.calibration_images:

@@ -35,7 +35,7 @@ class Ranges:
 
     Attributes:
         images: that ran.
-        seen: how often each sub-layer was dispatched, and with how many tokens; by its name.
+        seen: how many of them reached each sub-layer, and with how many tokens; by its name.
         histograms: of what each linear layer reads, by sub-layer and site; of the dense twin under DENSE.
         peaks: the largest magnitude in each sub-layer of what fp16 would have to hold, the dense twin's included.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Generic, NamedTuple, TypeVar
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.bundle.keys import BlockKey, Sublayers
+from adavit.bundle.operating_points import Offsets
 from adavit.bundle.policy import Policy
 from adavit.calibration.linear import Sublayer, sublayers_of
 from adavit.runtime.dispatcher import Step
@@ -60,7 +61,7 @@ class Reservoir(Generic[T]):
 
 @dataclass
 class DispatchCount:
-    """How often a sub-layer was dispatched, and with how many tokens in all."""
+    """How many images reached a sub-layer, and with how many tokens in all, each time that it was dispatched."""
 
     samples: int = 0
     tokens: int = 0
@@ -99,8 +100,23 @@ class Recorder:
         self.reservoirs = {sublayer: Reservoir(self.capacity, self.seed, sublayer.name) for sublayer in sublayers}
         self.whole = Reservoir(self.capacity, self.seed, "dense")
 
-    def run(self, image: Float) -> None:
-        """Runs one image, float32 [3, S, S], and keeps what it shows."""
+    def run(self, image: Float, points: Sequence[Offsets | None] = (None,)) -> None:
+        """Runs one image, float32 [3, S, S], at some operating points, and keeps what it shows.
+
+        Args:
+            image: normalised pixels.
+            points: offsets of the decision logits; None for the runtime's own.
+        """
+        self.images += 1
+        self.whole.offer(lambda: image)
+        reached: set[Sublayer] = set()
+        for offsets in points:
+            reached |= self._run_at(image, offsets)
+        for sublayer in reached:
+            self.seen[sublayer].samples += 1
+
+    def _run_at(self, image: Float, offsets: Offsets | None) -> set[Sublayer]:
+        """Runs an image at one operating point, and returns the sub-layers that it reached."""
         arch = self.runtime.architecture
         before: list[Float] = []
 
@@ -109,26 +125,22 @@ class Recorder:
                 before.append(step.tokens.copy())
 
         replayed = Policy.dense(arch, 1) if self.naive else None
-        used = self.runtime.run(image[None], replayed, observe).policy
-        self.images += 1
-        self.whole.offer(lambda: image)
-        for block, tokens in enumerate(before):
-            self._keep(block, tokens, used)
+        used = self.runtime.run(image[None], replayed, observe, offsets).policy
+        return {sublayer for block, tokens in enumerate(before) for sublayer in self._keep(block, tokens, used)}
 
-    def _keep(self, block: int, x: Float, used: Policy) -> None:
-        """Notes what a block ran on the tokens x [N, D]."""
+    def _keep(self, block: int, x: Float, used: Policy) -> list[Sublayer]:
+        """Notes what a block ran on the tokens x [N, D], and returns its sub-layers that ran."""
         heads = tuple(used.heads[0, block].nonzero()[0].tolist())
         runs, kept = Sublayers(*used.sublayers[0, block].tolist()), used.tokens[0, block]
         if not heads:
-            return
+            return []
 
         @cache  # both sub-layers share it
         def sample() -> Sample:
             return Sample(BlockKey(block, runs, heads), x[kept])
 
-        for part, runs_part in runs._asdict().items():
-            if runs_part:
-                sublayer = Sublayer(block, part)
-                self.seen[sublayer].samples += 1
-                self.seen[sublayer].tokens += int(kept.sum())
-                self.reservoirs[sublayer].offer(sample)
+        ran = [Sublayer(block, part) for part, runs_part in runs._asdict().items() if runs_part]
+        for sublayer in ran:
+            self.seen[sublayer].tokens += int(kept.sum())
+            self.reservoirs[sublayer].offer(sample)
+        return ran

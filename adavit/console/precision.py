@@ -7,18 +7,22 @@ from typing import Any
 
 from adavit.console.output import table
 
-__all__ = ["compare_lines", "precision_lines"]
+__all__ = ["calibration_lines", "checked_line", "compare_lines", "differs_line", "precision_lines"]
 
 _NAMES = {"tokens": "tokens", "heads": "heads", "sublayers": "sub-layers"}
 
 
 def precision_lines(precision: str, report: dict[str, Any]) -> list[str]:
     """How a precision differs from fp32, and how it was calibrated."""
-    checked = report.get("checked")
-    return [*(_checked_lines(precision, checked) if checked else []), *_calibration_lines(report)]
+    lines = []
+    if checked := report.get("checked"):
+        lines.append(checked_line(precision, checked, checked["input"]))
+        advice = "compare them on more images by adavit-run --compare, or try --precision mixed"
+        lines += [differs_line(precision, advice)] if checked["differs"] else []
+    return lines + calibration_lines(report)
 
 
-def _calibration_lines(report: dict[str, Any]) -> list[str]:
+def calibration_lines(report: dict[str, Any]) -> list[str]:
     """The summary of a calibration; starved sub-layers are named."""
     how = f", {report['method']} ranges" if report["method"] else ""
     lines = [f"calibrated  on {report['images']} images{how}" + (" (cached)" if report["reused"] else "")]
@@ -51,20 +55,26 @@ def _kept_lines(kept_higher: dict[str, Any]) -> list[str]:
     ]
 
 
-def _checked_lines(precision: str, report: dict[str, Any]) -> list[str]:
-    """How a precision differs from the fp32 that it was made from."""
+def checked_line(name: str, report: dict[str, Any], images: str) -> str:
+    """How decisions differ from those in fp32 that they were made from.
+
+    Args:
+        name: whose.
+        report: of an `Agreement`.
+        images: which images ran.
+    """
     free, accuracy = report["free"], report["accuracy"]
     line = (
-        f"{precision:<11} {report['images']} {report['input']}, against fp32: {free['flipped']:.2%} of decisions "
+        f"{name:<11} {report['images']} {images}, against fp32: {free['flipped']:.2%} of decisions "
         f"flipped, {free['top1_agreement']:.1%} of classes the same, logits differ by "
         f"{free['mean_logit_difference']:.2g} on average"
     )
-    if accuracy:
-        line += f", accuracy {accuracy['second']:.1%} (fp32: {accuracy['first']:.1%})"
-    if not report["differs"]:
-        return [line]
-    advice = "compare them on more images by adavit-run --compare, or try --precision mixed"
-    return [line, f"warning     {precision} decides differently from fp32; {advice}"]
+    return line + (f", accuracy {accuracy['second']:.1%} (fp32: {accuracy['first']:.1%})" if accuracy else "")
+
+
+def differs_line(precision: str, advice: str) -> str:
+    """The warning of a precision that decides differently; the advice says what to do."""
+    return f"warning     {precision} decides differently from fp32; {advice}"
 
 
 def compare_lines(report: dict[str, Any]) -> list[str]:

@@ -97,6 +97,14 @@ def exporting_stages(
 
 def single_stages(given: bool, verify: bool, calibration: CalibrationOptions, budgets: BudgetOptions) -> list[Stage]:
     """Those of a single file; `given` says that its bundle is there already."""
-    stages = [] if given else exporting_stages(verify, calibration, budgets, BuildOptions())
-    stages += [LOADING, Stage("writing the file", 1)]
-    return stages + ([Stage("running images", 1), Stage("verifying", 3)] if verify else [])
+    stages = [] if given else exporting_stages(verify, CalibrationOptions(), budgets, BuildOptions())
+    stages.append(LOADING)
+    if calibration.calibrated and calibration.measured:
+        stages += [*CALIBRATING, Stage("exporting", 10)]
+    elif calibration.calibration_images:
+        stages.append(Stage("running calibration images", 2))
+    stages.append(Stage("writing the file", 1))
+    if verify:
+        stages += [Stage("running images", 1), Stage("verifying", 3)]
+        stages += [Stage("checking the precision", 3)] if calibration.calibrated else []
+    return stages

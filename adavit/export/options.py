@@ -49,10 +49,7 @@ class ExportOptions:
         for name, least in (("mean", -1000), ("std", 0)):
             _check_channels(name, getattr(self, name), least)
         self.calibration.check()
-        if self.calibration.precisions == ("fp32",):
-            unused = self.calibration.set_for_calibration(images=not self.budgets.budgets)
-            if unused:
-                raise OptionError(f"nothing is calibrated in fp32, give a `precision` or leave out `{unused[0]}`")
+        self.calibration.refuse_unused(images=not self.budgets.budgets)
         self.budgets.check()
         self.build.check()
 

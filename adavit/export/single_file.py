@@ -19,23 +19,24 @@ from adavit.bundle.graphs import Graphs
 from adavit.bundle.operating_points import NO_POLICIES, TRAINED, Budgets, Offsets, present
 from adavit.bundle.policy import Policy
 from adavit.bundle.statistics import policy_at
+from adavit.calibration.options import BudgetOptions, CalibrationOptions
 from adavit.calibration.statistics import IMAGES
 from adavit.datasets.image_files import find_calibration_images, read_images
 from adavit.errors import InputError, OptionError
 from adavit.export.bundle import export_bundle
 from adavit.export.options import ExportOptions
 from adavit.export.single_describe import OPSET, describe, metadata_of
+from adavit.export.single_int8 import compare_decisions, graphs_of
 from adavit.export.single_options import SingleFileOptions, check_target, files_of
 from adavit.export.single_ort import ort_bytes
 from adavit.export.single_plan import plan_heads
-from adavit.export.single_verify import RuntimeResults, compare_with_checkpoint, run_file, verify_file
+from adavit.export.single_verify import FileSession, RuntimeResults, compare_with_checkpoint, verify_file
 from adavit.files import write_beside
 from adavit.graphs.nested import NestedBuilder
 from adavit.graphs.single import SingleGraph, make_single
 from adavit.graphs.single_heads import MICROSOFT
 from adavit.graphs.single_sublayers import HeadPlan
 from adavit.model import load_checkpoint
-from adavit.runtime.loading import load
 from adavit.runtime.session import Runtime
 
 __all__ = ["export_single_file"]
@@ -68,24 +69,30 @@ def export_single_file(
     start = time.perf_counter()
     options.check()
     check_target(output, options)
-    with _bundle_of(source, options, export, progress) as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(_bundle_of(source, options, export, progress))
         progress("loading the bundle", 0.0)
         bundle = Bundle.open(folder)
         offsets, budgets = _operating_points(source, bundle, options)
-        runtime = load(folder, threads=options.threads, precision=options.precision, specialise=False)
-        plans = _plans(runtime, options, offsets, progress)
+        points = _points(options, offsets, budgets)
+        graphs = stack.enter_context(graphs_of(source, bundle, options, [own for _, own in points], progress))
+        plans = _plans(graphs.runtime, options, offsets, progress)
         description = describe(bundle, options, budgets)
         asked = SingleGraph(plans, offsets, budgets, options.with_policy)
         progress("writing the file", 0.0)
-        data = _encoded(Graphs(bundle, options.precision), asked, options, metadata_of(description))
+        data = _encoded(graphs.runtime.graphs, asked, options, metadata_of(description))
         made = {"file": data, "json": (json.dumps(description, indent=2) + "\n").encode()}
         if options.ort_format:
             made["ort"] = ort_bytes(data)
-        verified = _verified(runtime, asked, made, output, options, progress) if options.verify else None
+        verified = checked = None
+        if options.verify:
+            telling = _telling(graphs.runtime, asked, data, options)
+            verified = _verified(graphs.runtime, asked, made, telling, output.name, options, progress)
+            checked = compare_decisions(telling, output.name, graphs, points, progress)
         files = files_of(output, options.ort_format)
-        with ExitStack() as stack:
+        with ExitStack() as written:
             for key, path in files.items():
-                stack.enter_context(write_beside(path)).write(made[key])
+                written.enter_context(write_beside(path)).write(made[key])
     return {
         **{key: str(path) for key, path in files.items()},
         "bytes": len(data),
@@ -96,7 +103,10 @@ def export_single_file(
         "budget": description["budget"],
         "blocks": _counted(plans, bundle),
         "macs": description["macs"],
+        "calibration": {"int8": graphs.calibration} if graphs.calibration else None,
         "verified": verified,
+        "checked": checked,
+        "notes": list(graphs.notes),
         "seconds": time.perf_counter() - start,
     }
 
@@ -112,9 +122,12 @@ def _bundle_of(source: Path, options: SingleFileOptions, export: ExportOptions, 
             f"{source} is a checkpoint, which has no operating points; give `budgets` and `calibration_images`, or "
             "export it as a bundle first"
         )
+    options.calibration.check()
     with tempfile.TemporaryDirectory(prefix="adavit-") as scratch:
         bundle = Path(scratch) / "bundle"
-        export_bundle(source, bundle, replace(export, force=False), progress)
+        budgets = export.budgets if export.budgets.budgets else BudgetOptions()
+        fp32 = replace(export, force=False, calibration=CalibrationOptions(), budgets=budgets)
+        export_bundle(source, bundle, fp32, progress)
         yield bundle
 
 
@@ -128,22 +141,35 @@ def _operating_points(source: Path, bundle: Bundle, options: SingleFileOptions) 
     return (TRAINED if options.budget is None else present(bundle).offsets(options.budget)), None
 
 
+def _points(options: SingleFileOptions, offsets: Offsets, budgets: Budgets | None) -> list[tuple[float, Offsets]]:
+    """The operating points that a file is for: each a budget, 0 for the trained policy, and its offsets."""
+    if budgets is None:
+        return [(options.budget or 0.0, offsets)]
+    stored = [(point.budget, point.offsets) for point in budgets.points if point.offsets != TRAINED]
+    return [(0.0, TRAINED), *stored]
+
+
 def _plans(runtime: Runtime, options: SingleFileOptions, offsets: Offsets, progress: Progress) -> list[HeadPlan]:
-    """How each block runs its heads, by calibration images or the bundle's statistics."""
-    policy: Policy | None = None
-    if options.calibration_images and runtime.architecture.adapts:
-        files = find_calibration_images(options.calibration_images, runtime.labels, options.labels_by_order)
-        pixels, _ = read_images(files, runtime.preprocess, IMAGES)
-        parts = []
-        for start in range(0, len(pixels), BATCH):
-            parts.append(runtime.run(pixels[start : start + BATCH], budget=offsets).policy)
-            progress("running calibration images", min(1.0, (start + BATCH) / len(pixels)))
-        policy = Policy.concatenate(parts)
-    elif runtime.architecture.adapts:
-        policy = policy_at(runtime.bundle, offsets)
+    """How each block runs its heads."""
+    quantised = options.precision == "int8"
+    policy = None if quantised or not runtime.architecture.adapts else _usual(runtime, options, offsets, progress)
     plain = sum(tensor.bytes for tensor in runtime.graphs.tensors.tensors.values())
     spare, fused = (options.max_size - 1) * plain, options.domain == "onnxruntime"
-    return plan_heads(runtime.architecture, policy, spare, fused, options.precision == "int8")
+    return plan_heads(runtime.architecture, policy, spare, fused, quantised)
+
+
+def _usual(runtime: Runtime, options: SingleFileOptions, offsets: Offsets, progress: Progress) -> Policy | None:
+    """What calibration images keep, or those of the bundle's statistics; None where there are none."""
+    given = options.calibration
+    if not given.calibration_images:
+        return policy_at(runtime.bundle, offsets)
+    files = find_calibration_images(given.calibration_images, runtime.labels, given.labels_by_order)
+    pixels, _ = read_images(files, runtime.preprocess, IMAGES)
+    parts = []
+    for start in range(0, len(pixels), BATCH):
+        parts.append(runtime.run(pixels[start : start + BATCH], budget=offsets).policy)
+        progress("running calibration images", min(1.0, (start + BATCH) / len(pixels)))
+    return Policy.concatenate(parts)
 
 
 def _encoded(graphs: Graphs, asked: SingleGraph, options: SingleFileOptions, metadata: dict[str, str]) -> bytes:
@@ -159,25 +185,30 @@ def _encoded(graphs: Graphs, asked: SingleGraph, options: SingleFileOptions, met
     return bytes(model.SerializeToString())
 
 
+def _telling(runtime: Runtime, asked: SingleGraph, data: bytes, options: SingleFileOptions) -> bytes:
+    """The file's bytes if it tells what it keeps, else those of the same file that does."""
+    if asked.with_policy or not runtime.architecture.adapts:
+        return data
+    return _encoded(runtime.graphs, replace(asked, with_policy=True), options, {})
+
+
 def _verified(
     runtime: Runtime,
     asked: SingleGraph,
     made: dict[str, bytes],
-    output: Path,
+    telling: bytes,
+    path: str,
     options: SingleFileOptions,
     progress: Progress,
 ) -> dict[str, Any]:
     """Runs what was made, and compares it with the runtime and the checkpoint."""
-    path, exact = output.name, options.weights != "fp16" and options.precision == "fp32"
+    exact = options.weights != "fp16" and options.precision == "fp32"
     wanted = RuntimeResults(runtime, *_budgets_to_try(asked), progress)
-    telling = made["file"]
-    if not asked.with_policy and runtime.architecture.adapts:
-        telling = _encoded(runtime.graphs, replace(asked, with_policy=True), options, {})
     progress("verifying", 0.3)
-    report = verify_file(run_file(telling, wanted.images, wanted.budgets, path), wanted, path, exact)
+    report = verify_file(FileSession(telling, path).run(wanted.images, wanted.budgets), wanted, path, exact)
     progress("verifying", 0.6)
     for key in {"file", "ort"} & set(made):
-        found = run_file(made[key], wanted.images, wanted.budgets, path)
+        found = FileSession(made[key], path).run(wanted.images, wanted.budgets)
         report |= {"max_logit_difference": verify_file(found, wanted, path, exact)["max_logit_difference"]}
     if exact:
         weights = runtime.bundle.path / runtime.graphs.files.weights.file
@@ -194,7 +225,7 @@ def _budgets_to_try(asked: SingleGraph) -> tuple[list[Offsets], list[float]]:
     shares = [point.budget for point in asked.budgets.points]
     middle = len(shares) // 2
     tried = [shares[0], shares[middle], (shares[0] + shares[middle]) / 2, shares[-1]]
-    tried = [float(np.clip(np.float32(share), shares[0], shares[-1])) for share in tried]
+    tried = [float(np.clip(float(np.float32(share)), shares[0], shares[-1])) for share in tried]
     return [TRAINED, *map(asked.budgets.offsets, tried)], [0.0, *tried]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from adavit.arguments import choice, flag, number, whole
+from adavit.calibration.options import CalibrationOptions
 from adavit.errors import InputError, OptionError
 
 __all__ = ["DOMAINS", "PRECISIONS", "WEIGHTS", "SingleFileOptions", "check_target", "files_of"]
@@ -29,9 +30,7 @@ class SingleFileOptions:
     max_size: float = 1.0
     weights: str | None = None
     ort_format: bool = False
-    precision: str = "fp32"
-    calibration_images: tuple[Path, ...] = ()
-    labels_by_order: bool = False
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     verify: bool = True
     force: bool = False
     threads: int | None = None
@@ -42,12 +41,17 @@ class SingleFileOptions:
         own = {field.name: options.pop(field.name) for field in fields(cls) if field.name not in shared}
         return cls(**own, **shared)
 
+    @property
+    def precision(self) -> str:
+        """Of the file."""
+        return self.calibration.precisions[0]
+
     def check(self) -> None:
         """Raises OptionError where an option is out of range, or does not fit another."""
         for name in ("budget_input", "with_policy", "ort_format", "verify", "force"):
             flag(name, getattr(self, name))
         choice("domain", self.domain, DOMAINS)
-        choice("precision", self.precision, PRECISIONS)
+        self._check_calibration()
         number("max_size", self.max_size, 1, LARGEST)
         if self.threads is not None:
             whole("threads", self.threads, 1, 1024)
@@ -60,6 +64,19 @@ class SingleFileOptions:
         if self.precision == "int8" and (self.weights is not None or self.max_size > 1):
             unused = "weights" if self.weights is not None else "max_size"
             raise OptionError(f"`precision` int8 stores int8 weights, each once; leave out `{unused}`")
+
+    def _check_calibration(self) -> None:
+        """Raises OptionError where an option of the calibration is out of range, or would be ignored."""
+        found = self.calibration
+        if len(found.precisions) > 1:
+            raise OptionError("a single file has one `precision`; write a file for each")
+        choice("precision", self.precision, PRECISIONS)
+        found.check_ranges()
+        flag("labels_by_order", found.labels_by_order)
+        found.refuse_unused(images=False)
+        unused = found.set_for_calibration(images=True)
+        if self.precision == "int8" and unused and not found.measured:
+            raise OptionError(f"`{unused[0]}` is of a calibration; give `calibration_images` too")
 
 
 def files_of(output: Path, ort_format: bool) -> dict[str, Path]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from adavit.results import Result
 from adavit.runtime.dispatcher import Step, thresholds
 from adavit.runtime.session import Runtime
 
-__all__ = ["RuntimeResults", "compare_with_checkpoint", "run_file", "verify_file"]
+__all__ = ["FileSession", "RuntimeResults", "compare_with_checkpoint", "verify_file"]
 
 IMAGES = 5
 TOLERANCE = 1e-4
@@ -80,20 +81,40 @@ def _margin(runtime: Runtime, image: Float, offsets: Offsets) -> float:
     return min(found)
 
 
-def run_file(data: bytes, images: Float, budgets: Float, path: str) -> dict[str, npt.NDArray[Any]]:
-    """Runs a file's bytes in ONNX Runtime, with the options that a session has by default.
+class FileSession:
+    """A file's bytes in ONNX Runtime, with the options that a session has by default.
+
+    Args:
+        data: the bytes.
+        path: the file's, for messages.
 
     Raises:
         VerificationError: ONNX Runtime refuses it.
     """
-    try:
-        session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
-        names = [value.name for value in session.get_inputs()]
-        given = {name: value for name, value in (("images", images), ("budget", budgets)) if name in names}
-        made = session.run(None, given)
-    except Exception as error:  # of onnxruntime's own classes, which it does not export
-        raise VerificationError(f"{path}: ONNX Runtime does not run the file: {one_line(error)}") from None
-    return {value.name: array for value, array in zip(session.get_outputs(), made, strict=True)}
+
+    def __init__(self, data: bytes, path: str) -> None:
+        self._path = path
+        with self._told():
+            self._session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+    def run(self, images: Float, budgets: Float) -> dict[str, npt.NDArray[Any]]:
+        """Its outputs for images [B, 3, S, S], and for budgets [B] where it takes these.
+
+        Raises:
+            VerificationError: ONNX Runtime refuses to run it.
+        """
+        with self._told():
+            names = [value.name for value in self._session.get_inputs()]
+            given = {name: value for name, value in (("images", images), ("budget", budgets)) if name in names}
+            made = self._session.run(None, given)
+            return {value.name: array for value, array in zip(self._session.get_outputs(), made, strict=True)}
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of onnxruntime's own classes, which it does not export
+            raise VerificationError(f"{self._path}: ONNX Runtime does not run the file: {one_line(error)}") from None
 
 
 def verify_file(found: dict[str, npt.NDArray[Any]], wanted: RuntimeResults, path: str, exact: bool) -> dict[str, Any]:

@@ -52,12 +52,14 @@ class NestedBuilder(Builder):
         return self.matrix(tensor, lambda: self.tensors.array(tensor))
 
     def matrix(self, name: str, make: Callable[[], npt.NDArray[Any]]) -> str:
-        """Takes in a weight that is made of the file's tensors, at its first use."""
+        """Takes in a weight that is made of the file's tensors, at its first use; fp16 is computed with in fp32."""
         root = self._root
         if name not in root._weights:
-            value, stored = np.ascontiguousarray(make()), name
+            value, stored = np.asarray(make(), order="C"), name
             if root._half and value.dtype == np.float32 and value.size >= SMALLEST_HALF:
-                value, stored = value.astype(np.float16), f"{name}.fp16"
+                value = value.astype(np.float16)
+            if value.dtype == np.float16:
+                stored = f"{name}.fp16"
                 root._casts.append(helper.make_node("Cast", [stored], [name], name=name, to=TensorProto.FLOAT))
             root._weights[name] = numpy_helper.from_array(value, stored)
         return name

@@ -30,8 +30,8 @@ def add_limits(graph: NestedBuilder, arch: Architecture, budgets: Budgets, budge
     column = graph.op("Unsqueeze", inside, graph.ints(1))
     below = graph.op("Cast", graph.op("Less", places, column), to=TensorProto.INT64)  # [B, P]
     high = graph.op("ReduceSum", below, graph.ints(1), keepdims=0)  # [B]
-    before = graph.op("Sub", high, graph.constant("one", np.int64(1)))
-    low = graph.op("Max", before, graph.constant("zero", np.int64(0)))
+    before = graph.op("Sub", high, graph.scalar(1, "int64"))
+    low = graph.op("Max", before, graph.scalar(0, "int64"))
     start, end = (graph.op("Gather", places, place) for place in (low, high))
     # Where both are the first point, the way is 0: the least one keeps the share a number.
     way = graph.op("Max", graph.op("Sub", end, start), graph.double("least_way", 1e-9))

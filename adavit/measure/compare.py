@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from adavit.architecture import TOKEN_LOGIT, Architecture
 from adavit.bundle.operating_points import Offsets
-from adavit.bundle.policy import Policy
+from adavit.bundle.policy import KINDS, Policy
 from adavit.errors import InputError
+from adavit.measure.agreement import Agreement
 from adavit.results import Result
 from adavit.runtime.dispatcher import Step
 from adavit.runtime.session import Runtime
@@ -24,7 +25,6 @@ __all__ = ["BATCH", "KINDS", "ObservedRun", "ObservedRuntime", "Parity", "check_
 
 Float = npt.NDArray[np.float32]
 
-KINDS = ("tokens", "heads", "sublayers")
 EDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 """Distances of a logit from its threshold at which margins are counted."""
 BATCH = 8
@@ -92,16 +92,7 @@ class Parity:
     def __init__(self, second: ObservedRuntime) -> None:
         self.arch = second.runtime.architecture
         self._second = second
-        self.images = 0
-        self._same_policies = 0
-        self._labelled = 0
-        self._correct = {"first": 0, "second": 0, "replayed": 0}
-        self._lost = self._gained = 0
-        self._agree = {"free": 0, "replayed": 0}
-        self._logit_error = {"free": 0.0, "replayed": 0.0}
-        shape = len(KINDS), self.arch.depth
-        self._decided = np.zeros(shape, np.int64)
-        self._flipped = {mode: np.zeros(shape, np.int64) for mode in ("free", "replayed")}
+        self._free, self._replayed = Agreement(self.arch), Agreement(self.arch)
         self._margins = np.zeros((len(KINDS), len(EDGES) + 1), np.int64)
         self._flip_margin = np.zeros(len(KINDS))
         self._drift = np.zeros((len(KINDS), 2))  # sum of squares, and the largest
@@ -115,49 +106,35 @@ class Parity:
         wanted, margins = reference
         free = self._second.runtime.run(images)
         replayed, drifted = self._second.run(images, wanted.policy)
-        self.images += len(images)
-        different = [getattr(wanted.policy, kind) != getattr(free.policy, kind) for kind in KINDS]
-        self._same_policies += int((~np.concatenate([mask.any(2) for mask in different], 1).any(1)).sum())
-        for row, mask in enumerate(different):
-            self._flipped["free"][row] += mask.sum((0, 2))
+        self._free.add(wanted, free, labels)
+        self._replayed.add_logits(wanted.logits, replayed.logits, labels)
         for before, after in zip(margins, drifted, strict=True):
             for block in range(self.arch.depth):
                 for kind, margin in before[block].items():
-                    self._add_margins(KINDS.index(kind), block, margin, after[block][kind])
-        self._add_classes(wanted.logits, free.logits, replayed.logits, labels)
+                    self._add_margins(kind, block, margin, after[block][kind])
         return free
 
-    def _add_margins(self, kind: int, block: int, before: Float, after: Float) -> None:
-        distance, drift = np.abs(before), np.abs(after - before)
-        flipped = (before > 0) != (after > 0)
-        self._decided[kind, block] += before.size
-        self._flipped["replayed"][kind, block] += int(flipped.sum())
-        self._margins[kind] += np.bincount(np.searchsorted(EDGES, distance), minlength=len(EDGES) + 1)
-        self._flip_margin[kind] = max(self._flip_margin[kind], distance[flipped].max(initial=0))
-        self._drift[kind] = self._drift[kind, 0] + np.square(drift).sum(), max(self._drift[kind, 1], drift.max())
+    @property
+    def images(self) -> int:
+        """How many were compared."""
+        return self._free.images
 
-    def _add_classes(self, wanted: Float, free: Float, replayed: Float, labels: Sequence[int | None]) -> None:
-        for mode, logits in (("free", free), ("replayed", replayed)):
-            self._agree[mode] += int((logits.argmax(1) == wanted.argmax(1)).sum())
-            self._logit_error[mode] += float(np.abs(logits - wanted).max(1).sum())
-        for row, label in enumerate(labels):
-            if label is not None:
-                self._labelled += 1
-                right = {
-                    name: int(logits[row].argmax() == label)
-                    for name, logits in (("first", wanted), ("second", free), ("replayed", replayed))
-                }
-                for name, correct in right.items():
-                    self._correct[name] += correct
-                self._lost += right["first"] > right["second"]
-                self._gained += right["first"] < right["second"]
+    def _add_margins(self, kind: str, block: int, before: Float, after: Float) -> None:
+        distance, drift, row = np.abs(before), np.abs(after - before), KINDS.index(kind)
+        flipped = (before > 0) != (after > 0)
+        self._replayed.add_flips(kind, block, int(flipped.sum()))
+        self._margins[row] += np.bincount(np.searchsorted(EDGES, distance), minlength=len(EDGES) + 1)
+        self._flip_margin[row] = max(self._flip_margin[row], distance[flipped].max(initial=0))
+        self._drift[row] = self._drift[row, 0] + np.square(drift).sum(), max(self._drift[row, 1], drift.max())
 
     def report(self) -> dict[str, Any]:
         """The numbers, under the keys of `adavit-run --compare --json`."""
-        accuracy = {name: count / self._labelled for name, count in self._correct.items()} if self._labelled else None
+        report, replayed = self._free.report(), self._replayed
+        if report["accuracy"]:
+            report["accuracy"]["replayed"] = replayed.right["second"] / replayed.labelled
         kinds = {}
         for row, kind in enumerate(KINDS):
-            if decided := int(self._decided[row].sum()):
+            if decided := int(self._margins[row].sum()):
                 below = np.cumsum(self._margins[row])[:-1] / decided
                 kinds[kind] = {
                     "decisions": decided,
@@ -166,27 +143,4 @@ class Parity:
                     "logit_drift_rms": float(np.sqrt(self._drift[row, 0] / decided)),
                     "logit_drift_max": float(self._drift[row, 1]),
                 }
-        return {
-            "images": self.images,
-            "free": self._mode("free") | {"identical_policies": self._same_policies / self.images},
-            "replayed": self._mode("replayed"),
-            "decisions": kinds,
-            "accuracy": accuracy,
-            "labelled": self._labelled,
-            "lost": self._lost if self._labelled else None,
-            "gained": self._gained if self._labelled else None,
-        }
-
-    def _mode(self, mode: str) -> dict[str, Any]:
-        flipped = self._flipped[mode]
-        shares = np.divide(flipped, self._decided, out=np.zeros(flipped.shape), where=self._decided > 0)
-        taken = self._decided.sum(1)
-        return {
-            "flipped": float(flipped.sum() / max(1, taken.sum())),
-            "flipped_by_kind": {
-                kind: float(flipped[row].sum() / taken[row]) for row, kind in enumerate(KINDS) if taken[row]
-            },
-            "flipped_by_block": {kind: shares[row].tolist() for row, kind in enumerate(KINDS) if taken[row]},
-            "top1_agreement": self._agree[mode] / self.images,
-            "mean_logit_difference": self._logit_error[mode] / self.images,
-        }
+        return {**report, "replayed": replayed.numbers(), "decisions": kinds}

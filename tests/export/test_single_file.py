@@ -100,9 +100,10 @@ def test_no_budget_and_budgets_beyond_the_points(choosing: Path, budgeted: Path)
         assert_same(run(choosing, images, [beyond] * 8), runtime.run(images, budget=nearest))
 
 
-def test_one_operating_point(tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", [0.5, 0.209071], ids=["exact", "rounds_down_in_float32"])
+def test_one_operating_point(budget: float, tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    only = Budgets((OperatingPoint(0.5, Offsets(), {}),), {})
+    only = Budgets((OperatingPoint(budget, Offsets(), {}),), {})
     write_config(bundle, read_config(bundle) | {"budgets": only.to_dict()})
     write(bundle, tmp_path / "model.onnx", budget_input=True, with_policy=True)
     images, runtime = random_images(tiny(), 4), adavit.load(bundle, threads=1, specialise=False)

@@ -45,7 +45,7 @@ def test_a_wrong_file_is_not_kept(
         ({"weights": "int8"}, "weights is 'int8': choose from fp32, fp16"),
         ({"max_size": 0.5}, "max_size is 0.5: expected a number from 1 to 4"),
         ({"precision": "fp16"}, "precision is 'fp16': choose from fp32, int8"),
-        ({"precision": "int8"}, "is not in precision 'int8'"),
+        ({"precision": "int8"}, "is not in int8; give `calibration_images`"),
         ({"precision": "int8", "weights": "fp16"}, "leave out `weights`"),
         ({"precision": "int8", "max_size": 2}, "leave out `max_size`"),
         ({"threads": 0}, "threads is 0"),
@@ -96,8 +96,8 @@ def test_the_command(budgeted: Path, tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["verified"] is None
     assert set(report) == {
-        "file", "json", "bytes", "precision", "weights", "domain", "opset", "budget", "blocks", "macs", "verified",
-        "seconds",
+        "file", "json", "bytes", "precision", "weights", "domain", "opset", "budget", "blocks", "macs",
+        "calibration", "verified", "checked", "notes", "seconds",
     }  # fmt: skip
 
 

@@ -36,7 +36,8 @@ def calibration_options(command: Function) -> Function:
                 "--calibration-cache",
                 type=path,
                 metavar="FILE",
-                help="File of ranges: read where it is there, else written.  [default: OUTPUT.calibration.npz]",
+                help="File of ranges: read where it is there, else written.  [default: OUTPUT.calibration.npz; no file "
+                "for --single-file]",
             ),
             click.option(
                 "--samples",
