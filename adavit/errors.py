@@ -95,7 +95,8 @@ def one_line(error: Exception) -> str:
 
 def install_hint(extra: str) -> str:
     """How to install an extra of this package, from an index or from a clone of the repository."""
-    return f"pip install 'adavit[{extra}]' (in a clone: pip install '.[{extra}]')"
+    index = " --extra-index-url https://pypi.nvidia.com" if extra == "tensorrt" else ""
+    return f"pip install 'adavit[{extra}]'{index} (in a clone: pip install '.[{extra}]'{index})"
 
 
 def missing_package(error: ModuleNotFoundError, extra: str | None = None) -> str | None:

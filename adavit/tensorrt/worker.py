@@ -102,7 +102,7 @@ class _Worker:
         if unknown := set(self.options.compute_capability) - set(known):
             raise BackendError(
                 f"TensorRT-RTX {self.trt.__version__} does not build for compute capability {min(unknown)}; "
-                f"it does for {', '.join(map(str, known))}"
+                f"it does for {', '.join(map(str, known))}; for other GPUs build with `target` tensorrt, on the device"
             )
         return self.options.compute_capability or tuple(value for value in known if value >= 80)
 
