@@ -42,6 +42,7 @@ from adavit.cli import export as export_command
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.export import ExportOptions, export_bundle
 from adavit.files import folder_beside, sha256
+from adavit.runtime.backends.cuda.bindings import Cuda
 from adavit.tensorrt import build, worker
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
@@ -310,6 +311,15 @@ def test_a_compute_capability_that_the_builder_does_not_know(tiny_bundle: Path) 
     assert "for other GPUs build with `target` tensorrt, on the device" in str(raised.value)
     with pytest.raises(InputError, match="no `timing_cache`"):
         add_engines(tiny_bundle, BuildOptions(target=("tensorrt-rtx",), timing_cache=Path("x")), quiet)
+
+
+def test_leaving_out_weights_needs_a_gpu(bundle: Path) -> None:
+    try:
+        Cuda()
+        pytest.skip("there is a GPU")
+    except BackendError:
+        message = refusal(invoke(export_command, bundle, "--target", "tensorrt-rtx", "--strip-weights"))
+    assert "TensorRT-RTX leaves out weights only where there is a GPU: no NVIDIA GPU can be used here" in message
 
 
 def test_the_builder_takes_its_options(bundle: Path) -> None:
