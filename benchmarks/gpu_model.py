@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,8 @@ def main() -> None:
     parser.add_argument("--json", type=writable, help="all numbers, and what they rest on")
     parser.add_argument("--plot", type=writable, help="a picture of the speedups, in the first precision")
     arguments = parser.parse_args()
+    if arguments.plot and not find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib; run: pip install matplotlib")
     gpus, rows = {name: GPUS[name] for name in arguments.gpus}, []
     for model, profile in BIASES:
         if model in arguments.models:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import python
 
 REPOSITORY = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -31,6 +32,16 @@ def test_without_a_gpu_it_says_so_in_one_line(run: Any, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(gpu, "Cuda", missing)
     assert run() == (1, "gpu.py: no NVIDIA GPU can be used here: a reason\n")
+
+
+def test_a_device_needs_neither_torch_nor_onnx() -> None:
+    done = python(
+        "import sys; sys.modules.update(torch=None, onnx=None); sys.path.insert(0, sys.argv[1]); import gpu, gpu_model;"
+        "print(len(gpu_model.rows_of('deit_small', 'published', gpu.GPUS, [1], ['fp16'])))",
+        REPOSITORY / "benchmarks",
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(gpu.GPUS)
 
 
 class Some:

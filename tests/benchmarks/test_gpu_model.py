@@ -137,6 +137,14 @@ def test_mistakes_are_told_before_anything_is_computed(
     assert why in found.err and not found.out
 
 
+def test_a_picture_needs_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_model, "find_spec", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_model.py", "--plot", "a.png"])
+    with pytest.raises(SystemExit):
+        gpu_model.main()
+    assert "--plot needs matplotlib; run: pip install matplotlib" in capsys.readouterr().err
+
+
 def test_the_page_shows_what_the_model_says() -> None:
     page = (REPOSITORY / "docs" / "gpu-model.md").read_text(encoding="utf-8")
     for profile in ("published", "token-heavy"):
