@@ -55,7 +55,8 @@ def export(
     CHECKPOINT is a training checkpoint, a state dict or a safetensors file, whatever its name. `demo` is the small
     Fashion-MNIST model that comes with this package.
 
-    Given a BUNDLE, --target adds TensorRT engines to it, and --budgets operating points.
+    Given a BUNDLE, --target adds TensorRT engines to it, --budgets operating points, and --calibration-images alone the
+    statistics of what policies keep.
 
     Of either, --single-file writes one ONNX file, for an ONNX Runtime in any language.
     """
@@ -68,10 +69,13 @@ def export(
         del options[name]
     calibration = CalibrationOptions.taken_from(options)
     build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
-    added = source if build.target or budgets.budgets else None
+    recorded = budgets.calibration_images and output is None and check is None
+    added = source if build.target or budgets.budgets or recorded else None
     if added is not None and output is None and check is None and names_demo(added):
         raise click.UsageError("the demo's bundle stays as it is; give --output BUNDLE, for a bundle of your own")
     to_bundle = added is not None and (find_folder(added) / "config.json").is_file()
+    if added is not None and not to_bundle and output is None and check is None:
+        raise click.UsageError(f"{added} is no bundle to add to; give a BUNDLE, or a CHECKPOINT and --output BUNDLE")
     if check is not None:
         stages = checking_stages()
     elif to_bundle:
@@ -113,10 +117,13 @@ def _add(
 ) -> dict[str, Any]:
     """Adds to a bundle what is asked for."""
     from adavit.calibration.budgets import add_budgets
+    from adavit.calibration.statistics import record_policies
     from adavit.tensorrt.build import add_engines
 
-    added = add_budgets(bundle, budgets, threads, progress)
-    return {"bundle": str(bundle), "budgets": added, "engine_sets": add_engines(bundle, build, progress)}
+    report: dict[str, Any] = {"bundle": str(bundle), "budgets": add_budgets(bundle, budgets, threads, progress)}
+    if budgets.calibration_images and not budgets.budgets:
+        report["statistics"] = record_policies(bundle, budgets, threads, progress)
+    return report | {"engine_sets": add_engines(bundle, build, progress)}
 
 
 def _export(

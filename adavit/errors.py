@@ -95,7 +95,10 @@ def one_line(error: Exception) -> str:
 
 def install_hint(extra: str) -> str:
     """How to install an extra of this package, from an index or from a clone of the repository."""
-    return f"pip install 'adavit[{extra}]' (in a clone: pip install '.[{extra}]')"
+    found = f"pip install 'adavit[{extra}]' (in a clone: pip install '.[{extra}]')"
+    if extra == "tensorrt":
+        return f"{found}, with NVIDIA's index https://pypi.nvidia.com; JetPack brings it along, see docs/tensorrt.md"
+    return found
 
 
 def missing_package(error: ModuleNotFoundError, extra: str | None = None) -> str | None:

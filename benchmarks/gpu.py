@@ -27,7 +27,7 @@ from PIL import Image
 
 import adavit
 from adavit.bundle.bundle import Bundle
-from adavit.errors import AdaViTError, BackendError
+from adavit.errors import AdaViTError, BackendError, missing_package
 from adavit.runtime import Runtime
 from adavit.runtime.backends.cuda.bindings import Cuda
 from adavit.runtime.batch import WAYS
@@ -71,9 +71,11 @@ def say(text: str) -> None:
 
 def export(folder: Path) -> Path:
     """A DeiT-S in both precisions, with statistics."""
-    import torch
-    from models import random_model
-
+    try:
+        import torch
+        from models import random_model
+    except ModuleNotFoundError as error:
+        raise BackendError(f"{missing_package(error) or error}; or give --bundle BUNDLE") from None
     pictures, source = folder / "pictures", np.random.default_rng(0)
     pictures.mkdir()
     for number in range(64):
@@ -157,6 +159,23 @@ def measure(bundle: Path, target: Target, precision: str, until: float) -> Itera
         }  # fmt: skip
 
 
+def measure_all(bundle: Path, capability: int, until: float) -> tuple[list[Row], dict[str, str]]:
+    """The rows of everything that is installed, and why the rest is left out."""
+    precisions, rows = tuple(Bundle.open(bundle).graphs), []
+    missing = build(bundle, capability)
+    for target in TARGETS:
+        for precision in precisions:
+            if monotonic() > until:
+                missing[target.name] = "no time was left"
+                continue
+            say(f"measuring {target.name} in {precision}")
+            try:
+                rows += measure(bundle, target, precision, until)
+            except AdaViTError as error:
+                missing.setdefault(target.name, str(error))
+    return rows, missing
+
+
 def left_out(way: str, runtime: Runtime) -> dict[str, str]:
     """Why a way is not gone, by its name."""
     reason = None if runtime.backend.on_host else runtime.backend.why_not(way)
@@ -215,23 +234,12 @@ def main() -> int:
     try:
         cuda = Cuda()
         name, capability = gpu_name(cuda), cuda.compute_capability()
-    except BackendError as error:
-        print(f"gpu.py needs an NVIDIA GPU: {error}", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = arguments.bundle or export(Path(folder))
+            rows, missing = measure_all(bundle, capability, until)
+    except AdaViTError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
         return 1
-    rows, missing = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = arguments.bundle or export(Path(folder))
-        missing |= build(bundle, capability)
-        for target in TARGETS:
-            for precision in Bundle.open(bundle).graphs:
-                if monotonic() > until:
-                    missing[target.name] = "no time was left"
-                    continue
-                say(f"measuring {target.name} in {precision}")
-                try:
-                    rows += measure(bundle, target, precision, until)
-                except AdaViTError as error:
-                    missing.setdefault(target.name, str(error))
     model = {} if arguments.bundle else predictions(name)
     print(f"{name}, compute capability {capability}\n\n{table(rows, model)}")
     for target, why in missing.items():

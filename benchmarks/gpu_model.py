@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -248,15 +249,31 @@ def assumptions() -> dict[str, Any]:
     }
 
 
+def images(text: str) -> int:
+    """The images of a batch, of an argument."""
+    if not text.isdecimal() or not 1 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of images from 1 to 4096")
+    return int(text)
+
+
+def writable(text: str) -> Path:
+    """A file to write, of an argument."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: its folder is not there")
+    return Path(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, default=["t2t_vit_19"])
     parser.add_argument("--gpus", nargs="+", choices=GPUS, default=list(GPUS), metavar="GPU")
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--batches", nargs="+", type=images, default=BATCHES)
     parser.add_argument("--precisions", nargs="+", choices=("fp16", "int8"), default=["fp16"])
-    parser.add_argument("--json", type=Path, help="all numbers, and what they rest on")
-    parser.add_argument("--plot", type=Path, help="a picture of the speedups, in the first precision")
+    parser.add_argument("--json", type=writable, help="all numbers, and what they rest on")
+    parser.add_argument("--plot", type=writable, help="a picture of the speedups, in the first precision")
     arguments = parser.parse_args()
+    if arguments.plot and not find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib; run: pip install matplotlib")
     gpus, rows = {name: GPUS[name] for name in arguments.gpus}, []
     for model, profile in BIASES:
         if model in arguments.models:

@@ -11,14 +11,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from models import ARCHITECTURES, BIASES, random_model
 
 import adavit
 from adavit.architecture import Architecture
 from adavit.bundle.policy import Policy
 from adavit.datasets.random_images import random_images
-from adavit.export import ExportOptions, export_bundle
 
 STORED = Path(__file__).parent / "gpu_policies.npz"
 BATCH = 16
@@ -46,6 +44,10 @@ def recorded(model: str, profile: str, path: Path = STORED) -> Policy:
 
 def record(model: str, profile: str, images: int, seed: int, folder: Path) -> Policy:
     """Exports a random model, and runs it."""
+    import torch  # reading what is recorded needs neither
+
+    from adavit.export import ExportOptions, export_bundle
+
     checkpoint, bundle = folder / f"{model}-{profile}.pth", folder / f"{model}-{profile}"
     torch.save(random_model(model, profile, seed).state_dict(), checkpoint)
     export_bundle(checkpoint, bundle, ExportOptions(with_dense=False), lambda *_: None)

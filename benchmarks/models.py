@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-
-import torch
+from typing import TYPE_CHECKING
 
 from adavit.architecture import Architecture
-from adavit.model import AdaViT
+
+if TYPE_CHECKING:
+    from adavit.model import AdaViT
 
 ARCHITECTURES = {
     "t2t_vit_19": Architecture("t2t", 224, 16, 448, 19, 7, 1344, 1000, 1, False, True, True, True),
@@ -21,11 +22,14 @@ BIASES = {  # Added to the logits of heads, sub-layers and tokens.
 }
 
 
-@torch.no_grad()
 def random_model(name: str, profile: str, seed: int) -> AdaViT:
     """A model of a published shape: unit-gain random weights, decision logits spread around the profile's biases."""
+    import torch  # shapes and biases are wanted where there is none
+
+    from adavit.model import AdaViT
+
     torch.manual_seed(seed)
-    model = AdaViT(ARCHITECTURES[name]).eval()
+    model = AdaViT(ARCHITECTURES[name]).eval().requires_grad_(False)
     head, sublayer, token = BIASES[name, profile]
     bias_of = {"head_select": head, "layer_select": sublayer, "token_select": token}
     for key, value in model.named_parameters():

@@ -105,7 +105,7 @@ def export_bundle(
         seed: of the choice of inputs.
         target: TensorRT engines to build too: "tensorrt" or "tensorrt-rtx", or both.
         compute_capability: GPUs of a tensorrt-rtx build, such as (86, 120); by default all from 80.
-        hardware_compatible: tensorrt: engines run on this GPU and newer ones.
+        hardware_compatible: tensorrt: engines run on Ampere GPUs and newer ones.
         version_compatible: tensorrt: engines run in this version and newer ones.
         timing_cache: tensorrt: a file of timings to read, and to add to.
         workspace: MiB that a layer may use while it runs.

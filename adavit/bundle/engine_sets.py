@@ -190,7 +190,7 @@ def source_of(files: GraphFiles, key: GraphKey) -> str:
 
 
 def find_engine_set(bundle: Bundle, machine: Machine, precision: str, trust_engines: bool = False) -> EngineSet:
-    """The bundle's set for a machine; one made for exactly its compute capability first.
+    """The bundle's set for a machine: of those for its compute capability the last built, else one for newer GPUs.
 
     Args:
         bundle: where the sets are.
@@ -206,7 +206,7 @@ def find_engine_set(bundle: Bundle, machine: Machine, precision: str, trust_engi
     found = [engines for engines in sets if engines.precision == precision and engines.fits(machine)]
     trusted = [engines for engines in found if trust_engines or built_here(engines.fingerprint)]
     if trusted:
-        return min(trusted, key=lambda engines: engines.hardware_compatible)
+        return min(reversed(trusted), key=lambda engines: engines.hardware_compatible)
     command = f"adavit-export {bundle.path} --target {machine.flavour}"
     if machine.flavour == "tensorrt-rtx":
         capability = machine.compute_capability

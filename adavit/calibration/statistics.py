@@ -9,10 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.bundle.bundle import Bundle, write_config
+from adavit.bundle.operating_points import NO_POLICIES
 from adavit.bundle.statistics import operating_offsets, write_statistics
+from adavit.calibration.options import BudgetOptions
+from adavit.datasets.image_files import find_calibration_images, read_images
+from adavit.errors import InputError
+from adavit.runtime.loading import load
 from adavit.runtime.session import Runtime
 
-__all__ = ["IMAGES", "add_statistics"]
+__all__ = ["IMAGES", "add_statistics", "record_policies"]
 
 IMAGES = 256
 """Images that run at most: more change next to nothing in what a runtime prepares."""
@@ -42,3 +47,29 @@ def add_statistics(folder: Path, runtime: Runtime, images: npt.NDArray[np.float3
     stored = write_statistics(folder, policies)
     added = {"statistics": vars(stored), "capacity_quantile": bundle.capacity_quantile}
     write_config(folder, {**bundle.config, **added})
+
+
+def record_policies(folder: Path, options: BudgetOptions, threads: int | None, progress: Progress) -> dict[str, int]:
+    """Runs some of the calibration images, for the statistics of the bundle `folder`.
+
+    Args:
+        folder: the bundle.
+        options: the images.
+        threads: CPU threads.
+        progress: told the stage and the share done.
+
+    Returns:
+        How many `images` ran, and how many could not be read, as `skipped`.
+
+    Raises:
+        InputError: the images are not usable, or the model has no policies.
+        BundleError: the bundle is not usable.
+    """
+    options.check()
+    runtime = load(folder, threads=threads, specialise=False)
+    if not runtime.architecture.adapts:
+        raise InputError(f"{folder}: {NO_POLICIES}")
+    files = find_calibration_images(options.calibration_images, runtime.labels, options.labels_by_order)
+    pixels, _ = read_images(files, runtime.preprocess, IMAGES)
+    add_statistics(folder, runtime, pixels, progress)
+    return {"images": len(pixels), "skipped": min(len(files), IMAGES) - len(pixels)}

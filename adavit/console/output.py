@@ -258,6 +258,9 @@ def export_lines(report: dict[str, Any]) -> list[str]:
         )
     if found := report.get("budgets"):
         lines += _budget_lines(found)
+    if found := report.get("statistics"):
+        skipped = f"; {found['skipped']} could not be read" if found["skipped"] else ""
+        lines.append(f"statistics  of {found['images']} images{skipped}")
     for key, built in report.get("engine_sets", {}).items():
         size = sum(engine["bytes"] for engine in built["engines"].values())
         count, seconds = len(built["engines"]), built["seconds"]

@@ -15,8 +15,7 @@ from adavit.bundle.card import renew_points
 from adavit.bundle.demo import demo_bundle
 from adavit.bundle.preprocessing import Preprocessor
 from adavit.calibration.budgets import add_budgets
-from adavit.calibration.statistics import IMAGES, add_statistics
-from adavit.datasets.image_files import find_calibration_images, read_images
+from adavit.calibration.statistics import record_policies
 from adavit.errors import OptionError
 from adavit.export.options import ExportOptions
 from adavit.export.published import check_published, published, published_notes, without_results
@@ -117,7 +116,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
             renew_points(folder, shipped.budgets)
         budgets = add_budgets(folder, options.budgets, options.threads, progress)
         if model.arch.adapts and options.budgets.calibration_images and not options.budgets.budgets:
-            _record_policies(folder, options, progress)
+            record_policies(folder, options.budgets, options.threads, progress)
         engine_sets = _engine_sets(folder, options.build, progress)
     files = {name: graphs[name] for name in precisions}
     return {
@@ -135,14 +134,6 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, progress: 
         "notes": [] if model.arch.adapts else [_without_policies(source)],
         "seconds": time.perf_counter() - start,
     }
-
-
-def _record_policies(folder: Path, options: ExportOptions, progress: Progress) -> None:
-    """Runs some of the calibration images, for the bundle's statistics."""
-    runtime = load(folder, threads=options.threads, specialise=False)
-    files = find_calibration_images(options.budgets.calibration_images, runtime.labels, options.budgets.labels_by_order)
-    pixels, _ = read_images(files, runtime.preprocess, IMAGES)
-    add_statistics(folder, runtime, pixels, progress)
 
 
 def _engine_sets(folder: Path, options: BuildOptions, progress: Progress) -> dict[str, Any]:

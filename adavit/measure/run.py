@@ -19,7 +19,9 @@ from adavit.measure.evaluation import Evaluation, evaluate, readable
 from adavit.measure.latency import budget_for_latency
 from adavit.measure.options import RunOptions
 from adavit.measure.waterfall import profile
+from adavit.runtime.batch_dispatcher import BatchDispatcher
 from adavit.runtime.session import Runtime
+from adavit.runtime.ways import without_capacity
 
 __all__ = ["run_bundle"]
 
@@ -44,6 +46,8 @@ def run_bundle(path: Path | None, options: RunOptions, progress: Progress) -> di
     options = options.with_used_threads(notes)
     progress("loading the bundle", 0.0)
     runtime = options.load(folder)
+    if isinstance(runtime.dispatcher, BatchDispatcher):
+        notes += filter(None, [without_capacity(runtime.bundle, runtime.options)])
     profiles = options.profile is not None
     if options.dense or profiles:
         runtime.adaptive_dispatcher("profile" if profiles else "compare with a dense twin")

@@ -45,10 +45,12 @@ def load(
 
     Args:
         bundle: the folder, or "demo" for the model that comes with this package.
-        backend: what runs the engines; `adavit.runtime.backend.names()` lists them. "auto" takes the fastest that
-            is installed, measured on this machine in some seconds once, and kept in the user's cache folder.
+        backend: what runs the graphs: "onnxruntime", "openvino", or on NVIDIA GPUs "tensorrt" or "tensorrt-rtx", which
+            run engines that `adavit-export --target` built. "auto" takes the fastest that is installed, measured on
+            this machine in some seconds once, and kept in the user's cache folder.
         threads: CPU threads, by default one for each CPU that this process's affinity and cgroup quota allow.
-        provider: ONNX Runtime's execution provider, by default the CPU's; for OpenVINO the precision, "fp32" or "bf16".
+        provider: ONNX Runtime's execution provider, by default the CPU's, such as "CUDAExecutionProvider"; for OpenVINO
+            the precision, "fp32" or "bf16".
         parallel: how images share the threads. "operators" shares them inside every operator, for the lowest latency of
             one image; "samples" gives each thread an image, for the highest throughput of batches; "auto" takes the
             first for single images and the other for batches.

@@ -15,7 +15,7 @@ from adavit.runtime.backend import Options
 from adavit.runtime.batch import CAPACITY, CONDITIONAL, EXACT, WAYS, BatchBackend
 from adavit.runtime.cache import facts, kept_at, recall, remember
 
-__all__ = ["AUTO", "Ways"]
+__all__ = ["AUTO", "Ways", "without_capacity"]
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ class Ways:
         self._measuring = threading.Lock()
         if options.dispatch == CAPACITY and not planned:
             raise OptionError(f"{bundle.path}: capacity dispatch needs statistics; {_how(bundle)}")
-        if options.dispatch == AUTO and not planned:
-            log.info("%s has no statistics, so capacity dispatch is left out; %s", bundle.path, _how(bundle))
+        if left_out := without_capacity(bundle, options):
+            log.info(left_out)
         if options.dispatch == CONDITIONAL and (why := backend.why_not(CONDITIONAL)):
             log.warning("no conditional dispatch (%s); %s takes over", why, self._without_conditions())
 
@@ -115,6 +115,13 @@ class Ways:
         remember(KIND, self._facts(size), {"milliseconds": {way: medians.get(way) for way in possible}})
         log.info("batches of %d: %s dispatch, of %s ms", size, fastest, medians)
         return fastest
+
+
+def without_capacity(bundle: Bundle, options: Options) -> str | None:
+    """Why "auto" leaves out capacity dispatch, and what helps; None where it does not."""
+    if options.dispatch != AUTO or bundle.statistics is not None:
+        return None
+    return f"{bundle.path} has no statistics, so capacity dispatch is left out; {_how(bundle)}"
 
 
 def _how(bundle: Bundle) -> str:

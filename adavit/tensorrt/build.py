@@ -212,9 +212,9 @@ def _free_place(bundle: Bundle, key: str) -> Path:
 
 
 def replace_set(folder: Path, key: str, entry: dict[str, Any]) -> None:
-    """Puts a set into `config.json`, then removes the folder of the set it replaces."""
+    """Puts a set into `config.json`, as its last, then removes the folder of the set it replaces."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    replaced = config.setdefault("engine_sets", {}).get(key)
+    replaced = config.setdefault("engine_sets", {}).pop(key, None)
     config["engine_sets"][key] = entry
     write_config(folder, config)
     if replaced:

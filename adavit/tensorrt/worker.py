@@ -102,7 +102,7 @@ class _Worker:
         if unknown := set(self.options.compute_capability) - set(known):
             raise BackendError(
                 f"TensorRT-RTX {self.trt.__version__} does not build for compute capability {min(unknown)}; "
-                f"it does for {', '.join(map(str, known))}"
+                f"it does for {', '.join(map(str, known))}; for other GPUs build with `target` tensorrt, on the device"
             )
         return self.options.compute_capability or tuple(value for value in known if value >= 80)
 
@@ -146,7 +146,17 @@ def _worker() -> _Worker:
 def describe() -> Builder:
     """What this worker builds with and for; raises BackendError where it cannot do what the options ask."""
     worker = _worker()
+    if worker.flavour == "tensorrt-rtx" and worker.options.strip_weights:
+        _check_for_gpu()
     return Builder(numeric_version(str(worker.trt.__version__)), worker.compute_capabilities())
+
+
+def _check_for_gpu() -> None:
+    """Raises BackendError where there is none, which TensorRT-RTX tells of in words of its compiler's."""
+    try:
+        Cuda()
+    except BackendError as error:
+        raise BackendError(f"TensorRT-RTX leaves out weights only where there is a GPU: {error}") from None
 
 
 def build(job: Job) -> dict[str, Any]:

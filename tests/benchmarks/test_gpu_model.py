@@ -118,6 +118,33 @@ def test_the_command_writes_a_table_numbers_and_a_picture(
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--batches", "0"], "'0' is no number of images from 1 to 4096"),
+        (["--batches", "-1"], "'-1' is no number of images"),
+        (["--json", "nowhere/a.json"], "nowhere/a.json: its folder is not there"),
+        (["--gpus", "X"], "invalid choice: 'X'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_computed(
+    options: list[str], why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_model.py", *options])
+    with pytest.raises(SystemExit):
+        gpu_model.main()
+    found = capsys.readouterr()
+    assert why in found.err and not found.out
+
+
+def test_a_picture_needs_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_model, "find_spec", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_model.py", "--plot", "a.png"])
+    with pytest.raises(SystemExit):
+        gpu_model.main()
+    assert "--plot needs matplotlib; run: pip install matplotlib" in capsys.readouterr().err
+
+
 def test_the_page_shows_what_the_model_says() -> None:
     page = (REPOSITORY / "docs" / "gpu-model.md").read_text(encoding="utf-8")
     for profile in ("published", "token-heavy"):

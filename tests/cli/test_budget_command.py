@@ -1,6 +1,7 @@
 """`adavit-export --budgets`, `adavit-run --budget` and `--latency-ms`, end to end."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from cases import (
 )
 
 import adavit
+from adavit.bundle.bundle import Bundle
 from adavit.bundle.operating_points import Budgets
+from adavit.bundle.statistics import policies_of
 from adavit.cli import export, run
 from adavit.measure import latency
 from adavit.runtime import Policy
@@ -216,6 +219,34 @@ def test_exporting_with_budgets(checkpoint: Path, photos: Path, labelled: Path, 
     assert read_config(target)["budgets"]["calibration"]["images"] == 16
     assert "(trained)" in shown  # and the points of before are replaced
     assert 0.99 not in {point["budget"] for point in read_config(target)["budgets"]["points"]}
+
+
+def test_statistics_are_added_to_a_bundle(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    before, pictures = read_config(bundle), tmp_path / "pictures"
+    assert "statistics" not in before
+    shutil.copytree(photos, pictures)
+    (pictures / "broken.png").write_bytes(b"")
+    done = invoke(export, bundle, "--calibration-images", pictures, "--threads", 1)
+    assert done.exit_code == 0, done.output
+    assert "statistics  of 16 images; 1 could not be read" in done.stdout
+    after = read_config(bundle)
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"statistics", "capacity_quantile"}
+    (policies,) = policies_of(Bundle.open(bundle))
+    runtime = adavit.load(bundle, threads=1)
+    wanted = runtime.run(np.stack([runtime.preprocess(path) for path in sorted(photos.iterdir())])).policy
+    assert_same_policy(policies, wanted)
+    done = invoke(export, bundle, "--calibration-images", photos, "--threads", 1, "--json", "-")
+    assert json.loads(done.stdout)["statistics"] == {"images": 16, "skipped": 0}
+
+
+def test_statistics_that_cannot_be_added(bundle: Path, plain: tuple[Path, Path], photos: Path, tmp_path: Path) -> None:
+    before = read_config(bundle)
+    assert "no such image or folder" in refusal(invoke(export, bundle, "--calibration-images", tmp_path / "no"))
+    given = ("--calibration-images", photos, "--precision", "int8")
+    assert "to add to a BUNDLE, leave out --precision" in refusal(invoke(export, bundle, *given), code=2)
+    assert "this model has no policies" in refusal(invoke(export, plain[0], "--calibration-images", photos))
+    assert read_config(bundle) == before
 
 
 def test_exports_whose_budgets_are_refused(checkpoint: Path, bundle: Path, photos: Path, tmp_path: Path) -> None:

@@ -107,6 +107,9 @@ def test_an_existing_bundle_needs_force(checkpoint: Path, bundle: Path) -> None:
     [
         ([], "give a CHECKPOINT and --output BUNDLE"),
         (["a.pth"], "give a CHECKPOINT and --output BUNDLE"),
+        (["a.pth", "--target", "tensorrt"], "a.pth is no bundle to add to; give a BUNDLE, or a CHECKPOINT and"),
+        (["a.pth", "--calibration-images", "c"], "a.pth is no bundle to add to; give a BUNDLE"),
+        (["demo", "--calibration-images", "c"], "the demo's bundle stays as it is; give --output BUNDLE"),
         (["-o", "b"], "give a CHECKPOINT and --output BUNDLE"),
         (["--check", "b"], "--check BUNDLE takes --against CHECKPOINT"),
         (["--check", "b", "--against", "a", "-o", "c"], "--check BUNDLE takes --against CHECKPOINT"),

@@ -339,9 +339,11 @@ def test_without_a_gpu_or_bindings_there_is_one_line(built: Path, gpu: Gpu, monk
     gpu.refuse.add("device")
     message = refusal(invoke(run_command, built, *ON_GPU))
     assert "no NVIDIA GPU can be used here: cudaGetDeviceCount failed: a reason (CUDA error 100)" in message
+    assert "nvidia-smi shows GPUs and their driver" in message
     monkeypatch.undo()
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    assert "pip install 'adavit[tensorrt]'" in refusal(invoke(run_command, built, *ON_GPU))
+    message = refusal(invoke(run_command, built, *ON_GPU))
+    assert "pip install 'adavit[tensorrt]'" in message and "NVIDIA's index https://pypi.nvidia.com" in message
 
 
 def test_bindings_that_raise_without_a_driver(built: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

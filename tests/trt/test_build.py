@@ -42,6 +42,7 @@ from adavit.cli import export as export_command
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.export import ExportOptions, export_bundle
 from adavit.files import folder_beside, sha256
+from adavit.runtime.backends.cuda.bindings import Cuda
 from adavit.tensorrt import build, worker
 from adavit.tensorrt.build import add_engines
 from adavit.tensorrt.options import BuildOptions
@@ -182,14 +183,14 @@ def test_a_model_without_policies_has_one_engine_to_build(plain: tuple[Path, Pat
     assert set(assert_complete(bundle, add_engines(bundle, SINGLE, quiet))) == {"dense"}
 
 
-def test_sets_lie_side_by_side_and_one_of_the_same_key_is_replaced(bundle: Path) -> None:
+def test_sets_lie_side_by_side_in_the_order_of_their_builds_and_one_of_the_same_key_is_replaced(bundle: Path) -> None:
     before = {path: path.read_bytes() for path in bundle.rglob("*") if path.name.endswith((".onnx", ".txt"))}
     for capability in ("86", "120", "86"):
         options = ("--compute-capability", capability, "--max-batch", 1, "--jobs", 2)
         done = invoke(export_command, bundle, "--target", "tensorrt-rtx", *options)
         assert done.exit_code == 0, done.output
     found = engine_sets(Bundle.open(bundle))
-    assert [built.compute_capabilities for built in found] == [(86,), (120,)]
+    assert [built.compute_capabilities for built in found] == [(120,), (86,)]
     kept = {str(Path(engine.file).parent) for built in found for engine in built.engines.values()}
     assert kept == {str(path.relative_to(bundle)) for path in (bundle / "tensorrt").iterdir()}
     assert {path: path.read_bytes() for path in before} == before
@@ -303,10 +304,22 @@ def test_mistakes_in_the_command(tiny_bundle: Path, arguments: list[str], why: s
 
 def test_a_compute_capability_that_the_builder_does_not_know(tiny_bundle: Path) -> None:
     options = BuildOptions(target=("tensorrt-rtx",), compute_capability=(99,))
-    with pytest.raises(BackendError, match=r"does not build for compute capability 99; it does for 75, 80, 86"):
+    with pytest.raises(
+        BackendError, match=r"does not build for compute capability 99; it does for 75, 80, 86"
+    ) as raised:
         add_engines(tiny_bundle, options, quiet)
+    assert "for other GPUs build with `target` tensorrt, on the device" in str(raised.value)
     with pytest.raises(InputError, match="no `timing_cache`"):
         add_engines(tiny_bundle, BuildOptions(target=("tensorrt-rtx",), timing_cache=Path("x")), quiet)
+
+
+def test_leaving_out_weights_needs_a_gpu(bundle: Path) -> None:
+    try:
+        Cuda()
+        pytest.skip("there is a GPU")
+    except BackendError:
+        message = refusal(invoke(export_command, bundle, "--target", "tensorrt-rtx", "--strip-weights"))
+    assert "TensorRT-RTX leaves out weights only where there is a GPU: no NVIDIA GPU can be used here" in message
 
 
 def test_the_builder_takes_its_options(bundle: Path) -> None:

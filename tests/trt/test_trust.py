@@ -109,6 +109,17 @@ def test_a_set_that_was_built_here_is_taken_beside_one_that_came_along(built: Pa
     assert trusting.backend.versions()["engine_set"] == "theirs"
 
 
+def test_the_last_set_that_was_built_is_taken(built: Path, gpu: Gpu) -> None:
+    config = read_config(built)
+    theirs = config["engine_sets"]["double"]
+    newer = {**theirs, "compute_capabilities": [80, *theirs["compute_capabilities"]]}
+    for order in (("first", "second"), ("second", "first")):
+        config["engine_sets"] = dict(zip(order, (theirs, newer), strict=True))
+        write_config(built, config)
+        taken = adavit.load(built, "tensorrt", threads=1, trust_engines=True).backend.versions()["engine_set"]
+        assert taken == order[1]
+
+
 @ON_POSIX
 @pytest.mark.parametrize("mode", [0o020, 0o002])
 @pytest.mark.parametrize("level", range(3))

@@ -12,6 +12,7 @@ from cases import (
     export,
     forced,
     golden,
+    invoke,
     oracle,
     random_images,
     random_model,
@@ -22,6 +23,7 @@ from double import Gpu, add_double_engines, add_statistics
 from driving import FLAVOURS, WAY, assert_all_freed, assert_same, counted, on_device, ran
 
 from adavit.bundle.operating_points import Offsets
+from adavit.cli import run
 from adavit.errors import OptionError
 from adavit.model import AdaViT
 from adavit.runtime import Policy, Runtime
@@ -177,6 +179,16 @@ def test_auto_without_statistics_says_how_to_add_them(
         assert_same(on_gpu.run(images), runtime.run(images))
     assert "has no statistics, so capacity dispatch is left out; add them with adavit-export" in caplog.text
     assert {batch.way for batch in ran(on_gpu)} <= {"exact", "conditional"}
+
+
+def test_the_command_says_how_to_add_statistics(built: Path, roomy: Callable[..., Path], gpu: Gpu) -> None:
+    how = ("--backend", "tensorrt", "--trust-engines", "--iterations", 1, "--warmup", 0, "--threads", 1)
+    done = invoke(run, built, *how)
+    assert done.exit_code == 0, done.output
+    note = f"adavit-run: note: {built} has no statistics, so capacity dispatch is left out; add them with adavit-export"
+    assert done.stderr.startswith(note)
+    for silent in ((built, *how, "--dispatch", "exact"), (roomy(), *how)):
+        assert "statistics" not in invoke(run, *silent).stderr
 
 
 def refuse(gpu: Gpu, what: str) -> None:

@@ -24,7 +24,7 @@ def budget_options(command: Function) -> Function:
             "--calibration-images",
             type=click.Path(path_type=Path),
             multiple=True,
-            help="Image file or folder to calibrate on; class-named folders give labels.",
+            help="Image file or folder to calibrate on; class-named folders give labels. Adds statistics to a BUNDLE.",
         ),
         click.option(
             "--budget-images",

@@ -38,7 +38,7 @@ _OPTIONS = (
         callback=_capabilities,
         help="GPUs of a tensorrt-rtx build, such as 86,89,120.  [default: all from 80]",
     ),
-    click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines run on this GPU and newer ones."),
+    click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines run on Ampere GPUs and newer ones."),
     click.option("--version-compatible", is_flag=True, help="tensorrt: engines run in this version and newer ones."),
     click.option(
         "--timing-cache",
@@ -67,7 +67,7 @@ _OPTIONS = (
         "--jobs", type=click.IntRange(1, 64), metavar="N", default=1, show_default=True, help="Engines built at once."
     ),
     click.option(
-        "--strip-weights", is_flag=True, help="Leave weights out of engines; loading takes them from the ONNX files."
+        "--strip-weights", is_flag=True, help="Leave weights out of engines; loading takes them from the BUNDLE."
     ),
     click.option(
         "--conditional",
@@ -77,7 +77,7 @@ _OPTIONS = (
     click.option(
         "--leave-out-heads",
         is_flag=True,
-        help="Build blocks a second time, without heads that calibration images hardly ever keep.",
+        help="Build blocks a second time, without heads that calibration images hardly ever keep; needs statistics.",
     ),
 )
 

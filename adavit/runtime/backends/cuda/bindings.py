@@ -16,6 +16,7 @@ NAMES_12 = {
     "cudaStreamUpdateCaptureDependencies": "cudaStreamUpdateCaptureDependencies_v2",
 }
 """What CUDA 12 calls the functions that CUDA 13 has under a plain name, with the same arguments."""
+CHECK = "nvidia-smi shows GPUs and their driver"
 
 
 def import_runtime() -> Any:
@@ -58,9 +59,9 @@ class Cuda:
         try:
             count = self.call("cudaGetDeviceCount")
         except (BackendError, RuntimeError) as error:  # RuntimeError: cuda-bindings before 12.9, without a driver
-            raise BackendError(f"no NVIDIA GPU can be used here: {error}") from None
+            raise BackendError(f"no NVIDIA GPU can be used here: {error}; {CHECK}") from None
         if not count:
-            raise BackendError("no NVIDIA GPU can be used here: CUDA finds none")
+            raise BackendError(f"no NVIDIA GPU can be used here: CUDA finds none; {CHECK}")
 
     @cached_property
     def driver(self) -> Any:
