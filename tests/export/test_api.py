@@ -20,8 +20,8 @@ from adavit.console.options.single import SINGLE
 from adavit.tensorrt.options import BuildOptions
 
 OF_BUNDLES = {
-    "single_file", "output", "with_dense", "opset", "license", "dataset", "calibration_cache", "samples", "method",
-    "max_drop", "seed", *(field.name for field in fields(BuildOptions)),
+    "single_file", "output", "with_dense", "opset", "license", "dataset", "max_drop",
+    *(field.name for field in fields(BuildOptions)),
 }  # fmt: skip
 """Options of bundles alone."""
 QUICK: dict[str, Any] = {"iterations": 2, "warmup": 0, "threads": 1}
