@@ -108,7 +108,7 @@ def test_a_model_without_policies_is_its_dense_graph(plain: tuple[Path, Path], t
         images = random_images(DENSE, 3)
         found = run(tmp_path / "model.onnx", images)
         np.testing.assert_allclose(found["logits"], adavit.load(bundle, threads=1).run(images).logits, atol=1e-4)
-    for options in ({"budget": 0.5}, {"budget_input": True}, {"with_policy": True}):
+    for options in ({"budget": 0.5}, {"budget_input": True}, {"with_policy": True}, {"max_size": 2.0}):
         with pytest.raises(adavit.InputError, match=f"has no policies.*leave out `{next(iter(options))}`"):
             write(bundle, tmp_path / "other.onnx", **options)
     assert not (tmp_path / "other.onnx").exists()
