@@ -121,8 +121,16 @@ def _bundle_of(source: Path, options: SingleFileOptions, export: ExportOptions, 
         )
     with tempfile.TemporaryDirectory(prefix="adavit-") as scratch:
         bundle = Path(scratch) / "bundle"
-        export_bundle(source, bundle, replace(export, force=False), progress)
+        export_bundle(source, bundle, _without_unused_images(replace(export, force=False)), progress)
         yield bundle
+
+
+def _without_unused_images(export: ExportOptions) -> ExportOptions:
+    """An export without the images that only show which heads are kept: it refuses images that it does not use."""
+    calibration = export.calibration
+    if calibration.calibrated or export.budgets.budgets:
+        return export
+    return replace(export, calibration=replace(calibration, calibration_images=(), labels_by_order=False))
 
 
 def _operating_points(source: Path, bundle: Bundle, options: SingleFileOptions) -> tuple[Offsets, Budgets | None]:
@@ -151,8 +159,7 @@ def _plans(runtime: Runtime, options: SingleFileOptions, offsets: Offsets, progr
         policy = policy_at(runtime.bundle, offsets)
         if policy is None and options.max_size > 1:
             raise OptionError(
-                "`max_size` is for frequent head sets, and this bundle does not tell which they are; give "
-                "`calibration_images`"
+                "`max_size` is for frequent head sets, and nothing tells which they are; give `calibration_images`"
             )
     plain = sum(tensor.bytes for tensor in runtime.graphs.tensors.tensors.values())
     spare, fused = (options.max_size - 1) * plain, options.domain == "onnxruntime"

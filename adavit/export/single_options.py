@@ -44,7 +44,7 @@ class SingleFileOptions:
 
     def check(self) -> None:
         """Raises OptionError where an option is out of range, or does not fit another."""
-        for name in ("budget_input", "with_policy", "ort_format", "verify", "force"):
+        for name in ("budget_input", "with_policy", "ort_format", "labels_by_order", "verify", "force"):
             flag(name, getattr(self, name))
         choice("domain", self.domain, DOMAINS)
         choice("precision", self.precision, PRECISIONS)
@@ -55,6 +55,8 @@ class SingleFileOptions:
             number("budget", self.budget, 0, 1, above=True)
             if self.budget_input:
                 raise OptionError("give `budget`, which is baked in, or `budget_input`, not both")
+        if self.labels_by_order and not self.calibration_images:
+            raise OptionError("`labels_by_order` is of the class folders of `calibration_images`; give them too")
         if self.weights is not None:
             choice("weights", self.weights, WEIGHTS)
         if self.precision == "int8" and (self.weights is not None or self.max_size > 1):

@@ -114,6 +114,14 @@ def test_a_model_without_policies_is_its_dense_graph(plain: tuple[Path, Path], t
     assert not (tmp_path / "other.onnx").exists()
 
 
+def test_images_show_which_heads_a_checkpoint_keeps(tmp_path: Path) -> None:
+    source = save(random_model(tiny(), heads=50.0), tmp_path / "weights.safetensors")
+    (tmp_path / "photos").mkdir()
+    pictures = pictures_in(tmp_path / "photos", 3)
+    report = write(source, tmp_path / "model.onnx", calibration_images=pictures)
+    assert report["blocks"] == {"masked": 2, "gathered": 0, "constant_head_sets": 0}
+
+
 def test_a_checkpoint_with_budgets(busy: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "photos"
     pictures.mkdir()
