@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -62,7 +63,7 @@ def export(
     """
     console.check_targets({"--json": json_file})
     if single_file is not None:
-        _print(_export_single(source, single_file, threads, options), json_file, single_lines)
+        _print(_export_single(source, single_file, json_file, threads, options), json_file, single_lines)
         return
     refuse(SINGLE, "without --single-file, leave out")
     for name in SINGLE:
@@ -149,7 +150,9 @@ def _export(
     return export_bundle(source, output, ExportOptions(**options, threads=threads), progress)
 
 
-def _export_single(source: Path | None, target: Path, threads: int | None, options: dict[str, Any]) -> dict[str, Any]:
+def _export_single(
+    source: Path | None, target: Path, json_file: str | None, threads: int | None, options: dict[str, Any]
+) -> dict[str, Any]:
     """Writes the file that is asked for, and returns the report."""
     if source is None:
         raise click.UsageError("give a BUNDLE or a CHECKPOINT for --single-file")
@@ -161,6 +164,7 @@ def _export_single(source: Path | None, target: Path, threads: int | None, optio
     build, budgets = BuildOptions.taken_from(options), BudgetOptions.taken_from(options)
     with console.Progress(single_stages(given, options["verify"], calibration, budgets)) as progress:
         from adavit.export import ExportOptions, SingleFileOptions, export_single_file
+        from adavit.export.single_options import files_of
 
         single = SingleFileOptions.taken_from(
             options,
@@ -170,6 +174,9 @@ def _export_single(source: Path | None, target: Path, threads: int | None, optio
             threads=threads,
         )
         export = ExportOptions(**options, build=build, budgets=budgets, threads=threads)
+        written = set(map(os.path.realpath, files_of(target, single.ort_format).values()))
+        if json_file and os.path.realpath(json_file) in written:
+            raise click.UsageError(f"--json {json_file} is a file that --single-file writes; name another")
         return export_single_file(source, target, single, export, progress)
 
 

@@ -62,7 +62,7 @@ def write_beside(path: Path) -> Iterator[IO[Any]]:
         return
     _remove_left(path)
     beside = _beside(path, "tmp")
-    with _making(beside):
+    with _making(beside, path):
         try:
             with beside.open("xb") as file:
                 yield file
@@ -84,7 +84,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
     path = find_folder(path.absolute())
     _remove_left(path)
     fresh = _beside(path, "tmp")
-    with _making(fresh):
+    with _making(fresh, path):
         fresh.mkdir()
         try:
             yield fresh
@@ -98,7 +98,7 @@ def _replace(path: Path, fresh: Path) -> None:
     """Renames a folder to `path`; the one that is there goes aside first, from where others may put it back."""
     for tries_left in reversed(range(TRIES)):
         aside = _beside(path, "old")
-        with _making(aside):
+        with _making(aside, path):
             try:
                 with suppress(FileNotFoundError):
                     os.rename(path, aside)
@@ -144,11 +144,15 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 @contextmanager
-def _making(beside: Path) -> Iterator[None]:
-    """Marks a file or folder as one that this process needs."""
+def _making(beside: Path, path: Path) -> Iterator[None]:
+    """Marks a file or folder as one that this process needs; errors name `path`, which it is made for."""
     _made.add(beside.name)
     try:
         yield
+    except OSError as error:
+        if str(error.filename) == str(beside):
+            error.filename = str(path)
+        raise
     finally:
         _made.discard(beside.name)
 

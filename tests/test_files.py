@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all, whatever happens while they are written."""
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -68,6 +69,18 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=why) as found, write_beside(path):
             pass
         assert found.value.filename == str(path)
+
+
+def test_errors_name_what_is_written_and_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(old: object, new: object) -> None:
+        raise OSError(errno.ENOSPC, "full", str(old))
+
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "rename", full)
+    for write in (write_beside, folder_beside):
+        with pytest.raises(OSError, match="full") as found, write(tmp_path / "a"):
+            pass
+        assert found.value.filename == str(tmp_path / "a")
 
 
 def test_what_a_killed_writer_left_is_swept_up_and_nothing_else(tmp_path: Path) -> None:

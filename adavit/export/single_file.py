@@ -44,6 +44,8 @@ __all__ = ["export_single_file"]
 MOST_BYTES = 2**31 - 1
 """Of a protobuf file."""
 BATCH = 16
+OF_CHECKPOINTS = ("labels", "image_size", "crop_ratio", "mean", "std", "heads")
+"""Options that only the export of a checkpoint follows."""
 
 Progress = Callable[[str, float], None]
 
@@ -114,7 +116,12 @@ def export_single_file(
 @contextmanager
 def _bundle_of(source: Path, options: SingleFileOptions, export: ExportOptions, progress: Progress) -> Iterator[Path]:
     """The bundle that is given, or one of a checkpoint for the time being."""
-    if names_demo(source) or is_bundle(source):
+    if names_demo(source) or is_bundle(source) or source.is_dir():
+        unused = [name for name in OF_CHECKPOINTS if getattr(export, name) is not None]
+        unused += ["budgets"] if export.budgets.budgets else []
+        unused += ["budget_images"] if export.budgets.budget_images is not None else []
+        if unused:
+            raise OptionError(f"to write a single file of a bundle, leave out `{unused[0]}`")
         yield source
         return
     if (options.budget is not None or options.budget_input) and not export.budgets.budgets:
@@ -134,6 +141,7 @@ def _bundle_of(source: Path, options: SingleFileOptions, export: ExportOptions, 
 def _operating_points(source: Path, bundle: Bundle, options: SingleFileOptions) -> tuple[Offsets, Budgets | None]:
     """The offsets that are baked in, or the points that a budget chooses from."""
     asked = [name for name in ("budget", "budget_input", "with_policy") if getattr(options, name)]
+    asked += ["max_size"] if options.max_size > 1 else []
     if asked and not bundle.architecture.adapts:
         raise InputError(f"{source}: {NO_POLICIES}; leave out `{asked[0]}`")
     if options.budget_input:
@@ -162,7 +170,12 @@ def _usual(runtime: Runtime, options: SingleFileOptions, offsets: Offsets, progr
     """What calibration images keep, or those of the bundle's statistics; None where there are none."""
     given = options.calibration
     if not given.calibration_images:
-        return policy_at(runtime.bundle, offsets)
+        policy = policy_at(runtime.bundle, offsets)
+        if policy is None and options.max_size > 1:
+            raise OptionError(
+                "`max_size` is for frequent head sets, and nothing tells which they are; give `calibration_images`"
+            )
+        return policy
     files = find_calibration_images(given.calibration_images, runtime.labels, given.labels_by_order)
     pixels, _ = read_images(files, runtime.preprocess, IMAGES)
     parts = []

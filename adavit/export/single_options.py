@@ -73,6 +73,8 @@ class SingleFileOptions:
         choice("precision", self.precision, PRECISIONS)
         found.check_ranges()
         flag("labels_by_order", found.labels_by_order)
+        if found.labels_by_order and not found.calibration_images:
+            raise OptionError("`labels_by_order` is of the class folders of `calibration_images`; give them too")
         found.refuse_unused(images=False)
         unused = found.set_for_calibration(images=True)
         if self.precision == "int8" and unused and not found.measured:

@@ -13,12 +13,14 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from adavit.bundle.onnx_format import IR_VERSION, PRODUCER, TYPES
+from adavit.bundle.onnx_format import PRODUCER, TYPES
 from adavit.bundle.tensors import TensorFile
 from adavit.graphs.builder import Builder
 
 __all__ = ["Made", "NestedBuilder"]
 
+IR_VERSION = 9
+"""Of opset 20: ONNX Runtime 1.17 and later read it."""
 SMALLEST_HALF = 1024
 """Elements of a weight that is stored in fp16; smaller ones are not worth a node."""
 

@@ -1,5 +1,6 @@
 // The page: pictures in, a budget, and a worker that runs the model.
 
+import { UNREADABLE } from "./pixels.js";
 import { $, element, percent, prepareView, showResult, showTime, speak } from "./view.js";
 
 const state = {
@@ -9,6 +10,8 @@ const state = {
   budget: 0, // 0 is the trained policy
   pictures: new Map(), // by number: {file, name, tone}
   picture: 0, // the number of the chosen one
+  shown: 0, // the number of the one whose result is shown
+  leftOut: 0, // how many of the photographs added last could not be read
   asked: 0, // the number of the newest request
   dense: null, // milliseconds of the dense twin
 };
@@ -38,10 +41,12 @@ async function fetched(file, kind) {
   return response[kind]();
 }
 
-/** Threads need a page that is isolated from others; `?threads=1` asks for so many. */
+/** Threads need a page that is isolated from others; `?threads=1` asks for so many, of those that the device has. */
 function threads() {
+  if (!self.crossOriginIsolated) return 1;
+  const most = navigator.hardwareConcurrency;
   const asked = Number(new URLSearchParams(location.search).get("threads"));
-  return self.crossOriginIsolated ? asked || Math.min(4, navigator.hardwareConcurrency) : 1;
+  return Number.isInteger(asked) && asked > 0 ? Math.min(asked, most) : Math.min(4, most);
 }
 
 // What the worker says
@@ -60,9 +65,10 @@ const RECEIVED = {
     ask();
   },
   result(found) {
-    if (found.id !== state.asked) return;
-    const picture = state.pictures.get(state.picture);
-    picture.tone = $("tone").value = found.tone;
+    if (found.picture !== state.picture) return; // of an older budget too, while the slider moves
+    state.shown = found.picture;
+    const picture = state.pictures.get(found.picture);
+    $("tone").value = picture.tone ??= found.tone;
     showResult(found, picture.name);
     showTime(found.ms, state.dense);
     tell("result", found);
@@ -75,10 +81,8 @@ const RECEIVED = {
     speak(found.adaptive, found.dense);
     tell("timing", found);
   },
-  unreadable({ message, picture, id }) {
-    complain(`${state.pictures.get(picture).name}: ${message}`);
-    removePicture(picture);
-    if (id === state.asked) choose(state.pictures.keys().next().value);
+  unreadable({ picture, message }) {
+    leaveOut(picture, message);
   },
   error({ message }) {
     complain(message);
@@ -87,7 +91,7 @@ const RECEIVED = {
 
 /** Tells scripts: `document.addEventListener("adavit-result", ({detail}) => ...)`. */
 function tell(kind, found) {
-  document.dispatchEvent(new CustomEvent(`adavit-${kind}`, { detail: { ...found, budget: state.budget } }));
+  document.dispatchEvent(new CustomEvent(`adavit-${kind}`, { detail: found }));
 }
 
 function complain(message) {
@@ -139,6 +143,7 @@ function preparePictures() {
 function addPhotographs(files) {
   if (!files.length) return;
   $("message").hidden = true;
+  state.leftOut = 0;
   const tone = state.site.tones ? null : "plain"; // null: the worker suggests one
   const added = files.map((file) => addPicture(file, file.name, tone));
   choose(added[0]);
@@ -150,15 +155,23 @@ function addPicture(file, name, tone) {
   const radio = element("input", { type: "radio", name: "picture", value: number });
   radio.addEventListener("change", () => choose(number));
   const image = element("img", { src: URL.createObjectURL(file), alt: name });
+  image.addEventListener("error", () => leaveOut(number, UNREADABLE));
   $("thumbs").append(element("label", {}, radio, image));
   return number;
 }
 
-function removePicture(number) {
+/** Takes a picture away, and says why. If it was chosen, the next one is, or else the one that is shown. */
+function leaveOut(number, reason) {
+  const picture = state.pictures.get(number);
+  if (!picture) return; // the page and the worker both find that it cannot be read
+  const more = state.leftOut++ ? ` (${state.leftOut} files left out)` : "";
+  complain(`${picture.name}: ${reason}${more}`);
   state.pictures.delete(number);
   const radio = radioOf(number);
   URL.revokeObjectURL(radio.nextSibling.src);
   radio.parentNode.remove();
+  if (number !== state.picture) return;
+  choose([...state.pictures.keys()].find((other) => other > number) ?? state.shown);
 }
 
 function choose(number) {

@@ -1,6 +1,6 @@
 // Pictures as the model takes them, pixel for pixel as `runtime.preprocess` makes them: Pillow's arithmetic.
 
-export const TONES = ["plain", "stretched", "inverted"];
+export const UNREADABLE = "this browser cannot read it as a picture";
 
 const LONGEST = 64; // times its short side that a picture's long side may be
 const BITS = 22; // of Pillow's fixed-point weights

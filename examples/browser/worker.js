@@ -3,7 +3,7 @@
 // Out: "progress", "ready", "dense", then of each request a "result" and "timing", "unreadable" or "error".
 
 import * as ort from "./ort/ort.js";
-import { cropped, normalised, rgb, suggestedTone, toned } from "./pixels.js";
+import { cropped, normalised, rgb, suggestedTone, toned, UNREADABLE } from "./pixels.js";
 
 const ROUNDS = 9; // of timing, in turns with the dense twin
 const FIRST = 3; // rounds before times are shown
@@ -77,19 +77,20 @@ async function work() {
     newest = null;
     try {
       await answer(request);
-    } catch (error) {
-      const { id, picture } = request;
-      post(error instanceof Unreadable ? "unreadable" : "error", { id, picture, message: error.message });
+    } catch ({ message }) {
+      post("error", { message });
     }
   }
   busy = false;
 }
 
 async function answer(request) {
-  const { id, budget } = request;
-  const { crop, tone, pixels } = await prepared(request);
+  const { id, picture, budget } = request;
+  const found = await prepared(request).catch(({ message }) => post("unreadable", { picture, message }));
+  if (!found) return;
+  const { crop, tone, pixels } = found;
   const { outputs, ms } = await run(model.adaptive, pixels, budget);
-  post("result", { id, crop, tone, ms, ...plain(outputs) });
+  post("result", { id, picture, budget, crop, tone, ms, ...plain(outputs) });
   if (!model.dense) return;
   const times = { adaptive: [], dense: [] };
   for (let round = 1; round <= ROUNDS; round++) {
@@ -141,15 +142,13 @@ async function prepared({ picture, file, tone }) {
   return crops.get(key);
 }
 
-class Unreadable extends Error {}
-
 async function decode(file) {
   const how = { colorSpaceConversion: "none", premultiplyAlpha: "none", imageOrientation: "from-image" };
   const bitmap = await createImageBitmap(file, how).catch(() => {
-    throw new Unreadable("this browser cannot read it as a picture");
+    throw new Error(UNREADABLE);
   });
   const { width, height } = bitmap;
-  if (width * height > MOST_PIXELS) throw new Unreadable(`${width}x${height} pixels are too many; make it smaller`);
+  if (width * height > MOST_PIXELS) throw new Error(`${width}x${height} pixels are too many; make it smaller`);
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   context.drawImage(bitmap, 0, 0);
   bitmap.close();

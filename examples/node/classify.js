@@ -14,17 +14,28 @@ const TOP = 3; // predictions printed
 async function main() {
   const { values, positionals } = parseArgs({ allowPositionals: true, options: { budget: { type: "string" } } });
   const [model, picture] = positionals;
-  if (!picture) throw new Error("give a model and a picture: node classify.js MODEL.onnx PICTURE [--budget 0.35]");
-  const info = JSON.parse(await readFile(model.replace(/\.onnx$/, ".json"), "utf8"));
+  if (positionals.length !== 2 || !model.endsWith(".onnx")) {
+    throw new Error("give a model and a picture: node classify.js MODEL.onnx PICTURE [--budget 0.35]");
+  }
+  const budget = budgetOf(values.budget);
+  const info = JSON.parse(await readFile(model.replace(/onnx$/, "json"), "utf8"));
   const session = await ort.InferenceSession.create(model);
   const side = info.architecture.image_size;
   const feeds = { images: new ort.Tensor("float32", await pixelsOf(picture, info.preprocessing), [1, 3, side, side]) };
   if (session.inputNames.includes("budget")) {
-    feeds.budget = new ort.Tensor("float32", [Number(values.budget ?? 0)], [1]); // 0 is the trained policy
-  } else if (values.budget) {
+    feeds.budget = new ort.Tensor("float32", [budget ?? 0], [1]); // 0 is the trained policy
+  } else if (budget !== undefined) {
     throw new Error("the model takes no budget; export it with --budget-input");
   }
   print(await session.run(feeds), info);
+}
+
+/** The budget as a number, if there is one; the model would take a number beyond 1 too, and use its largest budget. */
+function budgetOf(text) {
+  if (text === undefined) return undefined;
+  const budget = Number(text);
+  if (budget > 0 && budget <= 1) return budget;
+  throw new Error(`the budget is "${text}"; give a share of the dense MACs, above 0 and at most 1`);
 }
 
 /** A picture as the model takes it, float32 [3, S, S]; the same pixels as `runtime.preprocess` makes in Python. */

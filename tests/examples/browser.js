@@ -12,7 +12,7 @@ try {
 }
 
 function STORIES() {
-  return { whole, plain, phone, broken };
+  return { whole, careless, plain, phone, broken };
 }
 
 /** Everything that a person can do, at the width of a desktop. */
@@ -41,6 +41,44 @@ async function whole() {
   return { steps, dragged, message, names, blocks, ...(await page.evaluate("seen")), requests: page.requests };
 }
 
+/** What a hasty person does: files that are no pictures, and a budget that moves meanwhile, or all the time. */
+async function careless() {
+  const page = await opened({ width: 1200, height: 950 });
+  await settled(page, 1);
+  const messages = [];
+  const steps = {};
+  const step = async (name, picture, action) => {
+    const before = await page.evaluate("asks()");
+    await action();
+    await page.waitForFunction(`asks() > ${before} && chosen() === "${picture}"`, { timeout: asked.timeout });
+    steps[name] = await settled(page, before + 1);
+    messages.push(await page.$eval("#message", (shown) => shown.textContent));
+  };
+  const { light, jpeg, text, large, long } = asked.files;
+  await step("large", "ankle boot", async () => {
+    await drop(page, large);
+    await pressed(page, "#slider", "ArrowLeft", 8, 50);
+  });
+  await step("several", "light.png", () => drop(page, text, light, long, jpeg, text));
+  await step("long", "photo.jpg", () => page.click('#thumbs label:has([alt="long.png"])'));
+  const names = await page.$$eval("#thumbs img", (images) => images.map((image) => image.alt));
+  const shares = await page.evaluate(moving);
+  return { steps, messages, names, shares, errors: await page.evaluate("seen.errors") };
+}
+
+/** Runs in the page: moves the budget in every frame for some seconds; what the page says of the MACs meanwhile. */
+async function moving() {
+  const slider = document.getElementById("slider");
+  const shares = new Set();
+  for (const start = performance.now(); performance.now() < start + 4000; ) {
+    slider.valueAsNumber = 0.3 + ((performance.now() - start) / 4000) * 0.35;
+    slider.dispatchEvent(new Event("input"));
+    await new Promise(requestAnimationFrame);
+    shares.add(document.getElementById("saved").textContent);
+  }
+  return [...shares];
+}
+
 /** The page on a server that does not isolate it. */
 async function plain() {
   const page = await opened({ width: 1200, height: 950 });
@@ -53,11 +91,19 @@ async function phone() {
   await settled(page, 1);
   await page.tap("#thumbs label:nth-child(2)");
   const tapped = await settled(page, 3);
+  const tops = [await topOf(page, "#kept")];
+  await page.tap(".block:nth-child(2)");
+  tops.push(await topOf(page, "#kept"));
   const widths = await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
   const slider = await page.$eval("#slider", (found) => found.getBoundingClientRect().toJSON());
   const dark = await page.evaluate(() => getComputedStyle(document.body).backgroundColor);
   if (asked.shots) await page.screenshot({ path: `${asked.shots}/phone.png` });
-  return { tapped, widths, slider, dark };
+  return { tapped, tops, widths, slider, dark };
+}
+
+/** Where something begins, from the top of the page. */
+function topOf(page, where) {
+  return page.$eval(where, (found) => found.getBoundingClientRect().top + scrollY);
 }
 
 /** The page without its model: what it says. */
@@ -89,6 +135,7 @@ function listen() {
   addEventListener("error", ({ message }) => seen.errors.push(message));
   addEventListener("unhandledrejection", ({ reason }) => seen.errors.push(String(reason)));
   globalThis.asks = () => latest.result?.id ?? 0;
+  globalThis.chosen = () => document.querySelector("#thumbs input:checked + img")?.alt;
   globalThis.isSettled = (least) => {
     const trained = document.getElementById("trained").ariaPressed === "true";
     const budget = trained ? 0 : document.getElementById("slider").valueAsNumber;
@@ -98,7 +145,7 @@ function listen() {
     const { id, crop, tone, logits, tokens, heads, sublayers, macs, budget } = latest.result;
     const { adaptive, dense } = latest.timing;
     const lists = Object.entries({ crop, logits, tokens, heads, sublayers }).map(([k, v]) => [k, Array.from(v)]);
-    const picture = document.querySelector("#thumbs input:checked + img").alt;
+    const picture = chosen();
     const texts = ["share", "speedup", "saved", "spoken", "caption"].map((name) => [
       name,
       document.getElementById(name).textContent.replaceAll("\u00a0", " "),
@@ -114,9 +161,9 @@ async function settled(page, least) {
   return page.evaluate("found()");
 }
 
-async function pressed(page, where, key, times) {
+async function pressed(page, where, key, times, delay = 0) {
   await page.focus(where);
-  for (let time = 0; time < times; time++) await page.keyboard.press(key);
+  for (let time = 0; time < times; time++) await page.keyboard.press(key, { delay });
 }
 
 /** Drags the slider from where it is to a share of its width. */
@@ -130,10 +177,10 @@ async function drag(page, where, share) {
   await page.mouse.up();
 }
 
-/** Drops a file on the page, as the browser sees it from outside. */
-async function drop(page, file) {
+/** Drops files on the page, as the browser sees it from outside. */
+async function drop(page, ...files) {
   const client = await page.createCDPSession();
-  const data = { items: [], files: [file], dragOperationsMask: 1 };
+  const data = { items: [], files, dragOperationsMask: 1 };
   for (const type of ["dragEnter", "dragOver", "drop"]) {
     await client.send("Input.dispatchDragEvent", { type, x: 600, y: 500, data });
   }

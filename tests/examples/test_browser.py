@@ -1,6 +1,8 @@
 """The page in a real browser: what a person does, and the same numbers as the runtime's."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,15 +32,18 @@ def demo() -> Runtime:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Photographs of a person: a garment that is dark on light, one as JPEG, and a file that is no picture."""
+    """Photographs of a person: a garment that is dark on light, one as JPEG, and files that cannot be shown."""
     folder = tmp_path_factory.mktemp("files")
     shirt = Image.open(REPOSITORY / "adavit/demo/images/shirt/00004.png").convert("L")
     large = ImageOps.invert(shirt).resize((420, 300), Image.Resampling.BICUBIC)
     tinted = ImageOps.colorize(large, (40, 20, 60), (230, 240, 225))
-    found = {name: folder / name for name in ("light.png", "photo.jpg", "notes.txt")}
-    tinted.save(found["light.png"])
-    tinted.filter(ImageFilter.GaussianBlur(3)).save(found["photo.jpg"], quality=95)
-    found["notes.txt"].write_text("no picture")
+    names = {"light": "light.png", "jpeg": "photo.jpg", "text": "notes.txt", "large": "large.png", "long": "long.png"}
+    found = {key: folder / name for key, name in names.items()}
+    tinted.save(found["light"])
+    tinted.filter(ImageFilter.GaussianBlur(3)).save(found["jpeg"], quality=95)
+    found["text"].write_text("no picture")
+    Image.new("L", (10100, 10000)).save(found["large"])
+    Image.new("L", (1300, 20)).save(found["long"])
     return found
 
 
@@ -55,7 +60,7 @@ def play(driver: Path, node: str, chromium: str, files: dict[str, Path]) -> Play
     """Runs one of the stories of browser.js."""
 
     def run(story: str, url: str, **more: object) -> Found:
-        named = dict(zip(("light", "jpeg", "text"), map(str, files.values()), strict=True))
+        named = {key: str(path) for key, path in files.items()}
         asked = {"story": story, "url": url, "chromium": chromium, "files": named, "timeout": SECONDS * 1000, **more}
         command = [node, "browser.js", json.dumps(asked)]
         done = subprocess.run(command, cwd=driver, capture_output=True, text=True, timeout=2 * SECONDS)
@@ -107,9 +112,9 @@ def test_pictures_are_cropped_as_the_runtime_crops(
     preprocessor = demo.run(np.zeros((1, 3, 28, 28), np.float32)).preprocessor
     for name, file, most in (
         ("clicked", prepared[0] / "samples" / "sandal.png", 0),
-        ("dropped", files["light.png"], 0),
-        ("toned", files["light.png"], 0),
-        ("picked", files["photo.jpg"], 3),  # decoders of JPEG round differently
+        ("dropped", files["light"], 0),
+        ("toned", files["light"], 0),
+        ("picked", files["jpeg"], 3),  # decoders of JPEG round differently
     ):
         step = whole["steps"][name]
         with Image.open(file) as picture:
@@ -138,8 +143,30 @@ def test_pictures_are_chosen_dropped_and_picked(whole: Found) -> None:
 def test_a_file_that_is_no_picture_is_named_and_left_out(whole: Found) -> None:
     assert whole["message"] == "notes.txt: this browser cannot read it as a picture"
     assert whole["names"][-2:] == ["light.png", "photo.jpg"]
-    assert whole["steps"]["text"]["picture"] == "ankle boot"
+    assert whole["steps"]["text"]["picture"] == "photo.jpg"  # as before
     assert whole["errors"] == []
+
+
+@pytest.fixture(scope="module")
+def careless(prepared: tuple[Path, str], play: Play) -> Found:
+    """What a hasty visitor sees."""
+    return play("careless", prepared[1] + "?threads=1")
+
+
+def test_files_that_cannot_be_shown_are_left_out(careless: Found, demo: Runtime) -> None:
+    large, several, long = careless["messages"]
+    assert large == "large.png: 10100x10000 pixels are too many; make it smaller"
+    assert several.endswith(".txt: this browser cannot read it as a picture (2 files left out)")
+    assert long == "long.png: 1300x20 pixels is too elongated; crop it first (3 files left out)"
+    assert careless["names"][10:] == ["light.png", "photo.jpg"]
+    assert careless["errors"] == []
+    assert careless["steps"]["large"]["budget"] < 0.41
+    for step in careless["steps"].values():
+        check(step, demo)
+
+
+def test_a_budget_that_moves_all_the_time_is_followed(careless: Found) -> None:
+    assert len(careless["shares"]) > 3
 
 
 def test_blocks_are_chosen_by_keyboard(whole: Found) -> None:
@@ -175,10 +202,18 @@ def test_an_isolated_page_has_threads(prepared: tuple[Path, str], play: Play, de
     assert found["where"].endswith(", 2 threads.")
 
 
+@pytest.mark.parametrize("asked", ["-1", "100000"])
+def test_it_takes_no_more_threads_than_there_are(asked: str, prepared: tuple[Path, str], play: Play) -> None:
+    where = play("plain", prepared[1] + f"?threads={asked}")["where"]
+    count = re.search(r", (\d+) threads?\.$", where)
+    assert count and 1 <= int(count[1]) <= (os.cpu_count() or 1)
+
+
 def test_a_phone_shows_it(prepared: tuple[Path, str], play: Play, demo: Runtime) -> None:
     found = play("phone", prepared[1] + "?threads=1")
     check(found["tapped"], demo)
     assert found["tapped"]["picture"] == "bag"
+    assert found["tops"][0] == found["tops"][1]  # a longer caption moves nothing
     assert found["widths"] == [360, 360]
     assert found["slider"]["bottom"] <= 740  # it stays in sight
     assert found["dark"] == "rgb(18, 20, 23)"

@@ -13,6 +13,8 @@ from adavit.bundle.demo import demo_bundle
 
 pytestmark = pytest.mark.slow
 Run = Callable[..., subprocess.CompletedProcess[str]]
+USAGE = "give a model and a picture: node classify.js MODEL.onnx PICTURE [--budget 0.35]"
+SHARE = "give a share of the dense MACs, above 0 and at most 1"
 PICTURE = demo_bundle().parent / "images" / "shirt" / "00004.png"
 
 
@@ -52,8 +54,15 @@ def test_the_sample_prints_what_the_runtime_finds(sample: Run, model: Path, budg
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "error: give a model and a picture: node classify.js MODEL.onnx PICTURE [--budget 0.35]"),
+        ((), f"error: {USAGE}"),
+        (("none.onnx",), f"error: {USAGE}"),
+        (("none.onnx", PICTURE, "more"), f"error: {USAGE}"),
+        (("none", PICTURE), f"error: {USAGE}"),
         (("none.onnx", PICTURE), "error: ENOENT: no such file or directory, open 'none.json'"),
+        *(
+            (("none.onnx", PICTURE, f"--budget={text}"), f'error: the budget is "{text}"; {SHARE}')
+            for text in ("much", "", "35", "0", "NaN")
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(sample: Run, arguments: tuple[object, ...], message: str) -> None:

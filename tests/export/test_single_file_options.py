@@ -1,6 +1,7 @@
 """What a single file can be asked for, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ def test_a_wrong_file_is_not_kept(
         ({"precision": "int8", "weights": "fp16"}, "leave out `weights`"),
         ({"precision": "int8", "max_size": 2}, "leave out `max_size`"),
         ({"threads": 0}, "threads is 0"),
+        ({"image_size": 64}, "to write a single file of a bundle, leave out `image_size`"),
+        ({"std": (1, 1, 1)}, "of a bundle, leave out `std`"),
+        ({"budgets": 0.5}, "of a bundle, leave out `budgets`"),
+        ({"labels_by_order": True}, "of the class folders of `calibration_images`; give them too"),
+        ({"budget_images": 9}, "of a bundle, leave out `budget_images`"),
+        ({"max_size": 2}, "nothing tells which they are; give `calibration_images`"),
         ({"progress": 3}, "progress is 3"),
     ],
     ids=str,
@@ -111,6 +118,32 @@ def test_the_command_exports_a_checkpoint(checkpoint: Path, tmp_path: Path) -> N
     assert (done.exit_code, done.stderr) == (0, "")
     beside = json.loads(path.with_suffix(".json").read_text())
     assert (beside["labels"], beside["preprocessing"]["crop_ratio"]) == (list("abcde"), 0.5)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.json", "model.ort", "sub/../model.json"])
+def test_the_report_is_a_file_of_its_own(name: str, budgeted: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    asked = ["--single-file", tmp_path / "model.onnx", "--ort-format", "--json", tmp_path / name]
+    assert "is a file that --single-file writes" in refusal(invoke(cli.export, budgeted, *asked), code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["sub"]
+
+
+def test_a_folder_that_is_no_bundle(budgeted: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(budgeted, tmp_path / "bundle")
+    (bundle / "config.json").write_text("{")
+    for options in ({}, {"budget": 0.4}):
+        with pytest.raises(adavit.BundleError, match=r"config\.json: not JSON"):
+            write(bundle, tmp_path / "model.onnx", **options)
+    (bundle / "config.json").unlink()
+    with pytest.raises(adavit.BundleError, match=r"config\.json: missing; this is not a bundle"):
+        write(bundle, tmp_path / "model.onnx", budget=0.4)
+
+
+def test_no_room_for_the_ort_form(budgeted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adavit.export.single_ort.NAME", "nowhere/model.ort")
+    with pytest.raises(adavit.BackendError, match=r"cannot write the \.ort form here first .*; free some space"):
+        write(budgeted, tmp_path / "model.onnx", ort_format=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -108,10 +108,18 @@ def test_a_model_without_policies_is_its_dense_graph(plain: tuple[Path, Path], t
         images = random_images(DENSE, 3)
         found = run(tmp_path / "model.onnx", images)
         np.testing.assert_allclose(found["logits"], adavit.load(bundle, threads=1).run(images).logits, atol=1e-4)
-    for options in ({"budget": 0.5}, {"budget_input": True}, {"with_policy": True}):
+    for options in ({"budget": 0.5}, {"budget_input": True}, {"with_policy": True}, {"max_size": 2.0}):
         with pytest.raises(adavit.InputError, match=f"has no policies.*leave out `{next(iter(options))}`"):
             write(bundle, tmp_path / "other.onnx", **options)
     assert not (tmp_path / "other.onnx").exists()
+
+
+def test_images_show_which_heads_a_checkpoint_keeps(tmp_path: Path) -> None:
+    source = save(random_model(tiny(), heads=50.0), tmp_path / "weights.safetensors")
+    (tmp_path / "photos").mkdir()
+    pictures = pictures_in(tmp_path / "photos", 3)
+    report = write(source, tmp_path / "model.onnx", calibration_images=pictures)
+    assert report["blocks"] == {"masked": 2, "gathered": 0, "constant_head_sets": 0}
 
 
 def test_a_checkpoint_with_budgets(busy: Path, tmp_path: Path) -> None:
