@@ -124,7 +124,8 @@ def _bundle_of(source: Path, options: SingleFileOptions, export: ExportOptions, 
             raise OptionError(f"to write a single file of a bundle, leave out `{unused[0]}`")
         yield source
         return
-    if (options.budget is not None or options.budget_input) and not export.budgets.budgets:
+    budgeted = options.budget is not None or options.budget_input
+    if budgeted and not export.budgets.budgets and source.exists():
         raise OptionError(
             f"{source} is a checkpoint, which has no operating points; give `budgets` and `calibration_images`, or "
             "export it as a bundle first"

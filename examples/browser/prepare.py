@@ -117,7 +117,13 @@ class Handler(SimpleHTTPRequestHandler):
 
 def serve(folder: Path, port: int) -> None:
     """Serves the page on this machine alone, until Ctrl-C."""
-    with ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Handler, directory=folder)) as server:
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Handler, directory=folder))
+    except OSError as error:
+        raise click.ClickException(
+            f"port {port} cannot be served: {error.strerror}; --serve 0 takes a free one"
+        ) from None
+    with server:
         click.echo(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)")
         try:
             server.serve_forever()
@@ -131,18 +137,18 @@ def serve(folder: Path, port: int) -> None:
 @click.option("--serve", "port", type=click.IntRange(0, 65535), help="Serve the page at this port; 0 takes a free one.")
 def main(output: Path, bundle: Path, port: int | None) -> None:
     """Prepares the page, and serves it where that is asked for."""
-    bundle = find_bundle(bundle)
-    output.mkdir(parents=True, exist_ok=True)
     try:
+        bundle = find_bundle(bundle)
+        output.mkdir(parents=True, exist_ok=True)
         write_engine(output / "ort")
         write_models(bundle, output)
-    except AdaViTError as error:
+        write_page(bundle, output)
+        if port is None:
+            click.echo(f"{output} is ready for any web server; --serve 8000 shows it with threads")
+        else:
+            serve(output, port)
+    except (AdaViTError, OSError) as error:
         raise click.ClickException(str(error)) from None
-    write_page(bundle, output)
-    if port is None:
-        click.echo(f"{output} is ready for any web server; --serve 8000 shows it with threads")
-    else:
-        serve(output, port)
 
 
 if __name__ == "__main__":

@@ -219,6 +219,14 @@ def test_a_phone_shows_it(prepared: tuple[Path, str], play: Play, demo: Runtime)
     assert found["dark"] == "rgb(18, 20, 23)"
 
 
+def test_a_port_that_is_taken_is_one_line(prepared: tuple[Path, str]) -> None:
+    port = prepared[1].rstrip("/").rsplit(":", 1)[1]
+    command = [sys.executable, str(REPOSITORY / "examples/browser/prepare.py"), str(prepared[0]), "--serve", port]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"Error: port {port} cannot be served: ") and done.stderr.count("\n") == 1
+
+
 def test_without_npm_one_line_says_what_to_install(tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "examples/browser/prepare.py"), str(tmp_path / "page")]
     done = subprocess.run(command, env={"PATH": "", "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)

@@ -86,6 +86,8 @@ def test_targets_that_cannot_be(budgeted: Path, tmp_path: Path) -> None:
 def test_budgets_need_points(tiny_bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(adavit.InputError, match="is a checkpoint, which has no operating points; give `budgets`"):
         write(checkpoint, tmp_path / "model.onnx", budget_input=True)
+    with pytest.raises(adavit.CheckpointError, match="no such file"):
+        write(tmp_path / "nowhere.pth", tmp_path / "model.onnx", budget_input=True)
     for options in ({"budget": 0.4}, {"budget_input": True}):
         with pytest.raises(adavit.InputError, match="has no operating points; add them with adavit-export"):
             write(tiny_bundle, tmp_path / "model.onnx", **options)
