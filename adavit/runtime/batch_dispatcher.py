@@ -229,7 +229,7 @@ class BatchDispatcher:
     def _check(self, finished: Finished, start: int) -> None:
         """Raises NotFiniteError where decisions or logits are not finite, BackendError where an image had no room."""
         if (bad := finished.state == NOT_FINITE).any():
-            raise not_finite(f"the decisions on image {start + int(bad.argmax())} are")
+            raise not_finite(f"the decisions on image {start + int(bad.argmax())}, or its last tokens, are")
         if (left := finished.state == OVERFLOWED).any():
             raise BackendError(
                 f"image {start + int(left.argmax())} found no room with all that it asked for; export the bundle again"
