@@ -87,7 +87,8 @@ class Asked(NamedTuple):
 @lru_cache(256)
 def _limits(offsets: Offsets, depth: int) -> Float:
     """Those of an image, [L, 3]."""
-    return np.array([TOKEN_LOGIT, 0, 0], np.float32) - np.array(offsets.by_block(depth), np.float32).T
+    # Rounded once, as `thresholds` are: decisions on a device are those on the host.
+    return np.asarray(np.array([TOKEN_LOGIT, 0, 0]) - np.array(offsets.by_block(depth)).T, np.float32)
 
 
 class BatchDispatcher:
