@@ -94,18 +94,13 @@ def test_tables_that_grow_while_others_run(way: str, cramped: Path, runtime: Run
 
 @pytest.mark.parametrize("way", ["capacity", "conditional"])
 def test_room_is_for_the_largest_budget_in_any_order(way: str, cramped: Path) -> None:
-    """Once all tables have grown, no batch overflows, whichever budget comes first."""
+    """Once the table of one budget has grown, images at others beside it find room at once."""
     batches, everything, nothing = batches_on_cpu(cramped, way), Offsets(50.0, 50.0, 50.0), Offsets(-50.0, -50.0, -50.0)
     dispatcher: Any = batches.dispatcher
     images = random_images(tiny(), 2)
-    for _ in range(4):
-        batches.run(images, budget=[everything, nothing])
-    dispatcher.ran.clear()
-    for budgets in ([everything, nothing], [nothing, everything], [everything] * 2):
+    for budgets in [[everything] * 2] * 4 + [[nothing, everything], [everything, nothing]]:
         batches.run(images, budget=budgets)
-    assert [went.overflowed for went in dispatcher.ran][:2] == [0, 0]
-    nothing_alone = batches.run(images, budget=[nothing] * 2)
-    assert not nothing_alone.policy.sublayers[:, 1:].any()
+    assert [went.overflowed > 0 for went in dispatcher.ran] == [True] * 3 + [False] * 3
 
 
 def test_an_image_of_a_later_part_is_named(cramped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
