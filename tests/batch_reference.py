@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 
 from adavit.architecture import TOKEN_LOGIT, Architecture
+from adavit.bundle.bundle import Bundle
 from adavit.bundle.graph_keys import STEM_GRAPH, GraphKey, constants_of, read_graph
 from adavit.bundle.graphs import Graphs
-from adavit.runtime import Policy
+from adavit.runtime import Policy, Runtime
+from adavit.runtime.backend import Options
 from adavit.runtime.backends.onnxruntime.backend import HIDING_INT8
+from adavit.runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
 
 Array = np.ndarray
 Rooms = Callable[[int, Array], Sequence[int]]
@@ -150,3 +154,11 @@ class BatchReference:
         return onnxruntime.InferenceSession(
             data, options, providers=["CPUExecutionProvider"], disabled_optimizers=HIDING_INT8
         )
+
+
+def batches_on_cpu(bundle: Path, way: str = "exact", heads: Any = None, most: int = 32) -> Runtime:
+    """A runtime whose batches run as on a device, one of at most so many images after the other."""
+    opened, options = Bundle.open(bundle), Options(1, dispatch=way)
+    graphs = Graphs(opened)
+    backend = OnnxRuntimeBatchBackend(graphs, options, heads, most)
+    return Runtime(opened, graphs, backend, options, specialise=False)

@@ -27,7 +27,7 @@ from onnx import TensorProto
 
 from adavit.architecture import Architecture
 from adavit.bundle.keys import BETWEEN, GOES_ON, NOT_FINITE, OVERFLOWED, STATE_BEHIND, STATE_BETWEEN
-from adavit.graphs.batch_decisions import add_batch_decisions, class_tokens
+from adavit.graphs.batch_decisions import add_batch_decisions, class_tokens, huge_tokens
 from adavit.graphs.batch_rows import Grid, Heads, Policies, Rows, number, overflowed
 from adavit.graphs.block import add_head, add_norm, add_update
 from adavit.graphs.builder import Builder
@@ -67,7 +67,7 @@ def add_batch_block(graph: Builder, arch: Architecture, block: int, precisions: 
     graph.output("y", y, ["R", arch.width])
     if last:
         add_head(graph, arch, class_tokens(graph, arch, "y"), "B")
-        graph.output("next_state", graph.op("Max", state, state), ["B"], "int64")
+        graph.output("next_state", huge_tokens(graph, arch, "y", state), ["B"], "int64")
     else:
         add_batch_decisions(graph, arch, block + 1, "y", limits, state)
 

@@ -11,10 +11,12 @@ from adavit.graphs.batch_rows import first_of, number
 from adavit.graphs.block import add_decision_logits
 from adavit.graphs.builder import Builder
 
-__all__ = ["add_batch_decisions", "class_tokens"]
+__all__ = ["add_batch_decisions", "class_tokens", "huge_tokens"]
 
 LARGEST = 1e30
 """Of the logits of decisions."""
+LARGEST_TOKEN = 1e17
+"""Of a token's values behind the last block: of larger ones, the squares that a layer norm sums overflow float32."""
 
 
 def add_batch_decisions(graph: Builder, arch: Architecture, block: int, y: str, limits: str, state: str) -> None:
@@ -39,11 +41,7 @@ def add_batch_decisions(graph: Builder, arch: Architecture, block: int, y: str, 
         decisions = graph.op("Concat", *made, axis=1) if len(made) > 1 else made[0]
         count = arch.tokens * arch.token_policy + arch.policy_outputs(block)
         graph.output("next_decisions", decisions, ["B", count])
-        # Each is compared by itself: a maximum may lose NaN.
-        huge = graph.op("Not", graph.op("Less", graph.op("Abs", "next_decisions"), graph.scalar(LARGEST)))
-        huge = graph.op("ReduceSum", graph.op("Cast", huge, to=TensorProto.INT64), graph.ints(1), keepdims=0)
-        huge = graph.op("Greater", huge, number(graph, 0))
-        state = graph.op("Max", state, graph.op("Where", huge, number(graph, NOT_FINITE), number(graph, GOES_ON)))
+        state = _not_finite(graph, state, "next_decisions", LARGEST, 1)
     graph.output("next_kept", kept, ["B", sum(sizes.values())], "bool")
     graph.output("next_state", graph.op("Max", state, state) if not made else state, ["B"], "int64")
     goes_on = graph.op("Unsqueeze", graph.op("Equal", "next_state", number(graph, GOES_ON)), graph.ints(1))
@@ -60,11 +58,29 @@ def add_batch_decisions(graph: Builder, arch: Architecture, block: int, y: str, 
     graph.output("next_sizes", found, [4], "int64")
 
 
+def huge_tokens(graph: Builder, arch: Architecture, y: str, state: str) -> str:
+    """The states [B], NOT_FINITE for images whose rows in y [R, D] are no numbers, or too large for a layer norm."""
+    return _not_finite(graph, state, _by_image(graph, arch, y), LARGEST_TOKEN, 1, 2)
+
+
+def _not_finite(graph: Builder, state: str, values: str, largest: float, *axes: int) -> str:
+    """The states [B], NOT_FINITE for images with values [B, ...] that are no numbers, or too large."""
+    # Each is compared by itself: a maximum may lose NaN.
+    huge = graph.op("Not", graph.op("Less", graph.op("Abs", values), graph.scalar(largest)))
+    count = graph.op("ReduceSum", graph.op("Cast", huge, to=TensorProto.FLOAT), graph.ints(*axes), keepdims=0)
+    some = graph.op("Greater", count, graph.scalar(0.0))
+    return graph.op("Max", state, graph.op("Where", some, number(graph, NOT_FINITE), number(graph, GOES_ON)))
+
+
 def class_tokens(graph: Builder, arch: Architecture, y: str) -> str:
     """The class tokens [B, D] of rows [R, D]."""
-    rows = graph.op("Slice", y, graph.ints(0), graph.ints(-1), graph.ints(0))
-    by_image = graph.op("Reshape", rows, graph.ints(-1, arch.tokens, arch.width))
-    classes = graph.op("Gather", by_image, graph.scalar(0, "int64"), axis=1)
+    classes = graph.op("Gather", _by_image(graph, arch, y), graph.scalar(0, "int64"), axis=1)
     # TensorRT-RTX 1.7 does not build a product of one row that it reads from ScatterND's output: this is a copy.
     copied = graph.op("Concat", classes, first_of(graph, classes), axis=0)
     return graph.op("Slice", copied, graph.ints(0), graph.ints(-1), graph.ints(0))
+
+
+def _by_image(graph: Builder, arch: Architecture, y: str) -> str:
+    """The tokens of each image [B, N, D] of rows [R, D]."""
+    rows = graph.op("Slice", y, graph.ints(0), graph.ints(-1), graph.ints(0))
+    return graph.op("Reshape", rows, graph.ints(-1, arch.tokens, arch.width))

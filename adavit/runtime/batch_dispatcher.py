@@ -87,7 +87,8 @@ class Asked(NamedTuple):
 @lru_cache(256)
 def _limits(offsets: Offsets, depth: int) -> Float:
     """Those of an image, [L, 3]."""
-    return np.array([TOKEN_LOGIT, 0, 0], np.float32) - np.array(offsets.by_block(depth), np.float32).T
+    # Rounded once, as `thresholds` are: decisions on a device are those on the host.
+    return np.asarray(np.array([TOKEN_LOGIT, 0, 0]) - np.array(offsets.by_block(depth)).T, np.float32)
 
 
 class BatchDispatcher:
@@ -229,7 +230,7 @@ class BatchDispatcher:
     def _check(self, finished: Finished, start: int) -> None:
         """Raises NotFiniteError where decisions or logits are not finite, BackendError where an image had no room."""
         if (bad := finished.state == NOT_FINITE).any():
-            raise not_finite(f"the decisions on image {start + int(bad.argmax())} are")
+            raise not_finite(f"the decisions on image {start + int(bad.argmax())}, or its last tokens, are")
         if (left := finished.state == OVERFLOWED).any():
             raise BackendError(
                 f"image {start + int(left.argmax())} found no room with all that it asked for; export the bundle again"

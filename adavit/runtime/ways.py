@@ -100,19 +100,27 @@ class Ways:
             return None
 
     def _measured(self, size: int, possible: list[str], run: Callable[[str], object]) -> str:
-        """Runs a batch all ways, in turns, and takes the one with the least median."""
+        """Runs a batch all ways, in turns, and takes the one with the least median; a way that fails is left out."""
         times: dict[str, list[float]] = {way: [] for way in possible}
         for number in range(WARM + ROUNDS):
-            for way in possible:
+            for way in list(times):
                 began = perf_counter()
-                run(way)
+                try:
+                    run(way)
+                except BackendError as error:
+                    del times[way]
+                    if not times:
+                        raise
+                    log.warning("no %s dispatch for batches of %d: %s", way, size, one_line(error))
+                    continue
                 if number >= WARM:
                     times[way].append(1e3 * (perf_counter() - began))
         medians = {way: median(found) for way, found in times.items() if self._backend.why_not(way) is None}
         if not medians:
             raise BackendError("no way of dispatch is left; load the bundle again")
         fastest = min(medians, key=medians.__getitem__)
-        remember(KIND, self._facts(size), {"milliseconds": {way: medians.get(way) for way in possible}})
+        if len(times) == len(possible):  # what failed may work another time
+            remember(KIND, self._facts(size), {"milliseconds": {way: medians.get(way) for way in possible}})
         log.info("batches of %d: %s dispatch, of %s ms", size, fastest, medians)
         return fastest
 

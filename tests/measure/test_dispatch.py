@@ -7,21 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from batch_reference import batches_on_cpu
 from cases import invoke, random_images, refusal, tiny
 from double import Gpu, add_double_engines, add_statistics, install
 
 import adavit
-from adavit.bundle.bundle import Bundle
-from adavit.bundle.graphs import Graphs
 from adavit.cli import run as run_command
 from adavit.macs import batch_macs
 from adavit.measure.benchmark import Plan, measure
 from adavit.measure.dispatch import asked_of_blocks, dispatch_report
 from adavit.measure.profile import GRAPH, Event
 from adavit.measure.waterfall import padding_macs, profile
-from adavit.runtime import Policy, Runtime
-from adavit.runtime.backend import Options
-from adavit.runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
+from adavit.runtime import Policy
 from adavit.runtime.batch import Room, rooms_of
 from adavit.runtime.batch_dispatcher import Ran
 
@@ -33,13 +30,6 @@ SOME_HEADS = ((0, 1, 2), (0, 2), (1,))
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return install(monkeypatch)
-
-
-def batches_on_cpu(bundle: Path, way: str = "exact", heads: Any = None, most: int = 32) -> Runtime:
-    opened, options = Bundle.open(bundle), Options(1, dispatch=way)
-    graphs = Graphs(opened)
-    backend = OnnxRuntimeBatchBackend(graphs, options, heads, most)
-    return Runtime(opened, graphs, backend, options, specialise=False)
 
 
 def test_what_a_report_counts(tiny_bundle: Path) -> None:

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from batch_reference import batches_on_cpu
 from cases import WIDE, random_images, with_weights
 
 import adavit
+from adavit.bundle.operating_points import Offsets
 from adavit.errors import BackendError, BundleError, InputError
 from adavit.runtime import Policy, Runtime
 from adavit.runtime.backends.onnxruntime.slot import OnnxRuntimeSlot
-from adavit.runtime.finite import check_image
+from adavit.runtime.finite import NotFiniteError, check_image
 
 IMAGES = random_images(WIDE, 2)
 
@@ -59,6 +61,20 @@ def test_graphs_that_compute_no_numbers(backend: str, kind: str, prepared: bool,
         runtime.specialise(dense)
     with pytest.raises(BackendError, match=r"of image 0 are NaN, infinite or beyond 1e\+17: .*; check the bundle"):
         runtime.run(IMAGES, policy=dense)
+
+
+@pytest.mark.parametrize("most", [32, 1])
+@pytest.mark.parametrize("decides", [True, False])
+@pytest.mark.parametrize("kind", FAULTS)
+def test_graphs_of_batches_that_compute_no_numbers(kind: str, decides: bool, most: int, copied: Path) -> None:
+    """Also what no decision and no logit tells: norms hide what is too large for them."""
+    with_weights(copied, *FAULTS[kind])
+    runtime = batches_on_cpu(copied, most=most)
+    policy = None if decides else Policy.dense(WIDE, 2)
+    if decides:
+        runtime.offsets = Offsets(50.0, 50.0, 50.0)  # everything runs, so that the fault shows
+    with pytest.raises(NotFiniteError, match=r"of image 0 are|on image 0, or its last tokens, are"):
+        runtime.run(IMAGES, policy=policy)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -3e38])
