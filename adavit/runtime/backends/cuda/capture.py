@@ -15,7 +15,7 @@ from adavit.errors import BackendError
 from adavit.runtime.backends.cuda.bindings import Cuda
 from adavit.runtime.backends.cuda.setter import Setter
 
-__all__ = ["Condition", "Executable", "Recording", "conditional_support"]
+__all__ = ["Condition", "Executable", "Recording"]
 
 
 class Condition(NamedTuple):
@@ -161,12 +161,3 @@ class Recording:
         if self._bodies is not None:
             self._cuda.call("cudaStreamDestroy", self._bodies)
             self._bodies = None
-
-
-def conditional_support(cuda: Cuda) -> str | None:
-    """Why graphs cannot have conditions here; None where they can."""
-    try:
-        Setter(cuda).close()
-    except BackendError as error:
-        return str(error)
-    return None
