@@ -100,7 +100,7 @@ async function answer(request) {
     }
     const done = round === ROUNDS;
     const [adaptive, dense] = [median(times.adaptive), median(times.dense)];
-    if (done || round === FIRST) post("timing", { id, adaptive, dense, done }); // what is drawn costs time too
+    if (done || round === FIRST) post("timing", { id, budget, adaptive, dense, done }); // what is drawn costs time too
   }
 }
 
