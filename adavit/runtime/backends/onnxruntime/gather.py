@@ -125,8 +125,9 @@ class Gatherer:
         name = self._input(f"{tensor}.weight", shape)
         if self._weights[name].dtype != "int8":
             return name
-        scale = self._input(f"{tensor}.weight.scale", shape[:1])
-        return self._add("DequantizeLinear", f"{name}.float", name, scale, axis=0)
+        # ONNX Runtime 1.23 refuses products in int8 without zero points.
+        scale, zero = (self._input(f"{tensor}.weight.{kind}", shape[:1]) for kind in ("scale", "zero"))
+        return self._add("DequantizeLinear", f"{name}.float", name, scale, zero, axis=0)
 
     def _input(self, tensor: str, shape: tuple[int, ...]) -> str:
         """A tensor of the block as an input."""
