@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.bundle.bundle import Bundle, write_config
-from adavit.bundle.operating_points import NO_POLICIES
+from adavit.bundle.operating_points import NO_POLICIES, Offsets
+from adavit.bundle.policy import Policy
 from adavit.bundle.statistics import operating_offsets, write_statistics
 from adavit.calibration.options import BudgetOptions
 from adavit.datasets.image_files import find_calibration_images, read_images
@@ -17,13 +18,14 @@ from adavit.errors import InputError
 from adavit.runtime.loading import load
 from adavit.runtime.session import Runtime
 
-__all__ = ["IMAGES", "add_statistics", "record_policies"]
+__all__ = ["IMAGES", "add_statistics", "policy_of", "record_policies"]
 
 IMAGES = 256
 """Images that run at most: more change next to nothing in what a runtime prepares."""
 BATCH = 16
 
 Progress = Callable[[str, float], None]
+Told = Callable[[float], None]
 
 
 def add_statistics(folder: Path, runtime: Runtime, images: npt.NDArray[np.float32], progress: Progress) -> None:
@@ -37,16 +39,31 @@ def add_statistics(folder: Path, runtime: Runtime, images: npt.NDArray[np.float3
     """
     bundle, policies = Bundle.open(folder), []
     points, images = operating_offsets(bundle), images[:IMAGES]
-    starts = range(0, len(images), BATCH)
     for done, offsets in enumerate(points):
-        parts = []
-        for start in starts:
-            parts.append(runtime.run(images[start : start + BATCH], budget=offsets).policy)
-            progress("recording policies", (done + min(1.0, (start + BATCH) / len(images))) / len(points))
-        policies.append(type(parts[0]).concatenate(parts))
+
+        def told(share: float, done: int = done) -> None:
+            progress("recording policies", (done + share) / len(points))
+
+        policies.append(policy_of(runtime, images, offsets, told))
     stored = write_statistics(folder, policies)
     added = {"statistics": vars(stored), "capacity_quantile": bundle.capacity_quantile}
     write_config(folder, {**bundle.config, **added})
+
+
+def policy_of(runtime: Runtime, images: npt.NDArray[np.float32], offsets: Offsets, told: Told) -> Policy:
+    """What a runtime keeps of images.
+
+    Args:
+        runtime: runs them.
+        images: normalised pixels [n, 3, S, S].
+        offsets: the operating point.
+        told: told the share done.
+    """
+    parts = []
+    for start in range(0, len(images), BATCH):
+        parts.append(runtime.run(images[start : start + BATCH], budget=offsets).policy)
+        told(min(1.0, (start + BATCH) / len(images)))
+    return Policy.concatenate(parts)
 
 
 def record_policies(folder: Path, options: BudgetOptions, threads: int | None, progress: Progress) -> dict[str, int]:

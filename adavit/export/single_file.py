@@ -20,7 +20,7 @@ from adavit.bundle.operating_points import NO_POLICIES, TRAINED, Budgets, Offset
 from adavit.bundle.policy import Policy
 from adavit.bundle.statistics import policy_at
 from adavit.calibration.options import BudgetOptions, CalibrationOptions
-from adavit.calibration.statistics import IMAGES
+from adavit.calibration.statistics import IMAGES, policy_of
 from adavit.datasets.image_files import find_calibration_images, read_images
 from adavit.errors import InputError, OptionError
 from adavit.export.bundle import export_bundle
@@ -43,7 +43,6 @@ __all__ = ["export_single_file"]
 
 MOST_BYTES = 2**31 - 1
 """Of a protobuf file."""
-BATCH = 16
 OF_CHECKPOINTS = ("labels", "image_size", "crop_ratio", "mean", "std", "heads")
 """Options that only the export of a checkpoint follows."""
 
@@ -88,7 +87,7 @@ def export_single_file(
             made["ort"] = ort_bytes(data)
         verified = checked = None
         if options.verify:
-            telling = _telling(graphs.runtime, asked, data, options)
+            telling = FileSession(_telling(graphs.runtime, asked, data, options), output.name)
             verified = _verified(graphs.runtime, asked, made, telling, output.name, options, progress)
             checked = compare_decisions(telling, output.name, graphs, points, progress)
         files = files_of(output, options.ort_format)
@@ -179,11 +178,7 @@ def _usual(runtime: Runtime, options: SingleFileOptions, offsets: Offsets, progr
         return policy
     files = find_calibration_images(given.calibration_images, runtime.labels, given.labels_by_order)
     pixels, _ = read_images(files, runtime.preprocess, IMAGES)
-    parts = []
-    for start in range(0, len(pixels), BATCH):
-        parts.append(runtime.run(pixels[start : start + BATCH], budget=offsets).policy)
-        progress("running calibration images", min(1.0, (start + BATCH) / len(pixels)))
-    return Policy.concatenate(parts)
+    return policy_of(runtime, pixels, offsets, lambda share: progress("running calibration images", share))
 
 
 def _encoded(graphs: Graphs, asked: SingleGraph, options: SingleFileOptions, metadata: dict[str, str]) -> bytes:
@@ -210,7 +205,7 @@ def _verified(
     runtime: Runtime,
     asked: SingleGraph,
     made: dict[str, bytes],
-    telling: bytes,
+    telling: FileSession,
     path: str,
     options: SingleFileOptions,
     progress: Progress,
@@ -219,7 +214,7 @@ def _verified(
     exact = options.weights != "fp16" and options.precision == "fp32"
     wanted = RuntimeResults(runtime, *_budgets_to_try(asked), progress)
     progress("verifying", 0.3)
-    report = verify_file(FileSession(telling, path).run(wanted.images, wanted.budgets), wanted, path, exact)
+    report = verify_file(telling.run(wanted.images, wanted.budgets), wanted, path, exact)
     progress("verifying", 0.6)
     for key in {"file", "ort"} & set(made):
         found = FileSession(made[key], path).run(wanted.images, wanted.budgets)

@@ -101,12 +101,12 @@ def _check_int8(source: Path, bundle: Bundle, calibrates: bool) -> None:
 
 
 def compare_decisions(
-    data: bytes, path: str, graphs: FileGraphs, points: Sequence[tuple[float, Offsets]], progress: Progress
+    file: FileSession, path: str, graphs: FileGraphs, points: Sequence[tuple[float, Offsets]], progress: Progress
 ) -> dict[str, Any] | None:
     """Runs a file in int8 beside the bundle in fp32, on images as `check_converted` takes them.
 
     Args:
-        data: the file's bytes; it tells what it keeps.
+        file: it, or the same file that tells what it keeps.
         path: the file's, for messages.
         graphs: what it was made of.
         points: the operating points to compare at, each a budget, which is 0 for the trained policy, and its offsets.
@@ -124,7 +124,7 @@ def compare_decisions(
     if runtime is None:
         return None
     source, images, labels = checked_images(runtime, graphs.files)
-    file, found = FileSession(data, path), []
+    found = []
     for done, (budget, offsets) in enumerate(points):
         agreement = Agreement(runtime.architecture)
         for start in range(0, len(images), BATCH):
