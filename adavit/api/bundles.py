@@ -1,33 +1,27 @@
-"""`adavit.export_bundle` and `adavit.compare`, and how functions read what they are given."""
+"""`adavit.export_bundle` and `adavit.compare`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+from adavit.api.given import (
+    Place,
+    Places,
+    Progress,
+    images_given,
+    installed,
+    model_given,
+    path_of_option,
+    paths_of,
+    told_of,
+)
 from adavit.arguments import choice, each, flag, number, plain, whole
 from adavit.bundle.bundle import PRECISIONS
-from adavit.errors import AdaViTError, OptionError, missing_package, shown
+from adavit.errors import OptionError
 from adavit.reading import path_of
 
-__all__ = [
-    "Place",
-    "Places",
-    "Progress",
-    "compare",
-    "export_bundle",
-    "installed",
-    "path_of_option",
-    "paths_of",
-    "told_of",
-]
-
-Place = str | PathLike[str]
-Places = Place | Iterable[Place]
-Progress = Callable[[str, float], None]
+__all__ = ["compare", "export_bundle"]
 
 
 def export_bundle(
@@ -135,10 +129,7 @@ def export_bundle(
         True
     """
     source, folder, told = path_of(checkpoint, "checkpoint"), path_of(output, "output"), told_of(progress)
-    shared = {
-        "calibration_images": paths_of("calibration_images", calibration_images),
-        "labels_by_order": plain(labels_by_order),
-    }
+    shared = images_given(calibration_images, labels_by_order)
     with installed():
         from adavit.export import BudgetOptions, BuildOptions, CalibrationOptions, ExportOptions
         from adavit.export import export_bundle as export
@@ -169,12 +160,7 @@ def export_bundle(
         options = ExportOptions(
             with_dense=plain(with_dense),
             opset=plain(opset),
-            labels=path_of_option("labels", labels),
-            image_size=plain(image_size),
-            crop_ratio=plain(crop_ratio),
-            mean=None if mean is None else each("mean", mean, "three numbers, of red, green and blue"),
-            std=None if std is None else each("std", std, "three numbers, of red, green and blue"),
-            heads=plain(heads),
+            **model_given(labels, image_size, crop_ratio, mean, std, heads),
             license=license,
             dataset=each("dataset", dataset, "a name, or a sequence of names", str),
             verify=plain(verify),
@@ -276,38 +262,6 @@ def compare(
     if precision is not None:
         choice("precision", precision, PRECISIONS)
     return compare_bundles(listed(paths_of("bundles", bundles), precision), options, told)
-
-
-@contextmanager
-def installed() -> Iterator[None]:
-    """Raises AdaViTError, which says what to install, where an optional package is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        hint = missing_package(error)
-        if hint is None:
-            raise
-        raise AdaViTError(hint) from None
-
-
-def told_of(progress: object) -> Progress:
-    """What is told of progress: a caller's function, or nothing."""
-    if progress is None:
-        return lambda stage, share: None
-    if not callable(progress):
-        raise OptionError(f"progress is {shown(progress)}: expected a function of a stage and a share")
-    return progress
-
-
-def path_of_option(name: str, value: Place | None) -> Path | None:
-    """The path that an option was given, if any."""
-    return None if value is None else path_of(value, name)
-
-
-def paths_of(name: str, value: object) -> tuple[Path, ...]:
-    """One path, or those of an iterable."""
-    found = each(name, value, "a path, or a sequence of paths", str, PathLike)
-    return tuple(path_of(path, name) for path in found)
 
 
 def _precisions(value: object) -> tuple[str, ...]:

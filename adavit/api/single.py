@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from adavit.api.bundles import Place, Places, Progress, installed, path_of_option, paths_of, told_of
+from adavit.api.given import Place, Places, Progress, images_given, installed, model_given, path_of_option, told_of
 from adavit.arguments import each, plain
 from adavit.reading import path_of
 
@@ -98,10 +98,7 @@ def export_single_file(
         0
     """
     path, target, told = path_of(source, "source"), path_of(output, "output"), told_of(progress)
-    shared = {
-        "calibration_images": paths_of("calibration_images", calibration_images),
-        "labels_by_order": plain(labels_by_order),
-    }
+    shared = images_given(calibration_images, labels_by_order)
     with installed():
         from adavit.export import BudgetOptions, CalibrationOptions, ExportOptions, SingleFileOptions
         from adavit.export import export_single_file as export
@@ -128,12 +125,7 @@ def export_single_file(
         )
         single.check()
         options = ExportOptions(
-            labels=path_of_option("labels", labels),
-            image_size=plain(image_size),
-            crop_ratio=plain(crop_ratio),
-            mean=None if mean is None else each("mean", mean, "three numbers, of red, green and blue"),
-            std=None if std is None else each("std", std, "three numbers, of red, green and blue"),
-            heads=plain(heads),
+            **model_given(labels, image_size, crop_ratio, mean, std, heads),
             verify=plain(verify),
             threads=plain(threads),
             budgets=BudgetOptions(
