@@ -13,7 +13,8 @@ from cuda_double import CAPABILITY, Gpu, cuda_double, driver_double, nvrtc_doubl
 from trt_double import VERSION, trt_double
 
 from adavit.bundle.bundle import Bundle
-from adavit.bundle.engine_sets import EngineKey, packed_engine, source_of, this_platform
+from adavit.bundle.engine_set import EngineKey, this_platform
+from adavit.bundle.engine_sets import packed_engine, source_of
 from adavit.bundle.graph_keys import constants_of, graph_keys, part_keys, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.policy import Policy

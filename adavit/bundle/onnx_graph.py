@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from adavit.bundle.head_weights import Quantised
+from adavit.bundle.known import FAR, WHOLE, Known, whole
 from adavit.bundle.onnx_format import IR_VERSION, PRODUCER, Node, Value, Weight
 from adavit.bundle.onnx_write import codes_of, constant_field, new_node, tensor_field, value_field, values_of
-from adavit.bundle.operators import FAR, WHOLE, Known, whole
 from adavit.bundle.protobuf import bytes_field, number_field
 from adavit.bundle.shapes import Limits, infer
 from adavit.bundle.tensors import TensorFile

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from adavit.bundle.known import MOST_DIMENSIONS
 from adavit.bundle.onnx_format import (
     ATTRIBUTE,
     ATTRIBUTE_TYPES,
@@ -37,7 +38,7 @@ from adavit.bundle.onnx_format import (
     Weight,
 )
 from adavit.bundle.onnx_graph import OnnxGraph
-from adavit.bundle.operators import MOST_DIMENSIONS, RULES
+from adavit.bundle.operators import RULES
 from adavit.bundle.protobuf import Fields, numbers, read
 from adavit.bundle.tensors import TensorFile
 from adavit.errors import BundleError, shown

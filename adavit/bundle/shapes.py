@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from adavit.bundle.known import MOST_DIMENSIONS, Known
 from adavit.bundle.onnx_format import Node
-from adavit.bundle.operators import MOST_DIMENSIONS, RULES, Known
+from adavit.bundle.operators import RULES
 from adavit.errors import shown
 
 __all__ = ["Limits", "infer"]

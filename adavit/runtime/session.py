@@ -24,16 +24,15 @@ from adavit.results import Prediction, Result, checked_policy
 from adavit.runtime.backend import Backend, Options, Usage, Use, create_backend
 from adavit.runtime.batch import BatchBackend
 from adavit.runtime.batch_dispatcher import BatchDispatcher
-from adavit.runtime.capacity_tables import CapacityTables
 from adavit.runtime.dense import DenseDispatcher, no_policies
 from adavit.runtime.dispatcher import Dispatcher, Observer
+from adavit.runtime.dispatchers import dispatcher_of
 from adavit.runtime.fastest_backend import Choice
 from adavit.runtime.finite import check_logits
 from adavit.runtime.forks import renew_in_fork
 from adavit.runtime.inputs import checked_images
 from adavit.runtime.predictions import predict, prediction_of
 from adavit.runtime.specialise import KeptUsage, Specialiser, usage_of
-from adavit.runtime.ways import Ways
 
 __all__ = ["Runtime"]
 
@@ -48,19 +47,6 @@ def _reloaded(path: str, fingerprint: str, precision: str, backend: str, options
         raise BundleError(f"{path}: another bundle than the one that was loaded; load it by adavit.load")
     graphs = Graphs(bundle, precision)
     return Runtime(bundle, graphs, create_backend(backend, graphs, options), options, *how)
-
-
-def _dispatcher(
-    graphs: Graphs, backend: Backend | BatchBackend, options: Options
-) -> Dispatcher | BatchDispatcher | DenseDispatcher:
-    """What runs a bundle's graphs."""
-    bundle, arch = graphs.bundle, graphs.architecture
-    if not arch.adapts:
-        return DenseDispatcher(graphs, backend)
-    if backend.on_host:
-        return Dispatcher(graphs, backend, options)
-    tables = CapacityTables(bundle)
-    return BatchDispatcher(arch, backend, Ways(bundle, graphs.precision, options, backend, tables.planned), tables)
 
 
 class Runtime:
@@ -95,7 +81,7 @@ class Runtime:
         self.options = options
         self.offsets = offsets
         self.choice = choice
-        self.dispatcher = _dispatcher(graphs, backend, options)
+        self.dispatcher = dispatcher_of(graphs, backend, options)
         self._in_background = specialise
         self._specialiser: Specialiser | None = None
         if backend.on_host and bundle.architecture.adapts:

@@ -17,7 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adavit.bundle.bundle import Bundle, write_config
-from adavit.bundle.engine_sets import EngineKey, engine_sets, read_engine_set, this_platform
+from adavit.bundle.engine_set import EngineKey, this_platform
+from adavit.bundle.engine_set_reading import read_engine_set
+from adavit.bundle.engine_sets import engine_sets
 from adavit.bundle.graph_keys import constants_of, graph_keys, part_keys, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.statistics import policies_of, usual_heads

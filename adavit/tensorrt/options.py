@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adavit.arguments import choice, flag, whole
-from adavit.bundle.engine_sets import FLAVOURS, MOST_BATCH
+from adavit.bundle.engine_set import FLAVOURS, MOST_BATCH
 from adavit.errors import OptionError
 
 __all__ = ["BuildOptions"]

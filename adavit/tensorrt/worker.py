@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from adavit.bundle.bundle import Bundle
-from adavit.bundle.engine_sets import EngineKey, numeric_version, packed_engine, source_of
+from adavit.bundle.engine_set import EngineKey, numeric_version
+from adavit.bundle.engine_sets import packed_engine, source_of
 from adavit.bundle.graph_keys import constants_of, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.errors import BackendError, install_hint

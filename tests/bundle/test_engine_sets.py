@@ -8,15 +8,9 @@ import pytest
 from cases import read_config, write_config
 
 from adavit.bundle.bundle import Bundle
-from adavit.bundle.engine_sets import (
-    EngineKey,
-    EngineSet,
-    StoredEngine,
-    engine_sets,
-    packed_engine,
-    read_engine,
-    read_engine_set,
-)
+from adavit.bundle.engine_set import EngineKey, EngineSet, StoredEngine
+from adavit.bundle.engine_set_reading import read_engine_set
+from adavit.bundle.engine_sets import engine_sets, packed_engine, read_engine
 from adavit.bundle.graph_keys import DENSE_GRAPH, STEM_GRAPH, GraphKey
 from adavit.errors import BundleError
 from adavit.files import sha256

@@ -31,7 +31,8 @@ from onnx import helper
 
 from adavit.bundle.bundle import Bundle
 from adavit.bundle.demo import demo_bundle
-from adavit.bundle.engine_sets import EngineKey, engine_sets, read_engine, source_of
+from adavit.bundle.engine_set import EngineKey
+from adavit.bundle.engine_sets import engine_sets, read_engine, source_of
 from adavit.bundle.graph_keys import GraphKey, constants_of, graph_keys, part_keys, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.bundle.policy import Policy

@@ -23,7 +23,7 @@ from double import add_statistics
 
 import adavit
 from adavit.bundle.demo import demo_bundle
-from adavit.bundle.engine_sets import FLAVOURS
+from adavit.bundle.engine_set import FLAVOURS
 from adavit.bundle.operating_points import Offsets
 from adavit.calibration.options import CalibrationOptions
 from adavit.errors import BackendError

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from adavit.bundle.engine_sets import FLAVOURS, MOST_BATCH
+from adavit.bundle.engine_set import FLAVOURS, MOST_BATCH
 
 __all__ = ["build_options"]
 

@@ -8,16 +8,8 @@ from importlib import import_module
 from typing import Any
 
 from adavit.architecture import Architecture
-from adavit.bundle.engine_sets import (
-    FLAVOURS,
-    EngineKey,
-    Machine,
-    find_engine_set,
-    numeric_version,
-    read_engine,
-    source_of,
-    this_platform,
-)
+from adavit.bundle.engine_set import FLAVOURS, EngineKey, Machine, numeric_version, this_platform
+from adavit.bundle.engine_sets import find_engine_set, read_engine, source_of
 from adavit.bundle.graph_keys import PARTS, GraphKey, constants_of, read_graph
 from adavit.bundle.graphs import Graphs
 from adavit.errors import BackendError, BundleError, OptionError, install_hint
