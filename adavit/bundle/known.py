@@ -16,7 +16,6 @@ __all__ = [
     "Attributes",
     "Known",
     "Rule",
-    "Shape",
     "axis_of",
     "bounds_of",
     "broadcast",
